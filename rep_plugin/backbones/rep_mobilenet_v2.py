@@ -1,0 +1,105 @@
+"""Rep-MobileNetV2: MobileNetV2's seven stages, trained as linear branches and deployed as plain 3x3 convolutions."""
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from rep_plugin.blocks.activations import build_activation
+from rep_plugin.blocks.base import RepBlock
+from rep_plugin.blocks.inverted_residual import RepInvertedResidual, conv_bn
+
+# (expand ratio, channels at width 1.0, blocks) of the seven stages: MobileNetV2 (CVPR 2018), table 2.
+STAGES = ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1))
+STRIDES = (2, 1, 2, 2, 2, 1, 2, 1)
+DEFAULT_BRANCHES = ("bottleneck", "conv3x3", "identity")
+DEFAULT_ACT = "relu6"
+
+
+def make_divisible(value: float, divisor: int = 8) -> int:
+    """Round to the nearest multiple of ``divisor``, never below 90 % of ``value`` (MobileNetV2's rule)."""
+    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * value else rounded
+
+
+class RepMobileNetV2(nn.Module):
+    """Rep-MobileNetV2 without a classifier.
+
+    (N, in_channels, H, W) -> tuple of maps, one for each of ``out_indices``: 0 to 6 are the stages, 7 the last feature
+    convolution (as in mmpretrain's MobileNetV2), at the strides that ``strides`` (stem, then seven stages) add up to.
+
+    ``branches``: what every block trains as, see :class:`RepInvertedResidual`. ``last_kernel`` 1 is the stock model's
+    last convolution, 3 gives an all-3x3 network. ``deploy=True`` builds the merged network directly. Raises ValueError
+    for a bad width, stride list, index, kernel or branch name.
+    """
+
+    def __init__(
+        self,
+        widen_factor: float = 1.0,
+        branches: Sequence[str] = DEFAULT_BRANCHES,
+        out_indices: Sequence[int] = (7,),
+        in_channels: int = 3,
+        strides: Sequence[int] = STRIDES,
+        act: str = DEFAULT_ACT,
+        avg_shortcut: bool = False,
+        last_kernel: int = 1,
+        deploy: bool = False,
+    ):
+        super().__init__()
+        if not widen_factor > 0:
+            raise ValueError(f"widen_factor must be > 0, got {widen_factor}")
+        if len(strides) != len(STAGES) + 1 or any(s not in (1, 2) for s in strides):
+            raise ValueError(
+                f"strides must be {len(STAGES) + 1} numbers of 1 or 2 (stem, stages), got {tuple(strides)}"
+            )
+        if last_kernel not in (1, 3):
+            raise ValueError(f"last_kernel must be 1 or 3, got {last_kernel}")
+        bad = [i for i in out_indices if i not in range(len(STAGES) + 1)]
+        if bad:
+            raise ValueError(f"out_indices must lie in 0..{len(STAGES)}, got {bad[0]}")
+        self.widen_factor, self.out_indices, self.strides = widen_factor, tuple(out_indices), tuple(strides)
+
+        width = make_divisible(32 * widen_factor)
+        self.stem = self._plain(in_channels, width, 3, strides[0], act, deploy)
+        stages, self.out_channels = [], []
+        for (expand_ratio, channels, depth), stride in zip(STAGES, strides[1:]):
+            out = make_divisible(channels * widen_factor)
+            blocks = []
+            for index in range(depth):
+                blocks.append(
+                    RepInvertedResidual(
+                        width, out, stride if index == 0 else 1, expand_ratio, branches, avg_shortcut, act, deploy
+                    )
+                )
+                width = out
+            stages.append(nn.Sequential(*blocks))
+            self.out_channels.append(out)
+        self.stages = nn.Sequential(*stages)
+        last = make_divisible(1280 * max(1.0, widen_factor))
+        self.last_conv = self._plain(width, last, last_kernel, 1, act, deploy)
+        self.out_channels.append(last)
+        self.reductions = [math.prod(strides[: i + 2]) for i in range(len(STAGES))] + [math.prod(strides)]
+        self._init_parameters()
+
+    @staticmethod
+    def _plain(in_channels: int, out_channels: int, kernel_size: int, stride: int, act: str, deploy: bool) -> RepBlock:
+        """A block of a single conv-BN: the stem and the last feature convolution."""
+        chains = {} if deploy else {"conv": conv_bn(in_channels, out_channels, kernel_size, stride)}
+        activation = build_activation(act, out_channels)
+        return RepBlock(in_channels, out_channels, kernel_size, chains, stride=stride, act=activation, deploy=deploy)
+
+    def _init_parameters(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.stem(x)
+        outs = []
+        for index, stage in enumerate((*self.stages, self.last_conv)):
+            x = stage(x)
+            if index in self.out_indices:
+                outs.append(x)
+        return tuple(outs)

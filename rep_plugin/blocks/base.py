@@ -1,0 +1,158 @@
+"""The contract of every re-parameterizable block: a named sum of linear chains that becomes one convolution."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from rep_plugin.blocks.chain import Chain
+from rep_plugin.functional.kernels import ConvParams, merge_sum, pad_kernel, regroup_kernel
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+class RepBlock(nn.Module):
+    """Sum of linear chains in training, one ``nn.Conv2d`` once deployed; an optional activation comes after either.
+
+    (N, in_channels, H, W) -> (N, out_channels, H', W'), the sizes being those of
+    ``nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)``.
+
+    ``branches`` maps names (checkpoint keys: ``branches.<name>.<layer>``) to :class:`Chain`; each is centred in the
+    block's window. ``padding`` defaults to "same". ``deploy=True`` builds the merged form directly and uses no branch.
+    Raises ValueError for channels that ``groups`` does not divide, no branch, or a branch wider than the window.
+    """
+
+    transposed = False
+    output_padding = (0, 0)
+    padding_mode = "zeros"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        branches: Mapping[str, Chain],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | None = None,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        act: nn.Module | None = None,
+        deploy: bool = False,
+    ):
+        super().__init__()
+        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if channels % groups:
+                raise ValueError(f"{name} (={channels}) must be divisible by groups (={groups})")
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size, self.stride, self.dilation = _pair(kernel_size), _pair(stride), _pair(dilation)
+        same = tuple(d * (k - 1) // 2 for k, d in zip(self.kernel_size, self.dilation))
+        self.padding = same if padding is None else _pair(padding)
+        if deploy:
+            self.reparam_conv = self._new_conv(in_channels, out_channels, groups)
+        else:
+            if not branches:
+                raise ValueError(f"a block ({in_channels} -> {out_channels}) needs at least one branch, got none")
+            self.branches = nn.ModuleDict(branches)
+            for name, chain in self.branches.items():
+                self._ring_of(name, chain)
+        self.act = act if act is not None else nn.Identity()
+
+    @property
+    def deployed(self) -> bool:
+        """True once the block is one convolution."""
+        return hasattr(self, "reparam_conv")
+
+    def _new_conv(self, in_channels: int, out_channels: int, groups: int) -> nn.Conv2d:
+        return nn.Conv2d(
+            in_channels, out_channels, self.kernel_size, self.stride, self.padding, self.dilation, groups, bias=True
+        )
+
+    def _ring_of(self, name: str, chain: Chain) -> tuple[int, int]:
+        """Pixels of zeros that centre a chain in the block's window; negative: the map is cropped."""
+        ring = []
+        for big, small, dilation, padding in zip(self.kernel_size, chain.kernel_size, self.dilation, self.padding):
+            if small > big or (big - small) % 2:
+                raise ValueError(
+                    f"branch {name!r} of size {chain.kernel_size} cannot be centred in the block's {self.kernel_size}"
+                )
+            ring.append(padding - dilation * (big - small) // 2)
+        return ring[0], ring[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.deployed:
+            return self.act(self.reparam_conv(x))
+        total, constant, like = None, None, None
+        for name, chain in self.branches.items():
+            y, scale, shift = chain.run(x, self._ring_of(name, chain))
+            like = y if like is None else like
+            if scale is None:
+                total = y if total is None else total + y
+            else:
+                scale = scale.view(1, -1, 1, 1)
+                total = y * scale if total is None else torch.addcmul(total, y, scale)
+            if shift is not None:
+                constant = shift if constant is None else constant + shift
+        if constant is not None:
+            total = total + constant.view(1, -1, 1, 1)
+        return self.act(total.type_as(like))  # under autocast the float32 scales have promoted the sum
+
+    def merged_kernel(self) -> tuple[Tensor, Tensor]:
+        """Return ``(kernel (O, I / groups, kh, kw), bias (O,))`` of the deployed convolution; nothing is changed.
+
+        The merge is computed in float64 and cast once, at the end, to the parameters' dtype. Raises RuntimeError where a
+        BN is in train mode.
+        """
+        if self.deployed:
+            return self.reparam_conv.weight, self.reparam_conv.bias
+        merged = self._merge(torch.float64)
+        return merged.kernel, merged.bias
+
+    def _merge(self, dtype: torch.dtype) -> ConvParams:
+        merged = {name: chain.merge(self.in_channels, dtype) for name, chain in self.branches.items()}
+        # The live weights decide, not the attributes: surgery may have changed the widths since construction.
+        in_channels = next(m.in_channels for m in merged.values())
+        groups = in_channels if self.groups == self.in_channels and self.groups > 1 else self.groups
+        pairs = []
+        for name, m in merged.items():
+            if m.kernel.shape[2:] != (1, 1) and any(
+                k > 1 and d != want for k, d, want in zip(m.kernel.shape[2:], m.dilation, self.dilation)
+            ):
+                raise ValueError(f"branch {name!r} has dilation {m.dilation}, the block {self.dilation}")
+            if m.stride != self.stride:
+                raise ValueError(f"branch {name!r} has stride {m.stride}, the block {self.stride}")
+            pairs.append((regroup_kernel(m.kernel, m.groups, groups), m.bias))
+        kernel, bias = merge_sum(pairs)
+        own = next(t.dtype for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
+        kernel = pad_kernel(kernel, self.kernel_size).to(own)
+        return ConvParams(kernel, bias.to(own), groups, self.stride, self.dilation)
+
+    @torch.no_grad()
+    def switch_to_deploy(self) -> None:
+        """Replace the branches by the one trainable convolution they add up to; a second call changes nothing.
+
+        Raises RuntimeError where a BN is in train mode, and then leaves the block as it was.
+        """
+        if self.deployed:
+            return
+        merged = self._merge(torch.float64)
+        conv = self._new_conv(merged.in_channels, merged.out_channels, merged.groups)
+        conv = conv.to(merged.kernel.device, merged.kernel.dtype)
+        conv.weight.copy_(merged.kernel)
+        conv.bias.copy_(merged.bias)
+        self.in_channels, self.out_channels, self.groups = conv.in_channels, conv.out_channels, conv.groups
+        self.reparam_conv = conv.train(self.training)
+        del self.branches
+
+    def output_bns(self) -> list[nn.Module]:
+        """The BNs that end the branches: their gammas tell a channel's weight in the block's output."""
+        if self.deployed:
+            return []
+        return [bn for chain in self.branches.values() if (bn := chain.last_bn()) is not None]
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, groups={self.groups}, deployed={self.deployed}"
+        )

@@ -1,0 +1,89 @@
+"""Rep-MobileNetV2's block: an inverted residual without inner activation, trained as a sum of linear branches.
+
+Source: the Rep-MobileNetV2 thesis (2023) for the idea; border handling as in :mod:`rep_plugin.blocks.chain`.
+"""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from rep_plugin.blocks.activations import build_activation
+from rep_plugin.blocks.base import RepBlock
+from rep_plugin.blocks.chain import Chain
+
+BRANCHES = ("bottleneck", "identity", "avgpool", "conv1x1", "conv3x3")
+
+
+def conv_bn(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> Chain:
+    """Conv-BN chain under the names ``conv`` and ``bn``."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, bias=False)
+    return Chain({"conv": conv, "bn": nn.BatchNorm2d(out_channels)})
+
+
+def linear_bottleneck(in_channels: int, out_channels: int, stride: int, expand_ratio: int) -> Chain:
+    """1x1 expand, depthwise 3x3, 1x1 project, a BN after each and no activation; no expand at ratio 1."""
+    mid = in_channels * expand_ratio
+    ops = {}
+    if expand_ratio != 1:
+        ops["expand"] = nn.Conv2d(in_channels, mid, 1, bias=False)
+        ops["expand_bn"] = nn.BatchNorm2d(mid)
+    ops["depthwise"] = nn.Conv2d(mid, mid, 3, stride, groups=mid, bias=False)
+    ops["depthwise_bn"] = nn.BatchNorm2d(mid)
+    ops["project"] = nn.Conv2d(mid, out_channels, 1, bias=False)
+    ops["project_bn"] = nn.BatchNorm2d(out_channels)
+    return Chain(ops)
+
+
+def average(in_channels: int, out_channels: int, stride: int) -> Chain:
+    """3x3 average then BN, with a 1x1 convolution between them where the shape changes."""
+    ops = {"avg": nn.AvgPool2d(3, stride)}
+    if stride != 1 or in_channels != out_channels:
+        ops["conv"] = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+    ops["bn"] = nn.BatchNorm2d(out_channels)
+    return Chain(ops)
+
+
+class RepInvertedResidual(RepBlock):
+    """Sum of the chosen linear branches, then an activation; deploys as one 3x3 convolution and the activation.
+
+    (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)).
+
+    ``branches`` is any of ``bottleneck identity avgpool conv1x1 conv3x3``; ``identity`` is left out where the shape
+    changes. ``avg_shortcut`` gives a block of stride 2 the average-pool shortcut (avg3x3 -> 1x1 -> bn). Raises ValueError
+    for an unknown branch name, or where no branch remains.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        expand_ratio: int = 6,
+        branches: Sequence[str] = ("bottleneck", "identity"),
+        avg_shortcut: bool = False,
+        act: str = "relu6",
+        deploy: bool = False,
+    ):
+        unknown = [name for name in branches if name not in BRANCHES]
+        if unknown:
+            raise ValueError(f"unknown branch {unknown[0]!r}, expected any of {BRANCHES}")
+        keeps_shape = stride == 1 and in_channels == out_channels
+        chains = {}
+        if not deploy:
+            if "bottleneck" in branches:
+                chains["bottleneck"] = linear_bottleneck(in_channels, out_channels, stride, expand_ratio)
+            if "conv3x3" in branches:
+                chains["conv3x3"] = conv_bn(in_channels, out_channels, 3, stride)
+            if "conv1x1" in branches:
+                chains["conv1x1"] = conv_bn(in_channels, out_channels, 1, stride)
+            if "avgpool" in branches or (avg_shortcut and stride != 1):
+                chains["avgpool"] = average(in_channels, out_channels, stride)
+            if "identity" in branches and keeps_shape:
+                chains["identity"] = Chain({"bn": nn.BatchNorm2d(out_channels)})
+            if not chains:
+                raise ValueError(
+                    f"branches {tuple(branches)} leave a block ({in_channels} -> {out_channels}, stride {stride}) without "
+                    "any branch: 'identity' needs equal channels and stride 1"
+                )
+        activation = build_activation(act, out_channels)
+        super().__init__(in_channels, out_channels, 3, chains, stride=stride, act=activation, deploy=deploy)

@@ -1,0 +1,91 @@
+"""The mmengine side: the plain backbones as registered types that configs, mmdet and mmseg know how to handle."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rep_plugin.backbones.rep_mobilenet_v2 import DEFAULT_ACT, DEFAULT_BRANCHES, STAGES, STRIDES
+from rep_plugin.backbones.rep_mobilenet_v2 import RepMobileNetV2 as PlainRepMobileNetV2
+from rep_plugin.registry import MODELS
+
+
+def activation_name(act_cfg: dict | str) -> str:
+    """Return our name of an mmcv activation: ``dict(type='ReLU6')`` -> ``relu6``. Raises ValueError for other keys."""
+    if isinstance(act_cfg, str):
+        return act_cfg.lower()
+    extra = sorted(set(act_cfg) - {"type", "inplace"})
+    if extra or "type" not in act_cfg:
+        raise ValueError(f"act_cfg takes 'type' alone, got {dict(act_cfg)}")
+    return {"hswish": "hardswish", "swish": "silu"}.get(act_cfg["type"].lower(), act_cfg["type"].lower())
+
+
+class StagedBackbone(BaseModule):
+    """What OpenMMLab users expect of a backbone with ``stem``, ``stages`` and ``last_conv``.
+
+    ``frozen_stages`` -1 freezes nothing, 0 the stem, n the stem and the first n stages; frozen parts stay in eval mode.
+    ``norm_eval`` keeps every BN in eval mode.
+    """
+
+    frozen_stages = -1
+    norm_eval = False
+
+    def _configure(self, frozen_stages: int, norm_eval: bool, init_cfg: dict | list | None) -> None:
+        if frozen_stages not in range(-1, len(self.stages) + 1):
+            raise ValueError(f"frozen_stages must lie in -1..{len(self.stages)}, got {frozen_stages}")
+        self.frozen_stages, self.norm_eval, self.init_cfg = frozen_stages, norm_eval, copy.deepcopy(init_cfg)
+        self._freeze_stages()
+
+    def _freeze_stages(self) -> None:
+        parts = [self.stem, *self.stages][: self.frozen_stages + 1]
+        for part in parts:
+            part.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        self._freeze_stages()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+
+@MODELS.register_module()
+class RepMobileNetV2(PlainRepMobileNetV2, StagedBackbone):
+    """Rep-MobileNetV2 for mmpretrain, mmdet and mmseg configs: ``backbone=dict(type='rep_plugin.RepMobileNetV2')``.
+
+    Arguments as in :class:`rep_plugin.backbones.rep_mobilenet_v2.RepMobileNetV2`, with mmcv's ``act_cfg`` for the
+    activation, and ``frozen_stages``, ``norm_eval`` and ``init_cfg`` as in mmpretrain's MobileNetV2. ``deploy=True`` is
+    the form that ``deploy.pth`` holds. ``channels_last=True`` runs in that memory format: on CPU a training step takes
+    about half the time, and the numbers stay the same.
+    """
+
+    def __init__(
+        self,
+        widen_factor: float = 1.0,
+        branches: Sequence[str] = DEFAULT_BRANCHES,
+        out_indices: Sequence[int] = (len(STAGES),),
+        in_channels: int = 3,
+        strides: Sequence[int] = STRIDES,
+        act_cfg: dict | str = DEFAULT_ACT,
+        avg_shortcut: bool = False,
+        last_kernel: int = 1,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        channels_last: bool = False,
+        deploy: bool = False,
+        init_cfg: dict | list | None = None,
+    ):
+        super().__init__(
+            widen_factor, branches, out_indices, in_channels, strides, activation_name(act_cfg), avg_shortcut, last_kernel,
+            deploy,
+        )  # fmt: skip
+        self.channels_last = channels_last
+        self._configure(frozen_stages, norm_eval, init_cfg)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return super().forward(x.contiguous(memory_format=torch.channels_last) if self.channels_last else x)

@@ -1,0 +1,12 @@
+"""Our own mmengine scope, so that ``type='rep_plugin.X'`` resolves in any config without ``custom_imports``.
+
+mmengine imports ``<scope>.registry`` when it meets an unknown scope, and each registry imports its ``locations`` on
+first use.
+"""
+
+from mmengine.registry import HOOKS as ROOT_HOOKS
+from mmengine.registry import MODELS as ROOT_MODELS
+from mmengine.registry import Registry
+
+MODELS = Registry("model", parent=ROOT_MODELS, scope="rep_plugin", locations=["rep_plugin.mm_models"])
+HOOKS = Registry("hook", parent=ROOT_HOOKS, scope="rep_plugin", locations=["rep_plugin.hooks"])

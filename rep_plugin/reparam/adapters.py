@@ -1,0 +1,45 @@
+"""Which modules can be merged into fewer layers, and how: one adapter a kind of module."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from rep_plugin.blocks.base import RepBlock
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """How one kind of module is merged.
+
+    ``matches(module)`` says whether the adapter is for it; ``merge(module)`` returns the module that takes its place,
+    which may be the same one, changed. It may rely on eval mode, and must raise where the merge would not be exact.
+    """
+
+    name: str
+    matches: Callable[[nn.Module], bool]
+    merge: Callable[[nn.Module], nn.Module]
+
+
+ADAPTERS: list[Adapter] = []
+
+
+def register_adapter(adapter: Adapter) -> Adapter:
+    """Add an adapter; later ones are asked first, so that a user's overrides ours."""
+    ADAPTERS.insert(0, adapter)
+    return adapter
+
+
+def find_adapter(module: nn.Module) -> Adapter | None:
+    """Return the adapter for a module, or None where it is not one that merges."""
+    return next((adapter for adapter in ADAPTERS if adapter.matches(module)), None)
+
+
+def _deploy_block(block: RepBlock) -> RepBlock:
+    block.switch_to_deploy()
+    return block
+
+
+register_adapter(
+    Adapter("rep_plugin block", lambda module: isinstance(module, RepBlock) and not module.deployed, _deploy_block)
+)

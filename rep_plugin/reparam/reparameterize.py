@@ -1,0 +1,126 @@
+"""``reparameterize``: merge every block of a model, prove the result, and say what was done."""
+
+import copy
+import time
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rep_plugin.reparam.adapters import find_adapter
+from rep_plugin.reparam.conv_bn import TraceError, fold_conv_bn_
+from rep_plugin.report import BlockReport, Report, count_macs, count_params
+from rep_plugin.verify import EquivalenceError, default_inputs, verify_equivalence
+
+TOLERANCE = 1e-9  # relative, in float64
+
+
+def _refuse_train_mode(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.training:
+            raise RuntimeError(
+                f"{name or type(module).__name__!r} is in train mode (batch statistics cannot be merged): call "
+                "model.eval() first"
+            )
+
+
+def _merge_blocks(model: nn.Module) -> tuple[nn.Module, list[BlockReport]]:
+    """Merge every module that has an adapter, outermost first; return the model (the root may be replaced)."""
+    blocks = []
+    names = [name for name, _ in model.named_modules()]
+    done: list[str] = []
+    for name in names:
+        if any(name == d or name.startswith(f"{d}.") for d in done if d) or (done and done[0] == ""):
+            continue
+        module = model.get_submodule(name)
+        adapter = find_adapter(module)
+        if adapter is None:
+            continue
+        try:
+            merged = adapter.merge(module)
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise type(error)(f"block {name!r} ({adapter.name}): {error}") from error
+        if name == "":
+            model = merged
+        elif merged is not module:
+            model.set_submodule(name, merged)
+        blocks.append(BlockReport(name, adapter.name))
+        done.append(name)
+    return model, blocks
+
+
+def _convert(model: nn.Module, fold_bn: bool) -> tuple[nn.Module, list[BlockReport], list[str]]:
+    model, blocks = _merge_blocks(model)
+    notes = []
+    if fold_bn and any(isinstance(m, _BatchNorm) for m in model.modules()):
+        try:
+            blocks += [BlockReport(conv, f"Conv-BN ({bn})") for conv, bn in fold_conv_bn_(model)]
+        except TraceError as error:
+            notes.append(f"the network's own BNs were not folded: {error}")
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} holds no block that can be merged" + "".join(f"; {n}" for n in notes))
+    return model, blocks, notes
+
+
+def _check_cast(converted: nn.Module, proven: nn.Module) -> None:
+    """The proof was run on a float64 twin: the model that is handed out must hold the same numbers, rounded once."""
+    for (name, ours), theirs in zip(converted.state_dict().items(), proven.state_dict().values(), strict=True):
+        if not torch.equal(ours, theirs.to(ours.dtype)):
+            raise EquivalenceError(f"{name!r} is not the rounded value of the proven float64 merge")
+
+
+def reparameterize(
+    model: nn.Module,
+    example_input: Tensor | None = None,
+    inplace: bool = False,
+    verify: bool = True,
+    fold_bn: bool = True,
+) -> tuple[nn.Module, Report]:
+    """Merge all branches of every block into one convolution each; return the merged model and a report.
+
+    ``model`` must be in eval mode. By default a copy is merged; ``inplace=True`` changes the given one. ``verify`` merges
+    a float64 twin first and compares it with the original, block by block and end to end, on ``example_input`` (N, C, H,
+    W) and on random inputs, an odd size among them; relative tolerance 1e-9. ``fold_bn`` also folds the network's own
+    Conv-BN pairs.
+
+    Raises RuntimeError in train mode, ValueError where the model holds nothing to merge, and
+    :class:`rep_plugin.verify.EquivalenceError` where the proof fails, with the first block that is off. The model is
+    then as it was.
+    """
+    started = time.perf_counter()
+    _refuse_train_mode(model)
+    inputs = default_inputs(model, example_input)
+    report = Report("reparameterize", count_params(model), 0, input_shape=tuple(inputs[0].shape))
+    report.macs_before = count_macs(model, inputs[0])
+    twin = None
+    if verify:
+        twin, blocks, _ = _convert(copy.deepcopy(model).double(), fold_bn)
+        report.notes += _prove(model, twin, inputs, blocks, report)
+
+    merged, report.blocks, notes = _convert(model if inplace else copy.deepcopy(model), fold_bn)
+    if twin is not None:
+        _check_cast(merged, twin)
+        report.blocks = blocks
+    report.params_after, report.macs_after = count_params(merged), count_macs(merged, inputs[0])
+    report.notes += notes
+    report.seconds = time.perf_counter() - started
+    return merged, report
+
+
+def _prove(
+    model: nn.Module, twin: nn.Module, inputs: list[Tensor], blocks: list[BlockReport], report: Report
+) -> list[str]:
+    """Compare the float64 twin with the model, fill in the report's errors, and return notes."""
+    names = [block.name for block in blocks if block.name and not block.kind.startswith("Conv-BN")]
+    found = verify_equivalence(model, twin, inputs, names, TOLERANCE)
+    for block in blocks:
+        if (difference := found.blocks.get(block.name)) is not None:
+            block.max_abs_error, block.max_rel_error = difference.max_abs, difference.max_rel
+    total = found.total
+    report.max_abs_error, report.max_rel_error = total.max_abs, total.max_rel
+    # Logits have no border: the blocks' own maps count as well.
+    maps = [total, *found.blocks.values()]
+    report.border_rel_error = max(difference.border_rel for difference in maps)
+    report.interior_rel_error = max(difference.interior_rel for difference in maps)
+    report.sensitivity = found.sensitivity
+    return [] if found.conclusive else [f"inconclusive: sensitivity {found.sensitivity:.1e}"]

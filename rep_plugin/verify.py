@@ -1,0 +1,276 @@
+"""The one equivalence check: two models, the same inputs, in float64."""
+
+import copy
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+MIN_SENSITIVITY = 1e-3
+
+
+class EquivalenceError(RuntimeError):
+    """Two models that must compute the same function do not."""
+
+
+class InconclusiveWarning(UserWarning):
+    """The output hardly depends on the input, so equality proves little (an untrained net can be like that)."""
+
+
+@dataclass
+class Difference:
+    """Largest differences of two outputs; relative ones are divided by the largest value of the reference output."""
+
+    max_abs: float = 0.0
+    max_rel: float = 0.0
+    border_rel: float = 0.0
+    interior_rel: float = 0.0
+
+    def include(self, other: "Difference") -> None:
+        for name in ("max_abs", "max_rel", "border_rel", "interior_rel"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            setattr(self, name, theirs if math.isnan(theirs) else max(mine, theirs))
+
+    def exceeds(self, tolerance: float) -> bool:
+        return not self.max_rel <= tolerance  # NaN exceeds everything
+
+
+@dataclass
+class Equivalence:
+    """What :func:`verify_equivalence` measured: end to end, for each named block, and the output's sensitivity."""
+
+    total: Difference = field(default_factory=Difference)
+    blocks: dict[str, Difference] = field(default_factory=dict)
+    sensitivity: float = 0.0
+
+    @property
+    def conclusive(self) -> bool:
+        return self.sensitivity >= MIN_SENSITIVITY
+
+
+def flatten_outputs(output: object) -> list[Tensor]:
+    """Return the floating-point tensors of a nested output, in order."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, dict):
+        output = list(output.values())
+    if isinstance(output, (list, tuple)):
+        return [tensor for item in output for tensor in flatten_outputs(item)]
+    return []
+
+
+def compare_outputs(reference: object, candidate: object) -> Difference:
+    """Return the differences of two outputs of equal structure. Non-finite values count as an infinite difference.
+
+    Raises EquivalenceError where number or shapes of the tensors differ.
+    """
+    ours, theirs = flatten_outputs(reference), flatten_outputs(candidate)
+    shapes = [tuple(t.shape) for t in ours], [tuple(t.shape) for t in theirs]
+    if shapes[0] != shapes[1] or not ours:
+        raise EquivalenceError(f"output shapes differ: expected {shapes[0]}, got {shapes[1]}")
+    result = Difference()
+    for a, b in zip(ours, theirs):
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            return Difference(math.inf, math.inf, math.inf, math.inf)
+        gap = (a.double() - b.double()).abs()
+        scale = max(a.abs().max().item(), torch.finfo(torch.float64).tiny)
+        largest = gap.max().item()
+        border, interior = largest, largest
+        if gap.dim() == 4 and min(gap.shape[2:]) > 2:
+            interior = gap[:, :, 1:-1, 1:-1].max().item()
+            ring = torch.cat(
+                [gap[:, :, 0].flatten(), gap[:, :, -1].flatten(), gap[..., 0].flatten(), gap[..., -1].flatten()]
+            )
+            border = ring.max().item()
+        result.include(Difference(largest, largest / scale, border / scale, interior / scale))
+    return result
+
+
+def _is_float(tensor: object) -> bool:
+    return isinstance(tensor, Tensor) and tensor.is_floating_point()
+
+
+def default_inputs(model: nn.Module, example_input: Tensor | None = None) -> list[Tensor]:
+    """Return two inputs for ``model``: ``example_input`` or a random one, and a random pair of pictures of an odd size.
+
+    The size is ``example_input``'s, else ``pretrained_cfg['input_size']`` (timm), else 3x64x64 with the first
+    convolution's channels. Raises ValueError for an example that is not a (N, C, ...) float tensor.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if example_input is not None:
+        if not _is_float(example_input) or example_input.dim() < 2:
+            raise ValueError(f"example_input must be a float tensor (N, C, ...), got {type(example_input).__name__}")
+        shape = tuple(example_input.shape)
+    else:
+        cfg = getattr(model, "pretrained_cfg", None) or {}
+        first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+        channels = first.in_channels if first is not None else 3
+        shape = (2, *(cfg.get("input_size") or (channels, 64, 64)))
+    generator = torch.Generator().manual_seed(0)
+    first = example_input if example_input is not None else torch.randn(shape, generator=generator).to(device)
+    other = (2, *shape[1:])
+    if len(shape) == 4:
+        other = (2, shape[1], shape[2] - 1 + shape[2] % 2, shape[3] - 1 + shape[3] % 2)
+    return [first, torch.randn(other, generator=generator).to(device)]
+
+
+class _FastDepthwise(TorchFunctionMode):
+    """Computes float64 depthwise convolutions as sums of shifted maps: on CPU torch loops over the groups, 100x slower."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.conv2d:
+            return self._conv2d(func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def _conv2d(func, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        plain = not isinstance(padding, str) and input.dim() == 4 and groups == input.shape[1] == weight.shape[0] > 1
+        if not plain or input.dtype != torch.float64 or input.is_cuda:
+            return func(input, weight, bias, stride, padding, dilation, groups)
+        (sh, sw), (ph, pw), (dh, dw) = (_pair(v) for v in (stride, padding, dilation))
+        x = F.pad(input, (pw, pw, ph, ph))
+        kh, kw = weight.shape[2:]
+        rows, cols = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1, (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
+        out = (
+            x.new_zeros(*x.shape[:2], rows, cols)
+            if bias is None
+            else bias.view(1, -1, 1, 1).expand(x.shape[0], -1, rows, cols).clone()
+        )
+        for a in range(kh):
+            for b in range(kw):
+                shifted = x[
+                    :, :, a * dh : a * dh + sh * (rows - 1) + 1 : sh, b * dw : b * dw + sw * (cols - 1) + 1 : sw
+                ]
+                out.addcmul_(shifted, weight[:, 0, a, b].view(1, -1, 1, 1))
+        return out
+
+
+def _pair(value) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
+def _run(model: nn.Module, *args, **kwargs) -> object:
+    with torch.no_grad(), _FastDepthwise():
+        return model(*args, **kwargs)
+
+
+class _Recorder:
+    """Keeps the first call's inputs and output of chosen modules, as copies: a later layer may work in place."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]):
+        self.calls = {}
+        self._handles = [
+            model.get_submodule(name).register_forward_hook(self._hook(name), with_kwargs=True) for name in names
+        ]
+
+    def _hook(self, name: str):
+        def keep(module, args, kwargs, output):
+            if name not in self.calls:
+                self.calls[name] = copy.deepcopy((args, kwargs, output))
+
+        return keep
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def verify_equivalence(
+    reference: nn.Module,
+    candidate: nn.Module,
+    inputs: Sequence[Tensor],
+    block_names: Sequence[str] = (),
+    tolerance: float = 1e-9,
+) -> Equivalence:
+    """Check that two eval-mode models compute the same function on every input.
+
+    Both are copied to float64 first, so they are left as they are. Each named block is also compared alone: the
+    candidate's is given the reference's own input to it. An input that the *reference* cannot take (an odd size, say) is
+    left out, provided that the first one works.
+
+    Raises EquivalenceError over ``tolerance`` (relative) or on a non-finite value, naming the first block that is off;
+    warns with InconclusiveWarning where another input changes the output by less than 1e-3.
+    """
+    reference = copy.deepcopy(reference).double().eval()
+    candidate = copy.deepcopy(candidate).double().eval()
+    result = Equivalence(blocks={name: Difference() for name in block_names})
+    for index, x in enumerate(inputs):
+        recorder = _Recorder(reference, block_names)
+        try:
+            expected = _run(reference, x.double())
+        except RuntimeError:
+            if index == 0:
+                raise
+            continue
+        finally:
+            recorder.remove()
+        for name, (args, kwargs, output) in recorder.calls.items():
+            try:
+                found = compare_outputs(output, _run(candidate.get_submodule(name), *args, **kwargs))
+            except EquivalenceError as error:
+                raise EquivalenceError(f"block {name!r}: {error}") from None
+            result.blocks[name].include(found)
+        _raise_if_off(result.blocks, tolerance)
+        total = compare_outputs(expected, _run(candidate, x.double()))
+        result.total.include(total)
+        if total.exceeds(tolerance):
+            raise EquivalenceError(
+                f"the whole model differs by {total.max_rel:.2e} relative (tolerance {tolerance:.0e}) although each of "
+                f"{len(block_names)} blocks agrees"
+            )
+        if len(x) < 2 and index == 0:
+            continue  # one picture says nothing about another
+        for out in flatten_outputs(expected):
+            change = (out[0] - out[-1]).abs().max().item() / max(out.abs().max().item(), torch.finfo(out.dtype).tiny)
+            result.sensitivity = max(result.sensitivity, change)
+    if not result.conclusive:
+        warnings.warn(
+            f"inconclusive: another input changes the output by {result.sensitivity:.1e} only (expected >= "
+            f"{MIN_SENSITIVITY:.0e}), so equality proves little",
+            InconclusiveWarning,
+            stacklevel=2,
+        )
+    return result
+
+
+def _raise_if_off(blocks: dict[str, Difference], tolerance: float) -> None:
+    for name, difference in blocks.items():
+        if difference.exceeds(tolerance):
+            raise EquivalenceError(
+                f"block {name!r} differs by {difference.max_rel:.2e} relative (tolerance {tolerance:.0e}); border "
+                f"{difference.border_rel:.2e}, interior {difference.interior_rel:.2e}"
+            )
+
+
+def calibrate_random_bn_(model: nn.Module, x: Tensor, seed: int = 0) -> nn.Module:
+    """Give every BN random gammas (a quarter negative), betas, and statistics that fit ``x``; return the eval model.
+
+    A fresh BN is the identity and hides a wrong fold; uncalibrated statistics squash deep signals and hide it too.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    bns = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    with torch.no_grad():
+        for bn in bns:
+            if bn.weight is not None:
+                size = bn.weight.shape
+                gamma = torch.rand(size, generator=generator) + 0.5
+                sign = torch.where(torch.rand(size, generator=generator) < 0.25, -1.0, 1.0)
+                bn.weight.copy_(gamma * sign)
+                bn.bias.copy_(torch.randn(size, generator=generator) * 0.5)
+        momenta = {bn: bn.momentum for bn in bns}
+        for bn in bns:
+            bn.momentum = None
+            bn.reset_running_stats()
+        model.train()
+        model(x)
+        model(F.hardtanh(x.flip(0)))
+        for bn, momentum in momenta.items():
+            bn.momentum = momentum
+    model.eval()
+    return model
