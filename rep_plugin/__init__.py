@@ -1,8 +1,13 @@
 """Structural re-parameterization and channel pruning for mmpretrain, mmengine and timm, every step proven equal."""
 
+from importlib.util import find_spec
+
 from rep_plugin.reparam import reparameterize
 from rep_plugin.report import Report
 from rep_plugin.verify import EquivalenceError, InconclusiveWarning
 
 __version__ = "0.1.0"
 __all__ = ["EquivalenceError", "InconclusiveWarning", "Report", "reparameterize"]
+
+if find_spec("timm") is not None:  # registers our names with timm
+    from rep_plugin import timm_models as timm_models

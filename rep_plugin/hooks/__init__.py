@@ -1,0 +1,5 @@
+"""mmengine hooks: they decide when; library functions do the work."""
+
+from rep_plugin.hooks.reparam_hook import ReparamHook
+
+__all__ = ["ReparamHook"]

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Usage: dist_test.sh CONFIG CHECKPOINT GPUS [flags of test.py]
+# Without graphics cards add: --cfg-options env_cfg.dist_cfg.backend=gloo
+set -euo pipefail
+if [ $# -lt 3 ]; then
+    echo "usage: $0 CONFIG CHECKPOINT GPUS [flags of test.py]" >&2
+    exit 2
+fi
+config=$1
+checkpoint=$2
+gpus=$3
+exec "${PYTHON:-python}" -m torch.distributed.run \
+    --nnodes="${NNODES:-1}" \
+    --node-rank="${NODE_RANK:-0}" \
+    --master-addr="${MASTER_ADDR:-127.0.0.1}" \
+    --master-port="${PORT:-29500}" \
+    --nproc-per-node="$gpus" \
+    "$(dirname "$0")/test.py" "$config" "$checkpoint" --launcher pytorch "${@:4}"
