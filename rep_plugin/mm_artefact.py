@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import rep_plugin
+from rep_plugin.backbones.loading import require_fit
 from rep_plugin.checkpoint import load_checkpoint_file, save_checkpoint_file, write_atomic
 from rep_plugin.registry import MODELS
 from rep_plugin.reparam import reparameterize
@@ -74,17 +75,7 @@ def load_strictly(model: nn.Module, state_dict: dict, source: str) -> None:
 
     Raises RuntimeError with the first missing, unexpected and differently shaped keys.
     """
-    own = model.state_dict()
-    missing = [key for key in own if key not in state_dict]
-    unexpected = [key for key in state_dict if key not in own]
-    shapes = [key for key in own if key in state_dict and own[key].shape != state_dict[key].shape]
-    if missing or unexpected or shapes:
-        parts = [
-            f"{len(keys)} {what} (first: {', '.join(keys[:3])})"
-            for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-            if keys
-        ]
-        raise RuntimeError(f"{source} does not fit {type(model).__name__}: {'; '.join(parts)}; nothing was loaded")
+    require_fit(model, state_dict, source)
     model.load_state_dict(state_dict)
 
 

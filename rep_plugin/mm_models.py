@@ -8,6 +8,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rep_plugin.backbones.loading import refuse_misfits
 from rep_plugin.backbones.rep_mobilenet_v2 import DEFAULT_ACT, DEFAULT_BRANCHES, STAGES, STRIDES
 from rep_plugin.backbones.rep_mobilenet_v2 import RepMobileNetV2 as PlainRepMobileNetV2
 from rep_plugin.registry import MODELS
@@ -38,6 +39,7 @@ class StagedBackbone(BaseModule):
             raise ValueError(f"frozen_stages must lie in -1..{len(self.stages)}, got {frozen_stages}")
         self.frozen_stages, self.norm_eval, self.init_cfg = frozen_stages, norm_eval, copy.deepcopy(init_cfg)
         self._freeze_stages()
+        refuse_misfits(self)
 
     def _freeze_stages(self) -> None:
         parts = [self.stem, *self.stages][: self.frozen_stages + 1]

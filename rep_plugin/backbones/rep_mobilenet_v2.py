@@ -1,10 +1,11 @@
 """Rep-MobileNetV2: MobileNetV2's seven stages, trained as linear branches and deployed as plain 3x3 convolutions."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from rep_plugin.backbones.loading import load_whole
 from rep_plugin.blocks.activations import build_activation
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.inverted_residual import RepInvertedResidual, conv_bn
@@ -94,6 +95,10 @@ class RepMobileNetV2(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    def load_state_dict(self, state_dict: Mapping, strict: bool = True, assign: bool = False):
+        """As torch's, but a strict load that does not fit raises before anything is loaded."""
+        return load_whole(self, super().load_state_dict, state_dict, strict, assign)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.stem(x)

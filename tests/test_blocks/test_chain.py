@@ -151,7 +151,7 @@ def test_autocast_step_is_finite_and_close():
         (nn.ReLU(), "ReLU is not linear"),
         (nn.AvgPool2d(3, count_include_pad=False), "count_include_pad"),
         (nn.AvgPool2d(3, ceil_mode=True), "ceil_mode"),
-        (nn.Conv2d(4, 4, 3, padding_mode="reflect"), "padding_mode.*'reflect'"),
+        (nn.Conv2d(4, 4, 3, padding_mode="reflect"), r"padding_mode.*'reflect'"),
         (nn.GroupNorm(2, 4), "GroupNorm is not linear"),
     ],
 )
@@ -169,7 +169,7 @@ def test_train_mode_empty_chain_and_early_stride_are_refused():
         Chain({})
     with pytest.raises(ValueError, match="channel number"):
         merge_chain([nn.AvgPool2d(3)])
-    with pytest.raises(ValueError, match="'late'.*'early'"):
+    with pytest.raises(ValueError, match=r"'late'.*'early'"):
         Chain({"early": nn.Conv2d(2, 2, 1, stride=2), "late": nn.Conv2d(2, 2, 3)})
     with pytest.raises(ValueError, match="more than 1 value"):
         Chain({"bn": nn.BatchNorm2d(2)}).train()(torch.randn(1, 2, 1, 1))
