@@ -10,4 +10,5 @@ __version__ = "0.1.0"
 __all__ = ["EquivalenceError", "InconclusiveWarning", "Report", "reparameterize"]
 
 if find_spec("timm") is not None:  # registers our names with timm
+    from rep_plugin import timm_bilinear as timm_bilinear
     from rep_plugin import timm_models as timm_models

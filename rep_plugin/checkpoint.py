@@ -23,6 +23,13 @@ from torch._weights_only_unpickler import _get_allowed_globals
 HISTORY_BUFFER_MODULE = "mmengine.logging.history_buffer"
 # The methods mmengine registers by default: the only attributes a checkpoint may ask for by name.
 STATISTICS_METHODS = frozenset({"min", "max", "mean", "current"})
+# (module, class) -> the methods a checkpoint may name: mmengine's OneCycle schedulers keep their annealing function.
+NAMED_METHODS = {
+    (HISTORY_BUFFER_MODULE, "HistoryBuffer"): STATISTICS_METHODS,
+    ("mmengine.optim.scheduler.param_scheduler", "OneCycleParamScheduler"): frozenset(
+        {"_annealing_cos", "_annealing_linear"}
+    ),
+}
 HISTORY_BUFFER_STATE = frozenset({"max_length", "_log_history", "_count_history", "statistics_methods"})
 NUMERIC_KINDS = "biufc"
 
@@ -40,14 +47,16 @@ def _history_buffer() -> type:
     return importlib.import_module(HISTORY_BUFFER_MODULE).HistoryBuffer
 
 
-def _statistics_method(owner: Any, name: Any) -> Callable:
-    """Stand-in for ``getattr``: the pickle of a HistoryBuffer names its statistics methods through it."""
-    if owner is not _history_buffer() or not isinstance(name, str) or name not in STATISTICS_METHODS:
-        raise UnsafeCheckpointError(
-            f"refused getattr of {name!r} on {_describe(owner)}, expected one of {sorted(STATISTICS_METHODS)} "
-            "on HistoryBuffer"
-        )
-    return vars(owner)[name]
+def _named_method(owner: Any, name: Any) -> Callable:
+    """Stand-in for ``getattr``: pickles name the methods of HistoryBuffer and of OneCycle schedulers through it."""
+    for (module, kind), methods in NAMED_METHODS.items():
+        loaded = sys.modules.get(module)  # find_class has imported it where the pickle named the class
+        if loaded is not None and owner is getattr(loaded, kind) and isinstance(name, str) and name in methods:
+            return getattr(owner, name)
+    allowed = ", ".join(
+        f"{kind}.{method}" for (_, kind), methods in NAMED_METHODS.items() for method in sorted(methods)
+    )
+    raise UnsafeCheckpointError(f"refused getattr of {name!r} on {_describe(owner)}, expected one of {allowed}")
 
 
 def _plain_dtype(spec: Any, align: bool = False, copy: bool = False) -> np.dtype:
@@ -80,7 +89,7 @@ def _rebuild_from_type(function: Any, kind: Any, arguments: tuple, state: Any) -
 
 
 STAND_INS = {
-    "builtins.getattr": _statistics_method,
+    "builtins.getattr": _named_method,
     "numpy.dtype": _plain_dtype,
     "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
 } | {
@@ -117,13 +126,10 @@ class _RestrictedUnpickler(pickle._Unpickler):
             return _get_allowed_globals()[path]
         if path == "numpy.ndarray":
             return np.ndarray
-        if module == HISTORY_BUFFER_MODULE:
-            if name == "HistoryBuffer":
-                return _history_buffer()
-            owner, _, method = name.partition(".")
-            # Pickle protocol 4 and later name a method by its dotted path.
-            if owner == "HistoryBuffer" and method in STATISTICS_METHODS:
-                return _statistics_method(_history_buffer(), method)
+        kind, _, method = name.partition(".")  # pickle protocol 4 and later name a method by its dotted path
+        if (module, kind) in NAMED_METHODS:
+            owner = getattr(importlib.import_module(module), kind)
+            return _named_method(owner, method) if method else owner
         raise UnsafeCheckpointError(f"refused global {path!r}, which is not in the allow-list")
 
     def load_reduce(self) -> None:
@@ -237,7 +243,7 @@ def _check_history_state(state: Any) -> None:
     if not isinstance(state, dict) or not set(state) <= HISTORY_BUFFER_STATE:
         raise UnsafeCheckpointError(f"refused HistoryBuffer state, expected only {sorted(HISTORY_BUFFER_STATE)}")
     for name, method in state.get("statistics_methods", {}).items():
-        if method is not _statistics_method(_history_buffer(), name):
+        if method is not _named_method(_history_buffer(), name):
             raise UnsafeCheckpointError(f"refused HistoryBuffer statistics method {name!r}, which is not its own")
 
 

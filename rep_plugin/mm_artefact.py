@@ -55,6 +55,8 @@ def deploy_config(cfg: Config) -> Config:
         part["deploy"] = True
         part.pop("init_cfg", None)  # the weights come from deploy.pth
     cfg.load_from, cfg.resume = None, False
+    for key in ("work_dir", "launcher"):  # a Runner writes its config into work_dir, over this very file
+        cfg.pop(key, None)
     hooks = cfg.get("custom_hooks") or []
     cfg.custom_hooks = [hook for hook in hooks if str(hook.get("type")) != "rep_plugin.ReparamHook"]
     return cfg

@@ -8,5 +8,7 @@ from mmengine.registry import HOOKS as ROOT_HOOKS
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import Registry
 
-MODELS = Registry("model", parent=ROOT_MODELS, scope="rep_plugin", locations=["rep_plugin.mm_models"])
+MODELS = Registry(
+    "model", parent=ROOT_MODELS, scope="rep_plugin", locations=["rep_plugin.mm_models", "rep_plugin.mm_bilinear"]
+)
 HOOKS = Registry("hook", parent=ROOT_HOOKS, scope="rep_plugin", locations=["rep_plugin.hooks"])

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer
+from mmengine.optim import OneCycleLR
 
 import rep_plugin.checkpoint as checkpoint
 from rep_plugin.checkpoint import (
@@ -69,6 +70,28 @@ def test_training_checkpoint_is_read_whole(tmp_path, options):
     assert loaded["message_hub"]["array"].tolist() == [0, 1, 2]
     with open(path, "rb") as file:
         assert load_checkpoint_file(file)["meta"] == {"epoch": 1, "classes": ["a", "b"]}
+
+
+@pytest.mark.parametrize("strategy", ["cos", "linear"])
+@pytest.mark.parametrize("options", [{}, {"pickle_protocol": 4}])
+def test_state_of_a_one_cycle_scheduler_is_read(tmp_path, strategy, options):
+    def scheduler() -> OneCycleLR:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        return OneCycleLR(optimizer, eta_max=0.1, total_steps=10, anneal_strategy=strategy)
+
+    trained, resumed = scheduler(), scheduler()
+    for _ in range(3):
+        trained.step()
+    torch.save({"param_schedulers": [trained.state_dict()]}, tmp_path / "a.pth", **options)
+    resumed.load_state_dict(load_checkpoint_file(tmp_path / "a.pth")["param_schedulers"][0])
+    trained.step(), resumed.step()
+    assert resumed.get_last_value() == trained.get_last_value() and resumed.last_step == 4
+    owner = OneCycleLR.__mro__[2]
+    assert owner.__name__ == "OneCycleParamScheduler"
+    for call in (Call(builtins.getattr, owner, "__init__"), Call(owner, None, "lr")):
+        torch.save({"x": call}, tmp_path / "bad.pth")
+        with pytest.raises(UnsafeCheckpointError, match="refused"):
+            load_checkpoint_file(tmp_path / "bad.pth")
 
 
 @pytest.mark.parametrize("core", ["core", "_core"])

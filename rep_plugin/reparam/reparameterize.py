@@ -97,6 +97,8 @@ def reparameterize(
         twin, blocks, _ = _convert(copy.deepcopy(model).double(), fold_bn)
         report.notes += _prove(model, twin, inputs, blocks, report)
 
+    elif inplace:
+        _convert(copy.deepcopy(model), fold_bn)  # a block that cannot be merged must not leave others merged
     merged, report.blocks, notes = _convert(model if inplace else copy.deepcopy(model), fold_bn)
     if twin is not None:
         _check_cast(merged, twin)

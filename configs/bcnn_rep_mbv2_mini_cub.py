@@ -1,0 +1,62 @@
+# Bilinear Rep-MobileNetV2 on the rendered birds: python tools/make_mini_fgvc.py (20 classes, 128 x 128), from scratch.
+_base_ = ["mmpretrain::_base_/default_runtime.py"]
+
+data_root = "data/mini_cub"
+missing_data_hint = "render the pictures: python tools/make_mini_fgvc.py"
+
+model = dict(
+    type="ImageClassifier",
+    # Stride 16: an 8 x 8 map, since the birds differ in small parts.
+    backbone=dict(
+        type="rep_plugin.RepMobileNetV2",
+        widen_factor=0.5,
+        strides=(2, 1, 2, 2, 2, 1, 1, 1),
+        channels_last=True,
+    ),
+    head=dict(
+        type="rep_plugin.BilinearClsHead",
+        in_channels=1280,
+        projection=128,
+        method="full",
+        num_classes=20,
+        loss=dict(type="CrossEntropyLoss", loss_weight=1.0),
+        topk=(1,),
+    ),
+)
+data_preprocessor = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True, num_classes=20)
+
+train_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="RandomCrop", crop_size=128, padding=8, padding_mode="edge"),
+    dict(type="RandomFlip", prob=0.5, direction="horizontal"),
+    dict(type="PackInputs"),
+]
+test_pipeline = [dict(type="LoadImageFromFile"), dict(type="PackInputs")]
+train_dataloader = dict(
+    batch_size=32,
+    num_workers=1,
+    dataset=dict(type="CUB", data_root=data_root, split="train", pipeline=train_pipeline),
+    sampler=dict(type="DefaultSampler", shuffle=True),
+)
+val_dataloader = dict(
+    batch_size=100,
+    num_workers=1,
+    dataset=dict(type="CUB", data_root=data_root, split="test", test_mode=True, pipeline=test_pipeline),
+    sampler=dict(type="DefaultSampler", shuffle=False),
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(type="Accuracy", topk=(1,))
+test_evaluator = val_evaluator
+
+# Features of unit norm need large weights in the classifier: 0.05 x 20 = 1.
+optim_wrapper = dict(
+    optimizer=dict(type="SGD", lr=0.05, momentum=0.9, weight_decay=1e-4, nesterov=True),
+    paramwise_cfg=dict(norm_decay_mult=0.0, custom_keys={"head.fc": dict(lr_mult=20.0)}),
+)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.1, by_epoch=True, begin=0, end=2, convert_to_iter_based=True),
+    dict(type="CosineAnnealingLR", T_max=28, by_epoch=True, begin=2, end=30, convert_to_iter_based=True),
+]
+train_cfg = dict(by_epoch=True, max_epochs=30, val_interval=1)
+val_cfg = dict()
+test_cfg = dict()

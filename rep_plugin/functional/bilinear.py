@@ -1,0 +1,302 @@
+"""Bilinear (second-order) pooling and its compact forms, as pure tensor functions.
+
+A map is ``x`` (N, C, L): N pictures, C channels, L = H * W positions. Everything runs in float32 (float64 stays float64)
+with autocast off, and returns that type: sums of products over positions leave the range of half precision. Maps are
+scaled by ``1 / sqrt(L)`` before they are multiplied, so that a Gram matrix is a mean over positions.
+
+Sources: Lin et al., "Bilinear CNN Models" (ICCV 2015); Gao et al., "Compact Bilinear Pooling" (CVPR 2016); Kim et al.,
+"Hadamard Product for Low-rank Bilinear Pooling" (ICLR 2017); Li et al., "Towards Faster Training of Global Covariance
+Pooling Networks by Iterative Matrix Square Root Normalization" (CVPR 2018). The sketch from the Gram matrix, the
+zero-preserving signed square root and the fold of a head to the triangle are derived here.
+"""
+
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+SQRT_EPS = 1e-5  # bounds the gradient of the signed square root by 1 / (2 sqrt(eps)) = 158
+NORM_EPS = 1e-12  # torch.nn.functional.normalize's own
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def autocast_enabled(x: Tensor) -> bool:
+    """True where autocast is on for the device of ``x``."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def _without_autocast(x: Tensor):
+    # Entered only where it changes something: exporters stumble over the context manager.
+    return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else nullcontext()
+
+
+def full_precision(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Decorate a function to run with autocast off and its half-precision arguments as float32."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs) -> Tensor:
+        args = [a.float() if isinstance(a, Tensor) and a.dtype in _HALF else a for a in args]
+        kwargs = {k: a.float() if isinstance(a, Tensor) and a.dtype in _HALF else a for k, a in kwargs.items()}
+        with _without_autocast(args[0]):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def _plain_ops() -> bool:
+    """True where the graph is recorded for another runtime, which knows no custom autograd function."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
+def check_maps(x: Tensor, y: Tensor | None = None) -> None:
+    """Raise ValueError unless ``x``, and ``y`` where given, are (N, C, L) maps of equal N and L, L >= 1."""
+    for z in (x,) if y is None else (x, y):
+        if z.dim() != 3 or z.shape[2] < 1:
+            raise ValueError(f"a map must be (N, C, L) with at least one position, got shape {tuple(z.shape)}")
+    if y is not None and (x.shape[0] != y.shape[0] or x.shape[2] != y.shape[2]):
+        raise ValueError(
+            f"both streams must have the same batch and positions, got {tuple(x.shape)} and {tuple(y.shape)} (N, C, L)"
+        )
+
+
+class _SymmetricGram(torch.autograd.Function):
+    """``x x^T / L``. The backward pass is one product, autograd's own takes two and adds them."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        scaled = x * x.shape[2] ** -0.5
+        ctx.save_for_backward(scaled)
+        return torch.bmm(scaled, scaled.transpose(1, 2))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (scaled,) = ctx.saved_tensors
+        with _without_autocast(grad):
+            return torch.bmm(grad + grad.transpose(1, 2), scaled).mul_(scaled.shape[2] ** -0.5)
+
+
+@full_precision
+def gram(x: Tensor, y: Tensor | None = None) -> Tensor:
+    """Return the mean over positions of the outer products: (N, C1, L), (N, C2, L) -> (N, C1, C2).
+
+    Without ``y``, of ``x`` with itself. Raises ValueError for maps of other shapes.
+    """
+    check_maps(x, y)
+    if y is None and not _plain_ops() and torch.is_grad_enabled() and x.requires_grad:
+        return _SymmetricGram.apply(x)
+    scale = x.shape[2] ** -0.5
+    first = x * scale
+    second = first if y is None else y * scale
+    return torch.bmm(first, second.transpose(1, 2))
+
+
+@full_precision
+def signed_sqrt(z: Tensor, eps: float = SQRT_EPS) -> Tensor:
+    """Return ``sqrt(relu(z) + eps) - sqrt(relu(-z) + eps)``: odd, and exactly 0 at 0, so that dead channels stay dead."""
+    return torch.sqrt(torch.relu(z) + eps) - torch.sqrt(torch.relu(-z) + eps)
+
+
+def _norm(y: Tensor, weight: Tensor | None) -> Tensor:
+    if weight is None:
+        return torch.linalg.vector_norm(y, dim=1, keepdim=True).clamp_min(NORM_EPS)
+    return (y * y * weight).sum(1, keepdim=True).sqrt().clamp_min(NORM_EPS)
+
+
+class _SignedSqrtL2(torch.autograd.Function):
+    """Signed square root and L2 in few passes over memory; only the output and one norm a row are kept.
+
+    The derivative at 0 is the true one, 1 / (2 sqrt(eps)); autograd of the two ReLUs would say 0 there.
+    """
+
+    @staticmethod
+    def forward(ctx, z: Tensor, weight: Tensor | None) -> Tensor:
+        y = z.abs().add_(SQRT_EPS).sqrt_().sub_(SQRT_EPS**0.5).copysign_(z)
+        norm = _norm(y, weight)
+        y.div_(norm)
+        ctx.save_for_backward(y, norm, weight)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        y, norm, weight = ctx.saved_tensors
+        with _without_autocast(grad):
+            along = torch.linalg.vecdot(y, grad, dim=1).unsqueeze(1)
+        out = torch.addcmul(grad, y if weight is None else y * weight, along, value=-1)
+        slope = (y.abs() * (2 * norm * norm)).add_(2 * norm * SQRT_EPS**0.5)
+        # A row of zeros has no direction: its gradient is 0, not 1e14.
+        return out.div_(slope).mul_(norm > NORM_EPS), None
+
+
+@full_precision
+def signed_sqrt_l2(z: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Signed square root, then every row divided by its L2 norm: (N, D) -> (N, D).
+
+    ``weight`` (D,) counts an entry of the norm so many times (a triangle: off-diagonals twice). Rows of zeros stay zeros.
+    Differentiable once.
+    """
+    if weight is not None:
+        weight = weight.to(z.dtype)
+    if not _plain_ops() and torch.is_grad_enabled() and z.requires_grad:
+        return _SignedSqrtL2.apply(z, weight)
+    y = signed_sqrt(z)
+    return y / _norm(y, weight)
+
+
+# --- the upper triangle of a symmetric matrix, row by row ---
+
+
+def triangle_size(channels: int) -> int:
+    """Entries on and above the diagonal."""
+    return channels * (channels + 1) // 2
+
+
+def triangle_offset(i: int, j: int, channels: int) -> int:
+    """Place of entry (i, j), i <= j, in the flattened triangle. Raises ValueError outside of it."""
+    if not 0 <= i <= j < channels:
+        raise ValueError(f"entry ({i}, {j}) is not in the upper triangle of {channels} channels")
+    return i * channels - i * (i - 1) // 2 + (j - i)
+
+
+def triangle_index(channels: int, device: torch.device | str | None = None) -> Tensor:
+    """Return the places i * C + j of the triangle's entries in the flattened C x C matrix: (C (C + 1) / 2,) int64."""
+    rows, cols = torch.triu_indices(channels, channels, device=device)
+    return rows * channels + cols
+
+
+def triangle_multiplicity(channels: int, device: torch.device | str | None = None) -> Tensor:
+    """Return how often the full matrix holds each entry of the triangle: 1 on the diagonal, else 2. (C (C + 1) / 2,)"""
+    rows, cols = torch.triu_indices(channels, channels, device=device)
+    return 2.0 - (rows == cols).to(torch.get_default_dtype())
+
+
+@full_precision
+def take_triangle(matrix: Tensor, index: Tensor) -> Tensor:
+    """Return the upper triangles, flattened: (N, C, C) -> (N, C (C + 1) / 2); ``index`` from :func:`triangle_index`."""
+    return matrix.flatten(1).index_select(1, index)
+
+
+def fold_to_triangle(weight: Tensor, channels: int) -> Tensor:
+    """Fold the weight of a linear layer on full symmetric features: (K, C * C) -> (K, C (C + 1) / 2), lossless.
+
+    ``W'_ij = W_ij + W_ji`` for i < j; the diagonal and the layer's bias stay. The features' norm must go on counting
+    off-diagonals twice (:func:`triangle_multiplicity`). Raises ValueError where the columns are not C * C.
+    """
+    if weight.dim() != 2 or weight.shape[1] != channels * channels:
+        raise ValueError(
+            f"a full head on {channels} channels has {channels * channels} columns, got weight {tuple(weight.shape)}"
+        )
+    rows, cols = torch.triu_indices(channels, channels, device=weight.device)
+    folded = weight[:, rows * channels + cols]
+    mirrored = weight[:, cols * channels + rows]
+    return torch.where(rows == cols, folded, folded + mirrored)
+
+
+def full_columns(keep1: Tensor, keep2: Tensor, channels2: int) -> Tensor:
+    """Columns of a full head that stay where channels ``keep1`` of C1 and ``keep2`` of C2 (= ``channels2``) stay."""
+    return (keep1[:, None] * channels2 + keep2).reshape(-1)
+
+
+def triangle_columns(keep: Tensor, channels: int) -> Tensor:
+    """Columns of a triangle head that stay where channels ``keep`` (ascending) of ``channels`` stay."""
+    rows, cols = (keep[part] for part in torch.triu_indices(len(keep), len(keep), device=keep.device))
+    return rows * channels - rows * (rows - 1) // 2 + cols - rows
+
+
+# --- compact forms ---
+
+
+def draw_signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Return random +1 and -1, as floats."""
+    return torch.randint(2, shape, generator=generator).to(torch.get_default_dtype()) * 2 - 1
+
+
+@full_precision
+def tensor_sketch(matrix: Tensor, hash1: Tensor, hash2: Tensor, sign1: Tensor, sign2: Tensor, dim: int) -> Tensor:
+    """Sketch Gram matrices: (N, C1, C2) -> (N, dim), ``out[(h1_i + h2_j) mod dim] += s1_i s2_j G_ij``.
+
+    Equal to the mean over positions of Tensor Sketches (Gao et al., algorithm 2) since pooling is linear, without their
+    FFT and without a map of ``dim`` channels. ``hash*`` (C*,) int64 in 0..dim-1, ``sign*`` (C*,) +-1. Raises ValueError
+    for dim < 1.
+    """
+    if dim < 1:
+        raise ValueError(f"dim must be >= 1, got {dim}")
+    place = (hash1[:, None] + hash2).remainder(dim).flatten()
+    values = (matrix * (sign1[:, None] * sign2).to(matrix.dtype)).flatten(1)
+    return values.new_zeros(values.shape[0], dim).scatter_add(1, place.expand(values.shape[0], -1), values)
+
+
+@full_precision
+def random_maclaurin(x: Tensor, y: Tensor | None, signs1: Tensor, signs2: Tensor) -> Tensor:
+    """Random Maclaurin features ``mean_l (W1 x_l) * (W2 y_l) / sqrt(D)`` (Gao et al., algorithm 1): -> (N, D).
+
+    ``signs1`` (D, C1) and ``signs2`` (D, C2) hold +-1. Goes through the Gram matrix or the positions, whichever is the
+    smaller; both are exact. Raises ValueError for maps of other shapes.
+    """
+    check_maps(x, y)
+    signs1, signs2 = signs1.to(x.dtype), signs2.to(x.dtype)
+    second = x if y is None else y
+    if second.shape[1] <= x.shape[2]:
+        pooled = ((signs1 @ gram(x, y)) * signs2).sum(2)
+    else:
+        scale = x.shape[2] ** -0.5
+        pooled = ((signs1 @ (x * scale)) * (signs2 @ (second * scale))).sum(2)
+    return pooled * signs1.shape[0] ** -0.5
+
+
+@full_precision
+def low_rank(x: Tensor, y: Tensor | None, factor1: Tensor, factor2: Tensor) -> Tensor:
+    """Low-rank bilinear pooling ``mean_l (U^T x_l) * (V^T y_l)``: -> (N, R); Kim et al., equation 4, without its P.
+
+    ``factor1`` U (C1, R) and ``factor2`` V (C2, R) are learned; the classifier that follows is P. So every class is a
+    bilinear form of rank <= R. Raises ValueError for maps of other shapes.
+    """
+    check_maps(x, y)
+    scale = x.shape[2] ** -0.5
+    second = x if y is None else y
+    return ((factor1.t() @ (x * scale)) * (factor2.t() @ (second * scale))).sum(2)
+
+
+# --- matrix square root ---
+
+
+@full_precision
+def covariance(x: Tensor) -> Tensor:
+    """Return the covariance over positions, divided by L: (N, C, L) -> (N, C, C). Raises ValueError for other shapes."""
+    check_maps(x)
+    return gram(x - x.mean(2, keepdim=True))
+
+
+@full_precision
+def newton_schulz_sqrt(matrix: Tensor, iterations: int = 5) -> Tensor:
+    """Approximate the square roots of symmetric positive matrices by coupled Newton-Schulz steps: (N, C, C) both ways.
+
+    Divides by the trace first and multiplies by its root after (Li et al., section 3.2). A zero matrix gives zeros.
+    Raises ValueError for iterations < 1.
+    """
+    if iterations < 1:
+        raise ValueError(f"iterations must be >= 1, got {iterations}")
+    trace = matrix.diagonal(dim1=1, dim2=2).sum(1).clamp_min(NORM_EPS).view(-1, 1, 1)
+    three = 3 * torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+    y = matrix / trace
+    z = None  # the identity: its products are left out
+    for step in range(iterations):
+        half = 0.5 * (three - (y if z is None else torch.bmm(z, y)))
+        y = torch.bmm(y, half)
+        if step < iterations - 1:  # the last z is not read
+            z = half if z is None else torch.bmm(half, z)
+    return y * trace.sqrt()
+
+
+@full_precision
+def isqrt_cov(x: Tensor, index: Tensor, iterations: int = 5) -> Tensor:
+    """iSQRT-COV: the triangle of the square root of the covariance, (N, C, L) -> (N, C (C + 1) / 2).
+
+    ``index`` from :func:`triangle_index`. Raises ValueError for other shapes or iterations < 1.
+    """
+    return take_triangle(newton_schulz_sqrt(covariance(x), iterations), index)

@@ -1,0 +1,182 @@
+"""reparameterize as users call it."""
+
+import copy
+import time
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import rep_plugin
+from rep_plugin.blocks.base import RepBlock
+from rep_plugin.blocks.chain import Chain
+from rep_plugin.blocks.inverted_residual import RepInvertedResidual
+from rep_plugin.reparam import adapters
+from rep_plugin.reparam.adapters import Adapter, register_adapter
+from rep_plugin.verify import calibrate_random_bn_
+from tests.helpers import relative_error
+
+
+def net() -> nn.Sequential:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), RepInvertedResidual(8, 8), nn.ReLU())
+    return calibrate_random_bn_(model, torch.randn(4, 3, 16, 16))
+
+
+def state_of(model: nn.Module) -> dict:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def same_state(model: nn.Module, state: dict) -> bool:
+    now = model.state_dict()
+    return list(now) == list(state) and all(torch.equal(now[key], state[key]) for key in state)
+
+
+def test_a_copy_is_merged_by_default():
+    model = net()
+    state, x = state_of(model), torch.randn(2, 3, 17, 16)
+    merged, report = rep_plugin.reparameterize(model, x)
+    assert merged is not model and same_state(model, state)
+    assert relative_error(model(x), merged(x)) < 1e-5
+    assert [b.name for b in report.blocks] == ["2", "0"] and isinstance(merged[1], nn.Identity)
+    assert report.max_rel_error < 1e-12 and report.border_rel_error < 1e-12 and report.blocks[0].max_rel_error < 1e-12
+    assert report.params_after < report.params_before and report.macs_after < report.macs_before
+
+
+def test_inplace_changes_the_given_model():
+    model = net()
+    merged, _ = rep_plugin.reparameterize(model, inplace=True)
+    assert merged is model and model[2].deployed
+
+
+def test_a_block_may_be_the_root():
+    block = calibrate_random_bn_(RepInvertedResidual(8, 8), torch.randn(4, 8, 9, 9))
+    x = torch.randn(1, 8, 9, 9)
+    merged, report = rep_plugin.reparameterize(block, x)
+    assert merged.deployed and relative_error(block(x), merged(x)) < 1e-5 and report.blocks[0].name == ""
+
+
+def test_the_networks_own_bns_can_be_kept():
+    merged, _ = rep_plugin.reparameterize(net(), fold_bn=False)
+    assert isinstance(merged[1], nn.BatchNorm2d) and merged[2].deployed
+
+
+def test_conv_bn_of_a_stock_network_is_folded():
+    model = calibrate_random_bn_(timm.create_model("mobilenetv2_050"), torch.randn(4, 3, 64, 64))
+    merged, report = rep_plugin.reparameterize(model, torch.randn(1, 3, 64, 64))
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in merged.modules()) and len(report.blocks) == 52
+    assert report.max_rel_error < 1e-12
+
+
+def test_a_convolution_with_a_second_reader_is_not_folded():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.block = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), RepInvertedResidual(3, 3)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return self.block(self.bn(y)) + y
+
+    model = calibrate_random_bn_(Shared(), torch.randn(4, 3, 8, 8))
+    merged, report = rep_plugin.reparameterize(model)
+    assert [b.name for b in report.blocks] == ["block"] and isinstance(merged.bn, nn.BatchNorm2d)
+
+
+def test_an_untraceable_model_keeps_its_bns_and_says_so():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.block = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), RepInvertedResidual(3, 3)
+
+        def forward(self, x):
+            return self.block(self.bn(self.conv(x)) if x.sum() != 12.5 else x)
+
+    model = calibrate_random_bn_(Branching(), torch.randn(4, 3, 8, 8))
+    merged, report = rep_plugin.reparameterize(model)
+    assert isinstance(merged.bn, nn.BatchNorm2d) and "cannot trace Branching" in report.notes[0]
+
+
+def test_train_mode_is_refused_by_name():
+    model = net()
+    model[2].branches["bottleneck"].expand_bn.train()
+    with pytest.raises(RuntimeError, match=r"2\.branches\.bottleneck\.expand_bn.*train mode.*model\.eval\(\)"):
+        rep_plugin.reparameterize(model)
+    assert not model[2].deployed
+
+
+def test_nothing_to_merge_and_merging_twice():
+    with pytest.raises(ValueError, match="Sequential holds no block that can be merged"):
+        rep_plugin.reparameterize(nn.Sequential(nn.Conv2d(3, 3, 1)).eval())
+    merged, _ = rep_plugin.reparameterize(net())
+    state = state_of(merged)
+    merged[2].switch_to_deploy()
+    assert same_state(merged, state)
+
+
+class WrongBlock(RepBlock):
+    """Merges to something slightly else, as a faulty adapter would."""
+
+    def _merge(self, dtype):
+        merged = super()._merge(dtype)
+        return merged._replace(bias=merged.bias + 1e-6)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_wrong_merge_is_refused_by_name_and_rolled_back(inplace):
+    model = net()
+    chain = Chain({"conv": nn.Conv2d(8, 8, 3), "bn": nn.BatchNorm2d(8)})
+    model.insert(3, WrongBlock(8, 8, 3, {"conv": chain}))
+    calibrate_random_bn_(model, torch.randn(4, 3, 16, 16))
+    state = state_of(model)
+    with pytest.raises(rep_plugin.EquivalenceError, match="block '3' differs"):
+        rep_plugin.reparameterize(model, inplace=inplace)
+    assert same_state(model, state) and not model[2].deployed
+
+
+def test_an_activation_inside_a_chain_is_refused_and_nothing_is_lost():
+    model = net()
+    model.append(RepInvertedResidual(8, 8).eval())
+    model[4].branches["bottleneck"].add_module("sneaked_in", nn.ReLU())
+    state = state_of(model)
+    with pytest.raises(TypeError, match="ReLU is not linear"):
+        rep_plugin.reparameterize(model, inplace=True, verify=False)
+    assert same_state(model, state)
+
+
+def test_users_can_add_adapters(monkeypatch):
+    class Doubled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            return self.a(x) + self.b(x)
+
+    def merge(module):
+        conv = copy.deepcopy(module.a)
+        with torch.no_grad():
+            conv.weight.add_(module.b.weight)
+            conv.bias.add_(module.b.bias)
+        return conv
+
+    monkeypatch.setattr(adapters, "ADAPTERS", list(adapters.ADAPTERS))
+    register_adapter(Adapter("doubled 1x1", lambda m: isinstance(m, Doubled), merge))
+    model = nn.Sequential(Doubled(), nn.ReLU()).eval()
+    merged, report = rep_plugin.reparameterize(model)
+    assert isinstance(merged[0], nn.Conv2d) and report.blocks[0].kind == "doubled 1x1" and report.max_rel_error < 1e-6
+
+
+def test_shared_blocks_stay_shared():
+    block = RepInvertedResidual(4, 4)
+    model = calibrate_random_bn_(nn.Sequential(block, nn.ReLU(), block), torch.randn(4, 4, 8, 8))
+    merged, report = rep_plugin.reparameterize(model)
+    assert merged[0] is merged[2] and len(report.blocks) == 1
+
+
+def test_width_one_merges_in_seconds():
+    """A loose bound that a return to group-by-group float64 convolutions (minutes) would break."""
+    model = calibrate_random_bn_(timm.create_model("rep_mobilenetv2_100"), torch.randn(2, 3, 64, 64))
+    started = time.perf_counter()
+    _, report = rep_plugin.reparameterize(model, torch.randn(1, 3, 224, 224))
+    assert time.perf_counter() - started < 40 and report.max_rel_error < 1e-10
