@@ -101,7 +101,8 @@ def test_misfits_are_listed_and_not_loaded(model):
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(
         RuntimeError,
-        match=r"w.pth does not fit ImageClassifier: 1 missing \(first: head.fc.bias\); 1 unexpected \(first: extra\); 1 of another shape \(first: head.fc.weight\)",
+        match=r"w.pth does not fit ImageClassifier: 1 missing \(first: head.fc.bias\); 1 unexpected \(first: extra\); "
+        r"1 of another shape \(first: head.fc.weight\)",
     ):
         load_strictly(model, state, "w.pth")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

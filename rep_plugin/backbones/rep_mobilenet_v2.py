@@ -92,7 +92,10 @@ class RepMobileNetV2(nn.Module):
     def _init_parameters(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                # torch's fan_out forgets the groups: depthwise kernels would start 1 / sqrt(channels) too small, and with
+                # a BN behind them learn far too fast.
+                fan_out = module.weight.shape[0] * module.weight[0, 0].numel() // module.groups
+                nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 

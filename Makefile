@@ -1,0 +1,74 @@
+# Two commands to know: `make demo` and `make test`. Everything is installed into $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+ONEDL_VENV ?= .venv-onedl
+BIN := $(VENV)/bin
+RUN := PYTHONWARNINGS=ignore $(BIN)/python
+DEMO_DIR := work_dirs/rep_mbv2_mini_cub
+FASHION := /usr/share/datasets/fashion-mnist
+
+.PHONY: help install demo test test-onedl lint format fashion-mnist bench-latency bench-fashion-mnist bench-bilinear clean
+
+help:
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /'
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+
+$(VENV)/.users: setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --progress-bar off -e '.[openmmlab]'
+	touch $@
+
+$(VENV)/.developers: $(VENV)/.users
+	$(BIN)/pip install --progress-bar off -e '.[openmmlab,export,test]'
+	touch $@
+
+$(ONEDL_VENV)/.developers: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(ONEDL_VENV)
+	$(ONEDL_VENV)/bin/pip install --quiet --upgrade pip
+	$(ONEDL_VENV)/bin/pip install --progress-bar off -e '.[onedl,export,test]'
+	touch $@
+
+install: $(VENV)/.users ## the package with mmpretrain, into .venv
+
+data/mini_cub/mini_fgvc.json: | $(VENV)/.users
+	$(RUN) tools/make_mini_fgvc.py --out data/mini_cub
+
+demo: $(VENV)/.users data/mini_cub/mini_fgvc.json ## render birds, train, deploy, prove, time, one table
+	$(RUN) tools/train.py configs/rep_mbv2_mini_cub.py --work-dir $(DEMO_DIR)
+	$(RUN) tools/compare_deployed.py configs/rep_mbv2_mini_cub.py $(DEMO_DIR)
+
+test: $(VENV)/.developers ## all tests on the official stack
+	$(BIN)/python -m pytest -q --durations=10 $(TESTS)
+
+test-onedl: $(ONEDL_VENV)/.developers ## the same tests on the maintained fork
+	$(ONEDL_VENV)/bin/python -m pytest -q --durations=10 $(TESTS)
+
+lint: $(VENV)/.developers ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.developers ## let ruff rewrite
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Debian's package where apt is there; otherwise mmpretrain's loader downloads the pictures itself.
+fashion-mnist: ## Fashion-MNIST for configs/rep_mbv2_fashion_mnist.py
+	@test -d $(FASHION) || { command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y dataset-fashion-mnist; } \
+	  || echo "no apt here: the loader will download the pictures on first use"
+	@mkdir -p data/fashion_mnist
+	@for file in $(FASHION)/*.gz; do test -f "$$file" && gunzip -c "$$file" > data/fashion_mnist/$$(basename "$$file" .gz); done; \
+	  ls -l data/fashion_mnist
+
+bench-latency: $(VENV)/.developers ## deployed against stock MobileNetV2 in four runtimes
+	$(RUN) benchmarks/latency.py
+
+bench-fashion-mnist: $(VENV)/.users fashion-mnist ## branches against plain training, three seeds (about an hour)
+	$(RUN) benchmarks/fashion_mnist.py
+
+bench-bilinear: $(VENV)/.developers ## bilinear pooling: time and memory against plain references
+	$(RUN) benchmarks/bilinear.py
+
+clean:
+	rm -rf $(VENV) $(ONEDL_VENV) build *.egg-info

@@ -1,0 +1,108 @@
+#!/usr/bin/env python
+"""Deployed Rep-MobileNetV2 against stock MobileNetV2 with its BN folded: one thread, batch 1, interleaved, medians.
+
+Eager PyTorch in both memory formats, ONNX Runtime and OpenVINO (needs ``pip install -e '.[export]'``). Also prints costs,
+equality of the deployed model at 224 and 225 pixels, and the seconds of merging.
+"""
+
+import argparse
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import onnxruntime
+import openvino
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import rep_plugin
+from rep_plugin.latency import eager_calls, interleaved_medians, torch_threads
+from rep_plugin.report import count_macs, count_params
+from rep_plugin.verify import calibrate_random_bn_, compare_outputs
+
+
+def export(model: nn.Module, x: torch.Tensor, path: Path) -> Path:
+    """Write a model as ONNX."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (x,), str(path), dynamo=False, input_names=["input"])
+    return path
+
+
+def runtime_calls(paths: dict[str, Path], x: torch.Tensor) -> dict[str, dict]:
+    """Calls of every model in ONNX Runtime and OpenVINO, one thread each."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    core, feed = openvino.Core(), x.numpy()
+    calls: dict[str, dict] = {"ONNX Runtime": {}, "OpenVINO": {}}
+    for name, path in paths.items():
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        compiled = core.compile_model(str(path), "CPU", {"INFERENCE_NUM_THREADS": 1, "PERFORMANCE_HINT": "LATENCY"})
+        calls["ONNX Runtime"][name] = lambda session=session: session.run(None, {"input": feed})
+        calls["OpenVINO"][name] = lambda compiled=compiled: compiled(feed)
+    return calls
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--width", default="100", choices=["050", "075", "100", "140"], help="width of both networks")
+    parser.add_argument("--size", type=int, default=224, help="side of the picture in pixels")
+    parser.add_argument("--rounds", type=int, default=100, help="timed calls of each contender")
+    args = parser.parse_args()
+    console, size = Console(), args.size
+    torch.manual_seed(0)
+
+    ours, stock = f"rep_mobilenetv2_{args.width}", f"mobilenetv2_{args.width}"
+    trained = calibrate_random_bn_(timm.create_model(ours), torch.randn(8, 3, 96, 96))
+    x = torch.randn(1, 3, size, size)
+    started = time.perf_counter()
+    rep_plugin.reparameterize(trained, x, verify=False)
+    merge_seconds = time.perf_counter() - started
+    deployed, report = rep_plugin.reparameterize(trained, x)
+    folded, _ = rep_plugin.reparameterize(calibrate_random_bn_(timm.create_model(stock), torch.randn(8, 3, 96, 96)), x)
+    models = {ours: deployed, stock: folded}
+
+    costs = Table(title=f"costs at {size}x{size}, 1000 classes")
+    for column in ("model", "params", "MACs"):
+        costs.add_column(column, justify="right")
+    for name, model in (("trained form", trained), *models.items()):
+        costs.add_row(name, f"{count_params(model):,}", f"{count_macs(model, x):,}")
+    console.print(costs)
+
+    equal = Table(title="deployed against trained form")
+    for column in ("size", "float64 max rel", "border", "interior", "float32 max rel"):
+        equal.add_column(column, justify="right")
+    for side in (size, size + 1):
+        batch = torch.randn(2, 3, side, side)
+        _, found = rep_plugin.reparameterize(trained, batch)
+        with torch.no_grad():
+            single = compare_outputs(trained.forward_features(batch), deployed.forward_features(batch))
+        cells = (found.max_rel_error, found.border_rel_error, found.interior_rel_error, single.max_rel)
+        equal.add_row(str(side), *(f"{value:.1e}" for value in cells))
+    console.print(equal)
+    console.print(f"merge {merge_seconds:.2f} s, merge and proof {report.seconds:.2f} s")
+
+    latency = Table(title=f"milliseconds, one thread, batch 1, {size}x{size}, {args.rounds} interleaved rounds")
+    for column in ("runtime", ours, f"{stock}, BN folded", "times faster"):
+        latency.add_column(column, justify="right")
+    with tempfile.TemporaryDirectory() as folder, torch_threads(1):
+        paths = {name: export(model, x, Path(folder) / f"{name}.onnx") for name, model in models.items()}
+        calls = {"eager PyTorch": eager_calls(models, x)}
+        calls["eager, channels_last"] = eager_calls(
+            {name: model for name, model in models.items()}, x.contiguous(memory_format=torch.channels_last)
+        )
+        calls |= runtime_calls(paths, x)
+        for runtime, contenders in calls.items():
+            medians = interleaved_medians(contenders, args.rounds)
+            ratio = medians[stock] / medians[ours]
+            latency.add_row(runtime, *(f"{medians[name] * 1e3:.2f}" for name in models), f"{ratio:.2f}")
+    console.print(latency)
+
+
+if __name__ == "__main__":
+    main()

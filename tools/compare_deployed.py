@@ -1,0 +1,109 @@
+#!/usr/bin/env python
+"""One table of a finished run: trained form, deployed form and stock MobileNetV2.
+
+Predicts the whole validation set with the last checkpoint and with deploy.pth, and compares them picture by picture;
+measures the errors on real pictures in float64 and float32, at the configured size and one pixel larger; times all three
+with one thread and batch 1, interleaved. Ends with an error where a prediction differs.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import timm
+import torch
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from mmengine.runner import Runner
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+
+from rep_plugin import reparameterize
+from rep_plugin.latency import eager_calls, interleaved_medians, torch_threads
+from rep_plugin.mm_artefact import load_model, real_inputs
+from rep_plugin.mm_checkpoint import enable_safe_loading, find_latest_checkpoint
+from rep_plugin.mm_data import check_data, one_line
+from rep_plugin.report import count_macs, count_params
+from rep_plugin.verify import compare_outputs
+
+
+def predict(models: dict[str, nn.Module], loader) -> tuple[dict[str, Tensor], Tensor]:
+    """Return every model's predicted class (N,) on the whole data set, and the labels (N,)."""
+    first = next(iter(models.values()))
+    predictions, labels = {name: [] for name in models}, []
+    for batch in track(loader, "validation set"):
+        labels += [int(sample.gt_label) for sample in batch["data_samples"]]
+        with torch.inference_mode():
+            inputs = first.data_preprocessor(batch, False)["inputs"]
+            for name, model in models.items():
+                predictions[name].append(model(inputs).argmax(1))
+    return {name: torch.cat(parts) for name, parts in predictions.items()}, torch.tensor(labels)
+
+
+def main() -> None:
+    """Load, predict, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="config of the run")
+    parser.add_argument("work_dir", help="its work directory, with checkpoints, deploy.py and deploy.pth")
+    parser.add_argument(
+        "--stock", default="mobilenetv2_050", help="timm name of the stock network to time (not trained)"
+    )
+    parser.add_argument("--rounds", type=int, default=100, help="timed calls of each network")
+    args = parser.parse_args()
+    enable_safe_loading()
+    checkpoint = find_latest_checkpoint(args.work_dir)
+    if checkpoint is None:
+        raise FileNotFoundError(f"{args.work_dir} holds no checkpoint, expected epoch_N.pth")
+    cfg, work_dir = Config.fromfile(args.config), Path(args.work_dir)
+    check_data(cfg, ("val_dataloader",))
+    trained, _ = load_model(cfg, checkpoint)
+    deployed, _ = load_model(Config.fromfile(work_dir / "deploy.py"), str(work_dir / "deploy.pth"))
+    with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmpretrain")):
+        loader = Runner.build_dataloader(cfg.val_dataloader)
+
+    predictions, labels = predict({"trained": trained, "deployed": deployed}, loader)
+    differing = int((predictions["trained"] != predictions["deployed"]).sum())
+    pictures = real_inputs(trained, loader)
+    larger = nn.functional.pad(pictures, (0, 1, 0, 1), mode="reflect")
+    classes = trained.head.num_classes
+    folded, _ = reparameterize(
+        timm.create_model(args.stock, num_classes=classes, in_chans=pictures.shape[1]).eval(),
+        pictures[:1],
+        verify=False,
+    )
+    models = {"trained form": trained, "deployed": deployed, f"stock {args.stock}, BN folded": folded}
+    with torch_threads(1):
+        medians = interleaved_medians(eager_calls(models, pictures[:1]), args.rounds)
+
+    console = Console()
+    table = Table(title=f"{Path(args.config).stem}, {len(labels)} validation pictures")
+    for column in ("network", "params", "MACs", "top-1 %", "ms, 1 thread", "times faster"):
+        table.add_column(column, justify="left" if column == "network" else "right")
+    slowest = medians[list(models)[-1]]
+    for name, model in models.items():
+        key = name.split()[0]
+        top1 = f"{100 * (predictions[key] == labels).float().mean():.2f}" if key in predictions else "not trained"
+        row = (f"{count_params(model):,}", f"{count_macs(model, pictures[:1]):,}", top1)
+        table.add_row(name, *row, f"{medians[name] * 1e3:.2f}", f"{slowest / medians[name]:.2f}")
+    console.print(table)
+    for label, batch in (("configured size", pictures), ("one pixel larger", larger)):
+        _, report = reparameterize(trained, batch, fold_bn=False)
+        with torch.no_grad():
+            single = compare_outputs(trained.extract_feat(batch, "backbone"), deployed.extract_feat(batch, "backbone"))
+        console.print(
+            f"deployed against trained, real pictures, {label}: float64 max relative {report.max_rel_error:.1e} "
+            f"(border {report.border_rel_error:.1e}, interior {report.interior_rel_error:.1e}), float32 last map "
+            f"{single.max_rel:.1e} (border {single.border_rel:.1e}); {report.seconds:.1f} s"
+        )
+    console.print(f"predictions that differ: {differing} of {len(labels)}")
+    if differing:
+        sys.exit(f"error: {differing} predictions differ between trained and deployed form, expected 0")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (RuntimeError, ValueError, OSError) as error:
+        sys.exit(f"error: {one_line(error)}")
