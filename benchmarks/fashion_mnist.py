@@ -62,7 +62,7 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict:
         "-W",
         "ignore",
         str(ROOT / "tools/train.py"),
-        str(ROOT / "configs/rep_mbv2_fashion_mnist.py"),
+        str(config),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "benchmarks")}
     folder.mkdir(parents=True, exist_ok=True)

@@ -87,6 +87,8 @@ class RepMobileNetV2(PlainRepMobileNetV2, StagedBackbone):
             deploy,
         )  # fmt: skip
         self.channels_last = channels_last
+        if channels_last:  # the kernels too: a map of one channel does not tell its own format
+            self.to(memory_format=torch.channels_last)
         self._configure(frozen_stages, norm_eval, init_cfg)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -10,6 +10,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from rep_plugin.mm_models import RepMobileNetV2, activation_name
+from tests.helpers import relative_error
 
 
 def test_config_type_resolves_in_a_fresh_process_without_custom_imports():
@@ -84,13 +85,14 @@ def test_lenient_loading_of_a_misfit_is_refused():
         )
 
 
-def test_channels_last_gives_the_same_maps():
-    model = RepMobileNetV2(0.35, out_indices=(1, 7)).eval()
-    x = torch.randn(2, 3, 64, 64)
-    expected = model(x)
-    model.channels_last = True
-    for a, b in zip(expected, model(x)):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5) and b.is_contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("in_channels", [1, 3])
+def test_channels_last_gives_the_same_maps(in_channels):
+    options = dict(widen_factor=0.35, in_channels=in_channels, out_indices=(1, 7))
+    model, other = RepMobileNetV2(**options).eval(), RepMobileNetV2(**options, channels_last=True).eval()
+    other.load_state_dict(model.state_dict())
+    x = torch.randn(2, in_channels, 64, 64)
+    for a, b in zip(model(x), other(x)):
+        assert relative_error(a, b) < 1e-4 and b.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(
