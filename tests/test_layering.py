@@ -21,7 +21,7 @@ LAYERS = {
     "heads": {"functional", "blocks", "backbones", "necks", "heads"},
     "verify": set(),
     "report": set(),
-    "reparam": {"functional", "blocks", "reparam", "verify", "report"},
+    "reparam": {"functional", "blocks", "heads", "reparam", "verify", "report"},
     "pruning": {"functional", "blocks", "reparam", "pruning", "verify", "report"},
 }
 TORCH_ONLY = {"functional", "blocks", "backbones", "pruning", "verify", "report", "reparam", "necks", "heads"}

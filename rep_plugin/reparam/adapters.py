@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from rep_plugin.blocks.base import RepBlock
+from rep_plugin.heads.bilinear import BilinearHead
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,12 @@ def find_adapter(module: nn.Module) -> Adapter | None:
     return next((adapter for adapter in ADAPTERS if adapter.matches(module)), None)
 
 
-def _deploy_block(block: RepBlock) -> RepBlock:
-    block.switch_to_deploy()
-    return block
+def _switch(module: nn.Module) -> nn.Module:
+    module.switch_to_deploy()
+    return module
 
 
 register_adapter(
-    Adapter("rep_plugin block", lambda module: isinstance(module, RepBlock) and not module.deployed, _deploy_block)
+    Adapter("rep_plugin block", lambda module: isinstance(module, RepBlock) and not module.deployed, _switch)
 )
+register_adapter(Adapter("bilinear head", lambda module: isinstance(module, BilinearHead) and module.foldable, _switch))

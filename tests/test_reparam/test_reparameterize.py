@@ -167,6 +167,16 @@ def test_users_can_add_adapters(monkeypatch):
     assert isinstance(merged[0], nn.Conv2d) and report.blocks[0].kind == "doubled 1x1" and report.max_rel_error < 1e-6
 
 
+def test_bilinear_heads_fold_with_the_backbone():
+    model = calibrate_random_bn_(
+        timm.create_model("bcnn_rep_mobilenetv2_100", num_classes=3), torch.randn(4, 3, 64, 64)
+    )
+    torch.nn.init.normal_(model.head.fc.weight)
+    merged, report = rep_plugin.reparameterize(model, torch.randn(2, 3, 64, 64))
+    assert merged.head.fc.in_features == 256 * 257 // 2 and model.head.fc.in_features == 256 * 256
+    assert report.max_rel_error < 1e-10 and [b.name for b in report.blocks if b.kind == "bilinear head"] == ["head"]
+
+
 def test_shared_blocks_stay_shared():
     block = RepInvertedResidual(4, 4)
     model = calibrate_random_bn_(nn.Sequential(block, nn.ReLU(), block), torch.randn(4, 4, 8, 8))

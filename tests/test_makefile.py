@@ -1,0 +1,29 @@
+"""The commands of README and Makefile exist."""
+
+import re
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_every_make_target_and_file_that_the_readme_names_exists():
+    text = (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()
+    targets = set(re.findall(r"`?make ([a-z-]+)", text))
+    known = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert {"demo", "test", "lint"} <= targets <= known
+    for path in re.findall(r"(?:tools|configs|rep_plugin|benchmarks|tests)/[\w/]+\.(?:py|sh)", text):
+        assert (ROOT / path).is_file(), path
+
+
+def test_the_python_example_of_the_readme_runs():
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    scope: dict = {}
+    exec(compile(code, "README.md", "exec"), scope)
+    assert scope["report"].max_rel_error < 1e-9 and scope["merged"](scope["x"]).shape == (8, 10)
+
+
+def test_dry_run_of_the_two_commands_names_the_real_tools():
+    for target, tool in (("demo", "tools/train.py configs/rep_mbv2_mini_cub.py"), ("test", "-m pytest")):
+        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and tool in done.stdout
