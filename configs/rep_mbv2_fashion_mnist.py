@@ -1,5 +1,5 @@
 # Rep-MobileNetV2 on Fashion-MNIST (28x28, one channel), with mmpretrain's own loader. Pictures: `make fashion-mnist`.
-_base_ = ["mmpretrain::_base_/default_runtime.py"]
+_base_ = ["mmpretrain::_base_/schedules/cifar10_bs128.py", "mmpretrain::_base_/default_runtime.py"]
 
 missing_data_hint = "fetch the pictures: make fashion-mnist"
 
@@ -44,13 +44,8 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type="Accuracy", topk=(1,))
 test_evaluator = val_evaluator
 
-optim_wrapper = dict(
-    optimizer=dict(type="SGD", lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True),
-    paramwise_cfg=dict(norm_decay_mult=0.0),
-)
-param_scheduler = dict(type="OneCycleLR", eta_max=0.1, pct_start=0.2, by_epoch=True, convert_to_iter_based=True)
-train_cfg = dict(by_epoch=True, max_epochs=10, val_interval=1)
-val_cfg = dict()
-test_cfg = dict()
+# mmpretrain's CIFAR-10 optimizer; the rate falls over the ten epochs along a cosine.
+param_scheduler = dict(_delete_=True, type="CosineAnnealingLR", by_epoch=True, convert_to_iter_based=True)
+train_cfg = dict(max_epochs=10)
 
 custom_hooks = [dict(type="rep_plugin.ReparamHook")]
