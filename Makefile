@@ -7,7 +7,7 @@ RUN := PYTHONWARNINGS=ignore $(BIN)/python
 DEMO_DIR := work_dirs/rep_mbv2_mini_cub
 FASHION := /usr/share/datasets/fashion-mnist
 
-.PHONY: help install demo test test-onedl lint format fashion-mnist bench-latency bench-fashion-mnist bench-bilinear clean
+.PHONY: help install demo test test-onedl lint format fashion-mnist bench-latency bench-fashion-mnist bench-bilinear bench-bilinear-against-gap clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /'
@@ -69,6 +69,9 @@ bench-fashion-mnist: $(VENV)/.users fashion-mnist ## branches against plain trai
 
 bench-bilinear: $(VENV)/.developers ## bilinear pooling: time and memory against plain references
 	$(RUN) benchmarks/bilinear.py
+
+bench-bilinear-against-gap: $(VENV)/.users data/mini_cub/mini_fgvc.json ## bilinear against average pooling, three seeds
+	$(RUN) benchmarks/bilinear_against_gap.py
 
 clean:
 	rm -rf $(VENV) $(ONEDL_VENV) build *.egg-info

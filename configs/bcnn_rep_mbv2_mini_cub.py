@@ -60,3 +60,6 @@ param_scheduler = [
 train_cfg = dict(by_epoch=True, max_epochs=30, val_interval=1)
 val_cfg = dict()
 test_cfg = dict()
+
+# The backbone's branches and the head's symmetric half are merged when training ends.
+custom_hooks = [dict(type="rep_plugin.ReparamHook")]

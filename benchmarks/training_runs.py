@@ -1,0 +1,87 @@
+"""Training runs of `tools/train.py` side by side, kept on disk, and their table: means and spread over seeds."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: the contender's name, its seed, its config with options, and what else tells it from other runs."""
+
+    name: str
+    seed: int
+    config: Path
+    options: Sequence[str]
+    label: str
+
+
+def run(job: Job, work_dir: Path) -> dict:
+    """Train one network, unless done before; return its last top-1 in percent and its median seconds a step.
+
+    Raises RuntimeError, with the log's path, where the training fails.
+    """
+    slug = "".join(c if c.isalnum() else "_" for c in job.name)
+    folder = work_dir / f"{slug}_{job.label}_seed{job.seed}"
+    result = folder / "result.json"
+    if result.is_file():
+        return json.loads(result.read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    path = os.pathsep.join(filter(None, [str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tools/train.py"), str(job.config), "--work-dir", str(folder)]
+    with (folder / "log.txt").open("w") as log:
+        done = subprocess.run(
+            [*command, "--cfg-options", *job.options],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+        )
+    if done.returncode:
+        raise RuntimeError(f"training of {job.name!r}, seed {job.seed}, failed; see {folder / 'log.txt'}")
+    lines = [json.loads(line) for line in sorted(folder.glob("*/vis_data/scalars.json"))[-1].read_text().splitlines()]
+    found = {
+        "top1": next(line["accuracy/top1"] for line in reversed(lines) if "accuracy/top1" in line),
+        "step_seconds": statistics.median(line["time"] for line in lines if "loss" in line),
+    }
+    result.write_text(json.dumps(found))
+    return found
+
+
+def run_all(jobs: Sequence[Job], work_dir: Path, workers: int) -> dict[str, list[dict]]:
+    """Run the jobs, ``workers`` at a time, one thread each; return the results by contender."""
+    found: dict[str, list[dict]] = {}
+    with Progress() as progress, ThreadPoolExecutor(workers) as pool:
+        task = progress.add_task("training runs", total=len(jobs))
+        for job, result in zip(jobs, pool.map(lambda job: run(job, work_dir), jobs)):
+            found.setdefault(job.name, []).append(result)
+            progress.advance(task)
+    return found
+
+
+def print_scores(title: str, found: dict[str, list[dict]], baseline: str) -> None:
+    """Print means, spread, every seed, and the gain over the baseline's mean."""
+    base = [result["top1"] for result in found.get(baseline, [])]
+    table = Table(title=title)
+    for column in ("trained as", "top-1 %, mean", "spread (std)", "each seed", f"against {baseline}", "ms a step"):
+        table.add_column(column, justify="left" if column == "trained as" else "right")
+    for name, results in found.items():
+        scores = [result["top1"] for result in results]
+        spread = f"{statistics.stdev(scores):.2f}" if len(scores) > 1 else "-"
+        gain = f"{statistics.mean(scores) - statistics.mean(base):+.2f}" if base else "-"
+        step = statistics.median(result["step_seconds"] for result in results) * 1e3
+        each = " ".join(f"{score:.2f}" for score in scores)
+        table.add_row(name, f"{statistics.mean(scores):.2f}", spread, each, gain, f"{step:.0f}")
+    Console(width=130).print(table)
