@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from rep_plugin.backbones.loading import load_whole
 from rep_plugin.blocks.activations import build_activation
 from rep_plugin.blocks.base import RepBlock
-from rep_plugin.blocks.inverted_residual import RepInvertedResidual, conv_bn
+from rep_plugin.blocks.branches import conv_bn
+from rep_plugin.blocks.inverted_residual import RepInvertedResidual
 
 # (expand ratio, channels at width 1.0, blocks) of the seven stages: MobileNetV2 (CVPR 2018), table 2.
 STAGES = ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rep_plugin.blocks.chain import Chain
-from rep_plugin.functional.kernels import ConvParams, merge_sum, pad_kernel, regroup_kernel
+from rep_plugin.functional.kernels import ConvParams, fold_bn, merge_sum, pad_kernel, regroup_kernel
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
@@ -20,7 +20,7 @@ class RepBlock(nn.Module):
     ``nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)``.
 
     ``branches`` maps names (checkpoint keys: ``branches.<name>.<layer>``) to :class:`Chain`; each is centred in the
-    block's window. ``padding`` defaults to "same". ``deploy=True`` builds the merged form directly and uses no branch.
+    block's window. ``post_bn`` adds a BN after the sum (QARepVGG). ``padding`` defaults to "same". ``deploy=True`` builds the merged form directly and uses no branch.
     Raises ValueError for channels that ``groups`` does not divide, no branch, or a branch wider than the window.
     """
 
@@ -40,6 +40,7 @@ class RepBlock(nn.Module):
         groups: int = 1,
         act: nn.Module | None = None,
         deploy: bool = False,
+        post_bn: bool = False,
     ):
         super().__init__()
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
@@ -57,6 +58,8 @@ class RepBlock(nn.Module):
             self.branches = nn.ModuleDict(branches)
             for name, chain in self.branches.items():
                 self._ring_of(name, chain)
+            if post_bn:
+                self.post_bn = nn.BatchNorm2d(out_channels)
         self.act = act if act is not None else nn.Identity()
 
     @property
@@ -96,6 +99,8 @@ class RepBlock(nn.Module):
                 constant = shift if constant is None else constant + shift
         if constant is not None:
             total = total + constant.view(1, -1, 1, 1)
+        if hasattr(self, "post_bn"):
+            total = self.post_bn(total)
         return self.act(total.type_as(like))  # under autocast the float32 scales have promoted the sum
 
     def merged_kernel(self) -> tuple[Tensor, Tensor]:
@@ -124,6 +129,12 @@ class RepBlock(nn.Module):
                 raise ValueError(f"branch {name!r} has stride {m.stride}, the block {self.stride}")
             pairs.append((regroup_kernel(m.kernel, m.groups, groups), m.bias))
         kernel, bias = merge_sum(pairs)
+        if hasattr(self, "post_bn"):
+            if self.post_bn.training:
+                raise RuntimeError(
+                    "post_bn is in train mode (batch statistics cannot be merged): call model.eval() first"
+                )
+            kernel, bias = fold_bn(kernel, self.post_bn, bias)
         own = next(t.dtype for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
         kernel = pad_kernel(kernel, self.kernel_size).to(own)
         return ConvParams(kernel, bias.to(own), groups, self.stride, self.dilation)
@@ -144,11 +155,15 @@ class RepBlock(nn.Module):
         self.in_channels, self.out_channels, self.groups = conv.in_channels, conv.out_channels, conv.groups
         self.reparam_conv = conv.train(self.training)
         del self.branches
+        if hasattr(self, "post_bn"):
+            del self.post_bn
 
     def output_bns(self) -> list[nn.Module]:
         """The BNs that end the branches: their gammas tell a channel's weight in the block's output."""
         if self.deployed:
             return []
+        if hasattr(self, "post_bn"):
+            return [self.post_bn]
         return [bn for chain in self.branches.values() if (bn := chain.last_bn()) is not None]
 
     def extra_repr(self) -> str:

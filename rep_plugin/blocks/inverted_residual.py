@@ -5,42 +5,11 @@ Source: the Rep-MobileNetV2 thesis (2023) for the idea; border handling as in :m
 
 from collections.abc import Sequence
 
-from torch import nn
-
 from rep_plugin.blocks.activations import build_activation
 from rep_plugin.blocks.base import RepBlock
-from rep_plugin.blocks.chain import Chain
+from rep_plugin.blocks.branches import average_conv_bn, conv_bn, identity_bn, linear_bottleneck
 
 BRANCHES = ("bottleneck", "identity", "avgpool", "conv1x1", "conv3x3")
-
-
-def conv_bn(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> Chain:
-    """Conv-BN chain under the names ``conv`` and ``bn``."""
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, bias=False)
-    return Chain({"conv": conv, "bn": nn.BatchNorm2d(out_channels)})
-
-
-def linear_bottleneck(in_channels: int, out_channels: int, stride: int, expand_ratio: int) -> Chain:
-    """1x1 expand, depthwise 3x3, 1x1 project, a BN after each and no activation; no expand at ratio 1."""
-    mid = in_channels * expand_ratio
-    ops = {}
-    if expand_ratio != 1:
-        ops["expand"] = nn.Conv2d(in_channels, mid, 1, bias=False)
-        ops["expand_bn"] = nn.BatchNorm2d(mid)
-    ops["depthwise"] = nn.Conv2d(mid, mid, 3, stride, groups=mid, bias=False)
-    ops["depthwise_bn"] = nn.BatchNorm2d(mid)
-    ops["project"] = nn.Conv2d(mid, out_channels, 1, bias=False)
-    ops["project_bn"] = nn.BatchNorm2d(out_channels)
-    return Chain(ops)
-
-
-def average(in_channels: int, out_channels: int, stride: int) -> Chain:
-    """3x3 average then BN, with a 1x1 convolution between them where the shape changes."""
-    ops = {"avg": nn.AvgPool2d(3, stride)}
-    if stride != 1 or in_channels != out_channels:
-        ops["conv"] = nn.Conv2d(in_channels, out_channels, 1, bias=False)
-    ops["bn"] = nn.BatchNorm2d(out_channels)
-    return Chain(ops)
 
 
 class RepInvertedResidual(RepBlock):
@@ -77,9 +46,9 @@ class RepInvertedResidual(RepBlock):
             if "conv1x1" in branches:
                 chains["conv1x1"] = conv_bn(in_channels, out_channels, 1, stride)
             if "avgpool" in branches or (avg_shortcut and stride != 1):
-                chains["avgpool"] = average(in_channels, out_channels, stride)
+                chains["avgpool"] = average_conv_bn(in_channels, out_channels, 3, stride)
             if "identity" in branches and keeps_shape:
-                chains["identity"] = Chain({"bn": nn.BatchNorm2d(out_channels)})
+                chains["identity"] = identity_bn(out_channels)
             if not chains:
                 raise ValueError(
                     f"branches {tuple(branches)} leave a block ({in_channels} -> {out_channels}, stride {stride}) without "

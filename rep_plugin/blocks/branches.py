@@ -1,0 +1,82 @@
+"""The chains that blocks are made of. Names of layers are checkpoint keys: they never shift with other choices."""
+
+from torch import nn
+
+from rep_plugin.blocks.chain import Chain, DilatedAvgPool2d
+
+Size = int | tuple[int, int]
+
+
+def conv_bn(
+    in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1, dilation: Size = 1, groups: int = 1
+) -> Chain:
+    """Convolution (``conv``) and ``bn``."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, 0, dilation, groups, bias=False)
+    return Chain({"conv": conv, "bn": nn.BatchNorm2d(out_channels)})
+
+
+def identity_bn(channels: int) -> Chain:
+    """The input itself, normalised: ``bn``."""
+    return Chain({"bn": nn.BatchNorm2d(channels)})
+
+
+def conv_conv_bn(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: Size,
+    stride: Size = 1,
+    dilation: Size = 1,
+    groups: int = 1,
+    mid_channels: int | None = None,
+) -> Chain:
+    """1x1 (``reduce``) and the window (``conv``), a BN after each; ``mid_channels`` defaults to the inputs.
+
+    Raises ValueError where ``groups`` does not divide ``mid_channels``.
+    """
+    mid = in_channels if mid_channels is None else mid_channels
+    if mid % groups:
+        raise ValueError(f"mid_channels (={mid}) must be divisible by groups (={groups})")
+    return Chain(
+        {
+            "reduce": nn.Conv2d(in_channels, mid, 1, groups=groups, bias=False),
+            "reduce_bn": nn.BatchNorm2d(mid),
+            "conv": nn.Conv2d(mid, out_channels, kernel_size, stride, 0, dilation, groups, bias=False),
+            "bn": nn.BatchNorm2d(out_channels),
+        }
+    )
+
+
+def conv_average_bn(
+    in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1, dilation: Size = 1, groups: int = 1
+) -> Chain:
+    """1x1 (``reduce``), average over the window (``avg``), a BN after each; a depthwise block needs no 1x1."""
+    ops = {}
+    if not groups == in_channels == out_channels:
+        ops["reduce"] = nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=False)
+        ops["reduce_bn"] = nn.BatchNorm2d(out_channels)
+    ops["avg"] = DilatedAvgPool2d(kernel_size, stride, dilation)
+    ops["bn"] = nn.BatchNorm2d(out_channels)
+    return Chain(ops)
+
+
+def average_conv_bn(in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1) -> Chain:
+    """Average over the window (``avg``), a 1x1 (``conv``) where the shape changes, ``bn``."""
+    ops = {"avg": nn.AvgPool2d(kernel_size, stride)}
+    if stride != 1 or in_channels != out_channels:
+        ops["conv"] = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+    ops["bn"] = nn.BatchNorm2d(out_channels)
+    return Chain(ops)
+
+
+def linear_bottleneck(in_channels: int, out_channels: int, stride: Size, expand_ratio: int) -> Chain:
+    """1x1 expand, depthwise 3x3, 1x1 project, a BN after each and no activation; no expand at ratio 1."""
+    mid = in_channels * expand_ratio
+    ops = {}
+    if expand_ratio != 1:
+        ops["expand"] = nn.Conv2d(in_channels, mid, 1, bias=False)
+        ops["expand_bn"] = nn.BatchNorm2d(mid)
+    ops["depthwise"] = nn.Conv2d(mid, mid, 3, stride, groups=mid, bias=False)
+    ops["depthwise_bn"] = nn.BatchNorm2d(mid)
+    ops["project"] = nn.Conv2d(mid, out_channels, 1, bias=False)
+    ops["project_bn"] = nn.BatchNorm2d(out_channels)
+    return Chain(ops)
