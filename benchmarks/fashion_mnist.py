@@ -20,9 +20,9 @@ def branches(*names: str) -> tuple[Path, list[str]]:
 
 
 CONTENDERS = {
-    "multi-branch (default)": (REP, []),
+    "bottleneck, identity (default)": branches("bottleneck", "identity"),
     "plain (conv3x3)": branches("conv3x3"),
-    "bottleneck, identity": branches("bottleneck", "identity"),
+    "bottleneck, conv3x3, identity": branches("bottleneck", "conv3x3", "identity"),
     "conv3x3, conv1x1, identity": branches("conv3x3", "conv1x1", "identity"),
     "bottleneck, conv3x3, identity, avgpool": branches("bottleneck", "conv3x3", "identity", "avgpool"),
     "stock MobileNetV2": (STOCK, []),
@@ -35,7 +35,7 @@ WARM_UP = [
     "param_scheduler.by_epoch=True",
     "param_scheduler.convert_to_iter_based=True",
 ]
-DEFAULT = ("multi-branch (default)", "plain (conv3x3)", "stock MobileNetV2")
+DEFAULT = ("bottleneck, identity (default)", "plain (conv3x3)", "stock MobileNetV2")
 
 
 def options_of(name: str, seed: int, args: argparse.Namespace) -> list[str]:

@@ -14,7 +14,7 @@ from rep_plugin.blocks.inverted_residual import RepInvertedResidual
 # (expand ratio, channels at width 1.0, blocks) of the seven stages: MobileNetV2 (CVPR 2018), table 2.
 STAGES = ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1))
 STRIDES = (2, 1, 2, 2, 2, 1, 2, 1)
-DEFAULT_BRANCHES = ("bottleneck", "conv3x3", "identity")
+DEFAULT_BRANCHES = ("bottleneck", "identity")
 DEFAULT_ACT = "relu6"
 
 

@@ -20,8 +20,9 @@ class RepBlock(nn.Module):
     ``nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)``.
 
     ``branches`` maps names (checkpoint keys: ``branches.<name>.<layer>``) to :class:`Chain`; each is centred in the
-    block's window. ``post_bn`` adds a BN after the sum (QARepVGG). ``padding`` defaults to "same". ``deploy=True`` builds the merged form directly and uses no branch.
-    Raises ValueError for channels that ``groups`` does not divide, no branch, or a branch wider than the window.
+    block's window. ``padding`` defaults to "same". ``post_bn`` adds a BN after the sum, as QARepVGG does. ``deploy=True``
+    builds the merged form directly and uses no branch. Raises ValueError for channels that ``groups`` does not divide, no
+    branch, or a branch wider than the window.
     """
 
     transposed = False
