@@ -6,9 +6,13 @@ first use.
 
 from mmengine.registry import HOOKS as ROOT_HOOKS
 from mmengine.registry import MODELS as ROOT_MODELS
+from mmengine.registry import OPTIM_WRAPPERS as ROOT_OPTIM_WRAPPERS
 from mmengine.registry import Registry
 
 MODELS = Registry(
     "model", parent=ROOT_MODELS, scope="rep_plugin", locations=["rep_plugin.mm_models", "rep_plugin.mm_bilinear"]
 )
 HOOKS = Registry("hook", parent=ROOT_HOOKS, scope="rep_plugin", locations=["rep_plugin.hooks"])
+OPTIM_WRAPPERS = Registry(
+    "optim_wrapper", parent=ROOT_OPTIM_WRAPPERS, scope="rep_plugin", locations=["rep_plugin.mm_amp"]
+)

@@ -8,18 +8,15 @@ trains in bfloat16.
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
-from mmengine.optim import OptimWrapper
-from mmengine.registry import OPTIM_WRAPPERS, RUNNERS
+from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
-from mmengine.runner.amp import autocast
 
 from rep_plugin.checkpoint import UnreadableCheckpointError, UnsafeCheckpointError
 from rep_plugin.mm_checkpoint import enable_safe_loading
@@ -28,19 +25,6 @@ from rep_plugin.mm_data import DataError, check_data, guard_dataloaders, name_br
 
 class UsageError(ValueError):
     """A flag or a path on the command line does not fit; the message is one line."""
-
-
-@OPTIM_WRAPPERS.register_module(force=True)
-class CpuAmpOptimWrapper(OptimWrapper):
-    """Mixed precision on the CPU: mmengine's AmpOptimWrapper refuses to be built there.
-
-    bfloat16 has the range of float32, so that the loss needs no scaling.
-    """
-
-    @contextmanager
-    def optim_context(self, model: torch.nn.Module) -> Iterator[None]:
-        with super().optim_context(model), autocast(device_type="cpu", dtype=torch.bfloat16):
-            yield
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -158,7 +142,7 @@ def use_amp(cfg: Config) -> None:
         return
     if str(wrapper.get("dtype") or "bfloat16") not in ("bfloat16", "torch.bfloat16"):
         raise UsageError(f"optim_wrapper.dtype is {wrapper.dtype}, expected bfloat16: the CPU has no other")
-    wrapper.type = "CpuAmpOptimWrapper"
+    wrapper.type = "rep_plugin.CpuAmpOptimWrapper"
     for key in ("loss_scale", "dtype", "use_fsdp"):
         wrapper.pop(key, None)
 
