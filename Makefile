@@ -4,6 +4,10 @@ VENV ?= .venv
 ONEDL_VENV ?= .venv-onedl
 BIN := $(VENV)/bin
 RUN := PYTHONWARNINGS=ignore $(BIN)/python
+# One thread a process and two processes: the tests are many small networks. A file's tests stay together.
+JOBS ?= 2
+ONE_THREAD := OMP_NUM_THREADS=1
+PYTEST := -m pytest -q --durations=10 --numprocesses $(JOBS) --dist loadfile
 DEMO_DIR := work_dirs/rep_mbv2_mini_cub
 FASHION := /usr/share/datasets/fashion-mnist
 
@@ -40,10 +44,10 @@ demo: $(VENV)/.users data/mini_cub/mini_fgvc.json ## render birds, train, deploy
 	$(RUN) tools/compare_deployed.py configs/rep_mbv2_mini_cub.py $(DEMO_DIR)
 
 test: $(VENV)/.developers ## all tests on the official stack
-	$(BIN)/python -m pytest -q --durations=10 $(TESTS)
+	$(ONE_THREAD) $(BIN)/python $(PYTEST) $(TESTS)
 
 test-onedl: $(ONEDL_VENV)/.developers ## the same tests on the maintained fork
-	$(ONEDL_VENV)/bin/python -m pytest -q --durations=10 $(TESTS)
+	$(ONE_THREAD) $(ONEDL_VENV)/bin/python $(PYTEST) $(TESTS)
 
 lint: $(VENV)/.developers ## ruff: rules and format
 	$(BIN)/ruff check .
