@@ -11,6 +11,7 @@ import os
 import pickle
 import sys
 import types
+import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -279,6 +280,10 @@ def load_checkpoint_file(path: str | os.PathLike | BinaryIO, map_location: Any =
     if not is_stream and not os.path.isfile(path):
         raise FileNotFoundError(f"checkpoint {label} is missing, expected a file")
     try:
+        if not is_stream and zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if (damaged := archive.testzip()) is not None:  # torch itself does not look at the checksums
+                    raise ValueError(f"wrong checksum of {damaged}")
         try:
             return torch.load(path, map_location=map_location, weights_only=True)
         except pickle.UnpicklingError:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import rep_plugin
-from rep_plugin.backbones.loading import require_fit
+from rep_plugin.backbones.loading import CheckpointMismatchError, require_fit
 from rep_plugin.checkpoint import load_checkpoint_file, save_checkpoint_file, write_atomic
 from rep_plugin.registry import MODELS
 from rep_plugin.reparam import reparameterize
@@ -85,11 +85,14 @@ def load_model(cfg: Config, checkpoint: str) -> tuple[nn.Module, dict]:
     """Build a config's model and load a checkpoint into it strictly; return it in eval mode, with the file's meta data."""
     content = load_checkpoint_file(checkpoint)
     state_dict = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state_dict, dict) or not all(isinstance(v, Tensor) for v in state_dict.values()):
-        raise RuntimeError(f"{checkpoint} holds no state dict")
+    if not isinstance(state_dict, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state_dict.items()
+    ):
+        raise CheckpointMismatchError(f"{checkpoint} holds no state dict (names and tensors)")
     model = build_model(cfg)
     load_strictly(model, state_dict, str(checkpoint))
-    return model, content.get("meta", {})
+    meta = content.get("meta")
+    return model, meta if isinstance(meta, dict) else {}
 
 
 def real_inputs(model: nn.Module, loader: DataLoader, count: int = REAL_PICTURES) -> Tensor:
@@ -142,7 +145,10 @@ def write_deployed(
         save_checkpoint_file({"meta": meta, "state_dict": merged.state_dict()}, written[0])
         write_atomic(written[1], lambda file: file.write(pretty))
         write_atomic(written[2], lambda file: file.write(report.to_json().encode()))
-        for path in reversed(written):  # all three are on disk: now they get their names
+        for path in written:
+            if path.with_suffix("").is_dir():
+                raise IsADirectoryError(f"{path.with_suffix('')} is a folder, expected a file or nothing")
+        for path in written:  # all three are on disk: now they get their names
             os.replace(path, path.with_suffix(""))
     finally:
         for path in written:

@@ -12,7 +12,7 @@ from mmengine.fileio import LocalBackend
 from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 
-from rep_plugin.checkpoint import load_checkpoint_file, write_atomic
+from rep_plugin.checkpoint import UnreadableCheckpointError, load_checkpoint_file, write_atomic
 
 # Every module that imported the function by name has to get the replacement.
 _LATEST_USERS = (
@@ -31,7 +31,11 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
         UnsafeCheckpointError: the file asks for something outside the allow-list.
         UnreadableCheckpointError: the file is torn, or is no checkpoint.
     """
-    return load_checkpoint_file(os.path.expanduser(filename), map_location)
+    content = load_checkpoint_file(os.path.expanduser(filename), map_location)
+    state_dict = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state_dict, dict) or not all(isinstance(key, str) for key in state_dict):
+        raise UnreadableCheckpointError(f"checkpoint {filename} holds no state dict, expected names and tensors")
+    return content
 
 
 def _load_any(file: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:

@@ -47,6 +47,7 @@ class Equivalence:
     total: Difference = field(default_factory=Difference)
     blocks: dict[str, Difference] = field(default_factory=dict)
     sensitivity: float = 0.0
+    not_run: list[str] = field(default_factory=list)
 
     @property
     def conclusive(self) -> bool:
@@ -112,11 +113,13 @@ def default_inputs(model: nn.Module, example_input: Tensor | None = None) -> lis
         channels = first.in_channels if first is not None else 3
         shape = (2, *(cfg.get("input_size") or (channels, 64, 64)))
     generator = torch.Generator().manual_seed(0)
-    first = example_input if example_input is not None else torch.randn(shape, generator=generator).to(device)
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    first = example_input if example_input is not None else torch.randn(shape, generator=generator)
+    first = first.to(device, dtype)
     other = (2, *shape[1:])
     if len(shape) == 4:
         other = (2, shape[1], shape[2] - 1 + shape[2] % 2, shape[3] - 1 + shape[3] % 2)
-    return [first, torch.randn(other, generator=generator).to(device)]
+    return [first, torch.randn(other, generator=generator).to(device, dtype)]
 
 
 class _FastDepthwise(TorchFunctionMode):
@@ -199,7 +202,7 @@ def verify_equivalence(
     """
     reference = copy.deepcopy(reference).double().eval()
     candidate = copy.deepcopy(candidate).double().eval()
-    result = Equivalence(blocks={name: Difference() for name in block_names})
+    result = Equivalence(blocks={name: Difference() for name in block_names}, not_run=list(block_names))
     for index, x in enumerate(inputs):
         recorder = _Recorder(reference, block_names)
         try:
@@ -210,12 +213,16 @@ def verify_equivalence(
             continue
         finally:
             recorder.remove()
+        if not all(torch.isfinite(out).all() for out in flatten_outputs(expected)):
+            raise EquivalenceError("the given model's own output is not finite, so nothing can be compared")
         for name, (args, kwargs, output) in recorder.calls.items():
             try:
                 found = compare_outputs(output, _run(candidate.get_submodule(name), *args, **kwargs))
             except EquivalenceError as error:
                 raise EquivalenceError(f"block {name!r}: {error}") from None
             result.blocks[name].include(found)
+            if name in result.not_run:
+                result.not_run.remove(name)
         _raise_if_off(result.blocks, tolerance)
         total = compare_outputs(expected, _run(candidate, x.double()))
         result.total.include(total)
@@ -229,6 +236,12 @@ def verify_equivalence(
         for out in flatten_outputs(expected):
             change = (out[0] - out[-1]).abs().max().item() / max(out.abs().max().item(), torch.finfo(out.dtype).tiny)
             result.sensitivity = max(result.sensitivity, change)
+    if result.not_run:
+        warnings.warn(
+            f"inconclusive: no input runs block {result.not_run[0]!r} ({len(result.not_run)} such blocks)",
+            InconclusiveWarning,
+            stacklevel=2,
+        )
     if not result.conclusive:
         warnings.warn(
             f"inconclusive: another input changes the output by {result.sensitivity:.1e} only (expected >= "

@@ -304,3 +304,13 @@ def test_killed_writer_leaves_a_complete_file(tmp_path):
     assert torn >= 1 and last >= 0
     save_checkpoint_file({"step": 0}, path)
     assert os.listdir(tmp_path) == ["a.pth"]
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save({"state_dict": {"w": torch.arange(1000.0)}}, path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UnreadableCheckpointError, match="wrong checksum"):
+        load_checkpoint_file(path)

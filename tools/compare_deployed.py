@@ -19,12 +19,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
+from train import run
 
 from rep_plugin import reparameterize
 from rep_plugin.latency import eager_calls, interleaved_medians, torch_threads
 from rep_plugin.mm_artefact import load_model, real_inputs
-from rep_plugin.mm_checkpoint import enable_safe_loading, find_latest_checkpoint
-from rep_plugin.mm_data import check_data, one_line
+from rep_plugin.mm_checkpoint import find_latest_checkpoint
+from rep_plugin.mm_data import check_data
 from rep_plugin.report import count_macs, count_params
 from rep_plugin.verify import compare_outputs
 
@@ -52,7 +53,6 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=100, help="timed calls of each network")
     args = parser.parse_args()
-    enable_safe_loading()
     checkpoint = find_latest_checkpoint(args.work_dir)
     if checkpoint is None:
         raise FileNotFoundError(f"{args.work_dir} holds no checkpoint, expected epoch_N.pth")
@@ -103,7 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (RuntimeError, ValueError, OSError) as error:
-        sys.exit(f"error: {one_line(error)}")
+    run(main, RuntimeError, ValueError, TypeError)

@@ -2,16 +2,15 @@
 """Merge a trained checkpoint into its deployed form: deploy.pth, deploy.py and deploy.json beside it."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
+from train import run
 
 from rep_plugin.mm_artefact import load_model, real_inputs, write_deployed
-from rep_plugin.mm_checkpoint import enable_safe_loading
-from rep_plugin.mm_data import check_data, one_line
+from rep_plugin.mm_data import check_data
 
 
 def parse_args() -> argparse.Namespace:
@@ -30,7 +29,6 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Load, merge, prove, write, print the report."""
     args = parse_args()
-    enable_safe_loading()
     for path in (args.config, args.checkpoint):
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path} does not exist, expected a file")
@@ -51,7 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (RuntimeError, ValueError, OSError) as error:
-        sys.exit(f"error: {one_line(error)}")
+    run(main, RuntimeError, ValueError, TypeError)

@@ -14,6 +14,7 @@ from train import (
     complete_dataloader,
     load_config,
     require_checkpoint,
+    require_whole_checkpoint,
     run,
 )
 
@@ -92,6 +93,7 @@ def main() -> None:
     require_checkpoint(cfg.load_from)
     check_data(cfg, ("test_dataloader",))
     runner = build_runner(cfg)
+    require_whole_checkpoint(runner)
     if args.out and args.out_item != "metrics":
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
     metrics = runner.test()

@@ -15,12 +15,16 @@ from typing import Any
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from rep_plugin.backbones.loading import CheckpointMismatchError, refuse_misfits
 from rep_plugin.checkpoint import UnreadableCheckpointError, UnsafeCheckpointError
 from rep_plugin.mm_checkpoint import enable_safe_loading
 from rep_plugin.mm_data import DataError, check_data, guard_dataloaders, name_broken_pictures, one_line
+
+CHECKPOINT_ERRORS = (UnsafeCheckpointError, UnreadableCheckpointError, CheckpointMismatchError)
 
 
 class UsageError(ValueError):
@@ -174,20 +178,31 @@ def build_runner(cfg: Config) -> Any:
     """
     if cfg.launcher == "pytorch" and get_device() == "cpu":
         connect_on_cpu(cfg)
-    runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    try:
+        runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    except (ValueError, TypeError, KeyError) as error:  # what a config's values raise when they are built
+        raise UsageError(f"the config cannot be built: {one_line(error)}") from error
     guard_dataloaders(runner)
     return runner
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call ``main``; errors a user can mend end in one line instead of a traceback."""
+def require_whole_checkpoint(runner: Any) -> None:
+    """Make the runner refuse a checkpoint that is not exactly its model's: mmengine would only warn."""
+    model = runner.model
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    refuse_misfits(model)
+
+
+def run(main: Callable[[], None], *also: type[Exception]) -> None:
+    """Call ``main``; errors a user can mend (and those of ``also``) end in one line instead of a traceback."""
     try:
         enable_safe_loading()
         name_broken_pictures()
         main()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    except (UsageError, DataError, UnsafeCheckpointError, UnreadableCheckpointError, OSError) as error:
+    except (UsageError, DataError, *CHECKPOINT_ERRORS, OSError, *also) as error:
         sys.exit(f"error: {one_line(error)}")
 
 
@@ -196,7 +211,10 @@ def main() -> None:
     cfg = merge_args(load_config(args), args)
     require_checkpoint(cfg.get("load_from"))
     check_data(cfg, ("train_dataloader", "val_dataloader"))
-    build_runner(cfg).train()
+    runner = build_runner(cfg)
+    if cfg.get("resume"):
+        require_whole_checkpoint(runner)
+    runner.train()
 
 
 if __name__ == "__main__":

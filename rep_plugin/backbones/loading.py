@@ -5,6 +5,10 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 
+class CheckpointMismatchError(RuntimeError):
+    """A checkpoint is not exactly the model's; nothing of it was loaded."""
+
+
 def describe_mismatch(own: Mapping, given: Mapping) -> str:
     """Return what differs between two state dicts, the first three keys of each kind; '' where they fit."""
     counters = ".num_batches_tracked"  # absent from old checkpoints, and torch fills it in
@@ -16,9 +20,9 @@ def describe_mismatch(own: Mapping, given: Mapping) -> str:
 
 
 def require_fit(model: nn.Module, state_dict: Mapping, source: str = "the checkpoint") -> None:
-    """Raise RuntimeError with the first keys that differ where a state dict is not exactly the model's."""
+    """Raise CheckpointMismatchError with the first keys that differ where a state dict is not exactly the model's."""
     if mismatch := describe_mismatch(model.state_dict(), state_dict):
-        raise RuntimeError(f"{source} does not fit {type(model).__name__}: {mismatch}; nothing was loaded")
+        raise CheckpointMismatchError(f"{source} does not fit {type(model).__name__}: {mismatch}; nothing was loaded")
 
 
 def load_whole(model: nn.Module, load: Callable, state_dict: Mapping, strict: bool, assign: bool):
@@ -29,7 +33,7 @@ def load_whole(model: nn.Module, load: Callable, state_dict: Mapping, strict: bo
 
 
 def refuse_misfits(model: nn.Module) -> None:
-    """Make ``model`` raise RuntimeError for a checkpoint that does not fit, also as a part of a larger model.
+    """Make ``model`` raise CheckpointMismatchError for a checkpoint that does not fit, also as a part of a larger model.
 
     For mmengine: it loads every checkpoint leniently and only warns (35 of 242 tensors, say, and a network of noise).
     """

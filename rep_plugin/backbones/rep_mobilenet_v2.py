@@ -14,6 +14,9 @@ from rep_plugin.blocks.inverted_residual import RepInvertedResidual
 # (expand ratio, channels at width 1.0, blocks) of the seven stages: MobileNetV2 (CVPR 2018), table 2.
 STAGES = ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1))
 STRIDES = (2, 1, 2, 2, 2, 1, 2, 1)
+# Chosen by measuring (make bench-fashion-mnist; 12,000 pictures, 6 epochs, width 0.5): bottleneck + identity 83.9 % over
+# three seeds against 81.5 % for plain training. With a 3x3 beside them (one seed each): 82.8 against 84.9, and a step
+# costs a quarter more; an average-pool shortcut at stride 2 did not help either.
 DEFAULT_BRANCHES = ("bottleneck", "identity")
 DEFAULT_ACT = "relu6"
 
@@ -48,8 +51,13 @@ class RepMobileNetV2(nn.Module):
         deploy: bool = False,
     ):
         super().__init__()
-        if not widen_factor > 0:
-            raise ValueError(f"widen_factor must be > 0, got {widen_factor}")
+        if not isinstance(widen_factor, (int, float)) or not 0 < widen_factor < 100:
+            raise ValueError(f"widen_factor must be a number > 0 (and < 100), got {widen_factor!r}")
+        for name, value in (("branches", branches), ("out_indices", out_indices), ("strides", strides)):
+            if isinstance(value, (str, int)) or value is None:
+                raise ValueError(f"{name} must be a tuple, got {value!r}")
+        if not isinstance(in_channels, int) or in_channels < 1:
+            raise ValueError(f"in_channels must be a whole number >= 1, got {in_channels!r}")
         if len(strides) != len(STAGES) + 1 or any(s not in (1, 2) for s in strides):
             raise ValueError(
                 f"strides must be {len(STAGES) + 1} numbers of 1 or 2 (stem, stages), got {tuple(strides)}"

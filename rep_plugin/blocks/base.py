@@ -151,6 +151,10 @@ class RepBlock(nn.Module):
         merged = self._merge(torch.float64)
         conv = self._new_conv(merged.in_channels, merged.out_channels, merged.groups)
         conv = conv.to(merged.kernel.device, merged.kernel.dtype)
+        kernels = [p for p in self.parameters() if p.dim() == 4 and not p.is_contiguous()]  # 1x1s are both
+        if any(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels):
+            conv = conv.to(memory_format=torch.channels_last)
+        conv.requires_grad_(any(p.requires_grad for p in self.parameters()))  # a frozen block stays frozen
         conv.weight.copy_(merged.kernel)
         conv.bias.copy_(merged.bias)
         self.in_channels, self.out_channels, self.groups = conv.in_channels, conv.out_channels, conv.groups

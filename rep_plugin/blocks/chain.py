@@ -62,11 +62,30 @@ def _groups_of(conv: nn.Conv2d) -> int:
     return conv.groups
 
 
+def _require_plain(op: nn.Module) -> None:
+    """Raise TypeError for a layer whose forward is not the one that runs and merges here."""
+    plain = next((kind for kind in (nn.Conv2d, _BatchNorm, nn.AvgPool2d) if isinstance(op, kind)), None)
+    if isinstance(op, (nn.SyncBatchNorm, DilatedAvgPool2d)) or plain is None:
+        return
+    changed = type(op).forward is not plain.forward
+    if changed or (plain is nn.Conv2d and type(op)._conv_forward is not nn.Conv2d._conv_forward):
+        raise TypeError(
+            f"{type(op).__name__} computes something else than {plain.__name__} and cannot stand inside a chain: its own "
+            "forward would be passed over"
+        )
+    if plain is nn.Conv2d and "weight" not in op._parameters and not hasattr(op, "parametrizations"):
+        raise TypeError(
+            f"the weight of {type(op).__name__} is set by a hook, which a chain does not call: use "
+            "torch.nn.utils.parametrize"
+        )
+
+
 def spatial_of(op: nn.Module) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
     """Return ((kh, kw), stride, dilation) of a layer, in pixels; layers without a window have side 1.
 
     Raises TypeError for a layer that is not linear: an activation inside a chain cannot be merged.
     """
+    _require_plain(op)
     if isinstance(op, nn.Conv2d):
         if op.padding_mode != "zeros":
             raise TypeError(f"padding_mode must be 'zeros' in a chain, got {op.padding_mode!r}")
@@ -199,12 +218,13 @@ def _batch_stats(y: Tensor, group) -> tuple[Tensor, Tensor, int]:
     if group is not None:
         from torch.distributed.nn.functional import all_reduce  # the differentiable one
 
-        local = torch.cat([mean * count, (var + mean * mean) * count, mean.new_tensor([count])])
-        total = all_reduce(local, group=group)
-        count = int(total[-1].item())
-        channels = mean.numel()
-        mean = total[:channels] / count
-        var = total[channels:-1] / count - mean * mean
+        total = torch.tensor([count], device=y.device)
+        dist.all_reduce(total, group=group)
+        local, count = count, int(total.item())
+        common = all_reduce(mean * (local / count), group=group)
+        # Not E[x^2] - E[x]^2: in float32 that is noise once the mean is a hundred deviations away.
+        var = all_reduce((var + (mean - common) ** 2) * (local / count), group=group)
+        mean = common
     if count <= 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(y.shape)}")
     return mean, var, count
@@ -234,6 +254,8 @@ def _run_bn(bn: _BatchNorm, y: Tensor, scale: Tensor | None, shift: Tensor | Non
             _update_running(bn, mean, var, count)
     else:
         mean, var = bn.running_mean, bn.running_var
+        if var.dtype in (torch.float16, torch.bfloat16):  # 1 / sqrt(eps) is out of half precision's range
+            mean, var = mean.float(), var.float()
     gain = torch.rsqrt(var + bn.eps)
     if bn.weight is not None:
         gain = gain * bn.weight
@@ -318,9 +340,8 @@ class Chain(nn.Module):
     def forward(self, x: Tensor, padding: tuple[int, int] = (0, 0)) -> Tensor:
         """Return the chain's output, (N, O, H', W'), for a zero ring of ``padding`` pixels."""
         y, scale, shift = self.run(x, _pair(padding))
-        if scale is not None:
-            y = y * scale.view(1, -1, 1, 1)
-        return y if shift is None else y + shift.view(1, -1, 1, 1)
+        out = y if scale is None else y * scale.view(1, -1, 1, 1)
+        return (out if shift is None else out + shift.view(1, -1, 1, 1)).type_as(y)
 
     def merge(self, in_channels: int | None = None, dtype: torch.dtype | None = None) -> ConvParams:
         """Return the chain as one convolution. See :func:`merge_ops`."""

@@ -67,6 +67,10 @@ def _check_cast(converted: nn.Module, proven: nn.Module) -> None:
     for (name, ours), theirs in zip(converted.state_dict().items(), proven.state_dict().values(), strict=True):
         if not torch.equal(ours, theirs.to(ours.dtype)):
             raise EquivalenceError(f"{name!r} is not the rounded value of the proven float64 merge")
+        if ours.is_floating_point() and not torch.isfinite(ours).all():
+            raise EquivalenceError(f"{name!r} of the merged model is out of the range of {ours.dtype}, or not a number")
+        if ours.is_floating_point() and (lost := (theirs - ours.double()).abs().max()) > 0.01 * theirs.abs().max():
+            raise EquivalenceError(f"{name!r} of the merged model loses {lost:.1e} in {ours.dtype}: values underflow")
 
 
 def reparameterize(
@@ -116,6 +120,8 @@ def _prove(
     names = [block.name for block in blocks if block.name and not block.kind.startswith("Conv-BN")]
     found = verify_equivalence(model, twin, inputs, names, TOLERANCE)
     for block in blocks:
+        if block.name in found.not_run:
+            continue
         if (difference := found.blocks.get(block.name)) is not None:
             block.max_abs_error, block.max_rel_error = difference.max_abs, difference.max_rel
     total = found.total
@@ -125,4 +131,5 @@ def _prove(
     report.border_rel_error = max(difference.border_rel for difference in maps)
     report.interior_rel_error = max(difference.interior_rel for difference in maps)
     report.sensitivity = found.sensitivity
-    return [] if found.conclusive else [f"inconclusive: sensitivity {found.sensitivity:.1e}"]
+    notes = [f"block {name!r} was not run by any input and is not proven" for name in found.not_run]
+    return notes if found.conclusive else [*notes, f"inconclusive: sensitivity {found.sensitivity:.1e}"]

@@ -63,7 +63,11 @@ def test_small_pictures_and_one_channel():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"widen_factor": 0}, "widen_factor must be > 0, got 0"),
+        ({"widen_factor": 0}, r"widen_factor must be a number > 0 .*got 0"),
+        ({"widen_factor": float("inf")}, r"widen_factor must be .*got inf"),
+        ({"branches": "identity"}, "branches must be a tuple, got 'identity'"),
+        ({"out_indices": 7}, "out_indices must be a tuple, got 7"),
+        ({"in_channels": 0}, "in_channels must be a whole number >= 1, got 0"),
         ({"strides": (2, 1, 2)}, r"strides must be 8 numbers of 1 or 2 .*got \(2, 1, 2\)"),
         ({"strides": (3,) * 8}, "strides must be 8 numbers"),
         ({"out_indices": (7, 8)}, r"out_indices must lie in 0..7, got 8"),

@@ -230,3 +230,10 @@ def test_border_is_exact_where_naive_padding_is_not():
     naive = ops.project_bn(ops.project(ops.depthwise_bn(ops.depthwise(middle))))
     gap = (naive - block(x)).abs()
     assert gap[..., 1:-1, 1:-1].max() < 1e-12 and gap.max() > 1e-2
+
+
+def test_frozen_blocks_and_memory_format_survive_the_merge():
+    block = RepInvertedResidual(8, 8).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    block.switch_to_deploy()
+    assert not any(p.requires_grad for p in block.parameters())
+    assert block.reparam_conv.weight.is_contiguous(memory_format=torch.channels_last)

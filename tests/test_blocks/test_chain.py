@@ -1,5 +1,8 @@
 """Chains: merged == run == layer by layer on a padded map."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -173,3 +176,59 @@ def test_train_mode_empty_chain_and_early_stride_are_refused():
         Chain({"early": nn.Conv2d(2, 2, 1, stride=2), "late": nn.Conv2d(2, 2, 3)})
     with pytest.raises(ValueError, match="more than 1 value"):
         Chain({"bn": nn.BatchNorm2d(2)}).train()(torch.randn(1, 2, 1, 1))
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (3, 5)])
+def test_sync_batchnorm_of_two_processes_is_batchnorm_of_the_joined_batch(sizes, tmp_path):
+    """Two real processes with gloo, float32, a mean of a thousand deviations: E[x^2] - E[x]^2 would be noise there."""
+    code = """
+import sys, torch, torch.distributed as dist
+from torch import nn
+from rep_plugin.blocks.chain import Chain
+rank, folder, sizes = int(sys.argv[1]), sys.argv[2], [int(n) for n in sys.argv[3].split(",")]
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+torch.manual_seed(0)
+x, weights = torch.randn(sum(sizes), 3, 5, 5) + 1000, torch.randn(sum(sizes), 3, 5, 5)
+mine = slice(0, sizes[0]) if rank == 0 else slice(sizes[0], None)
+chain = Chain({"bn": nn.SyncBatchNorm(3)}).train()
+leaf = x[mine].clone().requires_grad_()
+y = chain(leaf)
+(y * weights[mine]).sum().backward()
+torch.save({"y": y.detach(), "dx": leaf.grad, "var": chain.bn.running_var}, f"{folder}/{rank}.pt")
+"""
+    sizes_text = ",".join(map(str, sizes))
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(rank), str(tmp_path), sizes_text], stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    torch.manual_seed(0)
+    x, weights = torch.randn(sum(sizes), 3, 5, 5) + 1000, torch.randn(sum(sizes), 3, 5, 5)
+    bn, joined = nn.BatchNorm2d(3).double().train(), x.double().requires_grad_()
+    expected = bn(joined)
+    (expected * weights.double()).sum().backward()
+    assert relative_error(expected, torch.cat([p["y"] for p in parts]).double()) < 5e-4
+    assert relative_error(joined.grad, torch.cat([p["dx"] for p in parts]).double()) < 5e-4
+    assert all(relative_error(bn.running_var, p["var"].double()) < 1e-4 for p in parts)
+
+
+def test_layers_whose_own_forward_would_be_passed_over_are_refused():
+    from timm.layers import BatchNormAct2d, ScaledStdConv2d
+
+    for op in (BatchNormAct2d(4), ScaledStdConv2d(4, 4, 3)):
+        with pytest.raises(TypeError, match="computes something else"):
+            Chain({"op": op})
+    with pytest.raises(TypeError, match="set by a hook"):
+        Chain({"conv": nn.utils.spectral_norm(nn.Conv2d(4, 4, 3))})
+
+
+def test_parametrized_weights_run_and_merge():
+    conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3, bias=False))
+    x = torch.randn(1, 4, 6, 6)
+    kernel, _ = merge_chain([conv])
+    assert (
+        relative_error(conv(x), F.conv2d(x, kernel)) < 1e-6 and relative_error(conv(x), Chain({"conv": conv})(x)) < 1e-6
+    )

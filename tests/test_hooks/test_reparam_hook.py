@@ -62,7 +62,8 @@ def test_tool_writes_the_same_artefact_by_hand(trained):
     assert done.returncode == 0 and "max relative error" in done.stdout, done.stderr
     ours, theirs = (torch.load(trained / d / "deploy.pth")["state_dict"] for d in ("by_hand", "work"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    assert (trained / "by_hand/deploy.py").read_text() == (trained / "work/deploy.py").read_text()
+    ours, theirs = (Config.fromfile(trained / d / "deploy.py") for d in ("by_hand", "work"))
+    assert ours.model == theirs.model and ours.data_preprocessor == theirs.data_preprocessor
 
 
 def test_tool_refuses_in_one_line(trained):
@@ -88,3 +89,12 @@ def test_deployed_model_can_be_fine_tuned(trained):
     model, _ = load_model(Config.fromfile(trained / "work/deploy.py"), trained / "tuned/epoch_1.pth")
     changed = [k for k, v in model.state_dict().items() if not torch.equal(v, before[k])]
     assert len(changed) == len(before), "every weight trains on"
+
+
+def test_test_tool_refuses_a_checkpoint_without_its_head(trained):
+    content = torch.load(trained / "work/deploy.pth")
+    del content["state_dict"]["head.fc.weight"]
+    torch.save(content, trained / "headless.pth")
+    done = run(ROOT / "tools/test.py", "work/deploy.py", "headless.pth", cwd=trained)
+    assert done.returncode == 1 and "1 missing (first: head.fc.weight)" in done.stderr, done.stderr[-500:]
+    assert "Traceback" not in done.stderr

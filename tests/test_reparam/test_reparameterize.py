@@ -190,3 +190,44 @@ def test_width_one_merges_in_seconds():
     started = time.perf_counter()
     _, report = rep_plugin.reparameterize(model, torch.randn(1, 3, 224, 224))
     assert time.perf_counter() - started < 40 and report.max_rel_error < 1e-10
+
+
+def half_block(gamma: float, var: float) -> nn.Sequential:
+    chain = Chain({"conv": nn.Conv2d(4, 4, 3), "bn": nn.BatchNorm2d(4)})
+    with torch.no_grad():
+        chain.bn.weight.fill_(gamma)
+        chain.bn.running_var.fill_(var)
+        chain.conv.weight.mul_(50 if gamma > 1 else 0.1)
+    return nn.Sequential(RepBlock(4, 4, 3, {"conv": chain})).eval().half()
+
+
+def test_half_precision_merges_are_proven_in_half_precision():
+    with pytest.raises(rep_plugin.EquivalenceError, match=r"out of the range of torch.float16"):
+        rep_plugin.reparameterize(half_block(1000.0, 1e-3))
+    with pytest.raises(rep_plugin.EquivalenceError, match="underflow"):
+        rep_plugin.reparameterize(half_block(1e-4, 6e4))
+    model = net().half()
+    merged, report = rep_plugin.reparameterize(model)
+    assert merged[2].reparam_conv.weight.dtype == torch.float16 and report.max_rel_error < 1e-10
+
+
+def test_a_block_that_no_input_runs_is_not_called_proven():
+    class Large(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block, self.aux = RepInvertedResidual(3, 3), RepInvertedResidual(3, 3)
+
+        def forward(self, x):
+            return self.aux(self.block(x)) if x.shape[-1] >= 64 else self.block(x)
+
+    model = calibrate_random_bn_(Large(), torch.randn(4, 3, 64, 64))
+    with pytest.warns(rep_plugin.InconclusiveWarning, match="no input runs block 'aux'"):
+        _, report = rep_plugin.reparameterize(model, torch.randn(2, 3, 16, 16), fold_bn=False)
+    assert report.blocks[1].max_rel_error is None and "'aux' was not run" in report.notes[0]
+
+
+def test_a_model_that_is_not_finite_itself_is_told_apart_from_a_wrong_merge():
+    model = net()
+    model[0].weight.data[0] = float("nan")
+    with pytest.raises(rep_plugin.EquivalenceError, match="given model's own output is not finite"):
+        rep_plugin.reparameterize(model)
