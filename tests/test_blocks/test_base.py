@@ -233,7 +233,8 @@ def test_border_is_exact_where_naive_padding_is_not():
 
 
 def test_frozen_blocks_and_memory_format_survive_the_merge():
-    block = RepInvertedResidual(8, 8).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    block = RepInvertedResidual(8, 8, branches=("bottleneck", "conv3x3")).eval().requires_grad_(False)
+    block.to(memory_format=torch.channels_last)
     block.switch_to_deploy()
     assert not any(p.requires_grad for p in block.parameters())
     assert block.reparam_conv.weight.is_contiguous(memory_format=torch.channels_last)
