@@ -74,7 +74,7 @@ def main() -> None:
         costs.add_row(name, f"{count_params(model):,}", f"{count_macs(model, x):,}")
     console.print(costs)
 
-    equal = Table(title="deployed against trained form")
+    equal = Table(title="deployed against trained form, random weights and BN")
     for column in ("size", "float64 max rel", "border", "interior", "float32 max rel"):
         equal.add_column(column, justify="right")
     for side in (size, size + 1):
