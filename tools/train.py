@@ -118,6 +118,8 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
         if not (cfg.get("auto_scale_lr") or {}).get("base_batch_size"):
             raise UsageError(f"--auto-scale-lr needs auto_scale_lr.base_batch_size, which {args.config} does not set")
         cfg.auto_scale_lr.enable = True
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)  # now, for num_workers, and once more at the end: options win
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
         # torch refuses persistent workers where there are none.
         complete_dataloader(cfg, name, persistent_workers=bool((cfg.get(name) or {}).get("num_workers")))

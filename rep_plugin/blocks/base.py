@@ -6,11 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rep_plugin.blocks.chain import Chain
-from rep_plugin.functional.kernels import ConvParams, fold_bn, merge_sum, pad_kernel, regroup_kernel
-
-
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+from rep_plugin.functional.kernels import ConvParams, fold_bn, merge_sum, pad_kernel, pair, regroup_kernel
 
 
 class RepBlock(nn.Module):
@@ -48,9 +44,9 @@ class RepBlock(nn.Module):
             if channels % groups:
                 raise ValueError(f"{name} (={channels}) must be divisible by groups (={groups})")
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size, self.stride, self.dilation = _pair(kernel_size), _pair(stride), _pair(dilation)
+        self.kernel_size, self.stride, self.dilation = pair(kernel_size), pair(stride), pair(dilation)
         same = tuple(d * (k - 1) // 2 for k, d in zip(self.kernel_size, self.dilation))
-        self.padding = same if padding is None else _pair(padding)
+        self.padding = same if padding is None else pair(padding)
         if deploy:
             self.reparam_conv = self._new_conv(in_channels, out_channels, groups)
         else:

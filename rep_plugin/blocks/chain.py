@@ -23,6 +23,7 @@ from rep_plugin.functional.kernels import (
     bn_scale_shift,
     compose,
     identity_kernel,
+    pair,
     scale_kernel_inputs,
     sum_kernel_taps,
 )
@@ -37,10 +38,6 @@ class Scale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.weight.view(1, -1, 1, 1)
-
-
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
 def _channels_of(op: nn.Module) -> tuple[int, int] | None:
@@ -89,14 +86,14 @@ def spatial_of(op: nn.Module) -> tuple[tuple[int, int], tuple[int, int], tuple[i
     if isinstance(op, nn.Conv2d):
         if op.padding_mode != "zeros":
             raise TypeError(f"padding_mode must be 'zeros' in a chain, got {op.padding_mode!r}")
-        return tuple(op.weight.shape[2:]), _pair(op.stride), _pair(op.dilation)
+        return tuple(op.weight.shape[2:]), pair(op.stride), pair(op.dilation)
     if isinstance(op, nn.AvgPool2d):
         if not op.count_include_pad or op.ceil_mode or op.divisor_override:
             raise TypeError(
                 f"{op} in a chain needs count_include_pad=True, ceil_mode=False and no divisor_override: any other "
                 "average is not a convolution at the border"
             )
-        return _pair(op.kernel_size), _pair(op.stride), _pair(getattr(op, "dilation", 1))
+        return pair(op.kernel_size), pair(op.stride), pair(getattr(op, "dilation", 1))
     if isinstance(op, (_BatchNorm, Scale, nn.Identity)):
         return (1, 1), (1, 1), (1, 1)
     raise TypeError(
@@ -110,7 +107,7 @@ class DilatedAvgPool2d(nn.AvgPool2d):
 
     def __init__(self, kernel_size: int | tuple[int, int], stride: int | tuple[int, int] = 1, dilation=(1, 1)):
         super().__init__(kernel_size, stride, padding=0)
-        self.dilation = _pair(dilation)
+        self.dilation = pair(dilation)
 
     def forward(self, x: Tensor) -> Tensor:
         return _average(x, self, (0, 0))
@@ -339,7 +336,7 @@ class Chain(nn.Module):
 
     def forward(self, x: Tensor, padding: tuple[int, int] = (0, 0)) -> Tensor:
         """Return the chain's output, (N, O, H', W'), for a zero ring of ``padding`` pixels."""
-        y, scale, shift = self.run(x, _pair(padding))
+        y, scale, shift = self.run(x, pair(padding))
         out = y if scale is None else y * scale.view(1, -1, 1, 1)
         return (out if shift is None else out + shift.view(1, -1, 1, 1)).type_as(y)
 

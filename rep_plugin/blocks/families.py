@@ -10,15 +10,12 @@ from torch import nn
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.branches import Size, conv_average_bn, conv_bn, conv_conv_bn, identity_bn
 from rep_plugin.blocks.chain import Chain
-
-
-def _pair(value: Size) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+from rep_plugin.functional.kernels import pair
 
 
 def _odd(kernel_size: Size, block: str) -> tuple[int, int]:
     """Raise ValueError for a window that has no centre tap: smaller branches could not be put there."""
-    size = _pair(kernel_size)
+    size = pair(kernel_size)
     if size[0] % 2 == 0 or size[1] % 2 == 0:
         raise ValueError(f"{block} needs odd kernel sides, got {size}")
     return size
@@ -53,7 +50,7 @@ class RepVGGBlock(RepBlock):
                 branches["point"] = Chain({"conv": point})
             else:
                 branches["point"] = conv_bn(in_channels, out_channels, 1, stride, 1, groups)
-            if in_channels == out_channels and _pair(stride) == (1, 1):
+            if in_channels == out_channels and pair(stride) == (1, 1):
                 branches["identity"] = Chain({"copy": nn.Identity()}) if post_bn else identity_bn(out_channels)
         super().__init__(
             in_channels, out_channels, size, branches, stride, padding, dilation, groups, act, deploy, post_bn
@@ -152,7 +149,7 @@ class MobileOneBlock(RepBlock):
                 branches[f"conv{index}"] = conv_bn(in_channels, out_channels, size, stride, dilation, groups)
             if size != (1, 1):
                 branches["scale"] = conv_bn(in_channels, out_channels, 1, stride, 1, groups)
-            if in_channels == out_channels and _pair(stride) == (1, 1):
+            if in_channels == out_channels and pair(stride) == (1, 1):
                 branches["identity"] = identity_bn(out_channels)
         super().__init__(in_channels, out_channels, size, branches, stride, padding, dilation, groups, act, deploy)
 

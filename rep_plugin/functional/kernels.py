@@ -46,6 +46,11 @@ class ConvParams(NamedTuple):
         return self.kernel.shape[2:] == (1, 1)
 
 
+def pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """Return (value, value) for a number, and the two numbers of a sequence, as torch's 2-d layers read them."""
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
 def bn_scale_shift(bn: nn.Module, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Return ``(scale, shift)``, each (C,), with ``bn(x) == x * scale + shift`` in eval mode.
 
