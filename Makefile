@@ -43,10 +43,10 @@ demo: $(VENV)/.users data/mini_cub/mini_fgvc.json ## render birds, train, deploy
 	$(RUN) tools/train.py configs/rep_mbv2_mini_cub.py --work-dir $(DEMO_DIR)
 	$(RUN) tools/compare_deployed.py configs/rep_mbv2_mini_cub.py $(DEMO_DIR)
 
-test: $(VENV)/.developers ## all tests on the official stack
+test: $(VENV)/.developers fashion-mnist ## all tests on the official stack
 	$(ONE_THREAD) $(BIN)/python $(PYTEST) $(TESTS)
 
-test-onedl: $(ONEDL_VENV)/.developers ## the same tests on the maintained fork
+test-onedl: $(ONEDL_VENV)/.developers fashion-mnist ## the same tests on the maintained fork
 	$(ONE_THREAD) $(ONEDL_VENV)/bin/python $(PYTEST) $(TESTS)
 
 lint: $(VENV)/.developers ## ruff: rules and format

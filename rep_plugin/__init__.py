@@ -1,4 +1,4 @@
-"""Structural re-parameterization and channel pruning for mmpretrain, mmengine and timm, every step proven equal."""
+"""Structural re-parameterization for mmpretrain, mmengine and timm, every step proven equal."""
 
 from importlib.util import find_spec
 
