@@ -1,0 +1,151 @@
+"""Numbers for channels, and which of them stand or fall together.
+
+While a model is traced, every map carries a tensor of labels of its own shape: each element the number of the channel it
+belongs to. Whatever moves elements (view, cat, chunk, permute, flatten ...) moves the labels likewise, so that the layout
+rules are torch's own. Label 0 belongs to no channel that could go.
+"""
+
+import torch
+from torch import Tensor
+
+FIXED = 0
+
+
+def connected(count: int, edges: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the smallest number of its component for each of 0..count-1: (count,) int64.
+
+    Hooks larger roots to smaller ones and halves paths, all edges at once, until nothing moves.
+    """
+    root = torch.arange(count)
+    if not edges:
+        return root
+    first = torch.cat([a for a, _ in edges])
+    second = torch.cat([b for _, b in edges])
+    while True:
+        a, b = root[first], root[second]
+        if torch.equal(a, b):
+            return root
+        low = torch.minimum(a, b)
+        root.scatter_reduce_(0, a, low, "amin").scatter_reduce_(0, b, low, "amin")
+        while not torch.equal(root, jumped := root[root]):
+            root = jumped
+
+
+class Channels:
+    """The book of labels: draws new ones, ties, freezes, and knows which belong together.
+
+    A *product* label is an output of bilinear pooling: it stays where both channels it was made of stay.
+    """
+
+    def __init__(self):
+        self.count = 1
+        self.frozen: list[tuple[Tensor, str]] = []
+        self.mixed: list[tuple[Tensor, str]] = []
+        self.products: list[tuple[int, Tensor, Tensor]] = []
+        self._edges: list[tuple[Tensor, Tensor]] = []
+        self._roots: Tensor | None = None
+
+    def fresh(self, number: int) -> Tensor:
+        """Return ``number`` new labels, (number,)."""
+        labels = torch.arange(self.count, self.count + number)
+        self.count += number
+        self._roots = None
+        return labels
+
+    def product(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return new labels that stay where the channels ``first`` and ``second`` (each (D,)) both stay: (D,)."""
+        labels = self.fresh(len(first))
+        self.products.append((int(labels[0]), first, second))
+        return labels
+
+    def is_product(self, labels: Tensor) -> Tensor:
+        """Return where labels are those of products."""
+        mask = torch.zeros_like(labels, dtype=torch.bool)
+        for start, first, _ in self.products:
+            mask |= (labels >= start) & (labels < start + len(first))
+        return mask
+
+    def tie(self, first: Tensor, second: Tensor, what: str) -> None:
+        """Let channels stand or fall together, elementwise; ``what`` ties them is said where products cannot follow."""
+        first, second = squeeze_constant(first, second)
+        first, second = first.flatten(), second.flatten()
+        differ = first != second
+        if not differ.any():
+            return
+        first, second = first[differ], second[differ]
+        if self.products and (self.is_product(first).any() or self.is_product(second).any()):
+            self.freeze(first, f"products of channels meet in {what}")
+            self.freeze(second, f"products of channels meet in {what}")
+        self._edges.append((first, second))
+        self._roots = None
+
+    def tie_along(self, labels: Tensor, dim: int, what: str) -> None:
+        """Tie what lies along a dimension; remembered as the reason where a whole layer ends up as one."""
+        if self.varies(labels, dim):
+            self.mixed.append((labels.unique(), what))
+            self.tie(labels, labels.narrow(dim, 0, 1).expand_as(labels), what)
+
+    def freeze(self, labels: Tensor, reason: str) -> None:
+        """Let channels stay for good; the owners of products as well."""
+        labels = squeeze_constant(labels)[0].unique()
+        labels = labels[labels != FIXED]
+        if not len(labels):
+            return
+        for start, first, second in self.products:
+            inside = labels[(labels >= start) & (labels < start + len(first))] - start
+            if len(inside):
+                self.frozen.append((torch.cat([first[inside], second[inside]]).unique(), reason))
+        self.frozen.append((labels, reason))
+
+    def roots(self) -> Tensor:
+        """Return the number of its tied set for every label, (count,)."""
+        if self._roots is None:
+            self._roots = connected(self.count, self._edges)
+            first, second = self._roots, torch.arange(self.count)
+            moved = first != second
+            self._edges = [(first[moved], second[moved])]
+        return self._roots
+
+    def varies(self, labels: Tensor, dim: int) -> bool:
+        """True where channels of different tied sets lie along a dimension."""
+        if labels.shape[dim] < 2 or labels.stride(dim) == 0:
+            return False
+        labels = squeeze_constant(labels)[0]
+        if bool((labels == labels.narrow(dim, 0, 1)).all()):
+            return False
+        roots = self.roots()[labels]
+        return not bool((roots == roots.narrow(dim, 0, 1)).all())
+
+    def varying(self, labels: Tensor) -> list[int]:
+        """Dimensions along which channels of different tied sets lie."""
+        return [dim for dim in range(labels.dim()) if self.varies(labels, dim)]
+
+    def along(self, labels: Tensor, dim: int) -> Tensor | None:
+        """Return the labels along one dimension, or None where another one varies too."""
+        dim %= labels.dim()
+        if any(other != dim for other in self.varying(labels)):
+            return None
+        for other in range(labels.dim()):
+            if other != dim:
+                labels = labels.narrow(other, 0, 1)
+        return labels.flatten()
+
+
+def squeeze_constant(*labels: Tensor) -> list[Tensor]:
+    """Cut the dimensions along which none of the tensors (of equal shape) changes to length 1: a view."""
+    out = list(labels)
+    for dim in range(out[0].dim()):
+        if out[0].shape[dim] > 1 and all(t.stride(dim) == 0 for t in out):
+            out = [t.narrow(dim, 0, 1) for t in out]
+    return out
+
+
+def compress(labels: Tensor) -> Tensor:
+    """Return the same labels without memory for the dimensions along which they do not change."""
+    shape = labels.shape
+    labels = squeeze_constant(labels)[0]
+    for dim in range(labels.dim()):
+        first = labels.narrow(dim, 0, 1)
+        if labels.shape[dim] > 1 and bool((labels == first).all()):
+            labels = first
+    return labels.expand(shape)

@@ -1,0 +1,307 @@
+"""Which channels of a model belong together: found by running it once, without numbers, and watching every operation.
+
+The model runs in eval mode on the ``meta`` device: shapes are real, so that control flow on them resolves, values do not
+exist, so that nothing is computed, no statistic and no random state moves, and a branch on values is an error. The rules
+for operations are in :mod:`rep_plugin.pruning.rules`, for modules that are one unit in
+:mod:`rep_plugin.pruning.leaves`. An operation without a rule freezes the channels it touches.
+"""
+
+import copy
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from rep_plugin.pruning.labels import FIXED, Channels
+
+_QUIET = (Path(torch.__file__).parent, Path(__file__).parent)
+
+
+class TraceError(RuntimeError):
+    """The model cannot be traced: its path depends on values, or leaves torch."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What is known of a map: the ``labels`` of its elements, and whether removed channels are ``zero`` here once the
+    layers that make them are set to zero."""
+
+    labels: Tensor
+    zero: bool = True
+
+
+@dataclass
+class Layer:
+    """A layer that makes channels. ``labels`` of its outputs; ``weight`` names its kernel, None for a block.
+
+    ``groupwise``: every group of the convolution goes or stays as a whole, as in a depthwise one.
+    """
+
+    name: str
+    kind: str
+    labels: Tensor
+    inputs: Tensor
+    weight: str | None = None
+    groupwise: bool = False
+
+
+@dataclass
+class Cost:
+    """Multiply-adds: ``count(*kept)`` for the kept numbers of each of ``labels``."""
+
+    labels: tuple[Tensor, ...]
+    count: Callable[..., int]
+
+
+@dataclass
+class Trace:
+    """The channels of one model.
+
+    ``cuts``: tensor name -> {dimension: labels}, all that has to be sliced. ``layers`` by name, in order of execution.
+    ``norms``: names of BNs -> labels. ``inner``: blocks that are one unit -> names of the parameters inside.
+    ``masked_inputs``: (tensor name, dimension) that still see something of a removed channel once its makers are zero.
+    ``pools``: bilinear poolings -> labels of their maps and of what they pool. ``shape`` of the example.
+    """
+
+    shape: tuple[int, ...]
+    channels: Channels = field(default_factory=Channels)
+    cuts: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    layers: dict[str, Layer] = field(default_factory=dict)
+    norms: dict[str, Tensor] = field(default_factory=dict)
+    makers: set[str] = field(default_factory=set)
+    masked_inputs: set[tuple[str, int]] = field(default_factory=set)
+    inner: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    pools: dict[str, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = field(default_factory=dict)
+    costs: list[Cost] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+
+
+def where() -> str:
+    """Return ``file:line`` of the model's code that is running."""
+    frame = sys._getframe(1)
+    while frame is not None and _is_quiet(frame.f_code.co_filename):
+        frame = frame.f_back
+    return "torch" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+
+
+def _is_quiet(filename: str) -> bool:
+    return filename.startswith("<") or any(Path(filename).is_relative_to(folder) for folder in _QUIET)
+
+
+def _location(error: BaseException) -> str:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_quiet(f.filename)]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "torch"
+
+
+def tensors_in(values: object) -> list[Tensor]:
+    """Return the tensors of nested arguments, in order."""
+    return [value for value in tree_flatten(values)[0] if isinstance(value, Tensor)]
+
+
+class Tracer(TorchFunctionMode):
+    """Runs a model on the meta device and keeps the labels of every map."""
+
+    def __init__(self, model: nn.Module, shape: tuple[int, ...]):
+        super().__init__()
+        from rep_plugin.pruning.leaves import find_leaf
+        from rep_plugin.pruning.rules import find_rule
+
+        self.find_rule = find_rule
+        self.trace = Trace(shape)
+        self.channels = self.trace.channels
+        self.model = _twin(model)
+        self.names = {id(t): name for name, t in (*self.model.named_parameters(), *self.model.named_buffers())}
+        self._loose: set[str] = set()  # parameters in arithmetic whose channels are not known
+        self._marks: dict[int, tuple[Mark, Tensor]] = {}  # the tensor is held: its id must not be used again
+        for name, module in self.model.named_modules():
+            if (rule := find_leaf(module)) is not None:
+                module.forward = self._leaf(rule, name, module)
+
+    def run(self) -> Trace:
+        dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
+        x = torch.empty(self.trace.shape, dtype=dtype, device="meta")
+        self.mark(x, Mark(torch.tensor(FIXED).expand(x.shape), False))
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), self:
+                output = self.model(x)
+        except TraceError:
+            raise
+        except Exception as error:  # whatever the model's own code raises
+            text = (str(error).splitlines() or [type(error).__name__])[0]
+            raise TraceError(f"cannot trace {type(self.model).__name__} at {_location(error)}: {text}") from error
+        self.trace.outputs = [self.of(t).labels for t in _maps_of(output) if self.is_tracked(t)]
+        if not self.trace.outputs:
+            raise TraceError(f"{type(self.model).__name__} gives no tensor that depends on its input")
+        return self.trace
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = tensors_in((args, kwargs))
+        if not any(self.is_tracked(t) or id(t) in self.names for t in given):
+            return func(*args, **_on_cpu(kwargs))
+        name = name_of(func)
+        if name == "__iter__":
+            return iter(self.__torch_function__(torch.unbind, types, args))
+        meta_args, meta_kwargs = tree_map(self._as_meta, (args, kwargs))
+        rule = self.find_rule(name)
+        if rule is None and name not in SILENT:
+            with FlopCounterMode(display=False) as counter:
+                out = func(*meta_args, **meta_kwargs)
+            macs = counter.get_total_flops() // 2
+            if macs:
+                self.cost((), lambda: macs)
+        else:
+            out = func(*meta_args, **meta_kwargs)
+        made = tensors_in(out)
+        if not made and name not in ("__setitem__",):
+            return out
+        self.function, self.name_now = func, name
+        marks = None if rule is None else rule(self, out, *args, **kwargs)
+        if marks is None:
+            self.give_up(f"{name} at {where()}", given)
+            marks = [Mark(torch.tensor(FIXED).expand(t.shape), False) for t in made]
+        for tensor, mark in zip(made, [marks] if isinstance(marks, Mark) else marks, strict=True):
+            self.mark(tensor, mark)
+        return out
+
+    def is_tracked(self, tensor: object) -> bool:
+        return isinstance(tensor, Tensor) and tensor.is_meta
+
+    def mark(self, tensor: Tensor, mark: Mark) -> None:
+        assert mark.labels.shape == tensor.shape, (mark.labels.shape, tensor.shape)
+        self._marks[id(tensor)] = (mark, tensor)
+
+    def of(self, tensor: Tensor) -> Mark:
+        """Return what is known of a map, or of a parameter that is used like one."""
+        if (found := self._marks.get(id(tensor))) is not None:
+            return found[0]
+        if (name := self.names.get(id(tensor))) is not None:
+            return self._mark_parameter(tensor, name)
+        if not tensor.is_meta:
+            return Mark(torch.tensor(FIXED).expand(tensor.shape), False)
+        raise TraceError(f"at {where()} a map appears that no torch function made (a custom autograd Function?)")
+
+    def _mark_parameter(self, tensor: Tensor, name: str) -> Mark:
+        """A parameter or buffer in arithmetic: its one dimension that is longer than 1 may follow channels."""
+        long = [dim for dim, size in enumerate(tensor.shape) if size > 1]
+        mark = Mark(torch.tensor(FIXED).expand(tensor.shape), False)
+        if len(long) == 1 and name not in self.trace.cuts:
+            (dim,) = long
+            view = [1] * tensor.dim()
+            view[dim] = -1
+            labels = self.channels.fresh(tensor.shape[dim])
+            mark = Mark(labels.view(view), True)
+            self.cut(name, dim, labels, maker=True)
+        elif long:
+            self._loose.add(name)
+            for labels in self.trace.cuts.get(name, {}).values():
+                self.channels.freeze(labels, f"{name} is also used in arithmetic at {where()}")
+        self._marks[id(tensor)] = (mark, tensor)
+        return mark
+
+    def name(self, tensor: object) -> str | None:
+        """Return the name of a parameter or buffer, None for anything else."""
+        return self.names.get(id(tensor))
+
+    def cut(self, name: str, dim: int, labels: Tensor, maker: bool = False) -> None:
+        """Say that a dimension of a tensor follows channels; ``maker``: set to zero, it makes them zero."""
+        if maker:
+            self.trace.makers.add(name)
+        if name in self._loose:
+            self.channels.freeze(labels, f"{name} is also used in arithmetic")
+        dims = self.trace.cuts.setdefault(name, {})
+        if dim in dims:
+            self.channels.tie(dims[dim], labels, f"a second use of {name}")
+        else:
+            dims[dim] = labels
+
+    def see(self, name: str, dim: int, mark: Mark) -> None:
+        """Note that a layer reads a map; what is not zero there has to be masked at the reader."""
+        if not mark.zero:
+            self.trace.masked_inputs.add((name, dim))
+
+    def cost(self, labels: Iterable[Tensor], count: Callable[..., int]) -> None:
+        self.trace.costs.append(Cost(tuple(labels), count))
+
+    def give_up(self, what: str, tensors: Iterable[Tensor]) -> None:
+        """Freeze the channels of all these tensors."""
+        for tensor in tensors:
+            if self.is_tracked(tensor) or self.name(tensor) is not None:
+                self.channels.freeze(self.of(tensor).labels, f"no rule for {what}")
+
+    def _as_meta(self, value: object) -> object:
+        if not isinstance(value, Tensor) or value.is_meta:
+            if isinstance(value, torch.device):
+                return torch.device("meta")
+            return value
+        if value.dim() == 0 and id(value) not in self.names:
+            return value  # a number
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+    def _leaf(self, rule, name: str, module: nn.Module):
+        def forward(*args):
+            with torch._C.DisableTorchFunction():
+                out, marks = rule(self, name, module, *args)
+                for tensor, mark in zip(tensors_in(out), marks, strict=True):
+                    self.mark(tensor, mark)
+                return out
+
+        return forward
+
+
+# Questions about a map, whose answers are no maps.
+SILENT = {"__get__", "size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size", "get_device"}
+
+
+def name_of(func) -> str:
+    """Return the plain name of a torch function: ``relu_`` is relu, an attribute is called by its own name."""
+    name = getattr(func, "__name__", str(func))
+    if name == "__get__":
+        name = getattr(func.__self__, "__name__", name)
+        return name if name in ("T", "mT", "data") else "__get__"
+    return name if name.endswith("__") else name.rstrip("_")
+
+
+def _on_cpu(kwargs: dict) -> dict:
+    """Constants that a forward makes for itself keep their values."""
+    if "device" in kwargs and kwargs["device"] is not None and torch.device(kwargs["device"]).type == "meta":
+        return {**kwargs, "device": torch.device("cpu")}
+    return kwargs
+
+
+def _maps_of(output: object) -> list[Tensor]:
+    return [t for t in tensors_in(output) if t.is_floating_point()]
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy of the modules in eval mode that shares the parameters, and has its own buffers."""
+    memo = {id(p): p for p in model.parameters()} | {id(b): b.detach().clone() for b in model.buffers()}
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        module.training = False
+    return twin
+
+
+def trace_channels(model: nn.Module, example_input: Tensor | tuple[int, ...], prune_outputs: bool = False) -> Trace:
+    """Return the channels of a model, as its forward pass on ``example_input`` (a tensor (N, C, ...) or a shape) ties them.
+
+    The channels of the input and of the model's outputs are frozen; ``prune_outputs`` frees those of output *maps*
+    (N, C, H, W), as a backbone's are. The model is left as it is, mode, statistics and random state included.
+
+    Raises TraceError, with file and line, where the forward pass depends on values, leaves torch or fails.
+    """
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise ValueError(f"got a {type(model).__name__}: pass its .module, and wrap the model again after pruning")
+    shape = tuple(example_input.shape) if isinstance(example_input, Tensor) else tuple(example_input)
+    trace = Tracer(model, shape).run()
+    for labels in trace.outputs:
+        if not (prune_outputs and labels.dim() == 4):
+            trace.channels.freeze(labels, "model output")
+    return trace
