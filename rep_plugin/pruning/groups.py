@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rep_plugin.pruning.labels import FIXED, connected
-from rep_plugin.pruning.trace import Layer, Trace
+from rep_plugin.pruning.graph import Layer, Trace
 
 
 @dataclass(frozen=True)

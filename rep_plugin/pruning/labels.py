@@ -41,6 +41,7 @@ class Channels:
         self.count = 1
         self.frozen: list[tuple[Tensor, str]] = []
         self.mixed: list[tuple[Tensor, str]] = []
+        self.balanced: list[Tensor] = []
         self.products: list[tuple[int, Tensor, Tensor]] = []
         self._edges: list[tuple[Tensor, Tensor]] = []
         self._roots: Tensor | None = None
@@ -84,6 +85,11 @@ class Channels:
         if self.varies(labels, dim):
             self.mixed.append((labels.unique(), what))
             self.tie(labels, labels.narrow(dim, 0, 1).expand_as(labels), what)
+
+    def balance(self, rows: Tensor) -> None:
+        """Let every row of labels (groups, width) keep as many channels as the others."""
+        if len(rows) > 1:
+            self.balanced.append(rows)
 
     def freeze(self, labels: Tensor, reason: str) -> None:
         """Let channels stay for good; the owners of products as well."""

@@ -5,6 +5,7 @@ its tensors.
 """
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,11 @@ from rep_plugin.blocks.chain import Scale
 from rep_plugin.functional.bilinear import triangle_index
 from rep_plugin.necks.bilinear_pooling import BilinearPooling
 from rep_plugin.necks.pools import Full, ISqrtCov, LowRank, RandomMaclaurin, TensorSketch, Triangle
+from rep_plugin.pruning.graph import Layer, Mark, TraceError
 from rep_plugin.pruning.rules import convolve, fixed_like, normalise, spread
-from rep_plugin.pruning.trace import Layer, Mark, TraceError, Tracer
+
+if TYPE_CHECKING:
+    from rep_plugin.pruning.trace import Tracer
 
 
 def find_leaf(module: nn.Module) -> Callable | None:
@@ -26,7 +30,7 @@ def find_leaf(module: nn.Module) -> Callable | None:
     return _bilinear_pooling if isinstance(module, BilinearPooling) else None
 
 
-def _run_chain(t: Tracer, name: str, ops: Sequence[tuple[str, nn.Module]], labels: Tensor) -> Tensor:
+def _run_chain(t: "Tracer", name: str, ops: Sequence[tuple[str, nn.Module]], labels: Tensor) -> Tensor:
     """Follow channels (I,) through linear layers; return those of the outputs (O,)."""
     for op_name, op in ops:
         path = f"{name}.{op_name}"
@@ -42,7 +46,7 @@ def _run_chain(t: Tracer, name: str, ops: Sequence[tuple[str, nn.Module]], label
     return labels
 
 
-def _rep_block(t: Tracer, name: str, block: RepBlock, x: Tensor):
+def _rep_block(t: "Tracer", name: str, block: RepBlock, x: Tensor):
     """Only the outer channels of a block can go; it costs what it costs once it is one convolution."""
     mark = t.of(x)
     inputs = t.channels.along(mark.labels, 1)
@@ -82,22 +86,23 @@ def _rep_block(t: Tracer, name: str, block: RepBlock, x: Tensor):
     zero = bool((tried == 0).all())
 
     groupwise = block.groups > 1 and not t.channels.varies(inputs.view(block.groups, -1), 1)
-    t.trace.layers[name] = Layer(name, "block", labels, inputs, None, groupwise)
+    taps = block.kernel_size[0] * block.kernel_size[1]
+    layer = Layer(name, "block", labels, inputs, None, groupwise, block.groups, taps)
+    t.trace.layers[name] = layer
     t.trace.inner[name] = tuple(f"{name}.{key}" for key, _ in block.named_parameters() if not key.startswith("act."))
     for norm in set(t.trace.norms) - norms:
         if norm.removeprefix(f"{name}.") not in _output_norms(block):
             del t.trace.norms[norm]
-    taps = block.kernel_size[0] * block.kernel_size[1]
     positions = out_shape[0] * out_shape[2] * out_shape[3] * taps
     if groupwise:
-        width = len(inputs) // block.groups
+        width = len(layer.inputs_per_group)
         t.cost([labels], lambda kept: positions * width * kept)
     else:
-        t.cost([labels, inputs[: len(inputs) // block.groups]], lambda kept, seen: positions * kept * seen)
+        t.cost([labels, layer.inputs_per_group], lambda kept, seen: positions * kept * seen)
     return torch.empty(out_shape, dtype=x.dtype, device="meta"), [Mark(labels_map, zero)]
 
 
-def _inner_cuts(t: Tracer, name: str):
+def _inner_cuts(t: "Tracer", name: str):
     return [(tensor, dims) for tensor, dims in t.trace.cuts.items() if tensor.startswith(f"{name}.")]
 
 
@@ -114,7 +119,7 @@ def _out_shape(block: RepBlock, x: Tensor, channels: int) -> tuple[int, ...]:
     return (x.shape[0], channels, *sides)
 
 
-def _stream(t: Tracer, name: str, neck: BilinearPooling, feats: Sequence[Tensor], stream: int):
+def _stream(t: "Tracer", name: str, neck: BilinearPooling, feats: Sequence[Tensor], stream: int):
     x = feats[neck.in_index[stream]]
     mark = t.of(x)
     dim = {"NCHW": 1, "NHWC": 3, "NLC": 2}[neck.layout]
@@ -136,7 +141,7 @@ def _stream(t: Tracer, name: str, neck: BilinearPooling, feats: Sequence[Tensor]
     return given, labels, positions
 
 
-def _bilinear_pooling(t: Tracer, name: str, neck: BilinearPooling, feats: Sequence[Tensor]):
+def _bilinear_pooling(t: "Tracer", name: str, neck: BilinearPooling, feats: Sequence[Tensor]):
     """A kept channel keeps its row and its column of the products; tables of compact forms lose its entries."""
     streams = [_stream(t, name, neck, feats, index) for index in range(len(neck.in_index))]
     given, pooled = tuple(s[0] for s in streams), tuple(s[1] for s in streams)

@@ -5,14 +5,18 @@ tensor, or None where it cannot say: then the channels are frozen.
 """
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from rep_plugin.pruning.graph import Layer, Mark, tensors_in, where
 from rep_plugin.pruning.labels import FIXED, compress, squeeze_constant
-from rep_plugin.pruning.trace import Layer, Mark, Tracer, tensors_in, where
+
+if TYPE_CHECKING:
+    from rep_plugin.pruning.trace import Tracer
 
 RULES: dict[str, Callable] = {}
 
@@ -44,24 +48,25 @@ def spread(labels: Tensor, dim: int, shape: Sequence[int]) -> Tensor:
 # --- layers ---
 
 
-def convolve(t: Tracer, inputs: Tensor, weight: str, bias: str | None, groups: int, shape) -> tuple[Tensor, bool]:
+def convolve(t: "Tracer", inputs: Tensor, weight: str, bias: str | None, groups: int, shape) -> tuple[Tensor, bool]:
     """Return the labels (O,) of a convolution's outputs, and whether it keeps or loses whole groups.
 
-    ``inputs`` (I,), ``shape`` of the kernel. Other grouped convolutions keep their groups, and lose the same channels in
-    each.
+    ``inputs`` (I,), ``shape`` of the kernel. Other grouped convolutions keep their groups, and lose as many channels in
+    each: the labels of their inputs are cut as (groups, I / groups).
     """
     outs, width = shape[:2]
     per_group = inputs.view(groups, width)
     groupwise = groups > 1 and not t.channels.varies(per_group, 1)
     if groupwise:
+        t.trace.groupwise.add(weight)
         labels = per_group[:, 0].repeat_interleave(outs // groups)
     else:
-        t.channels.tie_along(per_group, 0, f"the {groups} groups of {weight.removesuffix('.weight')}")
-        t.cut(weight, 1, per_group[0])
+        t.channels.balance(per_group)
+        t.cut(weight, 1, per_group if groups > 1 else inputs)
         labels = t.trace.cuts[weight].get(0)
         if labels is None:
             labels = t.channels.fresh(outs)
-            t.channels.tie_along(labels.view(groups, -1), 0, f"the {groups} groups of {weight.removesuffix('.weight')}")
+            t.channels.balance(labels.view(groups, -1))
     t.cut(weight, 0, labels, maker=True)
     if bias is not None:
         t.cut(bias, 0, labels, maker=True)
@@ -80,9 +85,8 @@ def _conv(t, out, input, weight, bias=None, stride=1, padding=0, dilation=1, gro
     elif not mark.zero:
         mark = Mark(mark.labels, True)  # the kernel's rows are set to zero, whatever it sees
     layer = name.removesuffix(".weight")
-    t.trace.layers.setdefault(layer, Layer(layer, "conv", labels, inputs, name, groupwise))
-    positions = out.numel() // out.shape[1]
-    taps = weight[0, 0].numel()
+    positions, taps = out.numel() // out.shape[1], weight[0, 0].numel()
+    t.trace.layers.setdefault(layer, Layer(layer, "conv", labels, inputs, name, groupwise, groups, taps))
     if groupwise:
         width = weight.shape[1]
         t.cost([labels], lambda kept: positions * taps * width * kept)
@@ -131,7 +135,7 @@ def _linear(t, out, input, weight, bias=None):
     return Mark(spread(labels, -1, out.shape))
 
 
-def normalise(t: Tracer, labels: Tensor, names: dict[str, str | None]) -> None:
+def normalise(t: "Tracer", labels: Tensor, names: dict[str, str | None]) -> None:
     """A per-channel normalisation: ``names`` of its weight, bias, running_mean and running_var follow the channels."""
     for role, name in names.items():
         if name is not None:
@@ -219,7 +223,7 @@ def _same(t, out, input, *args, **kwargs):
 
 
 def elementwise(name: str) -> Callable:
-    def apply(t: Tracer, out, *args, **kwargs):
+    def apply(t: "Tracer", out, *args, **kwargs):
         maps = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0]
         if not isinstance(out, Tensor) or "out" in kwargs or not maps:
             return None
@@ -243,7 +247,7 @@ def elementwise(name: str) -> Callable:
     return apply
 
 
-def _keeps_zero(t: Tracer, args, kwargs, tensor: Tensor) -> bool:
+def _keeps_zero(t: "Tracer", args, kwargs, tensor: Tensor) -> bool:
     """Try the function on a zero."""
     zero = torch.zeros(1)
     args, kwargs = tree_map(lambda value: zero if value is tensor else value, (tuple(args), dict(kwargs)))
@@ -251,7 +255,7 @@ def _keeps_zero(t: Tracer, args, kwargs, tensor: Tensor) -> bool:
     return bool((result == 0).all())
 
 
-def join(t: Tracer, first: Tensor, second: Tensor, shape: Sequence[int]) -> Tensor:
+def join(t: "Tracer", first: Tensor, second: Tensor, shape: Sequence[int]) -> Tensor:
     """Tie the labels of two maps that meet element by element, broadcast to ``shape``; return those of the result."""
     both = []
     for labels, other in ((first, second), (second, first)):
@@ -271,7 +275,7 @@ def join(t: Tracer, first: Tensor, second: Tensor, shape: Sequence[int]) -> Tens
     return both[0]
 
 
-def _tie_maps(t: Tracer, first: Tensor, second: Tensor) -> None:
+def _tie_maps(t: "Tracer", first: Tensor, second: Tensor) -> None:
     what = f"arithmetic at {where()}"
     first, second = torch.broadcast_tensors(*squeeze_constant(first, second))
     known = (first != FIXED) & (second != FIXED)
@@ -321,11 +325,11 @@ def _reduce(t, out, input, dim=None, keepdim=False, *, dtype=None, correction=1,
 # --- moving elements ---
 
 
-def _all_zero(t: Tracer, *values) -> bool:
+def _all_zero(t: "Tracer", *values) -> bool:
     return all(t.of(value).zero for value in tensors_in(values))
 
 
-def rectangular(t: Tracer, labels: Tensor) -> Tensor:
+def rectangular(t: "Tracer", labels: Tensor) -> Tensor:
     """A map must stay a box when channels go: where they vary along several dimensions, only the longest gives way."""
     labels = compress(labels)
     dims = t.channels.varying(labels)

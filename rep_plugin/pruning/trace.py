@@ -7,102 +7,24 @@ for operations are in :mod:`rep_plugin.pruning.rules`, for modules that are one 
 """
 
 import copy
-import sys
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from rep_plugin.pruning.labels import FIXED, Channels
-
-_QUIET = (Path(torch.__file__).parent, Path(__file__).parent)
-
-
-class TraceError(RuntimeError):
-    """The model cannot be traced: its path depends on values, or leaves torch."""
-
-
-@dataclass(frozen=True)
-class Mark:
-    """What is known of a map: the ``labels`` of its elements, and whether removed channels are ``zero`` here once the
-    layers that make them are set to zero."""
-
-    labels: Tensor
-    zero: bool = True
-
-
-@dataclass
-class Layer:
-    """A layer that makes channels. ``labels`` of its outputs; ``weight`` names its kernel, None for a block.
-
-    ``groupwise``: every group of the convolution goes or stays as a whole, as in a depthwise one.
-    """
-
-    name: str
-    kind: str
-    labels: Tensor
-    inputs: Tensor
-    weight: str | None = None
-    groupwise: bool = False
-
-
-@dataclass
-class Cost:
-    """Multiply-adds: ``count(*kept)`` for the kept numbers of each of ``labels``."""
-
-    labels: tuple[Tensor, ...]
-    count: Callable[..., int]
-
-
-@dataclass
-class Trace:
-    """The channels of one model.
-
-    ``cuts``: tensor name -> {dimension: labels}, all that has to be sliced. ``layers`` by name, in order of execution.
-    ``norms``: names of BNs -> labels. ``inner``: blocks that are one unit -> names of the parameters inside.
-    ``masked_inputs``: (tensor name, dimension) that still see something of a removed channel once its makers are zero.
-    ``pools``: bilinear poolings -> labels of their maps and of what they pool. ``shape`` of the example.
-    """
-
-    shape: tuple[int, ...]
-    channels: Channels = field(default_factory=Channels)
-    cuts: dict[str, dict[int, Tensor]] = field(default_factory=dict)
-    layers: dict[str, Layer] = field(default_factory=dict)
-    norms: dict[str, Tensor] = field(default_factory=dict)
-    makers: set[str] = field(default_factory=set)
-    masked_inputs: set[tuple[str, int]] = field(default_factory=set)
-    inner: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    pools: dict[str, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = field(default_factory=dict)
-    costs: list[Cost] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
-
-
-def where() -> str:
-    """Return ``file:line`` of the model's code that is running."""
-    frame = sys._getframe(1)
-    while frame is not None and _is_quiet(frame.f_code.co_filename):
-        frame = frame.f_back
-    return "torch" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-
-
-def _is_quiet(filename: str) -> bool:
-    return filename.startswith("<") or any(Path(filename).is_relative_to(folder) for folder in _QUIET)
+from rep_plugin.pruning.graph import Cost, Mark, Trace, TraceError, is_quiet, tensors_in, where
+from rep_plugin.pruning.labels import FIXED
+from rep_plugin.pruning.leaves import find_leaf
+from rep_plugin.pruning.rules import find_rule
 
 
 def _location(error: BaseException) -> str:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_quiet(f.filename)]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not is_quiet(f.filename)]
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "torch"
-
-
-def tensors_in(values: object) -> list[Tensor]:
-    """Return the tensors of nested arguments, in order."""
-    return [value for value in tree_flatten(values)[0] if isinstance(value, Tensor)]
 
 
 class Tracer(TorchFunctionMode):
@@ -110,14 +32,11 @@ class Tracer(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, shape: tuple[int, ...]):
         super().__init__()
-        from rep_plugin.pruning.leaves import find_leaf
-        from rep_plugin.pruning.rules import find_rule
-
-        self.find_rule = find_rule
         self.trace = Trace(shape)
         self.channels = self.trace.channels
         self.model = _twin(model)
         self.names = {id(t): name for name, t in (*self.model.named_parameters(), *self.model.named_buffers())}
+        self.trace.sizes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
         self._loose: set[str] = set()  # parameters in arithmetic whose channels are not known
         self._marks: dict[int, tuple[Mark, Tensor]] = {}  # the tensor is held: its id must not be used again
         for name, module in self.model.named_modules():
@@ -150,7 +69,7 @@ class Tracer(TorchFunctionMode):
         if name == "__iter__":
             return iter(self.__torch_function__(torch.unbind, types, args))
         meta_args, meta_kwargs = tree_map(self._as_meta, (args, kwargs))
-        rule = self.find_rule(name)
+        rule = find_rule(name)
         if rule is None and name not in SILENT:
             with FlopCounterMode(display=False) as counter:
                 out = func(*meta_args, **meta_kwargs)
@@ -213,7 +132,7 @@ class Tracer(TorchFunctionMode):
     def cut(self, name: str, dim: int, labels: Tensor, maker: bool = False) -> None:
         """Say that a dimension of a tensor follows channels; ``maker``: set to zero, it makes them zero."""
         if maker:
-            self.trace.makers.add(name)
+            self.trace.makers.add((name, dim))
         if name in self._loose:
             self.channels.freeze(labels, f"{name} is also used in arithmetic")
         dims = self.trace.cuts.setdefault(name, {})

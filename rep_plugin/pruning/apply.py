@@ -1,0 +1,178 @@
+"""``apply_plan``: remove the channels that a plan does not keep, prove it on copies first, and say what was done."""
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from rep_plugin.pruning.graph import Trace
+from rep_plugin.pruning.groups import frozen_roots
+from rep_plugin.pruning.kept import Kept, nothing_gone
+from rep_plugin.pruning.masking import KeptOutputs, mask_channels_
+from rep_plugin.pruning.plan import PrunePlan
+from rep_plugin.pruning.surgery import remove_channels_
+from rep_plugin.pruning.trace import trace_channels
+from rep_plugin.report import BlockReport, Report, count_macs, count_params
+from rep_plugin.verify import EquivalenceError, default_inputs, verify_equivalence
+
+TOLERANCE = 1e-9  # relative, in float64
+
+
+@dataclass
+class PruneReport(Report):
+    """A report that also holds ``widths`` (layer -> before, after) and ``frozen`` (layer -> reason)."""
+
+    widths: dict[str, tuple[int, int]] = field(default_factory=dict)
+    frozen: dict[str, str] = field(default_factory=dict)
+
+    def table(self) -> Table:
+        """Return the figures as a rich table."""
+        table = super().table()
+        changed = sum(before != after for before, after in self.widths.values())
+        table.title = f"{self.action}: {changed} of {len(self.widths)} layers narrower, {len(self.frozen)} frozen"
+        return table
+
+
+def apply_plan(
+    model: nn.Module,
+    plan: PrunePlan,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    *,
+    ema: nn.Module | None = None,
+    verify: bool = True,
+    example_input: Tensor | None = None,
+) -> PruneReport:
+    """Remove channels from ``model``, in place, as ``plan`` says, and return a report.
+
+    Parameters stay the same objects, with their gradients; the state of ``optimizer`` (or several; a wrapper with an
+    ``optimizer`` inside will do) is sliced along. ``ema`` is a second copy of the model (or a wrapper with one as
+    ``module``), pruned alike. ``verify`` first compares, in float64 and on copies, the model with removed channels set to
+    zero (:func:`rep_plugin.pruning.masking.mask_channels_`) and the one without them, on ``example_input`` (default:
+    random, of the plan's shape) and on another size; relative tolerance 1e-9.
+
+    Raises ValueError where the plan is not for this model, or the model is wrapped (DDP: pass ``.module``, wrap again
+    after), :class:`rep_plugin.verify.EquivalenceError` where the proof fails. Everything is then as it was.
+    """
+    started = time.perf_counter()
+    trace = trace_channels(model, plan.input_shape, plan.prune_outputs)
+    kept = kept_by(plan, model, trace)
+    optimizers = _optimizers(optimizer)
+    shadow = None if ema is None else _shadow(ema, model)
+    inputs = _inputs(model, plan, example_input)
+    report = PruneReport("apply_plan", count_params(model), 0, input_shape=tuple(inputs[0].shape))
+    report.macs_before = count_macs(model, inputs[0])
+    if verify:
+        _prove(model, trace, kept, inputs, report)
+    remove_channels_(model, trace, kept, optimizers)
+    if shadow is not None:
+        remove_channels_(shadow, trace, kept)
+    report.params_after, report.macs_after = count_params(model), count_macs(model, inputs[0])
+    report.widths, report.frozen = dict(plan.widths), dict(plan.frozen)
+    report.blocks = [
+        BlockReport(name, f"{layer.kind} {len(layer.labels)} -> {kept.count(layer.labels)}")
+        for name, layer in trace.layers.items()
+        if kept.changes(layer.labels)
+    ]
+    reasons: dict[str, list[str]] = {}
+    for name, reason in plan.frozen.items():
+        reasons.setdefault(reason, []).append(name)
+    report.notes += [_frozen_note(names, reason) for reason, names in reasons.items()]
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _frozen_note(names: list[str], reason: str) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"frozen: {', '.join(names[:3])}{more}: {reason}"
+
+
+def kept_by(plan: PrunePlan, model: nn.Module, trace: Trace) -> Kept:
+    """Return what a plan keeps of a traced model. Raises ValueError, naming the layer, where the two do not fit."""
+    for name, (before, _) in plan.widths.items():
+        if name not in trace.layers:
+            raise ValueError(f"the plan is for another model ({plan.model}): {type(model).__name__} has no layer {name!r}")
+        if (have := len(trace.layers[name].labels)) != before:
+            raise ValueError(f"the plan is for another model: layer {name!r} has {have} channels, the plan says {before}")
+    if missing := set(trace.layers) - set(plan.widths):
+        raise ValueError(f"the plan is for another model: it does not know layer {sorted(missing)[0]!r}")
+    roots, frozen = trace.channels.roots(), frozen_roots(trace)
+    gone = nothing_gone(trace)
+    for name, indices in plan.kept.items():
+        if name not in trace.layers:
+            raise ValueError(f"the plan keeps channels of {name!r}, for which it has no width")
+        stays = torch.zeros(len(trace.layers[name].labels), dtype=torch.bool)
+        stays[list(indices)] = True
+        gone[roots[trace.layers[name].labels[~stays]]] = True
+    kept = Kept(trace, gone)
+    for name, layer in trace.layers.items():
+        if (frozen & gone)[roots[layer.labels]].any():
+            raise ValueError(f"the plan removes channels of {name!r}, which cannot be removed")
+        want = plan.kept.get(name, tuple(range(len(layer.labels))))
+        if tuple(kept.index(layer.labels).tolist()) != tuple(want):
+            raise ValueError(f"the plan keeps channels of {name!r} that go with removed ones of a coupled layer")
+        if kept.count(layer.labels) < 1:
+            raise ValueError(f"the plan leaves {name!r} without channels")
+    for rows in trace.channels.balanced:
+        if len(set(kept.mask[rows].sum(1).tolist())) > 1:
+            raise ValueError("the plan keeps unequally many channels in the groups of a convolution")
+    return kept
+
+
+def _optimizers(optimizer) -> list[torch.optim.Optimizer]:
+    given = [] if optimizer is None else list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+    inner = [getattr(one, "optimizer", one) for one in given]
+    for one in inner:
+        if not isinstance(one, torch.optim.Optimizer):
+            raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(one).__name__}")
+    return inner
+
+
+def _shadow(ema: nn.Module, model: nn.Module) -> nn.Module:
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    for candidate in (ema, getattr(ema, "module", None)):
+        if isinstance(candidate, nn.Module) and {n: p.shape for n, p in candidate.named_parameters()} == shapes:
+            return candidate
+    raise ValueError(f"ema ({type(ema).__name__}) does not hold the parameters of {type(model).__name__}")
+
+
+def _inputs(model: nn.Module, plan: PrunePlan, example_input: Tensor | None) -> list[Tensor]:
+    if example_input is None:
+        shape = (max(2, plan.input_shape[0]), *plan.input_shape[1:])
+        example_input = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return default_inputs(model, example_input)
+
+
+def _prove(model: nn.Module, trace: Trace, kept: Kept, inputs: list[Tensor], report: PruneReport) -> None:
+    masked = mask_channels_(_double(model), trace, kept)
+    removed = remove_channels_(_double(model), trace, kept)
+    if any(kept.changes(labels) for labels in trace.outputs):
+        masked = KeptOutputs(masked, trace, kept)
+    try:
+        found = verify_equivalence(masked, removed, inputs, tolerance=TOLERANCE)
+    except (RuntimeError, IndexError) as error:
+        if isinstance(error, EquivalenceError):
+            raise EquivalenceError(f"removing channels does not equal setting them to zero: {error}") from error
+        raise EquivalenceError(f"the model does not run without the removed channels: {_first_line(error)}") from error
+    total = found.total
+    report.max_abs_error, report.max_rel_error = total.max_abs, total.max_rel
+    report.border_rel_error, report.interior_rel_error = total.border_rel, total.interior_rel
+    report.sensitivity = found.sensitivity
+    if not found.conclusive:
+        report.notes.append(f"inconclusive: sensitivity {found.sensitivity:.1e}")
+
+
+def _double(model: nn.Module) -> nn.Module:
+    twin = copy.deepcopy(model).double()
+    for module in twin.modules():
+        module.training = False
+    return twin
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
