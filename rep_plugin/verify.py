@@ -200,8 +200,8 @@ def verify_equivalence(
     Raises EquivalenceError over ``tolerance`` (relative) or on a non-finite value, naming the first block that is off;
     warns with InconclusiveWarning where another input changes the output by less than 1e-3.
     """
-    reference = copy.deepcopy(reference).double().eval()
-    candidate = copy.deepcopy(candidate).double().eval()
+    reference, candidate = copy.deepcopy(reference).double(), copy.deepcopy(candidate).double()
+    reference.eval(), candidate.eval()  # not chained: mmpretrain's return None
     result = Equivalence(blocks={name: Difference() for name in block_names}, not_run=list(block_names))
     for index, x in enumerate(inputs):
         recorder = _Recorder(reference, block_names)

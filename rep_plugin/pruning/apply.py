@@ -147,8 +147,8 @@ def _inputs(model: nn.Module, plan: PrunePlan, example_input: Tensor | None) -> 
 
 
 def _prove(model: nn.Module, trace: Trace, kept: Kept, inputs: list[Tensor], report: PruneReport) -> None:
-    masked = mask_channels_(_double(model), trace, kept)
-    removed = remove_channels_(_double(model), trace, kept)
+    masked = mask_channels_(copy.deepcopy(model), trace, kept)
+    removed = remove_channels_(copy.deepcopy(model), trace, kept)
     if any(kept.changes(labels) for labels in trace.outputs):
         masked = KeptOutputs(masked, trace, kept)
     try:
@@ -163,13 +163,6 @@ def _prove(model: nn.Module, trace: Trace, kept: Kept, inputs: list[Tensor], rep
     report.sensitivity = found.sensitivity
     if not found.conclusive:
         report.notes.append(f"inconclusive: sensitivity {found.sensitivity:.1e}")
-
-
-def _double(model: nn.Module) -> nn.Module:
-    twin = copy.deepcopy(model).double()
-    for module in twin.modules():
-        module.training = False
-    return twin
 
 
 def _first_line(error: Exception) -> str:

@@ -65,7 +65,8 @@ class Trace:
     (tensor, dimension) that still see something of a channel then. ``groupwise``: kernels that lose whole groups.
     ``layers`` by name, in order of execution; ``norms``: names of BNs -> labels. ``inner``: blocks that are one unit ->
     the parameters inside. ``pools``: bilinear poolings -> labels of their maps, and of what they multiply. ``sizes`` of
-    all parameters; ``shape`` of the example; labels of the ``outputs``.
+    all parameters; ``shape`` of the example; labels of the ``outputs``, and of those in train mode
+    where that runs more layers.
     """
 
     shape: tuple[int, ...]
@@ -81,6 +82,7 @@ class Trace:
     pools: dict[str, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = field(default_factory=dict)
     costs: list[Cost] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
+    train_outputs: list[Tensor] = field(default_factory=list)
 
 
 def where() -> str:

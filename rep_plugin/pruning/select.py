@@ -56,7 +56,7 @@ def match_layers(patterns: Sequence[str], names: Sequence[str]) -> dict[str, str
 def find_candidates(trace: Trace, scores: Tensor, ignore: Sequence[str] = (), without: str = "no score") -> Choice:
     """Return what may be removed; groups with a layer that is ``ignore``d, or without scores, are frozen."""
     ignored = match_layers(ignore, list(trace.layers))
-    roots = trace.channels.roots()
+    roots, values = trace.channels.roots(), scores.tolist()
     choice = Choice([], [], {}, {name: len(layer.labels) for name, layer in trace.layers.items()})
     for group in find_groups(trace):
         units, reason = group.units, group.reason
@@ -80,7 +80,7 @@ def find_candidates(trace: Trace, scores: Tensor, ignore: Sequence[str] = (), wi
             for unit in bundle:
                 for name, number in losses[unit].items():
                     total[name] = total.get(name, 0) + number
-            score = float(scores[bundle].mean())
+            score = sum(values[unit] for unit in bundle) / len(bundle)
             candidates.append(Candidate(tuple(bundle), score, len(choice.layers), tuple(total.items())))
         if reason is not None:
             choice.frozen |= dict.fromkeys(group.layers, reason)

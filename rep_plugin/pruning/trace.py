@@ -37,6 +37,7 @@ class Tracer(TorchFunctionMode):
         self.model = _twin(model)
         self.names = {id(t): name for name, t in (*self.model.named_parameters(), *self.model.named_buffers())}
         self.trace.sizes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
+        self._seen: set[str] = set()
         self._loose: set[str] = set()  # parameters in arithmetic whose channels are not known
         self._marks: dict[int, tuple[Mark, Tensor]] = {}  # the tensor is held: its id must not be used again
         for name, module in self.model.named_modules():
@@ -44,8 +45,22 @@ class Tracer(TorchFunctionMode):
                 module.forward = self._leaf(rule, name, module)
 
     def run(self) -> Trace:
+        """Trace the forward pass in eval mode; once more in train mode where parameters were not used (auxiliary heads)."""
+        self.trace.outputs = self._outputs(self.trace.shape)
+        if not self.trace.outputs:
+            raise TraceError(f"{type(self.model).__name__} gives no tensor that depends on its input")
+        unused = [name for name, p in self.model.named_parameters() if p.requires_grad and name not in self._seen]
+        if unused:
+            costs = list(self.trace.costs)
+            for module in self.model.modules():
+                module.training = True
+            self.trace.train_outputs = self._outputs((max(2, self.trace.shape[0]), *self.trace.shape[1:]))
+            self.trace.costs = costs
+        return self.trace
+
+    def _outputs(self, shape: tuple[int, ...]) -> list[Tensor]:
         dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
-        x = torch.empty(self.trace.shape, dtype=dtype, device="meta")
+        x = torch.empty(shape, dtype=dtype, device="meta")
         self.mark(x, Mark(torch.tensor(FIXED).expand(x.shape), False))
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]), self:
@@ -55,14 +70,12 @@ class Tracer(TorchFunctionMode):
         except Exception as error:  # whatever the model's own code raises
             text = (str(error).splitlines() or [type(error).__name__])[0]
             raise TraceError(f"cannot trace {type(self.model).__name__} at {_location(error)}: {text}") from error
-        self.trace.outputs = [self.of(t).labels for t in _maps_of(output) if self.is_tracked(t)]
-        if not self.trace.outputs:
-            raise TraceError(f"{type(self.model).__name__} gives no tensor that depends on its input")
-        return self.trace
+        return [self.of(t).labels for t in _maps_of(output) if self.is_tracked(t)]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         given = tensors_in((args, kwargs))
+        self._seen.update(self.names[id(t)] for t in given if id(t) in self.names)
         if not any(self.is_tracked(t) or id(t) in self.names for t in given):
             return func(*args, **_on_cpu(kwargs))
         name = name_of(func)
@@ -76,6 +89,8 @@ class Tracer(TorchFunctionMode):
             macs = counter.get_total_flops() // 2
             if macs:
                 self.cost((), lambda: macs)
+        elif name == "batch_norm":
+            out = torch.empty_like(meta_args[0])  # torch's own takes 7 ms to find that out
         else:
             out = func(*meta_args, **meta_kwargs)
         made = tensors_in(out)
@@ -166,6 +181,7 @@ class Tracer(TorchFunctionMode):
 
     def _leaf(self, rule, name: str, module: nn.Module):
         def forward(*args):
+            self._seen.update(f"{name}.{key}" for key, _ in module.named_parameters())
             with torch._C.DisableTorchFunction():
                 out, marks = rule(self, name, module, *args)
                 for tensor, mark in zip(tensors_in(out), marks, strict=True):
@@ -220,7 +236,7 @@ def trace_channels(model: nn.Module, example_input: Tensor | tuple[int, ...], pr
         raise ValueError(f"got a {type(model).__name__}: pass its .module, and wrap the model again after pruning")
     shape = tuple(example_input.shape) if isinstance(example_input, Tensor) else tuple(example_input)
     trace = Tracer(model, shape).run()
-    for labels in trace.outputs:
+    for labels in (*trace.outputs, *trace.train_outputs):
         if not (prune_outputs and labels.dim() == 4):
             trace.channels.freeze(labels, "model output")
     return trace
