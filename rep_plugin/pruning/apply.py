@@ -94,9 +94,13 @@ def kept_by(plan: PrunePlan, model: nn.Module, trace: Trace) -> Kept:
     """Return what a plan keeps of a traced model. Raises ValueError, naming the layer, where the two do not fit."""
     for name, (before, _) in plan.widths.items():
         if name not in trace.layers:
-            raise ValueError(f"the plan is for another model ({plan.model}): {type(model).__name__} has no layer {name!r}")
+            raise ValueError(
+                f"the plan is for another model ({plan.model}): {type(model).__name__} has no layer {name!r}"
+            )
         if (have := len(trace.layers[name].labels)) != before:
-            raise ValueError(f"the plan is for another model: layer {name!r} has {have} channels, the plan says {before}")
+            raise ValueError(
+                f"the plan is for another model: layer {name!r} has {have} channels, the plan says {before}"
+            )
     if missing := set(trace.layers) - set(plan.widths):
         raise ValueError(f"the plan is for another model: it does not know layer {sorted(missing)[0]!r}")
     roots, frozen = trace.channels.roots(), frozen_roots(trace)
@@ -167,5 +171,3 @@ def _prove(model: nn.Module, trace: Trace, kept: Kept, inputs: list[Tensor], rep
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-

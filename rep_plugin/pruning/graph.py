@@ -98,6 +98,16 @@ def is_quiet(filename: str) -> bool:
     return filename.startswith("<") or any(Path(filename).is_relative_to(folder) for folder in _QUIET)
 
 
+def owner_of(name: str) -> str:
+    """Return the module name of a parameter name; the root's is empty."""
+    return name.rpartition(".")[0]
+
+
+def member(module: str, name: str) -> str:
+    """Return the name of a parameter of a module."""
+    return f"{module}.{name}" if module else name
+
+
 def tensors_in(values: object) -> list[Tensor]:
     """Return the tensors of nested arguments, in order."""
     return [value for value in tree_flatten(values)[0] if isinstance(value, Tensor)]

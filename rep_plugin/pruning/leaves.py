@@ -16,7 +16,7 @@ from rep_plugin.blocks.chain import Scale
 from rep_plugin.functional.bilinear import triangle_index
 from rep_plugin.necks.bilinear_pooling import BilinearPooling
 from rep_plugin.necks.pools import Full, ISqrtCov, LowRank, RandomMaclaurin, TensorSketch, Triangle
-from rep_plugin.pruning.graph import Layer, Mark, TraceError
+from rep_plugin.pruning.graph import Layer, Mark, TraceError, member
 from rep_plugin.pruning.rules import convolve, fixed_like, normalise, spread
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def find_leaf(module: nn.Module) -> Callable | None:
 def _run_chain(t: "Tracer", name: str, ops: Sequence[tuple[str, nn.Module]], labels: Tensor) -> Tensor:
     """Follow channels (I,) through linear layers; return those of the outputs (O,)."""
     for op_name, op in ops:
-        path = f"{name}.{op_name}"
+        path = member(name, op_name)
         if isinstance(op, nn.Conv2d):
             bias = None if op.bias is None else f"{path}.bias"
             groups = len(labels) // op.weight.shape[1]
@@ -59,7 +59,7 @@ def _rep_block(t: "Tracer", name: str, block: RepBlock, x: Tensor):
     if block.deployed:
         ends = [_run_chain(t, name, [("reparam_conv", block.reparam_conv)], inputs)]
     else:
-        chains = [(f"{name}.branches.{key}", chain) for key, chain in block.branches.items()]
+        chains = [(member(name, f"branches.{key}"), chain) for key, chain in block.branches.items()]
         ends = [_run_chain(t, path, list(chain.named_children()), inputs) for path, chain in chains]
     labels = ends[0]
     inside = torch.arange(begin, t.channels.count)
@@ -76,7 +76,7 @@ def _rep_block(t: "Tracer", name: str, block: RepBlock, x: Tensor):
     out_shape = _out_shape(block, x, len(labels))
     act = block.act
     labels_map = spread(labels, 1, out_shape)
-    for path, part in act.named_modules(prefix=f"{name}.act"):
+    for path, part in act.named_modules(prefix=member(name, "act")):
         if isinstance(part, nn.PReLU) and part.weight.numel() > 1:
             t.cut(f"{path}.weight", 0, labels)
         elif any(p.numel() > 1 for p in part.parameters(recurse=False)):
@@ -89,9 +89,9 @@ def _rep_block(t: "Tracer", name: str, block: RepBlock, x: Tensor):
     taps = block.kernel_size[0] * block.kernel_size[1]
     layer = Layer(name, "block", labels, inputs, None, groupwise, block.groups, taps)
     t.trace.layers[name] = layer
-    t.trace.inner[name] = tuple(f"{name}.{key}" for key, _ in block.named_parameters() if not key.startswith("act."))
+    t.trace.inner[name] = tuple(member(name, key) for key, _ in block.named_parameters() if not key.startswith("act."))
     for norm in set(t.trace.norms) - norms:
-        if norm.removeprefix(f"{name}.") not in _output_norms(block):
+        if norm.removeprefix(member(name, "")) not in _output_norms(block):
             del t.trace.norms[norm]
     positions = out_shape[0] * out_shape[2] * out_shape[3] * taps
     if groupwise:
@@ -103,7 +103,7 @@ def _rep_block(t: "Tracer", name: str, block: RepBlock, x: Tensor):
 
 
 def _inner_cuts(t: "Tracer", name: str):
-    return [(tensor, dims) for tensor, dims in t.trace.cuts.items() if tensor.startswith(f"{name}.")]
+    return [(tensor, dims) for tensor, dims in t.trace.cuts.items() if tensor.startswith(member(name, ""))]
 
 
 def _output_norms(block: RepBlock) -> set[str]:
@@ -128,12 +128,12 @@ def _stream(t: "Tracer", name: str, neck: BilinearPooling, feats: Sequence[Tenso
         raise TraceError(f"{type(neck).__name__} {name!r} is given a map that is not {neck.layout}")
     given, positions = labels, x.numel() // (x.shape[0] * x.shape[dim])
     if hasattr(neck, path := ("projection", "projection_second")[stream]):
-        layer = f"{name}.{path}.conv"
+        layer = member(name, f"{path}.conv")
         seen = labels
-        labels = _run_chain(t, f"{name}.{path}", [("conv", getattr(neck, path).conv)], labels)
+        labels = _run_chain(t, member(name, path), [("conv", getattr(neck, path).conv)], labels)
         t.see(f"{layer}.weight", 1, mark)
         mark = Mark(labels)
-        labels = _run_chain(t, f"{name}.{path}", [("bn", getattr(neck, path).bn)], labels)
+        labels = _run_chain(t, member(name, path), [("bn", getattr(neck, path).bn)], labels)
         t.trace.layers[layer] = Layer(layer, "conv", labels, seen, f"{layer}.weight")
         t.cost([labels, seen], lambda kept, inputs: x.shape[0] * positions * kept * inputs)
     if not mark.zero:
@@ -158,7 +158,7 @@ def _bilinear_pooling(t: "Tracer", name: str, neck: BilinearPooling, feats: Sequ
         mark = Mark(spread(labels, 1, out.shape))
     elif isinstance(pool, LowRank):
         for factor, labels in zip(("factor1", "factor2"), (first, second)):
-            t.cut(f"{name}.pool.{factor}", 0, labels)
+            t.cut(member(name, f"pool.{factor}"), 0, labels)
     elif not isinstance(pool, (TensorSketch, RandomMaclaurin)):
         t.channels.freeze(torch.cat([first, second]), f"no rule for {type(pool).__name__} in {name}")
     t.cost([first, second], lambda one, two: batch * _pool_macs(pool, one, two, positions, neck.symmetric))

@@ -114,7 +114,9 @@ class PrunePlan:
             before, after = self.widths.get(name, (0, 0))
             ascending = all(a < b for a, b in zip(indices, indices[1:]))
             if not indices or not ascending or indices[0] < 0 or indices[-1] >= before or len(indices) != after:
-                raise ValueError(f"kept channels of {name!r} must ascend within 0..{before - 1} and be {after} in number")
+                raise ValueError(
+                    f"kept channels of {name!r} must ascend within 0..{before - 1} and be {after} in number"
+                )
 
 
 def _plain(name: str, value: object) -> object:

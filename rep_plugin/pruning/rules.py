@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from rep_plugin.pruning.graph import Layer, Mark, tensors_in, where
+from rep_plugin.pruning.graph import Layer, Mark, owner_of, tensors_in, where
 from rep_plugin.pruning.labels import FIXED, compress, squeeze_constant
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _conv(t, out, input, weight, bias=None, stride=1, padding=0, dilation=1, gro
         t.see(name, 1, mark)
     elif not mark.zero:
         mark = Mark(mark.labels, True)  # the kernel's rows are set to zero, whatever it sees
-    layer = name.removesuffix(".weight")
+    layer = owner_of(name)
     positions, taps = out.numel() // out.shape[1], weight[0, 0].numel()
     t.trace.layers.setdefault(layer, Layer(layer, "conv", labels, inputs, name, groupwise, groups, taps))
     if groupwise:
@@ -108,7 +108,7 @@ def _conv_transpose(t, out, input, weight, bias=None, stride=1, padding=0, outpu
     t.cut(name, 1, labels, maker=True)
     if bias is not None:
         t.cut(t.name(bias), 0, labels, maker=True)
-    layer = name.removesuffix(".weight")
+    layer = owner_of(name)
     t.trace.layers.setdefault(layer, Layer(layer, "conv_transpose", labels, inputs, name))
     positions, taps = input.numel() // input.shape[1], weight[0, 0].numel()
     t.cost([inputs, labels], lambda seen, kept: positions * taps * kept * seen)
@@ -128,7 +128,7 @@ def _linear(t, out, input, weight, bias=None):
     t.cut(name, 0, labels, maker=True)
     if bias is not None:
         t.cut(t.name(bias), 0, labels, maker=True)
-    layer = name.removesuffix(".weight")
+    layer = owner_of(name)
     t.trace.layers.setdefault(layer, Layer(layer, "linear", labels, inputs, name))
     rows = out.numel() // out.shape[-1]
     t.cost([labels, inputs], lambda kept, seen: rows * kept * seen)
@@ -141,7 +141,7 @@ def normalise(t: "Tracer", labels: Tensor, names: dict[str, str | None]) -> None
         if name is not None:
             t.cut(name, 0, labels, maker=role in ("weight", "bias"))
     if names.get("weight") is not None and names.get("running_var") is not None:
-        t.trace.norms.setdefault(names["weight"].removesuffix(".weight"), labels)
+        t.trace.norms.setdefault(owner_of(names["weight"]), labels)
 
 
 @rule("batch_norm", "instance_norm")
@@ -468,4 +468,3 @@ def _pixel_shuffle(t, out, input, upscale_factor):
       "new_empty", "new_tensor")  # fmt: skip
 def _constant(t, out, *args, **kwargs):
     return fixed_like(out)
-

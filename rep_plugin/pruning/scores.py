@@ -48,8 +48,7 @@ def _distances(kernel: Tensor) -> Tensor:
 
 def _gamma_members(model: nn.Module, trace: Trace) -> Members:
     return [
-        (labels, model.get_submodule(name).weight.detach().abs().double().cpu())
-        for name, labels in trace.norms.items()
+        (labels, model.get_submodule(name).weight.detach().abs().double().cpu()) for name, labels in trace.norms.items()
     ]
 
 
@@ -68,13 +67,8 @@ def _taylor_members(model: nn.Module, trace: Trace, loader: Iterable, loss: Call
         twin.zero_grad(set_to_none=True)
         loss(twin(inputs), targets).backward()
         for layer in trace.layers.values():
-            products = [
-                (p.detach() * p.grad).transpose(0, 1).flatten(1).sum(1)
-                if layer.kind == "conv_transpose"
-                else (p.detach() * p.grad).flatten(1).sum(1)
-                for p in _taylor_parameters(twin, layer)
-                if p.grad is not None
-            ]
+            found = [p for p in _taylor_parameters(twin, layer) if p.grad is not None]
+            products = [_per_output(p.detach() * p.grad, layer) for p in found]
             if products:
                 value = torch.stack(products).sum(0).abs().double().cpu()
                 totals[layer.name] = totals.get(layer.name, 0) + value
@@ -84,13 +78,19 @@ def _taylor_members(model: nn.Module, trace: Trace, loader: Iterable, loss: Call
     return [(trace.layers[name].labels, total / batches) for name, total in totals.items()]
 
 
+def _per_output(values: Tensor, layer: Layer) -> Tensor:
+    if values.dim() == 1:
+        return values
+    return (values.transpose(0, 1) if layer.kind == "conv_transpose" else values).flatten(1).sum(1)
+
+
 def _taylor_parameters(model: nn.Module, layer: Layer) -> list[Tensor]:
     module = model.get_submodule(layer.name)
     if not isinstance(module, RepBlock):
         return [model.get_parameter(layer.weight)]
     if module.deployed:
         return [module.reparam_conv.weight]
-    return [p.unsqueeze(1) for bn in module.output_bns() for p in (bn.weight, bn.bias)]
+    return [p for bn in module.output_bns() for p in (bn.weight, bn.bias)]
 
 
 def _given_members(trace: Trace, given: Mapping[str, Sequence[float]]) -> Members:

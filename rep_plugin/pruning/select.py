@@ -143,7 +143,9 @@ def round_widths(taken: Sequence[Candidate], widths: Mapping[str, int], round_to
     return kept
 
 
-def to_budget(order: list[Candidate], cost: Callable[[list[Candidate]], int], budget: int, what: str) -> list[Candidate]:
+def to_budget(
+    order: list[Candidate], cost: Callable[[list[Candidate]], int], budget: int, what: str
+) -> list[Candidate]:
     """Return the fewest first candidates whose removal brings ``cost`` to the ``budget``.
 
     Raises ValueError where removing all of them does not.

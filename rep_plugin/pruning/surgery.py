@@ -11,7 +11,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.necks.bilinear_pooling import BilinearPooling
 from rep_plugin.necks.pools import LowRank
-from rep_plugin.pruning.graph import Trace
+from rep_plugin.pruning.graph import Trace, member
 from rep_plugin.pruning.kept import Kept, slice_tensor
 
 _IN, _OUT = ("in_channels", "in_chs", "in_features"), ("out_channels", "out_chs")
@@ -72,12 +72,12 @@ def _shrink_pool(neck: BilinearPooling, given: tuple[Tensor, ...], pooled: tuple
 
 
 def _set_numbers(name: str, module: nn.Module, old: dict, trace: Trace, kept: Kept) -> None:
-    if isinstance(module, _ConvNd) and f"{name}.weight" in trace.cuts:
+    if isinstance(module, _ConvNd) and member(name, "weight") in trace.cuts:
         outs, width = module.weight.shape[:2]
         if isinstance(module, _ConvTransposeNd):
             module.in_channels, module.out_channels = outs, width * module.groups
             return
-        if f"{name}.weight" in trace.groupwise:
+        if member(name, "weight") in trace.groupwise:
             module.groups = outs // (old["out_channels"] // old["groups"])
         module.in_channels, module.out_channels = width * module.groups, outs
     elif isinstance(module, (_BatchNorm, _InstanceNorm)):
@@ -102,25 +102,26 @@ def _set_owners(model: nn.Module, before: dict[nn.Module, dict]) -> None:
         if not mine or isinstance(owner, (_ConvNd, _BatchNorm, nn.Linear, RepBlock, BilinearPooling)):
             continue
         ins, outs = (next((n for n in names if n in mine), None) for names in (_IN, _OUT))
-        for module in owner.modules():
-            was = before[module]
-            if isinstance(module, _ConvNd) and ins and outs and (mine[ins], mine[outs]) == _ends(was):
-                if mine.get("groups", was["groups"]) != was["groups"]:
-                    continue
-                setattr(owner, ins, module.in_channels)
-                setattr(owner, outs, module.out_channels)
-                if "groups" in mine:
-                    owner.groups = module.groups
-                break
-            if isinstance(module, nn.Linear) and "in_features" in was:
-                for name in ("in_channels", "in_features", "num_features", "head_hidden_size"):
-                    if mine.get(name) == was["in_features"] and not outs:
-                        setattr(owner, name, module.in_features)
-            if isinstance(module, BilinearPooling):
-                for name in ("in_channels", "num_features"):
-                    if mine.get(name) == was.get("in_channels"):
-                        setattr(owner, name, module.in_channels)
+        inside = [module for module in owner.modules() if module is not owner]
+        convs = (m for m in inside if isinstance(m, _ConvNd) and _agrees(mine, before[m], ins, outs))
+        if (ins and outs or "groups" in mine) and (conv := next(convs, None)) is not None:
+            now = {ins: conv.in_channels, outs: conv.out_channels, "groups": conv.groups}
+            for name in mine.keys() & now.keys():
+                setattr(owner, name, now[name])
+            continue
+        for module in inside:
+            if isinstance(module, nn.Linear) and not outs:
+                _follow(owner, mine, before[module]["in_features"], module.in_features)
+            elif isinstance(module, BilinearPooling):
+                _follow(owner, mine, before[module]["in_channels"], module.in_channels)
 
 
-def _ends(numbers: dict) -> tuple[int, int]:
-    return numbers["in_channels"], numbers["out_channels"]
+def _agrees(mine: dict, conv: dict, ins: str | None, outs: str | None) -> bool:
+    pairs = ((ins, "in_channels"), (outs, "out_channels"), ("groups", "groups"))
+    return all(name not in mine or mine[name] == conv[other] for name, other in pairs)
+
+
+def _follow(owner: nn.Module, mine: dict, old: int | tuple, new: int | tuple) -> None:
+    for name in ("in_channels", "in_features", "num_features", "head_hidden_size"):
+        if mine.get(name) == old:
+            setattr(owner, name, new)

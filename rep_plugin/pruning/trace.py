@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from rep_plugin.pruning.graph import Cost, Mark, Trace, TraceError, is_quiet, tensors_in, where
+from rep_plugin.pruning.graph import Cost, Mark, Trace, TraceError, is_quiet, member, tensors_in, where
 from rep_plugin.pruning.labels import FIXED
 from rep_plugin.pruning.leaves import find_leaf
 from rep_plugin.pruning.rules import find_rule
@@ -181,7 +181,7 @@ class Tracer(TorchFunctionMode):
 
     def _leaf(self, rule, name: str, module: nn.Module):
         def forward(*args):
-            self._seen.update(f"{name}.{key}" for key, _ in module.named_parameters())
+            self._seen.update(member(name, key) for key, _ in module.named_parameters())
             with torch._C.DisableTorchFunction():
                 out, marks = rule(self, name, module, *args)
                 for tensor, mark in zip(tensors_in(out), marks, strict=True):
@@ -192,7 +192,17 @@ class Tracer(TorchFunctionMode):
 
 
 # Questions about a map, whose answers are no maps.
-SILENT = {"__get__", "size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size", "get_device"}
+SILENT = {
+    "__get__",
+    "size",
+    "dim",
+    "numel",
+    "stride",
+    "is_contiguous",
+    "is_floating_point",
+    "element_size",
+    "get_device",
+}
 
 
 def name_of(func) -> str:
