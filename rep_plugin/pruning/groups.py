@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rep_plugin.pruning.labels import FIXED, connected
 from rep_plugin.pruning.graph import Layer, Trace
+from rep_plugin.pruning.labels import FIXED, connected
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from rep_plugin.functional.bilinear import triangle_index
 from rep_plugin.necks.bilinear_pooling import BilinearPooling
 from rep_plugin.necks.pools import Full, ISqrtCov, LowRank, RandomMaclaurin, TensorSketch, Triangle
 from rep_plugin.pruning.graph import Layer, Mark, TraceError, member
-from rep_plugin.pruning.rules import convolve, fixed_like, normalise, spread
+from rep_plugin.pruning.rules.layers import convolve, normalise
+from rep_plugin.pruning.rules.registry import fixed_like, spread
 
 if TYPE_CHECKING:
     from rep_plugin.pruning.trace import Tracer

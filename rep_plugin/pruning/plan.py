@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -112,7 +113,7 @@ class PrunePlan:
     def _check(self) -> None:
         for name, indices in self.kept.items():
             before, after = self.widths.get(name, (0, 0))
-            ascending = all(a < b for a, b in zip(indices, indices[1:]))
+            ascending = all(a < b for a, b in pairwise(indices))
             if not indices or not ascending or indices[0] < 0 or indices[-1] >= before or len(indices) != after:
                 raise ValueError(
                     f"kept channels of {name!r} must ascend within 0..{before - 1} and be {after} in number"

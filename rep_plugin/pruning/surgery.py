@@ -104,7 +104,7 @@ def _set_owners(model: nn.Module, before: dict[nn.Module, dict]) -> None:
         ins, outs = (next((n for n in names if n in mine), None) for names in (_IN, _OUT))
         inside = [module for module in owner.modules() if module is not owner]
         convs = (m for m in inside if isinstance(m, _ConvNd) and _agrees(mine, before[m], ins, outs))
-        if (ins and outs or "groups" in mine) and (conv := next(convs, None)) is not None:
+        if ((ins and outs) or "groups" in mine) and (conv := next(convs, None)) is not None:
             now = {ins: conv.in_channels, outs: conv.out_channels, "groups": conv.groups}
             for name in mine.keys() & now.keys():
                 setattr(owner, name, now[name])

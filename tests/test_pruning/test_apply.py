@@ -57,7 +57,7 @@ NETS = {
     "ghost": lambda: (Ghost(3, 12), Ghost(12, 16), Pooled(16)),
     "halves": lambda: (ConvBN(3, 16), Halves(16), ConvBN(16, 16), Halves(16, shuffle=False), Pooled(16)),
     "last": lambda: (ConvBN(3, 8), Last(8, 12), Pooled(8)),
-    "transposed": lambda: (ConvBN(3, 8), nn.ConvTranspose2d(8, 6, 2, 2), nn.ReLU(), nn.PixelShuffle(1), ConvBN(6, 4), Pooled(4)),
+    "transposed": lambda: (ConvBN(3, 8), nn.ConvTranspose2d(8, 6, 2, 2), nn.ReLU(), ConvBN(6, 4), Pooled(4)),
     "prelu": lambda: (ConvBN(3, 8, act=nn.PReLU(8)), ConvBN(8, 4), Pooled(4)),
 }  # fmt: skip
 
@@ -104,7 +104,10 @@ BLOCKS = {
     "post_bn": lambda: (RepVGGBlock(3, 8, post_bn=True), nn.ReLU(), RepVGGBlock(8, 8, post_bn=True)),
     "dbb": lambda: (DiverseBranchBlock(3, 8, act=nn.ReLU()), DiverseBranchBlock(8, 8, groups=8), DiverseBranchBlock(8, 12)),
     "mobileone": lambda: (MobileOneBlock(3, 8, copies=2), MobileOneBlock(8, 8, groups=8), MobileOneBlock(8, 12, 1)),
-    "inverted": lambda: (RepInvertedResidual(3, 8, 2), RepInvertedResidual(8, 8, branches=("bottleneck", "avgpool", "identity"))),
+    "inverted": lambda: (
+        RepInvertedResidual(3, 8, 2),
+        RepInvertedResidual(8, 8, branches=("avgpool", "bottleneck", "identity")),
+    ),
 }  # fmt: skip
 
 
@@ -242,11 +245,15 @@ def test_memory_format_mode_and_frozen_parameters_stay():
 
 def test_plans_for_other_models_are_refused():
     plan = plan_pruning(net_of(), X, "random", 0.4)
+    stem, gate = (ConvBN(3, 16), Residual(16, 24), ConvBN(16, 32)), Gate(32, 8)
     for layers, message in (
-        ((ConvBN(3, 16), Residual(16, 20), ConvBN(16, 32), Gate(32, 8), Flat(32)), "layer '1.first.conv' has 20 channels, the plan says 24"),
-        ((ConvBN(3, 16), Residual(16, 24), ConvBN(16, 32), Flat(32)), "Sequential has no layer '3.down'"),
-        ((ConvBN(3, 16), Residual(16, 24), ConvBN(16, 32), Gate(32, 8), Flat(32), nn.Linear(5, 5)), "does not know layer '5'"),
-    ):  # fmt: skip
+        (
+            (ConvBN(3, 16), Residual(16, 20), ConvBN(16, 32), gate, Flat(32)),
+            "'1.first.conv' has 20 channels, the plan says 24",
+        ),
+        ((*stem, Flat(32)), "Sequential has no layer '3.down'"),
+        ((*stem, gate, Flat(32), nn.Linear(5, 5)), "does not know layer '5'"),
+    ):
         net = ready(*layers)
         state = copy.deepcopy(net.state_dict())
         with pytest.raises(ValueError, match=message):

@@ -24,6 +24,19 @@ from tests.test_pruning.nets import (
     ready,
 )
 
+KINDS = (
+    "conv",
+    "residual",
+    "concat",
+    "halves",
+    "plain_halves",
+    "depthwise",
+    "grouped",
+    "gate",
+    "ghost",
+    "last",
+    "pool",
+)
 ACTS = (nn.ReLU, nn.Hardswish, nn.SiLU, nn.GELU, nn.Identity)
 
 
@@ -33,9 +46,7 @@ def networks(draw):
     width = draw(st.sampled_from([4, 6, 8, 12]))
     layers = [ConvBN(3, width, draw(st.sampled_from([1, 3])), act=draw(st.sampled_from(ACTS))())]
     for _ in range(draw(st.integers(1, 6))):
-        kind = draw(
-            st.sampled_from("conv residual concat halves plain_halves depthwise grouped gate ghost last pool".split())
-        )
+        kind = draw(st.sampled_from(KINDS))
         other = draw(st.sampled_from([4, 6, 8, 12]))
         if kind == "conv":
             layers.append(ConvBN(width, other, stride=draw(st.sampled_from([1, 2])), act=draw(st.sampled_from(ACTS))()))

@@ -164,7 +164,7 @@ def test_blocks_are_one_unit(kind):
 def test_a_bilinear_head_multiplies_channels():
     net = nn.Sequential(ConvBN(3, 4), Call(lambda x: (x,)), BilinearHead(4, 5))
     trace = trace_channels(net, SHAPE)
-    start, first, second = trace.channels.products[0]
+    start, first, _ = trace.channels.products[0]
     assert len(first) == 16 and torch.equal(trace.cuts["2.fc.weight"][1], torch.arange(start, start + 16))
     assert [len(g.units) for g in find_groups(trace)] == [4, 0]
 
