@@ -19,5 +19,6 @@ __all__ = [
 ]
 
 if find_spec("timm") is not None:  # registers our names with timm
+    from rep_plugin import timm_artefact as timm_artefact
     from rep_plugin import timm_bilinear as timm_bilinear
     from rep_plugin import timm_models as timm_models

@@ -3,12 +3,13 @@
 import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from rep_plugin.history import history_of, record_
 from rep_plugin.pruning.graph import Trace
 from rep_plugin.pruning.groups import frozen_roots
 from rep_plugin.pruning.kept import Kept, nothing_gone
@@ -81,6 +82,8 @@ def apply_plan(
     for name, reason in plan.frozen.items():
         reasons.setdefault(reason, []).append(name)
     report.notes += [_frozen_note(names, reason) for reason, names in reasons.items()]
+    # The scores are not needed to do it again, and are most of the plan.
+    record_(model, history_of(model), step="prune", plan=asdict(replace(plan, scores={})))
     report.seconds = time.perf_counter() - started
     return report
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rep_plugin.history import history_of, record_
 from rep_plugin.reparam.adapters import find_adapter
 from rep_plugin.reparam.conv_bn import TraceError, fold_conv_bn_
 from rep_plugin.report import BlockReport, Report, count_macs, count_params
@@ -92,6 +93,7 @@ def reparameterize(
     then as it was.
     """
     started = time.perf_counter()
+    history = history_of(model)
     _refuse_train_mode(model)
     inputs = default_inputs(model, example_input)
     report = Report("reparameterize", count_params(model), 0, input_shape=tuple(inputs[0].shape))
@@ -109,6 +111,7 @@ def reparameterize(
         report.blocks = blocks
     report.params_after, report.macs_after = count_params(merged), count_macs(merged, inputs[0])
     report.notes += notes
+    record_(merged, history, step="reparameterize", fold_bn=fold_bn)
     report.seconds = time.perf_counter() - started
     return merged, report
 

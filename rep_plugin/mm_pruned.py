@@ -1,0 +1,74 @@
+"""Pruned and merged models as config types: structure is built from the stock model's own config and what was done to it.
+
+``dict(type='rep_plugin.Pruned', model=<config>, plan=<plan>)`` in the place of ``model``; they nest, innermost first, so a
+config tells the whole history.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+from mmengine.registry import MODELS as ROOT_MODELS
+from torch import nn
+
+from rep_plugin.backbones.loading import refuse_misfits
+from rep_plugin.history import ATTRIBUTE, history_of
+from rep_plugin.pruning import PrunePlan
+from rep_plugin.rebuild import as_plan, rebuild_
+from rep_plugin.registry import MODELS
+
+
+def _without_pretrained(node: object) -> object:
+    """A config without ``init_cfg=dict(type='Pretrained')``: those weights have the shapes of before."""
+    if isinstance(node, Mapping):
+        items = {key: _without_pretrained(value) for key, value in node.items()}
+        init = items.get("init_cfg")
+        if isinstance(init, Mapping) and init.get("type") == "Pretrained":
+            items["init_cfg"] = None
+        return items
+    if isinstance(node, (list, tuple)):
+        return [_without_pretrained(item) for item in node]
+    return node
+
+
+def _build_inner(model: Mapping, data_preprocessor: Mapping | None) -> nn.Module:
+    if not isinstance(model, Mapping) or "type" not in model:
+        raise ValueError(f"model must be the config of a model with a 'type', got {model!r}")
+    inner = _without_pretrained(copy.deepcopy(dict(model)))
+    if data_preprocessor is not None and not isinstance(data_preprocessor, nn.Module):
+        inner.setdefault("data_preprocessor", data_preprocessor)
+    return ROOT_MODELS.build(inner)
+
+
+def _rebuilt(model: Mapping, data_preprocessor: Mapping | None, steps: Sequence[dict]) -> nn.Module:
+    inner = _build_inner(model, data_preprocessor)
+    before = history_of(inner)
+    rebuilt = rebuild_(inner, steps)
+    setattr(rebuilt, ATTRIBUTE, [*before, *steps])
+    refuse_misfits(rebuilt)
+    return rebuilt
+
+
+@MODELS.register_module()
+def Pruned(  # noqa: N802  (a config type)
+    model: Mapping, plan: PrunePlan | Mapping | str | Sequence, data_preprocessor: Mapping | None = None
+) -> nn.Module:
+    """Build a stock model from its config and remove what ``plan`` removes; keys of the checkpoint stay the stock ones.
+
+    ``plan``: a plan's JSON text, its data, or the path of its file; or several, applied one after the other. A checkpoint
+    that does not fit is refused whole. Raises ValueError where a plan is not for this model.
+    """
+    plans = plan if isinstance(plan, (list, tuple)) else [plan]
+    steps = [{"step": "prune", "plan": asdict(as_plan(one))} for one in plans]
+    return _rebuilt(model, data_preprocessor, steps)
+
+
+@MODELS.register_module()
+def Merged(  # noqa: N802  (a config type)
+    model: Mapping, fold_bn: bool = False, data_preprocessor: Mapping | None = None
+) -> nn.Module:
+    """Build a model from its config and merge its blocks, as :func:`rep_plugin.reparameterize` does; load weights next.
+
+    ``fold_bn`` must be what it was when the weights were merged.
+    """
+    return _rebuilt(model, data_preprocessor, [{"step": "reparameterize", "fold_bn": fold_bn}])
