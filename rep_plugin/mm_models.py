@@ -81,10 +81,11 @@ class RepMobileNetV2(PlainRepMobileNetV2, StagedBackbone):
         channels_last: bool = False,
         deploy: bool = False,
         init_cfg: dict | list | None = None,
+        online: bool = False,
     ):
         super().__init__(
             widen_factor, branches, out_indices, in_channels, strides, activation_name(act_cfg), avg_shortcut, last_kernel,
-            deploy,
+            deploy, online,
         )  # fmt: skip
         self.channels_last = channels_last
         if channels_last:  # the kernels too: a map of one channel does not tell its own format

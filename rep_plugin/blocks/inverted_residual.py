@@ -32,6 +32,7 @@ class RepInvertedResidual(RepBlock):
         avg_shortcut: bool = False,
         act: str = "relu6",
         deploy: bool = False,
+        online: bool = False,
     ):
         unknown = [name for name in branches if name not in BRANCHES]
         if unknown:
@@ -55,4 +56,6 @@ class RepInvertedResidual(RepBlock):
                     "any branch: 'identity' needs equal channels and stride 1"
                 )
         activation = build_activation(act, out_channels)
-        super().__init__(in_channels, out_channels, 3, chains, stride=stride, act=activation, deploy=deploy)
+        super().__init__(
+            in_channels, out_channels, 3, chains, stride=stride, act=activation, deploy=deploy, online=online
+        )
