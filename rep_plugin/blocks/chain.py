@@ -258,7 +258,12 @@ def _run_bn(bn: _BatchNorm, y: Tensor, scale: Tensor | None, shift: Tensor | Non
 def _run_conv(conv: nn.Conv2d, y: Tensor, scale: Tensor | None, shift: Tensor | None, padding: tuple[int, int]):
     groups = _groups_of(conv)
     kernel = conv.weight if scale is None else scale_kernel_inputs(conv.weight, groups, scale.to(conv.weight.dtype))
-    out = F.conv2d(y, kernel, None, conv.stride, padding, conv.dilation, groups)
+    stride = pair(conv.stride)
+    if kernel.shape[2:] == (1, 1) and stride != (1, 1) and padding == (0, 0):
+        # Not left to oneDNN: the weight gradient of its strided 1x1 writes past its buffer where a channels_last map has
+        # fewer than 16 channels (uxlfoundation/oneDNN#6035), as every stem has: wrong gradients, or a crash.
+        y, stride = y[:, :, :: stride[0], :: stride[1]], (1, 1)
+    out = F.conv2d(y, kernel, None, stride, padding, conv.dilation, groups)
     new_shift = None if shift is None else sum_kernel_taps(conv.weight, groups, shift.to(conv.weight.dtype))
     if conv.bias is not None:
         new_shift = conv.bias if new_shift is None else new_shift + conv.bias
