@@ -123,12 +123,6 @@ class RepBlock(nn.Module):
 
     def _run_branches(self, x: Tensor) -> Tensor:
         """Every branch on the map, added up."""
-        if len(self.branches) == 1 and not self.online:
-            (name, chain), *_ = self.branches.items()
-            ring = self._ring_of(name, chain)
-            if min(ring) >= 0 and (layers := chain.conv_and_bn()):  # torch's own BN is one pass
-                conv, bn = layers
-                return bn(F.conv2d(x, conv.weight, None, conv.stride, ring, conv.dilation, conv.groups))
         total, constant, like = None, None, None
         for name, chain in self.branches.items():
             y, scale, shift = chain.run(x, self._ring_of(name, chain))

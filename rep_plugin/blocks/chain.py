@@ -305,12 +305,6 @@ class Chain(nn.Module):
         last = list(self.children())[-1]
         return last if isinstance(last, _BatchNorm) else None
 
-    def conv_and_bn(self) -> tuple[nn.Conv2d, nn.BatchNorm2d] | None:
-        """The two layers of a chain that is a convolution without bias and a BatchNorm2d; None for any other."""
-        ops = list(self.children())
-        plain = len(ops) == 2 and isinstance(ops[0], nn.Conv2d) and type(ops[1]) is nn.BatchNorm2d
-        return (ops[0], ops[1]) if plain and ops[0].bias is None else None
-
     def run(self, x: Tensor, padding: tuple[int, int]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return ``(y, scale, shift)`` with chain(x) == y * scale + shift (None: 1 and 0).
 
