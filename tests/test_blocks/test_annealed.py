@@ -103,7 +103,9 @@ def test_merging_too_early_is_refused_and_changes_nothing(alpha):
     model = nn.Sequential(annealed((8, 8, 1, 6), ("bottleneck", "identity"))).eval()
     set_alpha_(model, alpha)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(AnnealError, match=r"^block '0' .*alpha is .*, expected 1: activations that are not annealed away"):
+    with pytest.raises(
+        AnnealError, match=r"^block '0' .*alpha is .*, expected 1: activations that are not annealed away"
+    ):
         rep_plugin.reparameterize(model, torch.randn(1, 8, 8, 8))
     with pytest.raises(AnnealError, match="expected 1"):
         model[0].switch_to_deploy()
