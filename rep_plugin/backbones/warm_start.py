@@ -6,8 +6,8 @@ A network built with ``anneal=True`` and given stock weights computes what stock
 Stock's skip becomes the ``identity`` branch: a BN with gamma = sqrt(var + eps) and beta = mean, which is the exact
 identity in eval mode *whatever* mean and var are. In train mode it takes batch statistics, and is the identity as far as
 mean and var are those of its input. No picture is needed to know them: after a BN a channel has mean beta and variance
-gamma^2 * var / (var + eps), in every batch, and a skip adds the means. So the second block of a stage starts exactly as
-stock in train mode too; the later ones neglect the covariance of skip and branch, which :func:`measure_identities_`
+gamma^2 * var / (var + eps), in every batch (up to eps), and a skip adds the means. So the second block of a stage starts
+as stock in train mode too; the later ones neglect the covariance of skip and branch, which :func:`measure_identities_`
 takes from data.
 """
 

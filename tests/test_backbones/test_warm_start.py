@@ -12,7 +12,7 @@ from mmpretrain.models.backbones import MobileNetV2 as MMMobileNetV2
 from torch import nn
 
 import rep_plugin
-from rep_plugin.backbones.loading import CheckpointMismatchError
+from rep_plugin.backbones.loading import CheckpointMismatchError, describe_mismatch
 from rep_plugin.backbones.rep_mobilenet_v2 import RepMobileNetV2
 from rep_plugin.backbones.warm_start import from_stock, measure_identities_, stock_format
 from rep_plugin.blocks.annealed import annealed_modules, set_alpha_
@@ -129,6 +129,17 @@ def test_train_mode_starts_near_stock_and_with_measured_statistics_as_stock():
         measure_identities_(ours, [])
 
 
+def test_train_mode_of_a_weak_layer_starts_near_stock():
+    """Where the variance is no more than eps, a BN's output has less than gamma^2."""
+    stock, ours = build_stock("timm"), build_ours("timm")
+    with torch.no_grad():  # a weak layer: its variance is no more than eps
+        stock.blocks[1][0].conv_pwl.weight.mul_(3e-3)
+        stock.blocks[1][0].bn3.running_mean.mul_(3e-3)
+        stock.blocks[1][0].bn3.running_var.mul_(9e-6)
+    ours.load_state_dict(stock.state_dict())
+    assert train_mode_error(stock, ours, torch.randn(16, 3, 64, 64), slice(0, 2)) < 0.01
+
+
 def test_annealed_network_merges_at_1_and_plain_networks_take_its_checkpoint():
     ours = build_ours("timm")
     ours.load_state_dict(build_stock("timm").state_dict())
@@ -153,6 +164,10 @@ def test_annealed_network_merges_at_1_and_plain_networks_take_its_checkpoint():
     assert {m.alpha for m in annealed_modules(again)} == {1.0} and torch.equal(
         outputs(again.eval(), x), outputs(ours, x)
     )
+    assert describe_mismatch(plain.state_dict(), ours.state_dict()) == ""
+    assert describe_mismatch(ours.state_dict(), plain.state_dict()) == ""
+    set_alpha_(ours, 0.4)
+    assert describe_mismatch(plain.state_dict(), ours.state_dict()).startswith("34 unexpected (first: stages.0.0.")
     half = build_ours("timm")
     half.load_state_dict({k: v for k, v in plain.state_dict().items() if k.startswith("stem.")}, strict=False)
     assert {m.alpha for m in annealed_modules(half)} == {0.0}, "a part of a checkpoint says nothing of the blocks"
