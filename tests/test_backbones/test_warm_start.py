@@ -129,6 +129,28 @@ def test_train_mode_starts_near_stock_and_with_measured_statistics_as_stock():
         measure_identities_(ours, [])
 
 
+def test_two_processes_measure_what_one_would(monkeypatch):
+    """The other process is played: its sums are recorded, then added where the sums of all are asked for."""
+    from rep_plugin.backbones import warm_start
+
+    ours = build_ours("timm")
+    ours.load_state_dict(build_stock("timm").state_dict())
+    one, other = torch.randn(8, 3, 64, 64), torch.randn(8, 3, 64, 64) + 1
+    alone, together = copy.deepcopy(ours), copy.deepcopy(ours)
+    measure_identities_(alone, [one, other])
+    sums: list[torch.Tensor] = []
+    monkeypatch.setattr(warm_start.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(warm_start.dist, "all_reduce", lambda total: sums.append(total.clone()))
+    measure_identities_(copy.deepcopy(ours), [other])
+    monkeypatch.setattr(warm_start.dist, "all_reduce", lambda total: total.add_(sums.pop(0)) if sums else None)
+    measure_identities_(together, [one])
+    assert not sums
+    assert all(torch.allclose(v, together.state_dict()[k], rtol=1e-5) for k, v in alone.state_dict().items())
+    measure_identities_(ours, [one])  # its all_reduce adds nothing
+    third = [model.stages[3][2].branches["identity"].bn.running_var for model in (ours, together)]
+    assert relative_error(*third) > 1e-3, "one process alone measures something else"
+
+
 def test_train_mode_of_a_weak_layer_starts_near_stock():
     """Where the variance is no more than eps, a BN's output has less than gamma^2."""
     stock, ours = build_stock("timm"), build_ours("timm")
