@@ -82,12 +82,13 @@ class RepMobileNetV2(PlainRepMobileNetV2, StagedBackbone):
         norm_eval: bool = False,
         channels_last: bool = False,
         deploy: bool = False,
-        anneal: bool = False,
         init_cfg: dict | list | None = None,
+        online: bool = False,
+        anneal: bool = False,
     ):
         super().__init__(
             widen_factor, branches, out_indices, in_channels, strides, activation_name(act_cfg), avg_shortcut, last_kernel,
-            deploy, anneal,
+            deploy, online, anneal,
         )  # fmt: skip
         self.channels_last = channels_last
         if channels_last:  # the kernels too: a map of one channel does not tell its own format

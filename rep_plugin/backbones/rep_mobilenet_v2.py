@@ -36,10 +36,11 @@ class RepMobileNetV2(nn.Module):
     convolution (as in mmpretrain's MobileNetV2), at the strides that ``strides`` (stem, then seven stages) add up to.
 
     ``branches``: what every block trains as, see :class:`RepInvertedResidual`. ``last_kernel`` 1 is the stock model's
-    last convolution, 3 gives an all-3x3 network. ``deploy=True`` builds the merged network directly. ``anneal=True`` starts
+    last convolution, 3 gives an all-3x3 network. ``online=True`` merges the branches in every training step (see
+    :class:`rep_plugin.blocks.base.RepBlock`). ``deploy=True`` builds the merged network directly. ``anneal=True`` starts
     as stock MobileNetV2 and loads its checkpoints, see :mod:`rep_plugin.backbones.warm_start`;
     ``rep_plugin.LinearizeHook`` then leads to the mergeable form. Raises ValueError for a bad width, stride list, index,
-    kernel or branch name.
+    kernel or branch name, or both ``online`` and ``anneal``.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class RepMobileNetV2(nn.Module):
         avg_shortcut: bool = False,
         last_kernel: int = 1,
         deploy: bool = False,
+        online: bool = False,
         anneal: bool = False,
     ):
         super().__init__()
@@ -91,6 +93,7 @@ class RepMobileNetV2(nn.Module):
                         avg_shortcut,
                         act,
                         deploy,
+                        online,
                         anneal,
                     )
                 )
@@ -121,6 +124,9 @@ class RepMobileNetV2(nn.Module):
                 nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, RepBlock):
+                module.init_gains_()
 
     def load_state_dict(self, state_dict: Mapping, strict: bool = True, assign: bool = False):
         """As torch's, but a strict load that does not fit raises before anything is loaded.

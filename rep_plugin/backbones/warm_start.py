@@ -215,7 +215,7 @@ def measure_identities_(model: nn.Module, batches: Iterable[Tensor]) -> int:
     processes. Raises ValueError where no batch is given.
     """
     blocks = [m for m in model.modules() if isinstance(m, RepBlock) and not m.deployed and "identity" in m.branches]
-    blocks = [block for block in blocks if _is_identity(block.branches["identity"].bn)]
+    blocks = [b for b in blocks if hasattr(b.branches["identity"], "bn") and _is_identity(b.branches["identity"].bn)]
     bns = [block.branches["identity"].bn for block in blocks]
     sums = [torch.zeros(3, bn.num_features, dtype=torch.float64, device=bn.weight.device) for bn in bns]
     handles = [block.register_forward_pre_hook(_adder(total)) for block, total in zip(blocks, sums)]

@@ -21,7 +21,7 @@ from rep_plugin.functional.kernels import (
     ConvParams,
     avgpool_kernel,
     bn_scale_shift,
-    compose,
+    compose_all,
     identity_kernel,
     pair,
     scale_kernel_inputs,
@@ -128,21 +128,13 @@ def _op_params(op: nn.Module, channels: int, dtype: torch.dtype, device: torch.d
     options = {"dtype": dtype, "device": device}
     if isinstance(op, nn.Conv2d):
         kernel = op.weight.to(dtype)
-        bias = kernel.new_zeros(kernel.shape[0]) if op.bias is None else op.bias.to(dtype)
-        return ConvParams(kernel, bias, _groups_of(op), stride, dilation)
+        return ConvParams(kernel, None if op.bias is None else op.bias.to(dtype), _groups_of(op), stride, dilation)
     if isinstance(op, nn.AvgPool2d):
-        return ConvParams(
-            avgpool_kernel(channels, kernel_size, **options),
-            torch.zeros(channels, **options),
-            channels,
-            stride,
-            dilation,
-        )
-    bias = torch.zeros(channels, **options)
+        return ConvParams(avgpool_kernel(channels, kernel_size, **options), None, channels, stride, dilation)
     if isinstance(op, nn.Identity):
-        return ConvParams(identity_kernel(channels, channels, **options), bias, channels)
+        return ConvParams(identity_kernel(channels, channels, **options), None, channels)
     if isinstance(op, Scale):
-        return ConvParams(op.weight.to(dtype).view(-1, 1, 1, 1), bias, channels)
+        return ConvParams(op.weight.to(dtype).view(-1, 1, 1, 1), None, channels)
     if op.training:
         raise RuntimeError(
             f"{type(op).__name__}({channels}) is in train mode (batch statistics cannot be merged): call model.eval() first"
@@ -152,7 +144,7 @@ def _op_params(op: nn.Module, channels: int, dtype: torch.dtype, device: torch.d
 
 
 def merge_ops(ops: Iterable[nn.Module], in_channels: int | None = None, dtype: torch.dtype | None = None) -> ConvParams:
-    """Return the one convolution equal to a chain of linear layers on a zero-padded input.
+    """Return the one convolution equal to a chain of linear layers on a zero-padded input; no layer adds: no bias.
 
     ``in_channels`` is needed only where no layer tells it (a chain of poolings). Computes in ``dtype`` (default: that of
     the first tensor). Raises TypeError for a layer that is not linear, RuntimeError for a BN in train mode, ValueError
@@ -165,19 +157,19 @@ def merge_ops(ops: Iterable[nn.Module], in_channels: int | None = None, dtype: t
     channels = next((c[0] for c in map(_channels_of, ops) if c), in_channels)
     if not ops or channels is None:
         raise ValueError(f"a chain of {len(ops)} layers with in_channels={in_channels} says no channel number")
-    merged = None
+    parts = []
     with torch.autocast(device.type, enabled=False):  # a half-precision merge would cost 2.3 times the accuracy
         for op in ops:
-            params = _op_params(op, channels, dtype, device)
-            merged = params if merged is None else compose(merged, params)
-            channels = merged.out_channels
-    return merged
+            parts.append(_op_params(op, channels, dtype, device))
+            channels = parts[-1].out_channels
+        return compose_all(parts)
 
 
 def merge_chain(ops: Iterable[nn.Module], in_channels: int | None = None) -> tuple[Tensor, Tensor]:
     """Return ``(kernel, bias)`` of the one convolution equal to the chain; differentiable. See :func:`merge_ops`."""
     merged = merge_ops(ops, in_channels)
-    return merged.kernel, merged.bias
+    bias = merged.bias if merged.bias is not None else merged.kernel.new_zeros(merged.out_channels)
+    return merged.kernel, bias
 
 
 class _BatchStats(torch.autograd.Function):
@@ -266,7 +258,12 @@ def _run_bn(bn: _BatchNorm, y: Tensor, scale: Tensor | None, shift: Tensor | Non
 def _run_conv(conv: nn.Conv2d, y: Tensor, scale: Tensor | None, shift: Tensor | None, padding: tuple[int, int]):
     groups = _groups_of(conv)
     kernel = conv.weight if scale is None else scale_kernel_inputs(conv.weight, groups, scale.to(conv.weight.dtype))
-    out = F.conv2d(y, kernel, None, conv.stride, padding, conv.dilation, groups)
+    stride = pair(conv.stride)
+    if kernel.shape[2:] == (1, 1) and stride != (1, 1) and padding == (0, 0):
+        # Not left to oneDNN: the weight gradient of its strided 1x1 writes past its buffer where a channels_last map has
+        # fewer than 16 channels (uxlfoundation/oneDNN#6035), as every stem has: wrong gradients, or a crash.
+        y, stride = y[:, :, :: stride[0], :: stride[1]], (1, 1)
+    out = F.conv2d(y, kernel, None, stride, padding, conv.dilation, groups)
     new_shift = None if shift is None else sum_kernel_taps(conv.weight, groups, shift.to(conv.weight.dtype))
     if conv.bias is not None:
         new_shift = conv.bias if new_shift is None else new_shift + conv.bias
@@ -307,6 +304,12 @@ class Chain(nn.Module):
         """The BN that ends the chain, whose gamma scales its whole output; None where it ends otherwise."""
         last = list(self.children())[-1]
         return last if isinstance(last, _BatchNorm) else None
+
+    def conv_and_bn(self) -> tuple[nn.Conv2d, nn.BatchNorm2d] | None:
+        """The two layers of a chain that is a convolution without bias and a BatchNorm2d; None for any other."""
+        ops = list(self.children())
+        plain = len(ops) == 2 and isinstance(ops[0], nn.Conv2d) and type(ops[1]) is nn.BatchNorm2d
+        return (ops[0], ops[1]) if plain and ops[0].bias is None else None
 
     def run(self, x: Tensor, padding: tuple[int, int]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return ``(y, scale, shift)`` with chain(x) == y * scale + shift (None: 1 and 0).

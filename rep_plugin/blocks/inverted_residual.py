@@ -21,7 +21,7 @@ class RepInvertedResidual(RepBlock):
     ``branches`` is any of ``bottleneck identity avgpool conv1x1 conv3x3``; ``identity`` is left out where the shape
     changes. ``avg_shortcut`` gives a block of stride 2 the average-pool shortcut (avg3x3 -> 1x1 -> bn). ``anneal`` starts
     the block as stock MobileNetV2's, see :mod:`rep_plugin.blocks.annealed`; it means nothing with ``deploy``. Raises
-    ValueError for an unknown branch name, or where no branch remains.
+    ValueError for an unknown branch name, where no branch remains, or for both ``online`` and ``anneal``.
     """
 
     def __init__(
@@ -34,11 +34,14 @@ class RepInvertedResidual(RepBlock):
         avg_shortcut: bool = False,
         act: str = "relu6",
         deploy: bool = False,
+        online: bool = False,
         anneal: bool = False,
     ):
         unknown = [name for name in branches if name not in BRANCHES]
         if unknown:
             raise ValueError(f"unknown branch {unknown[0]!r}, expected any of {BRANCHES}")
+        if online and anneal:
+            raise ValueError("anneal=True starts from stock's BNs inside the branches, which online=True does not have")
         keeps_shape = stride == 1 and in_channels == out_channels
         chains = {}
         if not deploy:
@@ -60,7 +63,9 @@ class RepInvertedResidual(RepBlock):
                     "any branch: 'identity' needs equal channels and stride 1"
                 )
         activation = AnnealedActivation(act) if anneal and not deploy else build_activation(act, out_channels)
-        super().__init__(in_channels, out_channels, 3, chains, stride=stride, act=activation, deploy=deploy)
+        super().__init__(
+            in_channels, out_channels, 3, chains, stride=stride, act=activation, deploy=deploy, online=online
+        )
 
     def switch_to_deploy(self) -> None:
         """As :class:`RepBlock`'s. Raises AnnealError where the block is annealed and its alpha is not 1."""

@@ -125,6 +125,7 @@ def test_train_mode_starts_near_stock_and_with_measured_statistics_as_stock():
     assert all(bn.track_running_stats for bn in measured.modules() if isinstance(bn, nn.BatchNorm2d))
     ours.stages[1][1].branches["identity"].bn.weight.data.mul_(2)  # it has learned
     assert measure_identities_(ours, [x]) == 9
+    assert measure_identities_(RepMobileNetV2(0.35, online=True), [x]) == 0, "no BN inside the branches"
     with pytest.raises(ValueError, match="at least one batch"):
         measure_identities_(ours, [])
 

@@ -157,4 +157,6 @@ def test_bad_arguments_are_named():
     for alpha in (-0.1, 1.5, float("nan")):
         with pytest.raises(ValueError, match=r"alpha must lie in 0..1, got"):
             set_alpha_(annealed((8, 8, 1, 6)), alpha)
+    with pytest.raises(ValueError, match="stock's BNs inside the branches, which online=True does not have"):
+        annealed((8, 8, 1, 6), online=True)
     assert RepInvertedResidual(8, 8, anneal=True, deploy=True).deployed
