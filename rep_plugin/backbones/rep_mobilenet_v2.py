@@ -140,7 +140,7 @@ class RepMobileNetV2(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.stem(x)
         outs = []
-        for index, stage in enumerate((*self.stages, self.last_conv)):
+        for index, stage in enumerate((*self.stages, self.last_conv)[: max(self.out_indices, default=0) + 1]):
             x = stage(x)
             if index in self.out_indices:
                 outs.append(x)
