@@ -14,7 +14,7 @@ from rep_plugin.backbones.rep_mobilenet_v2 import STAGES, RepMobileNetV2
 class RepMobileNetV2Classifier(RepMobileNetV2):
     """Rep-MobileNetV2 with timm's classifier interface: (N, in_chans, H, W) -> logits (N, num_classes).
 
-    ``branches``, ``act``, ``widen_factor``, ``strides``, ``last_kernel``, ``avg_shortcut`` and ``deploy`` as in
+    ``branches``, ``act``, ``widen_factor``, ``strides``, ``last_kernel``, ``avg_shortcut``, ``deploy`` and ``anneal`` as in
     :class:`rep_plugin.backbones.rep_mobilenet_v2.RepMobileNetV2`; ``drop_rate`` is the dropout before the classifier.
     """
 
