@@ -111,9 +111,8 @@ class DBBConv2d(ConvLike, DiverseBranchBlock):
         deploy: bool = False,
     ):
         ring = _same_padding(padding, kernel_size, dilation, stride)
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, ring, dilation, groups, None, deploy, mid_channels
-        )
+        shape = (in_channels, out_channels, kernel_size, stride, ring, dilation, groups)
+        super().__init__(*shape, deploy=deploy, mid_channels=mid_channels)
         self._configure(bias, padding_mode)
 
 
@@ -139,7 +138,7 @@ class ACBConv2d(ConvLike, ACBlock):
         deploy: bool = False,
     ):
         ring = _same_padding(padding, kernel_size, dilation, stride)
-        super().__init__(in_channels, out_channels, kernel_size, stride, ring, dilation, groups, None, deploy)
+        super().__init__(in_channels, out_channels, kernel_size, stride, ring, dilation, groups, deploy=deploy)
         self._configure(bias, padding_mode)
 
 
@@ -165,7 +164,7 @@ class RepConv2d(ConvLike, RepVGGBlock):
         deploy: bool = False,
     ):
         ring = _same_padding(padding, kernel_size, dilation, stride)
-        super().__init__(in_channels, out_channels, kernel_size, stride, ring, dilation, groups, None, deploy)
+        super().__init__(in_channels, out_channels, kernel_size, stride, ring, dilation, groups, deploy=deploy)
         self._configure(bias, padding_mode)
 
 
@@ -193,7 +192,8 @@ class MobileOneConv2d(ConvLike, MobileOneBlock):
         deploy: bool = False,
     ):
         ring = _same_padding(padding, kernel_size, dilation, stride)
-        super().__init__(in_channels, out_channels, kernel_size, stride, ring, dilation, groups, None, deploy, copies)
+        shape = (in_channels, out_channels, kernel_size, stride, ring, dilation, groups)
+        super().__init__(*shape, deploy=deploy, copies=copies)
         self._configure(bias, padding_mode)
 
 

@@ -71,6 +71,13 @@ def _after_bn(bn: _BatchNorm) -> nn.Module:
     return rest[0] if len(rest) == 1 else nn.Sequential(*rest)
 
 
+def replace_module_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever ``old`` stands in a model: a shared module has several names."""
+    for parent in list(model.modules()):
+        for name in [name for name, child in parent._modules.items() if child is old]:
+            setattr(parent, name, new)
+
+
 @torch.no_grad()
 def fold_conv_bn_(model: nn.Module) -> list[tuple[str, str]]:
     """Fold every Conv-BN pair of an eval-mode model in place and return their (conv, bn) names.

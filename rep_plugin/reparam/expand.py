@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.conv_like import ConvLike, can_stand_for, like_conv, look_alike
-from rep_plugin.reparam.conv_bn import find_pairs_by_parts
+from rep_plugin.reparam.conv_bn import find_pairs_by_parts, replace_module_
 from rep_plugin.report import BlockReport, Report, count_macs, count_params
 from rep_plugin.verify import default_inputs, verify_equivalence
 
@@ -52,12 +52,15 @@ def _selector(where: Where, names: Sequence[str]) -> Callable[[str, nn.Module], 
     return lambda name, module: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _choose(model: nn.Module, where: Where) -> tuple[list[tuple[str, str]], list[str]]:
-    """Return the (conv, bn) names to expand and notes on what is left out. Raises ValueError where nothing remains."""
+def _choose(model: nn.Module, where: Where, twin: nn.Module) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return the (conv, bn) names to expand and notes on what is left out. Raises ValueError where nothing remains.
+
+    ``twin`` is a copy in eval mode, to be traced: stochastic depth cannot be, in train mode.
+    """
     convs = dict(own_convs(model))
     chosen = _selector(where, list(convs))
     wanted = [name for name, module in convs.items() if chosen(name, module)]
-    pairs, untraced = find_pairs_by_parts(model)
+    pairs, untraced = find_pairs_by_parts(twin)
     bn_of = dict(pairs)
     take, reasons = [], {}
     for name in wanted:
@@ -109,10 +112,8 @@ def _block_for(conv: nn.Conv2d, bn: nn.Module, block: str) -> ConvLike:
 @torch.no_grad()
 def _expand_(model: nn.Module, block: str, pairs: Sequence[tuple[str, str]]) -> nn.Module:
     for conv_name, bn_name in pairs:
-        made = _block_for(model.get_submodule(conv_name), model.get_submodule(bn_name), block)
-        if conv_name == "":
-            raise ValueError("a model that is one convolution has no BN behind it")
-        model.set_submodule(conv_name, made)
+        conv = model.get_submodule(conv_name)
+        replace_module_(model, conv, _block_for(conv, model.get_submodule(bn_name), block))
     for module in model.modules():
         if hasattr(type(module), "is_init"):
             module.is_init = True  # mmengine's BaseModule: init_weights() would overwrite what was expanded
@@ -147,11 +148,13 @@ def expand(
     """
     started = time.perf_counter()
     look_alike(block)
-    pairs, notes = _choose(model, where)
+    twin = copy.deepcopy(model).double()
+    twin.eval()  # not chained: mmpretrain's return None
+    pairs, notes = _choose(model, where, twin)
     inputs = default_inputs(model, example_input)
     report = Report("expand", count_params(model), 0, count_macs(model, inputs[0]), input_shape=tuple(inputs[0].shape))
 
-    twin = _expand_(copy.deepcopy(model).double(), block, pairs)
+    _expand_(twin, block, pairs)
     found = verify_equivalence(model, twin, inputs, [conv for conv, _ in pairs], TOLERANCE)
     for name, _ in pairs:
         difference = found.blocks[name]

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rep_plugin.blocks.conv_like import ConvLike
 from rep_plugin.reparam.adapters import find_adapter
-from rep_plugin.reparam.conv_bn import TraceError, absorb_biases_, fold_conv_bn_
+from rep_plugin.reparam.conv_bn import TraceError, absorb_biases_, fold_conv_bn_, replace_module_
 from rep_plugin.report import BlockReport, Report, count_macs, count_params
 from rep_plugin.verify import EquivalenceError, default_inputs, verify_equivalence
 
@@ -45,7 +45,7 @@ def _merge_blocks(model: nn.Module) -> tuple[nn.Module, list[BlockReport]]:
         if name == "":
             model = merged
         elif merged is not module:
-            model.set_submodule(name, merged)
+            replace_module_(model, module, merged)
         blocks.append(BlockReport(name, adapter.name))
         done.append(name)
     return model, blocks
