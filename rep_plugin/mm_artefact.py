@@ -133,6 +133,8 @@ def load_model(cfg: Config, checkpoint: str) -> tuple[nn.Module, dict]:
     for part in _typed_dicts(cfg.model):
         if part["type"] == "rep_plugin.Expanded":
             part["checkpoint"] = None  # the weights it was expanded from may be gone by now
+            for inner in _typed_dicts(part["model"]):
+                _without_pretrained(inner)
     model = build_model(cfg)
     load_strictly(model, state_dict, str(checkpoint))
     return model, meta

@@ -1,5 +1,7 @@
 """Folding a network's own Conv-BN pairs, found on its graph: the BN must be the convolution's only reader."""
 
+import inspect
+
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -22,7 +24,9 @@ def find_conv_bn_pairs(model: nn.Module) -> list[tuple[str, str]]:
 
     Raises TraceError, with the reason, where torch.fx cannot trace the model.
     """
-    concrete = {"mode": "tensor", "data_samples": None} if hasattr(model, "data_preprocessor") else None
+    # Flags with a default keep it: mmpretrain's classifiers (mode, data_samples) and mmcv's ConvModule branch on theirs.
+    arguments = inspect.signature(model.forward).parameters.values()
+    concrete = {a.name: a.default for a in arguments if isinstance(a.default, (bool, int, float, str, type(None)))}
     try:
         graph = _LeafTracer().trace(model, concrete)
     except Exception as error:  # fx raises whatever the traced code raises on a proxy
