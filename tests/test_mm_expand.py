@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.model import initialize
 from mmengine.registry import MODELS, DefaultScope
 
 import rep_plugin
@@ -48,13 +49,15 @@ def test_it_starts_as_the_trained_model_and_init_weights_keeps_it(stock, checkpo
 
 
 def test_silent_branches_survive_a_parent_that_initialises_anew(stock):
-    """ResNet's own init_weights resets every gamma it finds to 1."""
+    """ResNet's own init_weights resets every gamma it finds to 1; so does an init_cfg that names BatchNorm2d."""
     for mark in (True, False):
         model, _ = rep_plugin.expand(stock, example_input=X[:2])
         for module in model.modules():
             if hasattr(module, "is_init") and not mark:
                 module.is_init = False
         model.init_weights()
+        if not mark:
+            initialize(model, dict(type="Constant", layer=["_BatchNorm", "BatchNorm2d"], val=1))
         silent = [m for m in model.modules() if isinstance(m, SilentBatchNorm2d)]
         assert len(silent) == 3 * 17 and all((m.weight == 0).all() for m in silent)
         assert torch.equal(model.backbone.bn1.weight, torch.ones(8)) != mark
