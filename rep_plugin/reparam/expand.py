@@ -30,7 +30,7 @@ def own_convs(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modu
     inside: list[str] = []
     for name, module in model.named_modules(prefix=prefix):
         if isinstance(module, RepBlock):
-            inside.append(f"{name}.")
+            inside.append(f"{name}." if name else "")
         elif isinstance(module, nn.Conv2d) and not name.startswith(tuple(inside)):
             yield name, module
 
