@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 
 from rep_plugin.pruning import PrunePlan, apply_plan, plan_pruning
-from rep_plugin.reparam import reparameterize
+from rep_plugin.reparam import expand, reparameterize
 from rep_plugin.report import Report
 from rep_plugin.verify import EquivalenceError, InconclusiveWarning
 
@@ -14,6 +14,7 @@ __all__ = [
     "PrunePlan",
     "Report",
     "apply_plan",
+    "expand",
     "plan_pruning",
     "reparameterize",
 ]
@@ -22,3 +23,4 @@ if find_spec("timm") is not None:  # registers our names with timm
     from rep_plugin import timm_artefact as timm_artefact
     from rep_plugin import timm_bilinear as timm_bilinear
     from rep_plugin import timm_models as timm_models
+    from rep_plugin import timm_variants as timm_variants
