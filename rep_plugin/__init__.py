@@ -2,13 +2,14 @@
 
 from importlib.util import find_spec
 
-from rep_plugin.reparam import reparameterize
+from rep_plugin.reparam import expand, reparameterize
 from rep_plugin.report import Report
 from rep_plugin.verify import EquivalenceError, InconclusiveWarning
 
 __version__ = "0.1.0"
-__all__ = ["EquivalenceError", "InconclusiveWarning", "Report", "reparameterize"]
+__all__ = ["EquivalenceError", "InconclusiveWarning", "Report", "expand", "reparameterize"]
 
 if find_spec("timm") is not None:  # registers our names with timm
     from rep_plugin import timm_bilinear as timm_bilinear
     from rep_plugin import timm_models as timm_models
+    from rep_plugin import timm_variants as timm_variants

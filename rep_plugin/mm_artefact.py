@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 import rep_plugin
 from rep_plugin.backbones.loading import CheckpointMismatchError, require_fit
 from rep_plugin.checkpoint import load_checkpoint_file, save_checkpoint_file, write_atomic
+from rep_plugin.mm_convs import TYPES as CONV_TYPES
 from rep_plugin.registry import MODELS
 from rep_plugin.reparam import reparameterize
 from rep_plugin.report import Report
@@ -42,14 +43,46 @@ def _takes_deploy(type_name: object) -> bool:
     return found is not None and "deploy" in inspect.signature(found).parameters
 
 
+def _without_pretrained(part: dict) -> None:
+    """Drop what would load other weights when the deployed network is initialised: its own come from deploy.pth."""
+    init = part.get("init_cfg")
+    kept = [one for one in (init if isinstance(init, (list, tuple)) else [init]) if one and one["type"] != "Pretrained"]
+    if init is not None:
+        part["init_cfg"] = kept or None
+    part.pop("pretrained", None)
+
+
+def _as_stock(node: object) -> tuple[object, int]:
+    """Return a config with the stock parts that our look-alikes and ``Expanded`` merge into, and how many there were."""
+    found = 0
+    if isinstance(node, dict):
+        if node.get("type") == "rep_plugin.Expanded":
+            outer, node, found = node, node["model"], 1
+            if outer.get("data_preprocessor") is not None:
+                node.setdefault("data_preprocessor", outer["data_preprocessor"])
+            for part in _typed_dicts(node):
+                _without_pretrained(part)
+        elif node.get("type") in CONV_TYPES:
+            return type(node)(type="Conv2d"), 1
+        for key, value in node.items():
+            node[key], count = _as_stock(value)
+            found += count
+    elif isinstance(node, (list, tuple)):
+        pairs = [_as_stock(value) for value in node]
+        return type(node)(value for value, _ in pairs), sum(count for _, count in pairs)
+    return node, found
+
+
 def deploy_config(cfg: Config) -> Config:
     """Return a copy of a config that builds the deployed network: the same file in all else.
 
-    Raises ValueError where the model holds no rep_plugin type that has a deployed form.
+    An ``Expanded`` model and ``conv_cfg`` look-alikes become the stock network they merge into. Raises ValueError where
+    the model holds no rep_plugin type that has a deployed form.
     """
     cfg = copy.deepcopy(cfg)
+    cfg.model, replaced = _as_stock(cfg.model)
     parts = [part for part in _typed_dicts(cfg.model) if _takes_deploy(part["type"])]
-    if not parts:
+    if not parts and not replaced:
         raise ValueError(f"the model {cfg.model.get('type')!r} holds no rep_plugin part that has a deployed form")
     for part in parts:
         part["deploy"] = True
@@ -82,18 +115,30 @@ def load_strictly(model: nn.Module, state_dict: dict, source: str) -> None:
     model.load_state_dict(state_dict)
 
 
-def load_model(cfg: Config, checkpoint: str) -> tuple[nn.Module, dict]:
-    """Build a config's model and load a checkpoint into it strictly; return it in eval mode, with the file's meta data."""
+def read_state_dict(checkpoint: str | os.PathLike) -> tuple[dict, dict]:
+    """Return the state dict and the meta data of a checkpoint file. Raises CheckpointMismatchError where it has none."""
     content = load_checkpoint_file(checkpoint)
     state_dict = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state_dict, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state_dict.items()
     ):
         raise CheckpointMismatchError(f"{checkpoint} holds no state dict (names and tensors)")
+    meta = content.get("meta")
+    return state_dict, meta if isinstance(meta, dict) else {}
+
+
+def load_model(cfg: Config, checkpoint: str) -> tuple[nn.Module, dict]:
+    """Build a config's model and load a checkpoint into it strictly; return it in eval mode, with the file's meta data."""
+    state_dict, meta = read_state_dict(checkpoint)
+    cfg = copy.deepcopy(cfg)
+    for part in _typed_dicts(cfg.model):
+        if part["type"] == "rep_plugin.Expanded":
+            part["checkpoint"] = None  # the weights it was expanded from may be gone by now
+            for inner in _typed_dicts(part["model"]):
+                _without_pretrained(inner)
     model = build_model(cfg)
     load_strictly(model, state_dict, str(checkpoint))
-    meta = content.get("meta")
-    return model, meta if isinstance(meta, dict) else {}
+    return model, meta
 
 
 def real_inputs(model: nn.Module, loader: DataLoader, count: int = REAL_PICTURES) -> Tensor:

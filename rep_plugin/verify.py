@@ -3,7 +3,7 @@
 import copy
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -190,18 +190,20 @@ def verify_equivalence(
     inputs: Sequence[Tensor],
     block_names: Sequence[str] = (),
     tolerance: float = 1e-9,
+    parts: Mapping[str, nn.Module] | None = None,
 ) -> Equivalence:
     """Check that two eval-mode models compute the same function on every input.
 
     Both are copied to float64 first, so they are left as they are. Each named block is also compared alone: the
-    candidate's is given the reference's own input to it. An input that the *reference* cannot take (an odd size, say) is
-    left out, provided that the first one works.
+    candidate's (or what ``parts`` holds under that name) is given the reference's own input to it. An input that the
+    *reference* cannot take (an odd size, say) is left out, provided that the first one works.
 
     Raises EquivalenceError over ``tolerance`` (relative) or on a non-finite value, naming the first block that is off;
     warns with InconclusiveWarning where another input changes the output by less than 1e-3.
     """
     reference = copy.deepcopy(reference).double().eval()
     candidate = copy.deepcopy(candidate).double().eval()
+    parts = {name: copy.deepcopy(part).double().eval() for name, part in (parts or {}).items()}
     result = Equivalence(blocks={name: Difference() for name in block_names}, not_run=list(block_names))
     for index, x in enumerate(inputs):
         recorder = _Recorder(reference, block_names)
@@ -217,7 +219,7 @@ def verify_equivalence(
             raise EquivalenceError("the given model's own output is not finite, so nothing can be compared")
         for name, (args, kwargs, output) in recorder.calls.items():
             try:
-                found = compare_outputs(output, _run(candidate.get_submodule(name), *args, **kwargs))
+                found = compare_outputs(output, _run(parts.get(name) or candidate.get_submodule(name), *args, **kwargs))
             except EquivalenceError as error:
                 raise EquivalenceError(f"block {name!r}: {error}") from None
             result.blocks[name].include(found)

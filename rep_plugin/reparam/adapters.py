@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from rep_plugin.blocks.base import RepBlock
+from rep_plugin.blocks.conv_like import ConvLike
 from rep_plugin.heads.bilinear import BilinearHead
 
 
@@ -44,4 +45,12 @@ def _switch(module: nn.Module) -> nn.Module:
 register_adapter(
     Adapter("rep_plugin block", lambda module: isinstance(module, RepBlock) and not module.deployed, _switch)
 )
+
+
+def _plain_conv(module: ConvLike) -> nn.Conv2d:
+    module.switch_to_deploy()
+    return module.reparam_conv
+
+
+register_adapter(Adapter("conv look-alike", lambda module: isinstance(module, ConvLike), _plain_conv))
 register_adapter(Adapter("bilinear head", lambda module: isinstance(module, BilinearHead) and module.foldable, _switch))

@@ -2,13 +2,15 @@
 
 import copy
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rep_plugin.blocks.conv_like import ConvLike
 from rep_plugin.reparam.adapters import find_adapter
-from rep_plugin.reparam.conv_bn import TraceError, fold_conv_bn_
+from rep_plugin.reparam.conv_bn import TraceError, absorb_biases_, fold_conv_bn_, replace_module_
 from rep_plugin.report import BlockReport, Report, count_macs, count_params
 from rep_plugin.verify import EquivalenceError, default_inputs, verify_equivalence
 
@@ -43,15 +45,30 @@ def _merge_blocks(model: nn.Module) -> tuple[nn.Module, list[BlockReport]]:
         if name == "":
             model = merged
         elif merged is not module:
-            model.set_submodule(name, merged)
+            replace_module_(model, module, merged)
         blocks.append(BlockReport(name, adapter.name))
         done.append(name)
     return model, blocks
 
 
-def _convert(model: nn.Module, fold_bn: bool) -> tuple[nn.Module, list[BlockReport], list[str]]:
+@dataclass
+class _Conversion:
+    """``convs`` are the merged convolutions as they were before the network's own BNs were folded or moved."""
+
+    model: nn.Module
+    blocks: list[BlockReport]
+    convs: dict[str, nn.Module]
+    notes: list[str]
+
+
+def _convert(model: nn.Module, fold_bn: bool) -> _Conversion:
+    bias_free = [name for name, m in model.named_modules() if name and isinstance(m, ConvLike) and m.bias_free]
     model, blocks = _merge_blocks(model)
+    merged = {block.name: model.get_submodule(block.name) for block in blocks}
+    convs = {name: copy.deepcopy(m) for name, m in merged.items() if isinstance(m, nn.Conv2d)}
     notes = []
+    if not fold_bn and (biased := absorb_biases_(model, bias_free)):
+        notes.append(f"{len(biased)} convolutions keep a bias, as no BN alone reads them: {', '.join(biased)}")
     if fold_bn and any(isinstance(m, _BatchNorm) for m in model.modules()):
         try:
             blocks += [BlockReport(conv, f"Conv-BN ({bn})") for conv, bn in fold_conv_bn_(model)]
@@ -59,7 +76,7 @@ def _convert(model: nn.Module, fold_bn: bool) -> tuple[nn.Module, list[BlockRepo
             notes.append(f"the network's own BNs were not folded: {error}")
     if not blocks:
         raise ValueError(f"{type(model).__name__} holds no block that can be merged" + "".join(f"; {n}" for n in notes))
-    return model, blocks, notes
+    return _Conversion(model, blocks, convs, notes)
 
 
 def _check_cast(converted: nn.Module, proven: nn.Module) -> None:
@@ -85,7 +102,9 @@ def reparameterize(
     ``model`` must be in eval mode. By default a copy is merged; ``inplace=True`` changes the given one. ``verify`` merges
     a float64 twin first and compares it with the original, block by block and end to end, on ``example_input`` (N, C, H,
     W) and on random inputs, an odd size among them; relative tolerance 1e-9. ``fold_bn`` also folds the network's own
-    Conv-BN pairs.
+    Conv-BN pairs. ``fold_bn=False`` keeps them: look-alikes (:mod:`rep_plugin.blocks.conv_like`) become the plain
+    convolutions they stand for, the merged bias going into the next BN's running mean, so that the state dict is that of
+    the stock network.
 
     Raises RuntimeError in train mode, ValueError where the model holds nothing to merge, and
     :class:`rep_plugin.verify.EquivalenceError` where the proof fails, with the first block that is off. The model is
@@ -98,27 +117,27 @@ def reparameterize(
     report.macs_before = count_macs(model, inputs[0])
     twin = None
     if verify:
-        twin, blocks, _ = _convert(copy.deepcopy(model).double(), fold_bn)
-        report.notes += _prove(model, twin, inputs, blocks, report)
-
+        twin = _convert(copy.deepcopy(model).double(), fold_bn)
+        report.notes += _prove(model, twin, inputs, report)
     elif inplace:
         _convert(copy.deepcopy(model), fold_bn)  # a block that cannot be merged must not leave others merged
-    merged, report.blocks, notes = _convert(model if inplace else copy.deepcopy(model), fold_bn)
+    done = _convert(model if inplace else copy.deepcopy(model), fold_bn)
+    merged, report.blocks = done.model, done.blocks
     if twin is not None:
-        _check_cast(merged, twin)
-        report.blocks = blocks
+        merged.load_state_dict(twin.model.state_dict())  # rounded once, where two steps in float32 round twice
+        _check_cast(merged, twin.model)
+        report.blocks = twin.blocks
     report.params_after, report.macs_after = count_params(merged), count_macs(merged, inputs[0])
-    report.notes += notes
+    report.notes += done.notes
     report.seconds = time.perf_counter() - started
     return merged, report
 
 
-def _prove(
-    model: nn.Module, twin: nn.Module, inputs: list[Tensor], blocks: list[BlockReport], report: Report
-) -> list[str]:
+def _prove(model: nn.Module, twin: _Conversion, inputs: list[Tensor], report: Report) -> list[str]:
     """Compare the float64 twin with the model, fill in the report's errors, and return notes."""
+    blocks = twin.blocks
     names = [block.name for block in blocks if block.name and not block.kind.startswith("Conv-BN")]
-    found = verify_equivalence(model, twin, inputs, names, TOLERANCE)
+    found = verify_equivalence(model, twin.model, inputs, names, TOLERANCE, twin.convs)
     for block in blocks:
         if block.name in found.not_run:
             continue

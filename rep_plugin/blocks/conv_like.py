@@ -1,0 +1,245 @@
+"""Multi-branch blocks that stand where an ``nn.Conv2d`` stood: same arguments, same attributes, same output size.
+
+The network's own BN and activation stay behind them. Merging (:func:`rep_plugin.reparameterize`) puts a plain
+``nn.Conv2d`` back in the same place, so that the keys are the stock network's again.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rep_plugin.blocks.base import RepBlock
+from rep_plugin.blocks.branches import Size
+from rep_plugin.blocks.families import ACBlock, DiverseBranchBlock, MobileOneBlock, RepVGGBlock
+from rep_plugin.functional.kernels import pair
+
+
+class _OwnName(nn.BatchNorm2d):
+    """Keeps ``BatchNorm2d`` out of the direct bases of what derives from it: mmengine's initialisers read those."""
+
+
+class SilentBatchNorm2d(_OwnName):
+    """A BN that starts with gamma 0, so that its branch adds nothing yet; it trains like any other.
+
+    mmengine resets the gammas of what is called, or derives directly from, ``_BatchNorm`` or ``BatchNorm2d``. This one
+    is neither, and so stays silent when a parent's ``init_weights()`` walks over it.
+    """
+
+    def reset_parameters(self) -> None:
+        self.reset_running_stats()
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+def _same_padding(padding: Size | str, kernel_size: Size, dilation: Size, stride: Size) -> tuple[int, int]:
+    """Return the pixels per axis that a convolution's ``padding`` stands for; names as in ``nn.Conv2d``."""
+    if not isinstance(padding, str):
+        return pair(padding)
+    if padding == "valid":
+        return 0, 0
+    if padding != "same" or pair(stride) != (1, 1):
+        raise ValueError(f"padding must be numbers, 'valid', or 'same' at stride 1, got {padding!r}, stride {stride}")
+    return tuple(d * (k - 1) // 2 for k, d in zip(pair(kernel_size), pair(dilation)))
+
+
+class ConvLike(RepBlock):
+    """What the look-alikes share. ``main_branch`` names the branch that is the convolution itself.
+
+    ``bias_free`` tells what was asked of the convolution. The branches end in BNs and so always have a shift; it goes
+    into the following BN where the merged convolution must not have a bias.
+    """
+
+    main_branch: str
+    bias_free: bool
+    is_init = False  # read by mmengine's BaseModule: True keeps a trained block from being initialised again
+
+    def _configure(self, bias: bool, padding_mode: str) -> None:
+        if padding_mode != "zeros":
+            raise ValueError(f"padding_mode must be 'zeros' in {type(self).__name__}, got {padding_mode!r}")
+        self.bias_free = not bias
+
+    def silence_(self) -> "ConvLike":
+        """Make every branch but the main one start at zero, by a last BN with gamma 0. Returns the block."""
+        for name, chain in self.branches.items():
+            if name == self.main_branch:
+                continue
+            last, bn = list(chain.named_children())[-1]
+            silent = SilentBatchNorm2d(bn.num_features, bn.eps, bn.momentum)
+            setattr(chain, last, silent.to(bn.weight.device, bn.weight.dtype).train(bn.training))
+        return self
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Initialise afresh, as mmcv's ConvModule does its convolution: He's normal (fan out); silent branches stay so.
+
+        mmengine calls this on the children of its modules.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                fan_out = module.weight.shape[0] * math.prod(module.weight.shape[2:]) / module.groups
+                module.weight.normal_(0, math.sqrt(2 / fan_out))
+                if module.bias is not None:
+                    module.bias.zero_()
+            elif isinstance(module, _BatchNorm):
+                module.reset_parameters()
+
+
+class DBBConv2d(ConvLike, DiverseBranchBlock):
+    """``nn.Conv2d`` as a :class:`rep_plugin.blocks.families.DiverseBranchBlock` (Ding et al., CVPR 2021).
+
+    Arguments as ``nn.Conv2d``'s, and ``mid_channels`` as the block's. Raises ValueError for a ``padding_mode`` other than
+    zeros, and for even kernel sides.
+    """
+
+    main_branch = "conv"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        mid_channels: int | None = None,
+        deploy: bool = False,
+    ):
+        ring = _same_padding(padding, kernel_size, dilation, stride)
+        shape = (in_channels, out_channels, kernel_size, stride, ring, dilation, groups)
+        super().__init__(*shape, deploy=deploy, mid_channels=mid_channels)
+        self._configure(bias, padding_mode)
+
+
+class ACBConv2d(ConvLike, ACBlock):
+    """``nn.Conv2d`` as a :class:`rep_plugin.blocks.families.ACBlock` (Ding et al., "ACNet", ICCV 2019).
+
+    Arguments as ``nn.Conv2d``'s. Raises ValueError for a ``padding_mode`` other than zeros, and for even kernel sides.
+    """
+
+    main_branch = "square"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        deploy: bool = False,
+    ):
+        ring = _same_padding(padding, kernel_size, dilation, stride)
+        super().__init__(in_channels, out_channels, kernel_size, stride, ring, dilation, groups, deploy=deploy)
+        self._configure(bias, padding_mode)
+
+
+class RepConv2d(ConvLike, RepVGGBlock):
+    """``nn.Conv2d`` as a :class:`rep_plugin.blocks.families.RepVGGBlock` (Ding et al., CVPR 2021).
+
+    Arguments as ``nn.Conv2d``'s. Raises ValueError for a ``padding_mode`` other than zeros, and for even kernel sides.
+    """
+
+    main_branch = "conv"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        deploy: bool = False,
+    ):
+        ring = _same_padding(padding, kernel_size, dilation, stride)
+        super().__init__(in_channels, out_channels, kernel_size, stride, ring, dilation, groups, deploy=deploy)
+        self._configure(bias, padding_mode)
+
+
+class MobileOneConv2d(ConvLike, MobileOneBlock):
+    """``nn.Conv2d`` as a :class:`rep_plugin.blocks.families.MobileOneBlock` (Vasu et al., CVPR 2023).
+
+    Arguments as ``nn.Conv2d``'s, and ``copies`` of the kernel. Raises ValueError for a ``padding_mode`` other than zeros,
+    for even kernel sides, and for copies < 1.
+    """
+
+    main_branch = "conv0"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        copies: int = 4,
+        deploy: bool = False,
+    ):
+        ring = _same_padding(padding, kernel_size, dilation, stride)
+        shape = (in_channels, out_channels, kernel_size, stride, ring, dilation, groups)
+        super().__init__(*shape, deploy=deploy, copies=copies)
+        self._configure(bias, padding_mode)
+
+
+CONV_LIKES: dict[str, Callable[..., ConvLike]] = {
+    "dbb": DBBConv2d,
+    "acb": ACBConv2d,
+    "repvgg": RepConv2d,
+    "rep": RepConv2d,
+    "mobileone": MobileOneConv2d,
+}
+
+
+def look_alike(block: str) -> type[ConvLike]:
+    """Return the look-alike of a family's name. Raises ValueError for one that is not in CONV_LIKES."""
+    if block not in CONV_LIKES:
+        raise ValueError(f"unknown block {block!r}, expected one of {sorted(CONV_LIKES)}")
+    return CONV_LIKES[block]
+
+
+def can_stand_for(conv: nn.Module) -> str:
+    """Return '' where a look-alike can take a layer's place, else the reason why not."""
+    if type(conv) is not nn.Conv2d:
+        return f"{type(conv).__name__}, not a plain Conv2d"
+    if conv.padding_mode != "zeros":
+        return f"padding_mode {conv.padding_mode!r}"
+    if conv.kernel_size == (1, 1):
+        return "kernel side 1"
+    if conv.kernel_size[0] % 2 == 0 or conv.kernel_size[1] % 2 == 0:
+        return "even kernel side"
+    if "weight" not in conv._parameters:
+        return "its weight is computed by a parametrization or a hook"
+    if conv._forward_hooks or conv._forward_pre_hooks:
+        return "it has forward hooks"
+    if not conv.weight.requires_grad:
+        return "frozen"
+    return ""
+
+
+def like_conv(conv: nn.Conv2d, block: str, **options) -> ConvLike:
+    """Return a new, initialised look-alike of a convolution's shape, on its device and in its dtype and mode.
+
+    Raises ValueError for an unknown block.
+    """
+    made = look_alike(block)(
+        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,
+        conv.bias is not None, conv.padding_mode, **options,
+    )  # fmt: skip
+    made.init_weights()
+    return made.to(conv.weight.device, conv.weight.dtype).train(conv.training)

@@ -1,0 +1,176 @@
+"""``expand``: put a multi-branch block in the place of every spatial convolution, and change nothing yet.
+
+The network's own BN stays behind the block. In the block the original kernel is one branch, whose BN takes the outer
+BN's running mean and variance, with gamma = sqrt(var + eps) and beta = mean: the identity in eval mode. In train mode
+this BN normalises with the batch, and the outer one then sees the running mean and about the running variance: its output
+is the stock one's up to ``eps * |1 / (running_var + eps) - 1 / (batch_var + eps)| / 2``, relative. All other branches end
+in a BN with gamma 0.
+"""
+
+import copy
+import fnmatch
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rep_plugin.blocks.base import RepBlock
+from rep_plugin.blocks.conv_like import ConvLike, can_stand_for, like_conv, look_alike
+from rep_plugin.reparam.conv_bn import find_pairs_by_parts, replace_module_
+from rep_plugin.report import BlockReport, Report, count_macs, count_params
+from rep_plugin.verify import default_inputs, verify_equivalence
+
+TOLERANCE = 1e-9  # relative, in float64
+Where = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
+
+
+def own_convs(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield the (name, convolution) pairs of a model that are not inside one of our blocks, shared ones once."""
+    inside: list[str] = []
+    for name, module in model.named_modules(prefix=prefix):
+        if isinstance(module, RepBlock):
+            inside.append(f"{name}." if name else "")
+        elif isinstance(module, nn.Conv2d) and not name.startswith(tuple(inside)):
+            yield name, module
+
+
+def _selector(where: Where, names: Sequence[str]) -> Callable[[str, nn.Module], bool]:
+    """Return ``where`` as a predicate. Raises ValueError for a pattern that fits no name, TypeError for another type."""
+    if where is None:
+        return lambda name, module: True
+    if callable(where):
+        return where
+    patterns = [where] if isinstance(where, str) else list(where)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"where must be a pattern, a list of patterns or a function, got {pattern!r}")
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(
+                f"where={pattern!r} fits none of {len(names)} convolutions (first: {', '.join(names[:3])})"
+            )
+    return lambda name, module: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _choose(model: nn.Module, where: Where, twin: nn.Module) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return the (conv, bn) names to expand and notes on what is left out. Raises ValueError where nothing remains.
+
+    ``twin`` is a copy in eval mode, to be traced: stochastic depth cannot be, in train mode.
+    """
+    convs = dict(own_convs(model))
+    chosen = _selector(where, list(convs))
+    wanted = [name for name, module in convs.items() if chosen(name, module)]
+    pairs, untraced = find_pairs_by_parts(twin)
+    bn_of = dict(pairs)
+    take, reasons = [], {}
+    for name in wanted:
+        reason = can_stand_for(convs[name])
+        if not reason and name not in bn_of:
+            reason = "no BN with running statistics was seen to be its only reader"
+        if not reason and model.get_submodule(bn_of[name]).weight is None:
+            reason = "its BN has no gamma"
+        if reason:
+            reasons.setdefault(reason, []).append(name)
+        else:
+            take.append((name, bn_of[name]))
+    notes = [f"{len(names)} left as they are, {reason}: {', '.join(names)}" for reason, names in reasons.items()]
+    if untraced:
+        parts = ", ".join(type(model.get_submodule(part)).__name__ for part in untraced[:3])
+        notes.append(f"torch.fx cannot trace {parts}: the parts were traced one by one")
+    if not take:
+        raise ValueError(
+            f"where={where!r} selects nothing of {len(convs)} convolutions to expand"
+            + "".join(f"; {n}" for n in notes[:2])
+        )
+    return take, notes
+
+
+def _block_for(conv: nn.Conv2d, bn: nn.Module, block: str) -> ConvLike:
+    """Return the block that computes what ``conv`` does, given the BN that follows it."""
+    made = like_conv(conv, block)
+    for module in made.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps, module.momentum = bn.eps, bn.momentum
+    made.silence_()
+    main = made.branches[made.main_branch]
+    main.conv.weight = conv.weight  # the same parameter: what else holds it goes on holding it
+    mean, std = bn.running_mean, torch.sqrt(bn.running_var + bn.eps)
+    main.bn.running_mean.copy_(mean if conv.bias is None else mean - conv.bias)
+    main.bn.running_var.copy_(bn.running_var)
+    main.bn.weight.copy_(std)
+    main.bn.bias.copy_(mean)
+    made.is_init = True
+    if isinstance(bn, nn.SyncBatchNorm):
+        made = nn.SyncBatchNorm.convert_sync_batchnorm(made, bn.process_group)
+    made.train(conv.training)
+    for module in made.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.training = bn.training  # a BN that is kept in eval mode stays so
+    return made
+
+
+@torch.no_grad()
+def _expand_(model: nn.Module, block: str, pairs: Sequence[tuple[str, str]]) -> nn.Module:
+    for conv_name, bn_name in pairs:
+        conv = model.get_submodule(conv_name)
+        replace_module_(model, conv, _block_for(conv, model.get_submodule(bn_name), block))
+    for module in model.modules():
+        if hasattr(type(module), "is_init"):
+            module.is_init = True  # mmengine's BaseModule: init_weights() would overwrite what was expanded
+    return model
+
+
+def expand(
+    model: nn.Module,
+    block: str = "dbb",
+    inplace: bool = False,
+    where: Where = None,
+    example_input: Tensor | None = None,
+) -> tuple[nn.Module, Report]:
+    """Turn spatial convolutions into blocks of several branches; return the model, still the same function, and a report.
+
+    A convolution is expanded where its kernel is larger than 1, its padding zeros, and a BN its only reader (found by
+    torch.fx, part by part where the whole model cannot be traced); depthwise ones included. The others are named in
+    ``report.notes``, with the reason. ``block``: ``dbb``, ``acb``, ``repvgg`` (or ``rep``), ``mobileone``. ``where``
+    selects among them: a shell pattern on the convolution's full name (``'layer1.*'``), several, or a function
+    ``(name, module) -> bool``; default: all.
+
+    The eval-mode output is proven unchanged in float64 (relative tolerance 1e-9) on ``example_input`` (N, C, H, W) and
+    random pictures; the model's mode is kept. In train mode it starts unchanged as well, but for terms of the BN's eps.
+    By default a copy is expanded. The original kernels stay the same parameters with ``inplace=True``, but there are new
+    ones beside them: **build the optimizer after this call**, and wrap for DDP after it. mmengine modules are marked as
+    initialised, for a Runner would otherwise initialise the network anew.
+
+    Train it, then :func:`rep_plugin.reparameterize` gives the stock network back, with ``fold_bn=False`` key by key.
+
+    Raises ValueError for an unknown block, a pattern that fits nothing, or nothing to expand, and
+    :class:`rep_plugin.verify.EquivalenceError` where the proof fails. The model is then as it was.
+    """
+    started = time.perf_counter()
+    look_alike(block)
+    twin = copy.deepcopy(model).double()
+    twin.eval()  # not chained: mmpretrain's return None
+    pairs, notes = _choose(model, where, twin)
+    inputs = default_inputs(model, example_input)
+    report = Report("expand", count_params(model), 0, count_macs(model, inputs[0]), input_shape=tuple(inputs[0].shape))
+
+    _expand_(twin, block, pairs)
+    found = verify_equivalence(model, twin, inputs, [conv for conv, _ in pairs], TOLERANCE)
+    for name, _ in pairs:
+        difference = found.blocks[name]
+        proven = (None, None) if name in found.not_run else (difference.max_abs, difference.max_rel)
+        report.blocks.append(BlockReport(name, block, *proven))
+    maps = [found.total, *found.blocks.values()]
+    report.max_abs_error, report.max_rel_error = found.total.max_abs, found.total.max_rel
+    report.border_rel_error = max(difference.border_rel for difference in maps)
+    report.interior_rel_error = max(difference.interior_rel for difference in maps)
+    report.sensitivity = found.sensitivity
+    notes += [f"block {name!r} was not run by any input and is not proven" for name in found.not_run]
+    if not found.conclusive:
+        notes.append(f"inconclusive: sensitivity {found.sensitivity:.1e}")
+
+    expanded = _expand_(model if inplace else copy.deepcopy(model), block, pairs)
+    expanded.load_state_dict(twin.state_dict())  # what was proven, rounded once
+    report.params_after, report.macs_after = count_params(expanded), count_macs(expanded, inputs[0])
+    report.notes, report.seconds = notes, time.perf_counter() - started
+    return expanded, report

@@ -1,0 +1,104 @@
+"""timm's own networks with a multi-branch block plugged in: ``timm.create_model('dbb_resnet18')`` and its sisters.
+
+As in "Diverse Branch Block" (Ding et al., CVPR 2021, section 4.1), every K x K convolution with 1 < K < 7 becomes a block,
+so ResNet's 7x7 stem stays. The papers' blocks have no BN behind their sum; here the network's own BN stays there. It
+adds no multiply-adds once merged, it keeps the scale of the sum at that of one convolution whatever the number of
+branches (timm's zero-initialised last gamma of a residual block goes on working), and merged with ``fold_bn=False`` the
+weights load into timm's network itself.
+"""
+
+from functools import partial
+
+import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+from rep_plugin.blocks.conv_like import can_stand_for, like_conv, look_alike
+from rep_plugin.reparam.conv_bn import fold_conv_bn_, replace_module_
+from rep_plugin.reparam.expand import own_convs
+
+BLOCKS = ("dbb", "acb")
+# timm's network -> its first convolution and its classifier.
+STOCK = {
+    "resnet18": ("conv1", "fc"),
+    "resnet50": ("conv1", "fc"),
+    "mobilenetv1_100": ("conv_stem", "classifier"),
+    "mobilenetv2_100": ("conv_stem", "classifier"),
+}
+NAMES = tuple(f"{block}_{stock}" for stock in STOCK for block in BLOCKS)
+
+
+def plug_in_(model: nn.Module, block: str) -> nn.Module:
+    """Put a block, all of its branches live, in the place of every convolution with 1 < K < 7, and return the model."""
+    for _, conv in list(own_convs(model)):
+        if not can_stand_for(conv) and max(conv.kernel_size) < 7:
+            replace_module_(model, conv, like_conv(conv, block))
+    return model
+
+
+def _build(block: str, stock: str, deploy: bool, **kwargs) -> nn.Module:
+    model = timm.create_model(stock, **kwargs)
+    if not deploy:
+        return plug_in_(model, block)
+    fold_conv_bn_(model.eval())
+    return model.train()
+
+
+def _first_convs(block: str, stock: str, deploy: bool) -> str | tuple[str, ...]:
+    """Names of the convolutions that read the picture, as timm's ``first_conv``: several in a block."""
+    first = STOCK[stock][0]
+    if deploy or stock.startswith("resnet"):
+        return first
+    made = look_alike(block)(3, 4, 3)
+    heads = {name: next(iter(chain.named_children())) for name, chain in made.branches.items()}
+    return tuple(f"{first}.branches.{name}.{layer}" for name, (layer, _) in heads.items())
+
+
+def _cfg(name: str) -> dict:
+    block, stock = name.split("_", 1)
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": _first_convs(block, stock, deploy=False),
+        "classifier": STOCK[stock][1],
+        "license": "apache-2.0",
+    }
+
+
+default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg(name) for name in NAMES})
+
+
+def _create(name: str, pretrained: bool = False, deploy: bool = False, **kwargs) -> nn.Module:
+    block, stock = name.split("_", 1)
+    if deploy:
+        overlay = {"first_conv": _first_convs(block, stock, deploy)}
+        kwargs["pretrained_cfg_overlay"] = {**overlay, **(kwargs.get("pretrained_cfg_overlay") or {})}
+    feature_cfg = {"flatten_sequential": stock.startswith("mobilenet")}
+    return build_model_with_cfg(
+        partial(_build, block, stock, deploy), name, pretrained, feature_cfg=feature_cfg, **kwargs
+    )
+
+
+def _register(name: str) -> None:
+    block, stock = name.split("_", 1)
+
+    def entry(pretrained: bool = False, **kwargs) -> nn.Module:
+        return _create(name, pretrained, **kwargs)
+
+    entry.__name__ = entry.__qualname__ = name
+    entry.__doc__ = (
+        f"timm's {stock} with {look_alike(block).__name__} for its convolutions of 1 < K < 7; arguments as timm's.\n\n"
+        "``deploy=True`` builds what :func:`rep_plugin.reparameterize` makes of it: no branches, no BN."
+    )
+    register_model(entry)
+
+
+for _name in NAMES:
+    _register(_name)
