@@ -3,7 +3,7 @@
 import copy
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -76,12 +76,18 @@ def _as_stock(node: object) -> tuple[object, int]:
 def deploy_config(cfg: Config) -> Config:
     """Return a copy of a config that builds the deployed network: the same file in all else.
 
-    An ``Expanded`` model and ``conv_cfg`` look-alikes become the stock network they merge into. Raises ValueError where
-    the model holds no rep_plugin type that has a deployed form.
+    An ``Expanded`` model and ``conv_cfg`` look-alikes become the stock network they merge into; a pruned model is merged
+    when it is built, its plan being for the layers before. Raises ValueError where the model holds no rep_plugin type that
+    has a deployed form.
     """
     cfg = copy.deepcopy(cfg)
-    cfg.model, replaced = _as_stock(cfg.model)
-    parts = [part for part in _typed_dicts(cfg.model) if _takes_deploy(part["type"])]
+    parts = []
+    if cfg.model.get("type") == "rep_plugin.Pruned":
+        cfg.model = dict(type="rep_plugin.Merged", model=cfg.model)
+        replaced = 1
+    else:
+        cfg.model, replaced = _as_stock(cfg.model)
+        parts = [part for part in _typed_dicts(cfg.model) if _takes_deploy(part["type"])]
     if not parts and not replaced:
         raise ValueError(f"the model {cfg.model.get('type')!r} holds no rep_plugin part that has a deployed form")
     for part in parts:
@@ -150,14 +156,14 @@ def real_inputs(model: nn.Module, loader: DataLoader, count: int = REAL_PICTURES
         return model.data_preprocessor(copy.deepcopy(batch), False)["inputs"]
 
 
-def _check_rebuilt(cfg: Config, merged: nn.Module, inputs: Tensor) -> None:
-    """What stock code will build from deploy.py must load the weights and say the same as the merged model."""
+def check_rebuilt(cfg: Config, merged: nn.Module, inputs: Tensor) -> None:
+    """What stock code will build from the written config must load the weights and say the same as the given model."""
     rebuilt = build_model(cfg)
-    load_strictly(rebuilt, merged.state_dict(), "the merged model")
+    load_strictly(rebuilt, merged.state_dict(), "what was made of the model")
     with torch.no_grad():
         difference = compare_outputs(merged.cpu()(inputs.cpu()), rebuilt(inputs.cpu()))
     if difference.exceeds(1e-6):
-        raise EquivalenceError(f"the model built from deploy.py differs by {difference.max_rel:.2e} relative")
+        raise EquivalenceError(f"the model built from the written config differs by {difference.max_rel:.2e} relative")
 
 
 def write_deployed(
@@ -180,32 +186,45 @@ def write_deployed(
     merged, report = reparameterize(source, inputs, inplace=True, fold_bn=False)
     merged.cpu()
     example = inputs if inputs is not None else torch.zeros(report.input_shape)
-    _check_rebuilt(deployed, merged, example)
+    check_rebuilt(deployed, merged, example)
 
-    meta = {"rep_plugin_version": rep_plugin.__version__, "dataset_meta": _plain(dataset_meta or {})}
+    meta = {"rep_plugin_version": rep_plugin.__version__, "dataset_meta": plain_data(dataset_meta or {})}
+    pretty = deployed.pretty_text.encode()
+    write_together(
+        out_dir,
+        {
+            "deploy.pth": lambda path: save_checkpoint_file({"meta": meta, "state_dict": merged.state_dict()}, path),
+            "deploy.py": lambda path: write_atomic(path, lambda file: file.write(pretty)),
+            "deploy.json": lambda path: write_atomic(path, lambda file: file.write(report.to_json().encode())),
+        },
+    )
+    return report
+
+
+def write_together(out_dir: Path, files: Mapping[str, Callable[[Path], None]]) -> None:
+    """Let every function write its file under another name; once all are on disk they get their names.
+
+    Raises OSError where a file cannot be written; older files then stay.
+    """
     out_dir.mkdir(parents=True, exist_ok=True)
-    pretty, written = deployed.pretty_text.encode(), []
+    written = [out_dir / f"{name}.new" for name in files]
     try:
-        for name in ("deploy.pth", "deploy.py", "deploy.json"):
-            written.append(out_dir / f"{name}.new")
-        save_checkpoint_file({"meta": meta, "state_dict": merged.state_dict()}, written[0])
-        write_atomic(written[1], lambda file: file.write(pretty))
-        write_atomic(written[2], lambda file: file.write(report.to_json().encode()))
+        for path, write in zip(written, files.values()):
+            write(path)
         for path in written:
             if path.with_suffix("").is_dir():
                 raise IsADirectoryError(f"{path.with_suffix('')} is a folder, expected a file or nothing")
-        for path in written:  # all three are on disk: now they get their names
+        for path in written:
             os.replace(path, path.with_suffix(""))
     finally:
         for path in written:
             path.unlink(missing_ok=True)
-    return report
 
 
-def _plain(value: object) -> object:
+def plain_data(value: object) -> object:
     """Lists, dicts, strings and numbers only, so that a checkpoint loads with ``weights_only=True``."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain_data(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
+        return [plain_data(item) for item in value]
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

@@ -50,7 +50,7 @@ def _rebuilt(model: Mapping, data_preprocessor: Mapping | None, steps: Sequence[
 
 
 @MODELS.register_module()
-def Pruned(  # noqa: N802  (a config type)
+def Pruned(
     model: Mapping, plan: PrunePlan | Mapping | str | Sequence, data_preprocessor: Mapping | None = None
 ) -> nn.Module:
     """Build a stock model from its config and remove what ``plan`` removes; keys of the checkpoint stay the stock ones.
@@ -64,7 +64,7 @@ def Pruned(  # noqa: N802  (a config type)
 
 
 @MODELS.register_module()
-def Merged(  # noqa: N802  (a config type)
+def Merged(
     model: Mapping, fold_bn: bool = False, data_preprocessor: Mapping | None = None
 ) -> nn.Module:
     """Build a model from its config and merge its blocks, as :func:`rep_plugin.reparameterize` does; load weights next.

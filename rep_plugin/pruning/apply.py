@@ -64,14 +64,15 @@ def apply_plan(
     optimizers = _optimizers(optimizer)
     shadow = None if ema is None else _shadow(ema, model)
     inputs = _inputs(model, plan, example_input)
-    report = PruneReport("apply_plan", count_params(model), 0, input_shape=tuple(inputs[0].shape))
-    report.macs_before = count_macs(model, inputs[0])
+    report = PruneReport("apply_plan", count_params(model), 0, input_shape=plan.input_shape)
+    one = inputs[0][:1].expand(plan.input_shape)  # costs are those of the plan's shape
+    report.macs_before = count_macs(model, one)
     if verify:
         _prove(model, trace, kept, inputs, report)
     remove_channels_(model, trace, kept, optimizers)
     if shadow is not None:
         remove_channels_(shadow, trace, kept)
-    report.params_after, report.macs_after = count_params(model), count_macs(model, inputs[0])
+    report.params_after, report.macs_after = count_params(model), count_macs(model, one)
     report.widths, report.frozen = dict(plan.widths), dict(plan.frozen)
     report.blocks = [
         BlockReport(name, f"{layer.kind} {len(layer.labels)} -> {kept.count(layer.labels)}")

@@ -1,0 +1,70 @@
+"""Pruned models as stock code loads them: ``pruned.pth`` and ``pruned.py``, the plan, the report and a picture of both."""
+
+import copy
+import json
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from torch import Tensor, nn
+
+import rep_plugin
+from rep_plugin.checkpoint import save_checkpoint_file, write_atomic
+from rep_plugin.mm_artefact import check_rebuilt, plain_data, write_together
+from rep_plugin.pictures import draw_widths
+from rep_plugin.pruning import PrunePlan, PruneReport, apply_plan
+
+
+def pruned_config(cfg: Config, plan: PrunePlan) -> Config:
+    """Return a copy of a config whose model is the pruned one, with its structure inside: the same file in all else."""
+    cfg = copy.deepcopy(cfg)
+    # As text, and without the scores: mmengine takes seconds to print thousands of indented numbers.
+    text = json.dumps(asdict(replace(plan, scores={})), separators=(",", ":"))
+    cfg.model = dict(type="rep_plugin.Pruned", model=cfg.model, plan=text)
+    cfg.load_from, cfg.resume = None, False
+    for key in ("work_dir", "launcher"):  # a Runner writes its config into work_dir, over this very file
+        cfg.pop(key, None)
+    hooks = cfg.get("custom_hooks") or []
+    cfg.custom_hooks = [hook for hook in hooks if str(hook.get("type")) != "rep_plugin.LinearizeHook"]
+    return cfg
+
+
+def write_pruned(
+    model: nn.Module,
+    cfg: Config,
+    plan: PrunePlan,
+    out_dir: str | os.PathLike,
+    inputs: Tensor | None = None,
+    dataset_meta: dict | None = None,
+) -> PruneReport:
+    """Prune a copy of a model by ``plan``, prove it, and write ``pruned.pth pruned.py pruned.plan.json pruned.json .png``.
+
+    ``model`` is what ``cfg.model`` builds; ``inputs`` are preprocessed pictures (N, C, H, W) for the proof. The first two
+    files are what ``mmpretrain.apis.init_model``, the stock ``tools/test.py``, and ``load_from`` for fine-tuning load;
+    pruning them again, or merging them, nests in the config. Raises what :func:`rep_plugin.apply_plan` raises, or OSError
+    where a file cannot be written; older files then stay.
+    """
+    written = pruned_config(cfg, plan)
+    pruned = copy.deepcopy(model)
+    pruned.eval()
+    report = apply_plan(pruned, plan, example_input=inputs)
+    pruned.cpu()
+    check_rebuilt(written, pruned, inputs if inputs is not None else torch.zeros(1, *plan.input_shape[1:]))
+
+    meta = {"rep_plugin_version": rep_plugin.__version__, "dataset_meta": plain_data(dataset_meta or {})}
+    texts = {
+        "pruned.py": written.pretty_text,
+        "pruned.plan.json": plan.to_json() + "\n",
+        "pruned.json": report.to_json() + "\n",
+    }
+    files = {"pruned.pth": lambda path: save_checkpoint_file({"meta": meta, "state_dict": pruned.state_dict()}, path)}
+    for name, text in texts.items():
+        files[name] = lambda path, text=text: write_atomic(path, lambda file: file.write(text.encode()))
+    title = f"{plan.why}: {report.params_after:,} of {report.params_before:,} parameters"
+    files["pruned.png"] = lambda path: write_atomic(
+        path, lambda file: draw_widths(plan.widths, file, title, plan.frozen)
+    )
+    write_together(Path(out_dir), files)
+    return report

@@ -1,0 +1,121 @@
+#!/usr/bin/env python
+"""Prune a trained checkpoint: pruned.pth, pruned.py, the plan, the report and a picture of the widths.
+
+python tools/prune.py CONFIG CHECKPOINT --fraction 0.3
+python tools/prune.py CONFIG CHECKPOINT --macs 0.5 --round-to 8 --scores l1
+python tools/train.py pruned.py --cfg-options load_from=pruned.pth        # fine-tune
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.registry import DefaultScope
+from mmengine.runner import Runner
+from rich.console import Console
+from rich.table import Table
+from train import run
+
+from rep_plugin.mm_artefact import load_model, real_inputs
+from rep_plugin.mm_data import check_data
+from rep_plugin.mm_prune_artefact import write_pruned
+from rep_plugin.pruning import PrunePlan, plan_pruning
+
+SCORES = ("bn_gamma", "l1", "l2", "fpgm", "random")
+
+
+def amount(text: str) -> int | float:
+    """A share with a point in it (0.5), or a whole number (300000000)."""
+    return float(text) if "." in text else int(text)
+
+
+def override(text: str) -> tuple[str, float | str]:
+    """PATTERN=FRACTION or PATTERN=frozen."""
+    pattern, _, value = text.rpartition("=")
+    if not pattern:
+        raise argparse.ArgumentTypeError(f"expected PATTERN=FRACTION or PATTERN=frozen, got {text!r}")
+    return pattern, value if value == "frozen" else float(value)
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="config the checkpoint was trained with")
+    parser.add_argument("checkpoint", help="trained checkpoint")
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument("--fraction", type=float, help="share of the prunable channels to remove, 0 <= x < 1")
+    how.add_argument("--params", type=amount, help="parameters that may remain: a share (0.5) or a number")
+    how.add_argument("--macs", type=amount, help="multiply-adds that may remain: a share (0.5) or a number")
+    how.add_argument("--widths", help="JSON file {layer name: channels kept}, taken as it is")
+    how.add_argument("--plan", help="plan file of an earlier run, applied as it is")
+    parser.add_argument("--scores", default="bn_gamma", choices=SCORES, help="what tells a channel's weight")
+    parser.add_argument(
+        "--scope", default="global", choices=["global", "layer"], help="compare over all layers, or in each"
+    )
+    parser.add_argument("--min-channels", type=int, default=1, help="no layer falls below")
+    parser.add_argument("--round-to", type=int, default=1, help="narrowed layers keep a multiple of this")
+    parser.add_argument("--override", type=override, nargs="+", default=[], metavar="PATTERN=FRACTION")
+    parser.add_argument("--ignore", nargs="+", default=[], metavar="PATTERN", help="layers that stay as they are")
+    parser.add_argument(
+        "--shape", type=int, nargs="+", help="input size C H W; default: that of the validation pictures"
+    )
+    parser.add_argument("--out-dir", help="folder for the files; default: the checkpoint's")
+    parser.add_argument("--no-real-data", action="store_true", help="prove on random pictures alone; needs --shape")
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="changes to the config as key=value")
+    return parser.parse_args()
+
+
+def make_plan(model: torch.nn.Module, shape: tuple[int, ...], args: argparse.Namespace) -> PrunePlan:
+    """The plan that the arguments ask for."""
+    if args.plan:
+        return PrunePlan.from_json(Path(args.plan))
+    if args.widths:
+        scores = "l1" if args.scores == "bn_gamma" else args.scores
+        return PrunePlan.from_widths(model, shape, json.loads(Path(args.widths).read_text()), scores)
+    return plan_pruning(
+        model, shape, args.scores, args.fraction, params=args.params, macs=args.macs, scope=args.scope,
+        min_channels=args.min_channels, round_to=args.round_to, overrides=dict(args.override), ignore=args.ignore,
+    )  # fmt: skip
+
+
+def widths_table(plan: PrunePlan) -> Table:
+    """Every layer's channels before and after, and why the others stay."""
+    table = Table(title=plan.why)
+    for column in ("layer", "before", "after", "stays because"):
+        table.add_column(column, justify="right" if column in ("before", "after") else "left")
+    for name, (before, after) in plan.widths.items():
+        table.add_row(name, str(before), str(after), plan.frozen.get(name, ""))
+    return table
+
+
+def main() -> None:
+    """Load, plan, prune, prove, write, print the report."""
+    args = parse_args()
+    for path in filter(None, (args.config, args.checkpoint, args.widths, args.plan)):
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path} does not exist, expected a file")
+    cfg = Config.fromfile(args.config)
+    if args.cfg_options:
+        cfg.merge_from_dict(args.cfg_options)
+    model, meta = load_model(cfg, args.checkpoint)
+    inputs, dataset_meta = None, meta.get("dataset_meta")
+    if not args.no_real_data and cfg.get("val_dataloader"):
+        check_data(cfg, ("val_dataloader",))
+        with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmpretrain")):
+            loader = Runner.build_dataloader(cfg.val_dataloader)
+        inputs, dataset_meta = real_inputs(model, loader), dataset_meta or loader.dataset.metainfo
+    elif not args.shape:
+        raise ValueError("without validation pictures the input size is needed: --shape C H W")
+    shape = (1, *(args.shape or inputs.shape[1:]))  # costs are those of one picture
+    plan = make_plan(model, shape, args)
+    out_dir = Path(args.out_dir or Path(args.checkpoint).resolve().parent)
+    report = write_pruned(model, cfg, plan, out_dir, inputs, dataset_meta)
+    Console().print(widths_table(plan))
+    report.print()
+    print(f"written: {out_dir / 'pruned.pth'}, pruned.py, pruned.plan.json, pruned.json and pruned.png")
+
+
+if __name__ == "__main__":
+    run(main, RuntimeError, ValueError, TypeError)
