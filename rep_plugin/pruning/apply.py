@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rep_plugin.pruning.graph import Trace
 from rep_plugin.pruning.groups import frozen_roots
-from rep_plugin.pruning.kept import Kept, nothing_gone
+from rep_plugin.pruning.kept import Kept, count_costs, nothing_gone
 from rep_plugin.pruning.masking import KeptOutputs, mask_channels_
 from rep_plugin.pruning.plan import PrunePlan
 from rep_plugin.pruning.surgery import remove_channels_
@@ -64,13 +64,13 @@ def apply_plan(
     shadow = None if ema is None else _shadow(ema, model)
     inputs = _inputs(model, plan, example_input)
     report = PruneReport("apply_plan", count_params(model), 0, input_shape=tuple(inputs[0].shape))
-    report.macs_before = count_macs(model, inputs[0])
+    report.macs_before = _macs(model, trace, Kept(trace, nothing_gone(trace)), inputs[0])
     if verify:
         _prove(model, trace, kept, inputs, report)
     remove_channels_(model, trace, kept, optimizers)
     if shadow is not None:
         remove_channels_(shadow, trace, kept)
-    report.params_after, report.macs_after = count_params(model), count_macs(model, inputs[0])
+    report.params_after, report.macs_after = count_params(model), _macs(model, trace, kept, inputs[0])
     report.widths, report.frozen = dict(plan.widths), dict(plan.frozen)
     report.blocks = [
         BlockReport(name, f"{layer.kind} {len(layer.labels)} -> {kept.count(layer.labels)}")
@@ -83,6 +83,13 @@ def apply_plan(
     report.notes += [_frozen_note(names, reason) for reason, names in reasons.items()]
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _macs(model: nn.Module, trace: Trace, kept: Kept, x: Tensor) -> int:
+    """Multiply-adds of one forward pass of the model as it is; counted on the trace where that counts no merged form."""
+    if trace.inner or tuple(x.shape) != trace.shape:
+        return count_macs(model, x)
+    return count_costs(trace, kept)[1]
 
 
 def _frozen_note(names: list[str], reason: str) -> str:
@@ -156,7 +163,7 @@ def _prove(model: nn.Module, trace: Trace, kept: Kept, inputs: list[Tensor], rep
     if any(kept.changes(labels) for labels in trace.outputs):
         masked = KeptOutputs(masked, trace, kept)
     try:
-        found = verify_equivalence(masked, removed, inputs, tolerance=TOLERANCE)
+        found = verify_equivalence(masked, removed, inputs, tolerance=TOLERANCE, keep=False)
     except (RuntimeError, IndexError) as error:
         if isinstance(error, EquivalenceError):
             raise EquivalenceError(f"removing channels does not equal setting them to zero: {error}") from error
