@@ -120,7 +120,7 @@ class Tracer(TorchFunctionMode):
             return self._mark_parameter(tensor, name)
         if not tensor.is_meta:
             return Mark(torch.tensor(FIXED).expand(tensor.shape), False)
-        raise TraceError(f"at {where()} a map appears that no torch function made (a custom autograd Function?)")
+        raise TraceError(f"at {where()} a map appears that no torch function made: it cannot be followed")
 
     def _mark_parameter(self, tensor: Tensor, name: str) -> Mark:
         """A parameter or buffer in arithmetic: its one dimension that is longer than 1 may follow channels."""
