@@ -62,15 +62,14 @@ def apply_plan(
     kept = kept_by(plan, model, trace)
     optimizers = _optimizers(optimizer)
     shadow = None if ema is None else _shadow(ema, model)
-    inputs = _inputs(model, plan, example_input)
-    report = PruneReport("apply_plan", count_params(model), 0, input_shape=tuple(inputs[0].shape))
-    report.macs_before = _macs(model, trace, Kept(trace, nothing_gone(trace)), inputs[0])
+    report = PruneReport("apply_plan", count_params(model), 0, input_shape=trace.shape)
+    report.macs_before = _macs(model, trace, Kept(trace, nothing_gone(trace)))
     if verify:
-        _prove(model, trace, kept, inputs, report)
+        _prove(model, trace, kept, _inputs(model, plan, example_input), report)
     remove_channels_(model, trace, kept, optimizers)
     if shadow is not None:
         remove_channels_(shadow, trace, kept)
-    report.params_after, report.macs_after = count_params(model), _macs(model, trace, kept, inputs[0])
+    report.params_after, report.macs_after = count_params(model), _macs(model, trace, kept)
     report.widths, report.frozen = dict(plan.widths), dict(plan.frozen)
     report.blocks = [
         BlockReport(name, f"{layer.kind} {len(layer.labels)} -> {kept.count(layer.labels)}")
@@ -85,11 +84,12 @@ def apply_plan(
     return report
 
 
-def _macs(model: nn.Module, trace: Trace, kept: Kept, x: Tensor) -> int:
-    """Multiply-adds of one forward pass of the model as it is; counted on the trace where that counts no merged form."""
-    if trace.inner or tuple(x.shape) != trace.shape:
-        return count_macs(model, x)
-    return count_costs(trace, kept)[1]
+def _macs(model: nn.Module, trace: Trace, kept: Kept) -> int:
+    """Multiply-adds of one forward pass of the model as it is; the trace knows them where it counts no merged form."""
+    if not trace.inner:
+        return count_costs(trace, kept)[1]
+    first = next(model.parameters())
+    return count_macs(model, torch.zeros(trace.shape, dtype=first.dtype, device=first.device))
 
 
 def _frozen_note(names: list[str], reason: str) -> str:

@@ -9,6 +9,7 @@ from rep_plugin.blocks.families import DiverseBranchBlock, MobileOneBlock, RepVG
 from rep_plugin.heads.bilinear import BilinearHead
 from rep_plugin.pruning import TraceError, apply_plan, plan_pruning, trace_channels
 from rep_plugin.pruning.groups import find_groups
+from rep_plugin.report import count_macs
 from tests.test_pruning.nets import (
     Call,
     Concat,
@@ -113,6 +114,33 @@ def test_layer_norm_freezes_its_channels_but_not_the_inner_ones():
 def test_unknown_operations_freeze_with_place_and_name():
     _, groups = groups_of(ConvBN(3, 4), Call(lambda x: torch.cumsum(x, 1)), ConvBN(4, 5), Pooled(5))
     assert groups[0].reason.startswith("no rule for cumsum at test_trace.py:") and len(groups[1].units) == 5
+
+
+def test_constants_of_the_forward_keep_their_values():
+    def forward(x):
+        index = torch.arange(4, device=x.device)
+        offset = torch.tensor([1.0]).to(x.device)
+        assert index.tolist() == [0, 1, 2, 3]
+        return x * offset + torch.zeros_like(x)
+
+    _, groups = groups_of(ConvBN(3, 4), Call(forward), ConvBN(4, 5), Pooled(5))
+    assert len(groups[1].units) == 5
+
+
+def test_operations_without_a_rule_still_cost():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            y = F.conv2d(x, self.conv.weight * 2, self.conv.bias).flatten(2)
+            return (y @ y.transpose(1, 2)).mean(2)
+
+    net = nn.Sequential(ConvBN(3, 6), ConvBN(6, 4), Attention(), nn.Linear(4, 5))
+    plan = plan_pruning(net, SHAPE, "l1", 0.5)
+    assert plan.macs_before == count_macs(net, torch.zeros(SHAPE))
+    assert "no rule for conv2d" in plan.frozen["1.conv"] and plan.widths["0.conv"] == (6, 3)
 
 
 def test_spatial_attention_keeps_its_one_channel():
