@@ -64,9 +64,7 @@ def Pruned(
 
 
 @MODELS.register_module()
-def Merged(
-    model: Mapping, fold_bn: bool = False, data_preprocessor: Mapping | None = None
-) -> nn.Module:
+def Merged(model: Mapping, fold_bn: bool = False, data_preprocessor: Mapping | None = None) -> nn.Module:
     """Build a model from its config and merge its blocks, as :func:`rep_plugin.reparameterize` does; load weights next.
 
     ``fold_bn`` must be what it was when the weights were merged.

@@ -191,19 +191,22 @@ def verify_equivalence(
     block_names: Sequence[str] = (),
     tolerance: float = 1e-9,
     parts: Mapping[str, nn.Module] | None = None,
+    keep: bool = True,
 ) -> Equivalence:
     """Check that two eval-mode models compute the same function on every input.
 
-    Both are copied to float64 first, so they are left as they are. Each named block is also compared alone: the
-    candidate's (or what ``parts`` holds under that name) is given the reference's own input to it. An input that the
-    *reference* cannot take (an odd size, say) is left out, provided that the first one works.
+    Both are copied to float64 first, so they are left as they are; ``keep=False`` saves the copies of models that are not
+    needed any more. Each named block is also compared alone: the candidate's (or what ``parts`` holds under that name) is
+    given the reference's own input to it. An input that the *reference* cannot take (an odd size, say) is left out,
+    provided that the first one works.
 
     Raises EquivalenceError over ``tolerance`` (relative) or on a non-finite value, naming the first block that is off;
     warns with InconclusiveWarning where another input changes the output by less than 1e-3.
     """
-    reference, candidate = copy.deepcopy(reference).double(), copy.deepcopy(candidate).double()
+    if keep:
+        reference, candidate = copy.deepcopy(reference), copy.deepcopy(candidate)
     parts = {name: copy.deepcopy(part).double() for name, part in (parts or {}).items()}
-    for model in (reference, candidate, *parts.values()):
+    for model in (reference.double(), candidate.double(), *parts.values()):
         model.eval()  # not chained: mmpretrain's return None
     result = Equivalence(blocks={name: Difference() for name in block_names}, not_run=list(block_names))
     for index, x in enumerate(inputs):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rep_plugin.history import history_of, record_
 from rep_plugin.pruning.graph import Trace
 from rep_plugin.pruning.groups import frozen_roots
-from rep_plugin.pruning.kept import Kept, nothing_gone
+from rep_plugin.pruning.kept import Kept, count_costs, nothing_gone
 from rep_plugin.pruning.masking import KeptOutputs, mask_channels_
 from rep_plugin.pruning.plan import PrunePlan
 from rep_plugin.pruning.surgery import remove_channels_
@@ -63,16 +63,14 @@ def apply_plan(
     kept = kept_by(plan, model, trace)
     optimizers = _optimizers(optimizer)
     shadow = None if ema is None else _shadow(ema, model)
-    inputs = _inputs(model, plan, example_input)
-    report = PruneReport("apply_plan", count_params(model), 0, input_shape=plan.input_shape)
-    one = inputs[0][:1].expand(plan.input_shape)  # costs are those of the plan's shape
-    report.macs_before = count_macs(model, one)
+    report = PruneReport("apply_plan", count_params(model), 0, input_shape=trace.shape)
+    report.macs_before = _macs(model, trace, Kept(trace, nothing_gone(trace)))
     if verify:
-        _prove(model, trace, kept, inputs, report)
+        _prove(model, trace, kept, _inputs(model, plan, example_input), report)
     remove_channels_(model, trace, kept, optimizers)
     if shadow is not None:
         remove_channels_(shadow, trace, kept)
-    report.params_after, report.macs_after = count_params(model), count_macs(model, one)
+    report.params_after, report.macs_after = count_params(model), _macs(model, trace, kept)
     report.widths, report.frozen = dict(plan.widths), dict(plan.frozen)
     report.blocks = [
         BlockReport(name, f"{layer.kind} {len(layer.labels)} -> {kept.count(layer.labels)}")
@@ -87,6 +85,14 @@ def apply_plan(
     record_(model, history_of(model), step="prune", plan=asdict(replace(plan, scores={})))
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _macs(model: nn.Module, trace: Trace, kept: Kept) -> int:
+    """Multiply-adds of one forward pass of the model as it is; the trace knows them where it counts no merged form."""
+    if not trace.inner:
+        return count_costs(trace, kept)[1]
+    first = next(model.parameters())
+    return count_macs(model, torch.zeros(trace.shape, dtype=first.dtype, device=first.device))
 
 
 def _frozen_note(names: list[str], reason: str) -> str:
@@ -160,7 +166,7 @@ def _prove(model: nn.Module, trace: Trace, kept: Kept, inputs: list[Tensor], rep
     if any(kept.changes(labels) for labels in trace.outputs):
         masked = KeptOutputs(masked, trace, kept)
     try:
-        found = verify_equivalence(masked, removed, inputs, tolerance=TOLERANCE)
+        found = verify_equivalence(masked, removed, inputs, tolerance=TOLERANCE, keep=False)
     except (RuntimeError, IndexError) as error:
         if isinstance(error, EquivalenceError):
             raise EquivalenceError(f"removing channels does not equal setting them to zero: {error}") from error

@@ -29,25 +29,26 @@ def _counts(trace: Trace, units: Tensor) -> list[Tensor]:
     return found
 
 
-def _uniform(total: Tensor) -> bool:
-    return bool((total == total[0]).all())
+Vectors = tuple[tuple[int, ...], ...]  # of one unit: its channels in each group of each balanced layer
 
 
-def _combination(cells: dict, sums: list[Tensor], chosen: list, lead: int, level: int, steps: list[int]) -> list | None:
+def _combination(
+    cells: dict[Vectors, list[int]], sums: Vectors, chosen: list[Vectors], lead: int, level: int, steps: list[int]
+) -> list[Vectors] | None:
     """Choose one unit of each of several cells that fill every group of layer ``lead`` to ``level``, and others evenly."""
     steps[0] += 1
     if steps[0] > _MOST_STEPS:
         return None
-    lacking = (sums[lead] < level).nonzero().flatten()
-    if not len(lacking):
-        return list(chosen) if all(map(_uniform, sums)) else None
-    for key, members in sorted(cells.items(), key=lambda item: -len(item[1])):
-        vectors = [torch.tensor(vector) for vector in key]
-        if vectors[lead][lacking[0]] == 0 or chosen.count(key) >= len(members):
+    lacking = next((group for group, number in enumerate(sums[lead]) if number < level), None)
+    if lacking is None:
+        return list(chosen) if all(len(set(total)) == 1 for total in sums) else None
+    for vectors in sorted(cells, key=lambda key: -len(cells[key])):
+        if vectors[lead][lacking] == 0 or chosen.count(vectors) >= len(cells[vectors]):
             continue
-        if ((sums[lead] + vectors[lead]) > level).any():
+        added = tuple(tuple(map(sum, zip(a, b))) for a, b in zip(sums, vectors))
+        if max(added[lead]) > level:
             continue
-        found = _combination(cells, [a + b for a, b in zip(sums, vectors)], [*chosen, key], lead, level, steps)
+        found = _combination(cells, added, [*chosen, vectors], lead, level, steps)
         if found is not None:
             return found
     return None
@@ -63,7 +64,7 @@ def bundle_units(trace: Trace, units: Tensor, scores: Tensor) -> tuple[list[list
     order = torch.argsort(scores, stable=True).tolist()
     if not counts:
         return [[int(units[i])] for i in order], []
-    cells: dict[tuple, list[int]] = defaultdict(list)
+    cells: dict[Vectors, list[int]] = defaultdict(list)
     bundles = []
     for i in order:
         vectors = tuple(tuple(c[i].tolist()) for c in counts)
@@ -75,7 +76,7 @@ def bundle_units(trace: Trace, units: Tensor, scores: Tensor) -> tuple[list[list
         for level in sorted({max(key[lead]) for key in cells if len(set(key[lead])) > 1}):
             while True:
                 usable = {key: members for key, members in cells.items() if members and len(set(key[lead])) > 1}
-                start = [torch.zeros(c.shape[1], dtype=torch.long) for c in counts]
+                start = tuple((0,) * c.shape[1] for c in counts)
                 chosen = _combination(usable, start, [], lead, level, [0])
                 if chosen is None:
                     break

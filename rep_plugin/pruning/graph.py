@@ -63,10 +63,10 @@ class Trace:
     ``cuts``: tensor name -> {dimension: labels}, all that has to be sliced; the inputs of a grouped kernel are labelled
     (groups, I / groups). ``makers``: (tensor, dimension) that make a channel, so that it is zero once they are.
     ``masked_inputs``: (tensor, dimension) that still see something of a channel then. ``groupwise``: kernels that lose
-    whole groups. ``layers`` by name, in order of execution; ``norms``: names of BNs -> labels. ``inner``: blocks that are one unit ->
-    the parameters inside. ``pools``: bilinear poolings -> labels of their maps, and of what they multiply. ``sizes`` of
-    all parameters; ``shape`` of the example; labels of the ``outputs``, and of those in train mode
-    where that runs more layers.
+    whole groups. ``layers`` by name, in order of execution; ``norms``: names of BNs -> labels. ``inner``: blocks that
+    are one unit -> the parameters inside. ``pools``: bilinear poolings -> labels of their maps, and of what they
+    multiply. ``sizes`` of all parameters; ``shape`` of the example; labels of the ``outputs``, and of those in train
+    mode where that runs more layers.
     """
 
     shape: tuple[int, ...]

@@ -17,7 +17,7 @@ from rep_plugin.functional.bilinear import triangle_index
 from rep_plugin.necks.bilinear_pooling import BilinearPooling
 from rep_plugin.necks.pools import Full, ISqrtCov, LowRank, RandomMaclaurin, TensorSketch, Triangle
 from rep_plugin.pruning.graph import Layer, Mark, TraceError, member
-from rep_plugin.pruning.rules.layers import convolve, normalise
+from rep_plugin.pruning.rules.layers import convolve, goes_by_group, normalise
 from rep_plugin.pruning.rules.registry import fixed_like, spread
 
 if TYPE_CHECKING:
@@ -48,26 +48,20 @@ def _run_chain(t: "Tracer", name: str, ops: Sequence[tuple[str, nn.Module]], lab
 
 
 def _rep_block(t: "Tracer", name: str, block: RepBlock, x: Tensor):
-    """Only the outer channels of a block can go; it costs what it costs once it is one convolution."""
+    """Only the outer channels of a block can go: those inside are of no layer. It costs what the merged convolution costs."""
     mark = t.of(x)
     inputs = t.channels.along(mark.labels, 1)
     if inputs is None:
         raise TraceError(f"{type(block).__name__} {name!r} is given a map whose channels are not along dimension 1")
-    if name in t.trace.layers:
-        raise TraceError(f"{type(block).__name__} {name!r} is called twice, which is not supported")
     norms = set(t.trace.norms)
-    begin = t.channels.count
     if block.deployed:
         ends = [_run_chain(t, name, [("reparam_conv", block.reparam_conv)], inputs)]
     else:
         chains = [(member(name, f"branches.{key}"), chain) for key, chain in block.branches.items()]
         ends = [_run_chain(t, path, list(chain.named_children()), inputs) for path, chain in chains]
     labels = ends[0]
-    inside = torch.arange(begin, t.channels.count)
     for other in ends[1:]:
         t.channels.tie(labels, other, f"the branches of {name}")
-    outer = torch.isin(t.channels.roots()[inside], t.channels.roots()[torch.cat([labels, inputs])])
-    t.channels.freeze(inside[~outer], f"inside of {name}, which deploys as one convolution")
     if hasattr(block, "post_bn"):
         labels = _run_chain(t, name, [("post_bn", block.post_bn)], labels)
     for tensor, dims in _inner_cuts(t, name):
@@ -86,7 +80,7 @@ def _rep_block(t: "Tracer", name: str, block: RepBlock, x: Tensor):
     tried = act(torch.zeros(1, out_shape[1], 1, 1, dtype=parameter.dtype, device=parameter.device))
     zero = bool((tried == 0).all())
 
-    groupwise = block.groups > 1 and not t.channels.varies(inputs.view(block.groups, -1), 1)
+    groupwise = goes_by_group(t, inputs.view(block.groups, -1))
     taps = block.kernel_size[0] * block.kernel_size[1]
     layer = Layer(name, "block", labels, inputs, None, groupwise, block.groups, taps)
     t.trace.layers[name] = layer

@@ -77,29 +77,26 @@ class Tracer(TorchFunctionMode):
         given = tensors_in((args, kwargs))
         self._seen.update(self.names[id(t)] for t in given if id(t) in self.names)
         if not any(self.is_tracked(t) or id(t) in self.names for t in given):
-            return func(*args, **_on_cpu(kwargs))
+            args, kwargs = _on_cpu((args, kwargs))
+            return func(*args, **kwargs)
         name = name_of(func)
         if name == "__iter__":
             return iter(self.__torch_function__(torch.unbind, types, args))
         meta_args, meta_kwargs = tree_map(self._as_meta, (args, kwargs))
         rule = find_rule(name)
-        if rule is None and name not in SILENT:
-            with FlopCounterMode(display=False) as counter:
-                out = func(*meta_args, **meta_kwargs)
-            macs = counter.get_total_flops() // 2
-            if macs:
-                self.cost((), lambda: macs)
-        elif name == "batch_norm":
-            out = torch.empty_like(meta_args[0])  # torch's own takes 7 ms to find that out
-        else:
-            out = func(*meta_args, **meta_kwargs)
+        # torch takes 7 ms to find the shape of a batch norm
+        out = torch.empty_like(meta_args[0]) if name == "batch_norm" else func(*meta_args, **meta_kwargs)
         made = tensors_in(out)
-        if not made and name not in ("__setitem__",):
-            return out
+        if not made and name != "__setitem__":
+            return out  # the answer to a question: size, dim, is_contiguous ...
         self.function, self.name_now = func, name
         marks = None if rule is None else rule(self, out, *args, **kwargs)
         if marks is None:
             self.give_up(f"{name} at {where()}", given)
+            with FlopCounterMode(display=False) as counter:
+                func(*meta_args, **meta_kwargs)
+            if macs := counter.get_total_flops() // 2:
+                self.cost((), lambda: macs)
             marks = [Mark(torch.tensor(FIXED).expand(t.shape), False) for t in made]
         for tensor, mark in zip(made, [marks] if isinstance(marks, Mark) else marks, strict=True):
             self.mark(tensor, mark)
@@ -120,7 +117,7 @@ class Tracer(TorchFunctionMode):
             return self._mark_parameter(tensor, name)
         if not tensor.is_meta:
             return Mark(torch.tensor(FIXED).expand(tensor.shape), False)
-        raise TraceError(f"at {where()} a map appears that no torch function made (a custom autograd Function?)")
+        raise TraceError(f"at {where()} a map appears that no torch function made: it cannot be followed")
 
     def _mark_parameter(self, tensor: Tensor, name: str) -> Mark:
         """A parameter or buffer in arithmetic: its one dimension that is longer than 1 may follow channels."""
@@ -191,20 +188,6 @@ class Tracer(TorchFunctionMode):
         return forward
 
 
-# Questions about a map, whose answers are no maps.
-SILENT = {
-    "__get__",
-    "size",
-    "dim",
-    "numel",
-    "stride",
-    "is_contiguous",
-    "is_floating_point",
-    "element_size",
-    "get_device",
-}
-
-
 def name_of(func) -> str:
     """Return the plain name of a torch function: ``relu_`` is relu, an attribute is called by its own name."""
     name = getattr(func, "__name__", str(func))
@@ -214,11 +197,10 @@ def name_of(func) -> str:
     return name if name.endswith("__") else name.rstrip("_")
 
 
-def _on_cpu(kwargs: dict) -> dict:
-    """Constants that a forward makes for itself keep their values."""
-    if "device" in kwargs and kwargs["device"] is not None and torch.device(kwargs["device"]).type == "meta":
-        return {**kwargs, "device": torch.device("cpu")}
-    return kwargs
+def _on_cpu(values: object) -> object:
+    """Constants that a forward makes for itself, on the device of its maps, keep their values."""
+    cpu = torch.device("cpu")
+    return tree_map(lambda value: cpu if isinstance(value, torch.device) and value.type == "meta" else value, values)
 
 
 def _maps_of(output: object) -> list[Tensor]:

@@ -243,6 +243,20 @@ def test_memory_format_mode_and_frozen_parameters_stay():
     assert net.training and not net[0].bn.training and not net[2].conv.weight.requires_grad
 
 
+def test_pruning_goes_on_where_it_left_off():
+    net = net_of()
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
+    widths = [net[2].conv.out_channels]
+    for _ in range(3):
+        train(net, optimizer)
+        apply_plan(net, plan_pruning(net, X, "l1", 0.3), optimizer)
+        widths.append(net[2].conv.out_channels)
+    assert widths == sorted(set(widths), reverse=True)
+    before = copy.deepcopy(net.state_dict())
+    apply_plan(net, plan_pruning(net, X, "l1", 0.0))
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
 def test_plans_for_other_models_are_refused():
     plan = plan_pruning(net_of(), X, "random", 0.4)
     stem, gate = (ConvBN(3, 16), Residual(16, 24), ConvBN(16, 32)), Gate(32, 8)

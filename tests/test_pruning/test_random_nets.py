@@ -42,7 +42,7 @@ ACTS = (nn.ReLU, nn.Hardswish, nn.SiLU, nn.GELU, nn.Identity)
 
 @st.composite
 def networks(draw):
-    """Up to six random units on a stem, and a head."""
+    """Up to six random units on a stem, a 1x1 convolution, and a head."""
     width = draw(st.sampled_from([4, 6, 8, 12]))
     layers = [ConvBN(3, width, draw(st.sampled_from([1, 3])), act=draw(st.sampled_from(ACTS))())]
     for _ in range(draw(st.integers(1, 6))):
@@ -76,7 +76,7 @@ def networks(draw):
             layers.append(Last(width, other))
         else:
             layers.append(draw(st.sampled_from([nn.MaxPool2d(3, 1, 1), nn.AvgPool2d(3, 1, 1), nn.Dropout(0.1)])))
-    layers.append(draw(st.sampled_from([Flat, Pooled]))(width))
+    layers += [ConvBN(width, 6, 1), draw(st.sampled_from([Flat, Pooled]))(6)]  # something can always go
     return ready(*layers, seed=draw(st.integers(0, 100)), side=9)
 
 

@@ -7,8 +7,9 @@ from torch import nn
 
 from rep_plugin.blocks.families import DiverseBranchBlock, MobileOneBlock, RepVGGBlock
 from rep_plugin.heads.bilinear import BilinearHead
-from rep_plugin.pruning import TraceError, trace_channels
+from rep_plugin.pruning import TraceError, apply_plan, plan_pruning, trace_channels
 from rep_plugin.pruning.groups import find_groups
+from rep_plugin.report import count_macs
 from tests.test_pruning.nets import (
     Call,
     Concat,
@@ -21,6 +22,7 @@ from tests.test_pruning.nets import (
     Normed,
     Pooled,
     Residual,
+    ready,
 )
 
 SHAPE = (2, 3, 13, 13)
@@ -65,6 +67,14 @@ def test_depthwise_follows_its_input_and_a_multiplier_goes_in_whole():
     assert trace.layers["1.conv"].labels.tolist() == trace.layers["0.conv"].labels.repeat_interleave(3).tolist()
 
 
+def test_a_grouped_layer_on_channels_that_stay_can_still_lose_outputs():
+    _, groups = groups_of(ConvBN(3, 8), Normed(8), ConvBN(8, 12, groups=2), Pooled(12))
+    assert sizes(groups)[("0.conv",)] == 0 and sizes(groups)[("2.conv",)] == 12
+    net = ready(ConvBN(3, 8), Normed(8), ConvBN(8, 12, groups=2), ConvBN(12, 12, groups=12), Pooled(12))
+    plan = plan_pruning(net, SHAPE, "random", 0.5)
+    assert plan.widths["2.conv"] == (12, 6) and apply_plan(net, plan).max_rel_error < 1e-9
+
+
 def test_gates_and_ghosts():
     for linear in (False, True):
         _, groups = groups_of(ConvBN(3, 8), Gate(8, 3, linear), Pooled(8))
@@ -106,6 +116,33 @@ def test_unknown_operations_freeze_with_place_and_name():
     assert groups[0].reason.startswith("no rule for cumsum at test_trace.py:") and len(groups[1].units) == 5
 
 
+def test_constants_of_the_forward_keep_their_values():
+    def forward(x):
+        index = torch.arange(4, device=x.device)
+        offset = torch.tensor([1.0]).to(x.device)
+        assert index.tolist() == [0, 1, 2, 3]
+        return x * offset + torch.zeros_like(x)
+
+    _, groups = groups_of(ConvBN(3, 4), Call(forward), ConvBN(4, 5), Pooled(5))
+    assert len(groups[1].units) == 5
+
+
+def test_operations_without_a_rule_still_cost():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            y = F.conv2d(x, self.conv.weight * 2, self.conv.bias).flatten(2)
+            return (y @ y.transpose(1, 2)).mean(2)
+
+    net = nn.Sequential(ConvBN(3, 6), ConvBN(6, 4), Attention(), nn.Linear(4, 5))
+    plan = plan_pruning(net, SHAPE, "l1", 0.5)
+    assert plan.macs_before == count_macs(net, torch.zeros(SHAPE))
+    assert "no rule for conv2d" in plan.frozen["1.conv"] and plan.widths["0.conv"] == (6, 3)
+
+
 def test_spatial_attention_keeps_its_one_channel():
     class Attention(nn.Module):
         def __init__(self):
@@ -117,6 +154,27 @@ def test_spatial_attention_keeps_its_one_channel():
 
     _, groups = groups_of(ConvBN(3, 4), Attention(), Pooled(4))
     assert sizes(groups) == {("0.conv",): 4, ("1.conv",): 0, ("2.fc",): 0}
+
+
+def test_an_outer_product_keeps_both_of_its_maps():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.fc = nn.Linear(4, 3), nn.Linear(4, 2), nn.Linear(6, 5)
+
+        def forward(self, x):
+            x = x.mean((2, 3))
+            return self.fc((self.first(x)[:, :, None] * self.second(x)[:, None]).flatten(1))
+
+    _, groups = groups_of(ConvBN(3, 4), Outer())
+    assert [len(group.units) for group in groups] == [4, 0, 0, 0]
+    assert groups[1].reason.startswith("broadcast over channels at test_trace.py:")
+
+
+def test_a_block_called_twice_ties_both_calls():
+    block = RepVGGBlock(4, 4)
+    _, groups = groups_of(ConvBN(3, 4), block, nn.ReLU(), block, Pooled(4))
+    assert sizes(groups)[("0.conv", "1")] == 4
 
 
 def test_channel_padding_ties_to_channels_that_stay():
@@ -196,22 +254,23 @@ def test_control_flow_on_values_is_an_error_with_its_place(function):
     assert "\n" not in str(caught.value)
 
 
-def test_a_map_from_outside_of_torch_functions_is_refused():
+def test_a_custom_autograd_function_is_seen_inside():
     class Double(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
-            return x.clone() * 2
+            return torch.cumsum(x.clone(), 1)
 
+    _, groups = groups_of(ConvBN(3, 4), Call(Double.apply), ConvBN(4, 4), Pooled(4))
+    assert groups[0].reason.startswith("no rule for cumsum at test_trace.py:") and len(groups[1].units) == 4
+
+
+def test_a_map_that_no_torch_function_made_is_refused():
     def forward(x):
-        return Double.apply(x)
+        with torch._C.DisableTorchFunction():
+            return x * 2
 
-    net = nn.Sequential(ConvBN(3, 4), Call(forward), Pooled(4))
-    try:
-        groups = find_groups(trace_channels(net, SHAPE))
-    except TraceError as error:
-        assert "custom autograd Function" in str(error)
-    else:
-        assert len(groups[0].units) == 4  # its inside was seen
+    with pytest.raises(TraceError, match=r"at nets.py:\d+ a map appears that no torch function made"):
+        groups_of(ConvBN(3, 4), Call(forward), ConvBN(4, 4), Pooled(4))
 
 
 def test_auxiliary_heads_are_seen():

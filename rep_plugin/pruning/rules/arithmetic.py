@@ -15,90 +15,29 @@ if TYPE_CHECKING:
     from rep_plugin.pruning.trace import Tracer
 
 
+# fmt: off
 UNARY = (
-    "relu",
-    "relu6",
-    "hardtanh",
-    "hardswish",
-    "hardsigmoid",
-    "sigmoid",
-    "tanh",
-    "silu",
-    "mish",
-    "gelu",
-    "elu",
-    "selu",
-    "celu",
-    "leaky_relu",
-    "softplus",
-    "softsign",
-    "hardshrink",
-    "softshrink",
-    "tanhshrink",
-    "threshold",
-    "exp",
-    "expm1",
-    "log1p",
-    "sqrt",
-    "rsqrt",
-    "abs",
-    "neg",
-    "square",
-    "erf",
-    "sin",
-    "cos",
-    "dropout",
-    "dropout1d",
-    "dropout2d",
-    "dropout3d",
-    "alpha_dropout",
-    "feature_alpha_dropout",
-    "rrelu",
-    "clamp",
-    "clip",
-    "clamp_min",
-    "clamp_max",
-    "pow",
-    "__pow__",
-    "__neg__",
-    "nan_to_num",
-    "sign",
-    "reciprocal",
+    "relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "sigmoid", "tanh", "silu", "mish", "gelu", "elu",
+    "selu", "celu", "leaky_relu", "softplus", "softsign", "hardshrink", "softshrink", "tanhshrink", "threshold",
+    "exp", "expm1", "log1p", "sqrt", "rsqrt", "abs", "neg", "square", "erf", "sin", "cos", "dropout", "dropout1d",
+    "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "rrelu", "clamp", "clip", "clamp_min",
+    "clamp_max", "pow", "__pow__", "__neg__", "nan_to_num", "sign", "reciprocal",
 )
 SAME = (
-    "to",
-    "type",
-    "type_as",
-    "float",
-    "double",
-    "half",
-    "bfloat16",
-    "contiguous",
-    "clone",
-    "detach",
-    "data",
-    "requires_grad",
-    "cpu",
-    "positive",
-    "alias",
+    "to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "detach", "data",
+    "requires_grad", "cpu", "positive", "alias",
 )
 ADDITIVE = (
-    "add",
-    "sub",
-    "__add__",
-    "__radd__",
-    "__iadd__",
-    "__sub__",
-    "__rsub__",
-    "__isub__",
-    "rsub",
-    "maximum",
-    "minimum",
-    "max",
-    "min",
+    "add", "sub", "__add__", "__radd__", "__iadd__", "__sub__", "__rsub__", "__isub__", "rsub", "maximum",
+    "minimum", "max", "min",
 )
-PRODUCT = ("mul", "multiply", "__mul__", "__rmul__", "__imul__")
-QUOTIENT = ("div", "divide", "true_divide", "__truediv__", "__itruediv__", "__div__")
+PRODUCT = (
+    "mul", "multiply", "__mul__", "__rmul__", "__imul__",
+)
+QUOTIENT = (
+    "div", "divide", "true_divide", "__truediv__", "__itruediv__", "__div__",
+)
+# fmt: on
 
 
 @rule(*SAME)

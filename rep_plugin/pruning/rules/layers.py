@@ -11,6 +11,14 @@ if TYPE_CHECKING:
     from rep_plugin.pruning.trace import Tracer
 
 
+def goes_by_group(t: "Tracer", per_group: Tensor) -> bool:
+    """True where a convolution's groups, with inputs (groups, width), go or stay as a whole: a depthwise one's do."""
+    groups, width = per_group.shape
+    if groups == 1 or width == 1:
+        return groups > 1
+    return not t.channels.varies(per_group, 1) and t.channels.varies(per_group, 0)
+
+
 def convolve(t: "Tracer", inputs: Tensor, weight: str, bias: str | None, groups: int, shape) -> tuple[Tensor, bool]:
     """Return the labels (O,) of a convolution's outputs, and whether it keeps or loses whole groups.
 
@@ -19,7 +27,7 @@ def convolve(t: "Tracer", inputs: Tensor, weight: str, bias: str | None, groups:
     """
     outs, width = shape[:2]
     per_group = inputs.view(groups, width)
-    groupwise = groups > 1 and not t.channels.varies(per_group, 1)
+    groupwise = goes_by_group(t, per_group)
     if groupwise:
         t.trace.groupwise.add(weight)
         labels = per_group[:, 0].repeat_interleave(outs // groups)
