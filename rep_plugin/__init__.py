@@ -2,12 +2,12 @@
 
 from importlib.util import find_spec
 
-from rep_plugin.reparam import reparameterize
+from rep_plugin.reparam import merge_sequence, reparameterize
 from rep_plugin.report import Report
 from rep_plugin.verify import EquivalenceError, InconclusiveWarning
 
 __version__ = "0.1.0"
-__all__ = ["EquivalenceError", "InconclusiveWarning", "Report", "reparameterize"]
+__all__ = ["EquivalenceError", "InconclusiveWarning", "Report", "merge_sequence", "reparameterize"]
 
 if find_spec("timm") is not None:  # registers our names with timm
     from rep_plugin import timm_bilinear as timm_bilinear

@@ -1,6 +1,9 @@
 """Merging trained branches into single convolutions, with proof."""
 
+from rep_plugin.reparam import foreign as foreign  # registers the adapters of blocks that are not ours
+from rep_plugin.reparam import foreign_composite as foreign_composite
 from rep_plugin.reparam.adapters import Adapter, register_adapter
 from rep_plugin.reparam.reparameterize import reparameterize
+from rep_plugin.reparam.sequences import merge_sequence
 
-__all__ = ["Adapter", "register_adapter", "reparameterize"]
+__all__ = ["Adapter", "merge_sequence", "register_adapter", "reparameterize"]

@@ -1,45 +1,46 @@
-"""Folding a network's own Conv-BN pairs, found on its graph: the BN must be the convolution's only reader."""
+"""Folding a network's own BNs, found on its graph, into the convolutions before or behind them."""
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rep_plugin.blocks.base import RepBlock
-from rep_plugin.functional.kernels import fold_bn
+from rep_plugin.functional.kernels import bn_scale_shift
+from rep_plugin.functional.padded import PaddedConv, compose_padded
+from rep_plugin.reparam.reading import (
+    affine_conv,
+    after_affine,
+    is_plain_bn,
+    is_plain_conv,
+    read_layer,
+)
+from rep_plugin.reparam.tracing import Readers, TracedPart, trace_parts
 
 
-class _LeafTracer(fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return isinstance(module, (RepBlock, nn.Conv2d, _BatchNorm)) or super().is_leaf_module(module, qualified_name)
+def _is_affine(bn: nn.Module) -> bool:
+    """True for a BN that is an affine map in eval mode, whatever it applies afterwards."""
+    activated = type(bn).__name__ in {"BatchNormAct2d", "SyncBatchNormAct"} and isinstance(bn, _BatchNorm)
+    return is_plain_bn(bn) or (activated and bn.running_var is not None)
 
 
-class TraceError(RuntimeError):
-    """The model's forward cannot be traced symbolically."""
+def find_pairs(model: nn.Module, part: TracedPart) -> list[tuple[str, str, bool]]:
+    """Return (conv, bn, whether the BN comes first) of a traced part, by name in the model.
 
-
-def find_conv_bn_pairs(model: nn.Module) -> list[tuple[str, str]]:
-    """Return the (conv, bn) module names where the BN alone reads the convolution, each called once.
-
-    Raises TraceError, with the reason, where torch.fx cannot trace the model.
+    A BN behind a convolution must be its only reader; one in front must have only unpadded convolutions as readers, one
+    pair for each. Every module must be called once.
     """
-    concrete = {"mode": "tensor", "data_samples": None} if hasattr(model, "data_preprocessor") else None
-    try:
-        graph = _LeafTracer().trace(model, concrete)
-    except Exception as error:  # fx raises whatever the traced code raises on a proxy
-        raise TraceError(f"torch.fx cannot trace {type(model).__name__}: {str(error).splitlines()[0]}") from error
-    modules = dict(model.named_modules())
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    uses = [node.target for node in calls]
-    pairs = []
-    for node in calls:
-        bn = modules[node.target]
-        source = node.args[0] if node.args else None
-        if not isinstance(bn, _BatchNorm) or not isinstance(source, fx.Node) or source.op != "call_module":
+    readers, pairs = Readers(model, part), []
+    for node in readers.calls:
+        bn = readers.module(node)
+        if bn is None or not _is_affine(bn):
             continue
-        conv = modules[source.target]
-        called_once = uses.count(node.target) == 1 and uses.count(source.target) == 1
-        if isinstance(conv, nn.Conv2d) and len(source.users) == 1 and called_once and bn.running_var is not None:
-            pairs.append((source.target, node.target))
+        source = readers.source(node)
+        if source is not None and is_plain_conv(readers.module(source)):
+            pairs.append((part.full_name(source.target), part.full_name(node.target), False))
+            continue
+        behind = readers.readers(node)
+        convs = [readers.module(reader) for reader in behind]
+        if behind and is_plain_bn(bn) and all(is_plain_conv(c) and not any(c.padding) for c in convs):
+            pairs += [(part.full_name(reader.target), part.full_name(node.target), True) for reader in behind]
     return pairs
 
 
@@ -52,25 +53,35 @@ def _after_bn(bn: _BatchNorm) -> nn.Module:
     return rest[0] if len(rest) == 1 else nn.Sequential(*rest)
 
 
-@torch.no_grad()
-def fold_conv_bn_(model: nn.Module) -> list[tuple[str, str]]:
-    """Fold every Conv-BN pair of an eval-mode model in place and return their (conv, bn) names.
+def _fold_(conv: nn.Conv2d, bn: _BatchNorm, bn_first: bool) -> None:
+    own = read_layer(conv, None, conv.weight.device)
+    scale, shift = bn_scale_shift(bn, torch.float64)
+    folded: PaddedConv = compose_padded(affine_conv(scale, shift), own) if bn_first else after_affine(own, scale, shift)
+    conv.weight.copy_(folded.params.kernel)
+    bias = folded.params.bias.to(conv.weight.dtype)
+    if conv.bias is None:
+        conv.bias = nn.Parameter(bias, conv.weight.requires_grad)
+    else:
+        conv.bias.copy_(bias)
 
-    The convolution keeps its place, with a bias; the BN's becomes Identity (or the activation it carried). Computed in
-    float64. Raises TraceError where the model cannot be traced, RuntimeError for a BN in train mode; the model is then as
-    it was.
+
+@torch.no_grad()
+def fold_conv_bn_(model: nn.Module) -> tuple[list[tuple[str, str, bool]], list[str]]:
+    """Fold every Conv-BN and every BN-Conv (unpadded) pair of an eval-mode model in place.
+
+    Returns the pairs, see :func:`find_pairs`, and one line for each module that torch.fx could not trace; its parts were
+    traced instead. The convolution keeps its place, with a bias; the BN's becomes Identity (or the activation it
+    carried). Computed in float64. Raises RuntimeError for a BN in train mode; the model is then as it was.
     """
-    pairs = find_conv_bn_pairs(model)
-    training = [bn for _, bn in pairs if model.get_submodule(bn).training]
+    parts, failures = trace_parts(model)
+    pairs = [pair for part in parts for pair in find_pairs(model, part)]
+    training = [bn for _, bn, _ in pairs if model.get_submodule(bn).training]
     if training:
         raise RuntimeError(
             f"BN {training[0]!r} is in train mode (batch statistics cannot be folded): call model.eval()"
         )
-    for conv_name, bn_name in pairs:
-        conv, bn = model.get_submodule(conv_name), model.get_submodule(bn_name)
-        bias = None if conv.bias is None else conv.bias.double()
-        kernel, bias = fold_bn(conv.weight.double(), bn, bias)
-        conv.weight.copy_(kernel)
-        conv.bias = nn.Parameter(bias.to(conv.weight.dtype))
-        model.set_submodule(bn_name, _after_bn(bn))
-    return pairs
+    for conv_name, bn_name, bn_first in pairs:
+        _fold_(model.get_submodule(conv_name), model.get_submodule(bn_name), bn_first)
+    for bn_name in dict.fromkeys(bn for _, bn, _ in pairs):
+        model.set_submodule(bn_name, _after_bn(model.get_submodule(bn_name)))
+    return pairs, failures

@@ -7,12 +7,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rep_plugin.blocks.base import RepBlock
 from rep_plugin.reparam.adapters import find_adapter
-from rep_plugin.reparam.conv_bn import TraceError, fold_conv_bn_
+from rep_plugin.reparam.conv_bn import fold_conv_bn_
+from rep_plugin.reparam.reading import CONV_NORM_CLASSES
+from rep_plugin.reparam.sequences import merge_linear_
 from rep_plugin.report import BlockReport, Report, count_macs, count_params
 from rep_plugin.verify import EquivalenceError, default_inputs, verify_equivalence
 
 TOLERANCE = 1e-9  # relative, in float64
+CONV_BN, BN_CONV, SEQUENCE = (
+    "Conv-BN",
+    "BN-Conv",
+    "linear sequence",
+)  # proven end to end: the block's own name changes role
 
 
 def _refuse_train_mode(model: nn.Module) -> None:
@@ -25,38 +33,75 @@ def _refuse_train_mode(model: nn.Module) -> None:
 
 
 def _merge_blocks(model: nn.Module) -> tuple[nn.Module, list[BlockReport]]:
-    """Merge every module that has an adapter, outermost first; return the model (the root may be replaced)."""
-    blocks = []
-    names = [name for name, _ in model.named_modules()]
-    done: list[str] = []
-    for name in names:
-        if any(name == d or name.startswith(f"{d}.") for d in done if d) or (done and done[0] == ""):
-            continue
-        module = model.get_submodule(name)
+    """Merge every module that has an adapter, outermost first; return the model (the root may be replaced).
+
+    What a merge leaves is looked through as well: a block may be merged in part. A module that stands in several places is
+    merged once and stays shared.
+    """
+    blocks: list[BlockReport] = []
+    done: dict[nn.Module, nn.Module] = {}
+
+    def visit(name: str, module: nn.Module) -> nn.Module:
+        if module in done:
+            return done[module]
+        merged = module
         adapter = find_adapter(module)
-        if adapter is None:
+        if adapter is not None:
+            try:
+                merged = adapter.merge(module)
+            except (ValueError, RuntimeError, TypeError) as error:
+                raise type(error)(f"block {name!r} ({adapter.name}): {error}") from error
+            blocks.append(BlockReport(name, adapter.name))
+        done[module] = done[merged] = merged
+        for key, child in list(merged._modules.items()):
+            if child is not None and (new := visit(f"{name}.{key}" if name else key, child)) is not child:
+                merged._modules[key] = new
+        return merged
+
+    return visit("", model), blocks
+
+
+MERGE_METHODS = ("fuse", "reparameterize", "switch_to_deploy", "merge_kernel", "local_inject", "fuse_convs")
+
+
+def _find_unknown(model: nn.Module) -> list[str]:
+    """One line for each class that can merge itself, still holds a BN, and was not merged: we do not know it."""
+    found: dict[type, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (RepBlock, *PLAIN)) or not _can_merge(module):
             continue
-        try:
-            merged = adapter.merge(module)
-        except (ValueError, RuntimeError, TypeError) as error:
-            raise type(error)(f"block {name!r} ({adapter.name}): {error}") from error
-        if name == "":
-            model = merged
-        elif merged is not module:
-            model.set_submodule(name, merged)
-        blocks.append(BlockReport(name, adapter.name))
-        done.append(name)
-    return model, blocks
+        inside = [m for m in module.modules() if m is not module]
+        if any(isinstance(m, _BatchNorm) for m in inside) and not any(_can_merge(m) for m in inside):
+            found.setdefault(type(module), []).append(name)
+    return [
+        f"not merged: {len(names)} {kind.__module__}.{kind.__qualname__} (first: {names[0]!r}), which can merge itself but "
+        "has no adapter here: see rep_plugin.reparam.register_adapter"
+        for kind, names in found.items()
+    ]
 
 
-def _convert(model: nn.Module, fold_bn: bool) -> tuple[nn.Module, list[BlockReport], list[str]]:
+PLAIN = (nn.Conv2d, nn.Linear, _BatchNorm)
+
+
+def _can_merge(module: nn.Module) -> bool:
+    if type(module).__name__ in CONV_NORM_CLASSES:
+        return False  # one convolution and its BN: a matter of fold_bn
+    return any(callable(getattr(type(module), method, None)) for method in MERGE_METHODS)
+
+
+def _convert(
+    model: nn.Module, fold_bn: bool, merge_linear: bool = False
+) -> tuple[nn.Module, list[BlockReport], list[str]]:
     model, blocks = _merge_blocks(model)
     notes = []
+    if merge_linear:
+        for name, layers in merge_linear_(model):
+            blocks.append(BlockReport(name, f"{SEQUENCE} ({', '.join(layers)})"))
     if fold_bn and any(isinstance(m, _BatchNorm) for m in model.modules()):
-        try:
-            blocks += [BlockReport(conv, f"Conv-BN ({bn})") for conv, bn in fold_conv_bn_(model)]
-        except TraceError as error:
-            notes.append(f"the network's own BNs were not folded: {error}")
+        pairs, failures = fold_conv_bn_(model)
+        blocks += [BlockReport(conv, f"{BN_CONV if first else CONV_BN} ({bn})") for conv, bn, first in pairs]
+        notes += [f"not traced as a whole, its parts were: {failure}" for failure in failures]
+    notes += _find_unknown(model)
     if not blocks:
         raise ValueError(f"{type(model).__name__} holds no block that can be merged" + "".join(f"; {n}" for n in notes))
     return model, blocks, notes
@@ -79,13 +124,19 @@ def reparameterize(
     inplace: bool = False,
     verify: bool = True,
     fold_bn: bool = True,
+    merge_linear: bool = False,
 ) -> tuple[nn.Module, Report]:
     """Merge all branches of every block into one convolution each; return the merged model and a report.
 
     ``model`` must be in eval mode. By default a copy is merged; ``inplace=True`` changes the given one. ``verify`` merges
     a float64 twin first and compares it with the original, block by block and end to end, on ``example_input`` (N, C, H,
     W) and on random inputs, an odd size among them; relative tolerance 1e-9. ``fold_bn`` also folds the network's own
-    Conv-BN pairs.
+    Conv-BN pairs, and BNs in front of unpadded convolutions. ``merge_linear`` also merges linear sequences that were
+    trained as separate, zero-padded layers, exact at the border, where that costs no more multiply-adds.
+
+    Multi-branch blocks of timm, mmpretrain and the official repositories are known
+    (:mod:`rep_plugin.reparam.foreign`). The root itself may be replaced: use the returned model. Modules that can merge
+    themselves but are not known here are named in ``report.notes``.
 
     Raises RuntimeError in train mode, ValueError where the model holds nothing to merge, and
     :class:`rep_plugin.verify.EquivalenceError` where the proof fails, with the first block that is off. The model is
@@ -98,12 +149,14 @@ def reparameterize(
     report.macs_before = count_macs(model, inputs[0])
     twin = None
     if verify:
-        twin, blocks, _ = _convert(copy.deepcopy(model).double(), fold_bn)
+        twin, blocks, _ = _convert(copy.deepcopy(model).double(), fold_bn, merge_linear)
         report.notes += _prove(model, twin, inputs, blocks, report)
 
     elif inplace:
-        _convert(copy.deepcopy(model), fold_bn)  # a block that cannot be merged must not leave others merged
-    merged, report.blocks, notes = _convert(model if inplace else copy.deepcopy(model), fold_bn)
+        _convert(
+            copy.deepcopy(model), fold_bn, merge_linear
+        )  # a block that cannot be merged must not leave others merged
+    merged, report.blocks, notes = _convert(model if inplace else copy.deepcopy(model), fold_bn, merge_linear)
     if twin is not None:
         _check_cast(merged, twin)
         report.blocks = blocks
@@ -117,7 +170,7 @@ def _prove(
     model: nn.Module, twin: nn.Module, inputs: list[Tensor], blocks: list[BlockReport], report: Report
 ) -> list[str]:
     """Compare the float64 twin with the model, fill in the report's errors, and return notes."""
-    names = [block.name for block in blocks if block.name and not block.kind.startswith("Conv-BN")]
+    names = [block.name for block in blocks if block.name and not block.kind.startswith((CONV_BN, BN_CONV, SEQUENCE))]
     found = verify_equivalence(model, twin, inputs, names, TOLERANCE)
     for block in blocks:
         if block.name in found.not_run:
