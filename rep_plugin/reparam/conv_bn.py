@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rep_plugin.functional.kernels import bn_scale_shift
-from rep_plugin.functional.padded import PaddedConv, compose_padded
+from rep_plugin.functional.padded import compose_padded
 from rep_plugin.reparam.reading import (
     affine_conv,
     after_affine,
@@ -53,10 +53,12 @@ def _after_bn(bn: _BatchNorm) -> nn.Module:
     return rest[0] if len(rest) == 1 else nn.Sequential(*rest)
 
 
-def _fold_(conv: nn.Conv2d, bn: _BatchNorm, bn_first: bool) -> None:
-    own = read_layer(conv, None, conv.weight.device)
-    scale, shift = bn_scale_shift(bn, torch.float64)
-    folded: PaddedConv = compose_padded(affine_conv(scale, shift), own) if bn_first else after_affine(own, scale, shift)
+def _fold_(conv: nn.Conv2d, before: _BatchNorm | None, behind: _BatchNorm | None) -> None:
+    folded = read_layer(conv, None, conv.weight.device)
+    if before is not None:
+        folded = compose_padded(affine_conv(*bn_scale_shift(before, torch.float64)), folded)
+    if behind is not None:
+        folded = after_affine(folded, *bn_scale_shift(behind, torch.float64))
     conv.weight.copy_(folded.params.kernel)
     bias = folded.params.bias.to(conv.weight.dtype)
     if conv.bias is None:
@@ -69,9 +71,10 @@ def _fold_(conv: nn.Conv2d, bn: _BatchNorm, bn_first: bool) -> None:
 def fold_conv_bn_(model: nn.Module) -> tuple[list[tuple[str, str, bool]], list[str]]:
     """Fold every Conv-BN and every BN-Conv (unpadded) pair of an eval-mode model in place.
 
-    Returns the pairs, see :func:`find_pairs`, and one line for each module that torch.fx could not trace; its parts were
-    traced instead. The convolution keeps its place, with a bias; the BN's becomes Identity (or the activation it
-    carried). Computed in float64. Raises RuntimeError for a BN in train mode; the model is then as it was.
+    Returns the pairs, see :func:`find_pairs`, and what torch.fx could not trace, see
+    :func:`rep_plugin.reparam.tracing.trace_parts`. The convolution keeps its place, with a bias; the BN's becomes
+    Identity (or the activation it carried). Computed in float64. Raises RuntimeError for a BN in train mode; the model is
+    then as it was.
     """
     parts, failures = trace_parts(model)
     pairs = [pair for part in parts for pair in find_pairs(model, part)]
@@ -80,8 +83,11 @@ def fold_conv_bn_(model: nn.Module) -> tuple[list[tuple[str, str, bool]], list[s
         raise RuntimeError(
             f"BN {training[0]!r} is in train mode (batch statistics cannot be folded): call model.eval()"
         )
+    sides: dict[str, dict[bool, nn.Module]] = {}
     for conv_name, bn_name, bn_first in pairs:
-        _fold_(model.get_submodule(conv_name), model.get_submodule(bn_name), bn_first)
+        sides.setdefault(conv_name, {})[bn_first] = model.get_submodule(bn_name)
+    for conv_name, bns in sides.items():  # both sides at once: rounded once
+        _fold_(model.get_submodule(conv_name), bns.get(True), bns.get(False))
     for bn_name in dict.fromkeys(bn for _, bn, _ in pairs):
         model.set_submodule(bn_name, _after_bn(model.get_submodule(bn_name)))
     return pairs, failures

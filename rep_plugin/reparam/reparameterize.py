@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rep_plugin.blocks.base import RepBlock
 from rep_plugin.reparam.adapters import find_adapter
 from rep_plugin.reparam.conv_bn import fold_conv_bn_
 from rep_plugin.reparam.reading import CONV_NORM_CLASSES
@@ -21,6 +20,8 @@ CONV_BN, BN_CONV, SEQUENCE = (
     "BN-Conv",
     "linear sequence",
 )  # proven end to end: the block's own name changes role
+
+MERGE_METHODS = ("fuse", "reparameterize", "switch_to_deploy", "merge_kernel", "local_inject", "fuse_convs")
 
 
 def _refuse_train_mode(model: nn.Module) -> None:
@@ -61,37 +62,48 @@ def _merge_blocks(model: nn.Module) -> tuple[nn.Module, list[BlockReport]]:
     return visit("", model), blocks
 
 
-MERGE_METHODS = ("fuse", "reparameterize", "switch_to_deploy", "merge_kernel", "local_inject", "fuse_convs")
-
-
-def _find_unknown(model: nn.Module) -> list[str]:
-    """One line for each class that can merge itself, still holds a BN, and was not merged: we do not know it."""
-    found: dict[type, list[str]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, (RepBlock, *PLAIN)) or not _can_merge(module):
-            continue
-        inside = [m for m in module.modules() if m is not module]
-        if any(isinstance(m, _BatchNorm) for m in inside) and not any(_can_merge(m) for m in inside):
-            found.setdefault(type(module), []).append(name)
-    return [
-        f"not merged: {len(names)} {kind.__module__}.{kind.__qualname__} (first: {names[0]!r}), which can merge itself but "
-        "has no adapter here: see rep_plugin.reparam.register_adapter"
-        for kind, names in found.items()
-    ]
-
-
-PLAIN = (nn.Conv2d, nn.Linear, _BatchNorm)
-
-
-def _can_merge(module: nn.Module) -> bool:
-    if type(module).__name__ in CONV_NORM_CLASSES:
-        return False  # one convolution and its BN: a matter of fold_bn
+def _can_merge_itself(module: nn.Module) -> bool:
     return any(callable(getattr(type(module), method, None)) for method in MERGE_METHODS)
+
+
+def _holds_bn(module: nn.Module) -> bool:
+    return any(isinstance(m, _BatchNorm) for m in module.modules())
+
+
+def _find_unknown(model: nn.Module) -> dict[str, str]:
+    """Names and classes of the innermost modules that can merge themselves but have no adapter here.
+
+    One convolution and its BN is not meant: that is a matter of ``fold_bn``.
+    """
+    known: list[str] = []
+    found = {}
+    for name, module in model.named_modules():
+        if find_adapter(module) is not None:
+            known.append(name)
+        elif _can_merge_itself(module) and _holds_bn(module) and type(module).__name__ not in CONV_NORM_CLASSES:
+            inside = [m for m in module.modules() if m is not module]
+            if not any(_can_merge_itself(m) or find_adapter(m) for m in inside):
+                found[name] = f"{type(module).__module__}.{type(module).__qualname__}"
+    return {name: kind for name, kind in found.items() if not any(name.startswith(f"{k}.") for k in known)}
+
+
+def _note_unknown(model: nn.Module, unknown: dict[str, str]) -> list[str]:
+    """One line for each class of ``unknown`` of which the merged model still holds BNs."""
+    left: dict[str, list[str]] = {}
+    for name, kind in unknown.items():
+        if _holds_bn(model.get_submodule(name)):
+            left.setdefault(kind, []).append(name)
+    return [
+        f"not merged: {len(names)} of {kind}, first {names[0]!r}: it can merge itself, but there is no adapter for it here "
+        "(rep_plugin.reparam.register_adapter)"
+        for kind, names in left.items()
+    ]
 
 
 def _convert(
     model: nn.Module, fold_bn: bool, merge_linear: bool = False
 ) -> tuple[nn.Module, list[BlockReport], list[str]]:
+    unknown = _find_unknown(model)
     model, blocks = _merge_blocks(model)
     notes = []
     if merge_linear:
@@ -100,8 +112,8 @@ def _convert(
     if fold_bn and any(isinstance(m, _BatchNorm) for m in model.modules()):
         pairs, failures = fold_conv_bn_(model)
         blocks += [BlockReport(conv, f"{BN_CONV if first else CONV_BN} ({bn})") for conv, bn, first in pairs]
-        notes += [f"not traced as a whole, its parts were: {failure}" for failure in failures]
-    notes += _find_unknown(model)
+        notes += [f"not traced, only the parts inside: {failure}" for failure in failures]
+    notes += _note_unknown(model, unknown)
     if not blocks:
         raise ValueError(f"{type(model).__name__} holds no block that can be merged" + "".join(f"; {n}" for n in notes))
     return model, blocks, notes

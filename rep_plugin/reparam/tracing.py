@@ -1,5 +1,6 @@
 """The largest parts of a model that torch.fx can trace, and who reads what in them."""
 
+import inspect
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -31,10 +32,14 @@ class TracedPart:
 
 
 def trace(model: nn.Module) -> fx.Graph:
-    """Return the graph of a model, convolutions and BNs being leaves. Raises TraceError with the reason."""
-    concrete = {"mode": "tensor", "data_samples": None} if hasattr(model, "data_preprocessor") else None
+    """Return the graph of a model, convolutions and BNs being leaves; arguments that have a default keep it.
+
+    Raises TraceError with the reason.
+    """
+    arguments = inspect.signature(model.forward).parameters.values()
+    defaults = {a.name: a.default for a in arguments if a.default is None or isinstance(a.default, (bool, int, str))}
     try:
-        return _LeafTracer().trace(model, concrete)
+        return _LeafTracer().trace(model, defaults or None)
     except Exception as error:  # fx raises whatever the traced code raises on a proxy
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TraceError(f"torch.fx cannot trace {type(model).__name__}: {reason}") from error
@@ -43,31 +48,34 @@ def trace(model: nn.Module) -> fx.Graph:
 def trace_parts(model: nn.Module) -> tuple[list[TracedPart], list[str]]:
     """Return the model as one part or, where it cannot be traced, the largest of its modules that can be.
 
-    Also one line for each module that could not be traced, with the reason. Modules without BN are not looked at.
+    Also one line for each class and reason of modules that cannot be traced although all their children can. Modules that
+    hold no BN are not looked at.
     """
-    parts, failures, seen = [], [], set()
+    parts: list[TracedPart] = []
+    failures: dict[str, list[str]] = {}
+    seen: set[nn.Module] = set()
 
-    def visit(name: str, module: nn.Module) -> None:
-        if module in seen or not any(isinstance(m, _BatchNorm) for m in module.modules()):
-            return
+    def visit(name: str, module: nn.Module) -> bool:
+        """Return whether the module, or any inside it, could not be traced."""
+        leaf = isinstance(module, (RepBlock, nn.Conv2d, _BatchNorm))
+        if leaf or module in seen or not any(isinstance(m, _BatchNorm) for m in module.modules()):
+            return False
         seen.add(module)
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # they have no forward
-            reason = None
-        else:
-            if isinstance(module, (RepBlock, _BatchNorm)):
-                return
+        reason = None
+        if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # they have no forward
             try:
                 parts.append(TracedPart(name, module, trace(module)))
-                return
+                return False
             except TraceError as error:
                 reason = str(error)
-        if reason is not None:
-            failures.append(f"{name or 'the model'}: {reason}")
-        for key, child in module.named_children():
-            visit(f"{name}.{key}" if name else key, child)
+        inside = [visit(f"{name}.{key}" if name else key, child) for key, child in module.named_children()]
+        if reason is not None and not any(inside):
+            failures.setdefault(reason, []).append(name or "the model")
+        return reason is not None or any(inside)
 
     visit("", model)
-    return parts, failures
+    lines = [f"{len(names)} module(s), first {names[0]!r}: {reason}" for reason, names in failures.items()]
+    return parts, lines
 
 
 class Readers:
