@@ -132,9 +132,14 @@ def add_padded(convs: Sequence[PaddedConv]) -> PaddedConv:
                     f"a window of {conv.kernel_size} with padding {conv.padding} is not centred in one of {size} with "
                     f"padding {padding}"
                 )
-    kernel = torch.stack(
-        [pad_kernel(regroup_kernel(c.params.kernel, c.params.groups, groups), size) for c in convs]
-    ).sum(0)
+    whole = max(convs, key=lambda conv: conv.params.kernel.numel() * (conv.kernel_size == size))
+    kernel = regroup_kernel(whole.params.kernel, whole.params.groups, groups)
+    kernel = kernel.clone() if whole.kernel_size == size else pad_kernel(kernel, size)
+    for conv in convs:  # added in place: no padded copies
+        if conv is not whole:
+            top, left = ((big - small) // 2 for big, small in zip(size, conv.kernel_size))
+            part = kernel[:, :, top : top + conv.kernel_size[0], left : left + conv.kernel_size[1]]
+            part += regroup_kernel(conv.params.kernel, conv.params.groups, groups)
     bias = torch.stack([conv.params.bias for conv in convs]).sum(0)
     rings = [pad_kernel(conv.ring, size) for conv in convs if conv.ring is not None]
     ring = torch.stack(rings).sum(0) if rings else None

@@ -44,6 +44,13 @@ def find_pairs(model: nn.Module, part: TracedPart) -> list[tuple[str, str, bool]
     return pairs
 
 
+def find_pairs_by_parts(model: nn.Module) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return the (conv, bn) names where a BN alone reads the convolution, and what torch.fx could not trace."""
+    parts, failures = trace_parts(model)
+    pairs = [pair for part in parts for pair in find_pairs(model, part)]
+    return [(conv, bn) for conv, bn, bn_first in pairs if not bn_first], failures
+
+
 def _after_bn(bn: _BatchNorm) -> nn.Module:
     """What stays of a BN once it is folded: timm's BatchNormAct2d carries its dropout and activation."""
     rest = [part for part in (getattr(bn, "drop", None), getattr(bn, "act", None)) if isinstance(part, nn.Module)]

@@ -8,6 +8,7 @@ that the keys agree with theirs), then everything that followed the sum. Deploye
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -32,9 +33,17 @@ def live_children(module: nn.Module) -> dict[str, nn.Module]:
 
 def has_layout(module: nn.Module, needed: str, allowed: str = "", parameters: str = "") -> bool:
     """True where the children's names are all of ``needed`` and any of ``allowed``, with no parameter besides."""
-    names, must = set(live_children(module)), set(needed.split())
+    must = _names(needed)
+    if not must <= module._modules.keys():
+        return False
+    names = set(live_children(module))
     own = {name for name, parameter in module._parameters.items() if parameter is not None}
-    return must <= names <= must | set(allowed.split()) and own <= set(parameters.split())
+    return must <= names <= must | _names(allowed) and own <= _names(parameters)
+
+
+@lru_cache
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
 
 
 def replace_by(name: str, conv: PaddedConv, block: nn.Module, after: str = "") -> nn.Sequential:

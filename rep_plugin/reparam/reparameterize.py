@@ -70,28 +70,32 @@ def _holds_bn(module: nn.Module) -> bool:
     return any(isinstance(m, _BatchNorm) for m in module.modules())
 
 
-def _find_unknown(model: nn.Module) -> dict[str, str]:
-    """Names and classes of the innermost modules that can merge themselves but have no adapter here.
+def _find_self_merging(model: nn.Module) -> dict[str, str]:
+    """Names and classes of the innermost modules with a BN that can merge themselves.
 
     One convolution and its BN is not meant: that is a matter of ``fold_bn``.
     """
-    known: list[str] = []
-    found = {}
-    for name, module in model.named_modules():
-        if find_adapter(module) is not None:
-            known.append(name)
-        elif _can_merge_itself(module) and _holds_bn(module) and type(module).__name__ not in CONV_NORM_CLASSES:
-            inside = [m for m in module.modules() if m is not module]
-            if not any(_can_merge_itself(m) or find_adapter(m) for m in inside):
-                found[name] = f"{type(module).__module__}.{type(module).__qualname__}"
-    return {name: kind for name, kind in found.items() if not any(name.startswith(f"{k}.") for k in known)}
+    able = [name for name, module in model.named_modules() if _can_merge_itself(module)]
+    inner = [
+        name
+        for name in able
+        if not any(other.startswith(f"{name}." if name else "") for other in able if other != name)
+    ]
+    modules = dict(model.named_modules())
+    return {
+        name: f"{type(modules[name]).__module__}.{type(modules[name]).__qualname__}"
+        for name in inner
+        if _holds_bn(modules[name]) and type(modules[name]).__name__ not in CONV_NORM_CLASSES
+    }
 
 
-def _note_unknown(model: nn.Module, unknown: dict[str, str]) -> list[str]:
-    """One line for each class of ``unknown`` of which the merged model still holds BNs."""
+def _note_unknown(model: nn.Module, able: dict[str, str], blocks: list[BlockReport]) -> list[str]:
+    """One line for each class of ``able`` that no adapter merged, around it or in it, and that still holds BNs."""
+    merged = [block.name for block in blocks]
     left: dict[str, list[str]] = {}
-    for name, kind in unknown.items():
-        if _holds_bn(model.get_submodule(name)):
+    for name, kind in able.items():
+        known = any(f"{name}.".startswith(f"{m}." if m else "") or m.startswith(f"{name}.") for m in merged)
+        if not known and _holds_bn(model.get_submodule(name)):
             left.setdefault(kind, []).append(name)
     return [
         f"not merged: {len(names)} of {kind}, first {names[0]!r}: it can merge itself, but there is no adapter for it here "
@@ -103,9 +107,9 @@ def _note_unknown(model: nn.Module, unknown: dict[str, str]) -> list[str]:
 def _convert(
     model: nn.Module, fold_bn: bool, merge_linear: bool = False
 ) -> tuple[nn.Module, list[BlockReport], list[str]]:
-    unknown = _find_unknown(model)
+    able = _find_self_merging(model)
     model, blocks = _merge_blocks(model)
-    notes = []
+    merged_blocks, notes = list(blocks), []
     if merge_linear:
         for name, layers in merge_linear_(model):
             blocks.append(BlockReport(name, f"{SEQUENCE} ({', '.join(layers)})"))
@@ -113,7 +117,7 @@ def _convert(
         pairs, failures = fold_conv_bn_(model)
         blocks += [BlockReport(conv, f"{BN_CONV if first else CONV_BN} ({bn})") for conv, bn, first in pairs]
         notes += [f"not traced, only the parts inside: {failure}" for failure in failures]
-    notes += _note_unknown(model, unknown)
+    notes += _note_unknown(model, able, merged_blocks)
     if not blocks:
         raise ValueError(f"{type(model).__name__} holds no block that can be merged" + "".join(f"; {n}" for n in notes))
     return model, blocks, notes
@@ -157,8 +161,9 @@ def reparameterize(
     started = time.perf_counter()
     _refuse_train_mode(model)
     inputs = default_inputs(model, example_input)
-    report = Report("reparameterize", count_params(model), 0, input_shape=tuple(inputs[0].shape))
-    report.macs_before = count_macs(model, inputs[0])
+    counted = inputs[0] if example_input is not None else inputs[0][:1]
+    report = Report("reparameterize", count_params(model), 0, input_shape=tuple(counted.shape))
+    report.macs_before = count_macs(model, counted)
     twin = None
     if verify:
         twin, blocks, _ = _convert(copy.deepcopy(model).double(), fold_bn, merge_linear)
@@ -172,7 +177,7 @@ def reparameterize(
     if twin is not None:
         _check_cast(merged, twin)
         report.blocks = blocks
-    report.params_after, report.macs_after = count_params(merged), count_macs(merged, inputs[0])
+    report.params_after, report.macs_after = count_params(merged), count_macs(merged, counted)
     report.notes += notes
     report.seconds = time.perf_counter() - started
     return merged, report
