@@ -2,6 +2,8 @@
 
 from rep_plugin.reparam import foreign as foreign  # registers the adapters of blocks that are not ours
 from rep_plugin.reparam import foreign_composite as foreign_composite
+from rep_plugin.reparam import foreign_linear as foreign_linear
+from rep_plugin.reparam import foreign_mixers as foreign_mixers
 from rep_plugin.reparam.adapters import Adapter, register_adapter
 from rep_plugin.reparam.reparameterize import reparameterize
 from rep_plugin.reparam.sequences import merge_sequence

@@ -15,12 +15,8 @@ from rep_plugin.report import BlockReport, Report, count_macs, count_params
 from rep_plugin.verify import EquivalenceError, default_inputs, verify_equivalence
 
 TOLERANCE = 1e-9  # relative, in float64
-CONV_BN, BN_CONV, SEQUENCE = (
-    "Conv-BN",
-    "BN-Conv",
-    "linear sequence",
-)  # proven end to end: the block's own name changes role
-
+# These are proven end to end: under the block's own name stands another part of the whole than before.
+CONV_BN, BN_CONV, SEQUENCE = "Conv-BN", "BN-Conv", "linear sequence"
 MERGE_METHODS = ("fuse", "reparameterize", "switch_to_deploy", "merge_kernel", "local_inject", "fuse_convs")
 
 
@@ -94,7 +90,9 @@ def _note_unknown(model: nn.Module, able: dict[str, str], blocks: list[BlockRepo
     merged = [block.name for block in blocks]
     left: dict[str, list[str]] = {}
     for name, kind in able.items():
-        known = any(f"{name}.".startswith(f"{m}." if m else "") or m.startswith(f"{name}.") for m in merged)
+        known = any(
+            f"{name}.".startswith(f"{m}." if m else "") or m.startswith(f"{name}." if name else "") for m in merged
+        )
         if not known and _holds_bn(model.get_submodule(name)):
             left.setdefault(kind, []).append(name)
     return [
