@@ -5,6 +5,8 @@ import copy
 import pytest
 import timm
 import torch
+from timm.models import byobnet, nextvit
+from timm.models.repghost import RepGhostModule
 from torch import nn
 
 import rep_plugin
@@ -150,7 +152,6 @@ def test_a_foreign_block_in_two_places_stays_shared():
 
 FAMILIES = {  # name: (size, what cuts it short, kinds of block that must be found)
     "repvgg_a0": (33, {}, {"timm RepVGG block"}),
-    "mobileone_s0": (33, {}, {"timm MobileOne block"}),
     "fastvit_sa12": (
         64,
         {"layers": (1, 1, 1, 1)},
@@ -161,7 +162,6 @@ FAMILIES = {  # name: (size, what cuts it short, kinds of block that must be fou
             "timm large-kernel convolution",
         },
     ),
-    "repghostnet_050": (33, {}, {"RepGhost module"}),
     "repvit_m0_9": (32, {"depth": (1, 1, 1, 1)}, {"RepViT depthwise block", "RepViT classifier"}),
     "repvit_m1": (32, {"depth": (1, 1, 1, 1)}, {"RepViT depthwise block", "RepViT classifier"}),
     "levit_128s": (224, {"depth": (1, 1, 1)}, {"Linear-BN", "BN-Linear"}),
@@ -170,10 +170,9 @@ FAMILIES = {  # name: (size, what cuts it short, kinds of block that must be fou
     "iformer_t": (64, {}, {"depthwise residual", "RepViT classifier"}),
     "efficientvim_m1": (64, {"depths": (1, 1, 1)}, {"EfficientViM residuals"}),
     "lcnetv2_small": (33, {}, {"PP-LCNetV2 block"}),
-    "nextvit_small": (64, {"depths": (1, 2, 5, 2)}, {"NextViT convolution block", "NextViT transformer block"}),
     "swiftformer_xs": (64, {"layers": (1, 1, 1, 1)}, {"BN-Conv"}),
 }
-ATTENTION_BN = {"fastvit_sa12": 1, "nextvit_small": 1, "swiftformer_xs": 1}  # a BN that a reshape or a pool follows
+ATTENTION_BN = {"fastvit_sa12": 1, "swiftformer_xs": 1}  # a BN that a reshape follows
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -206,14 +205,27 @@ def test_ghostnetv3_blocks_merge_in_part_and_inside():
     assert all(p.requires_grad for p in merged.parameters())
 
 
-def test_squeeze_and_excite_of_timms_repvgg_stays():
-    from timm.models.byobnet import LayerFn, RepVggBlock
+TIMM_BLOCKS = {
+    "repvgg_se": lambda: byobnet.RepVggBlock(16, 16, layers=byobnet.LayerFn(attn=timm.layers.SqueezeExcite)),
+    "repvgg_grouped": lambda: byobnet.RepVggBlock(16, 32, stride=2, group_size=4),
+    "mobileone": lambda: byobnet.MobileOneBlock(16, 16, group_size=1, num_conv_branches=4),
+    "mobileone_1x1": lambda: byobnet.MobileOneBlock(16, 16, 1, num_conv_branches=2),
+    "repghost": lambda: RepGhostModule(16, 12),
+    "nextvit_conv": lambda: nextvit.NextConvBlock(16, 32),
+    "nextvit_transformer": lambda: nextvit.NextTransformerBlock(16, 128, 0.1, sr_ratio=2, head_dim=16),
+    "nextvit_transformer_no_pool": lambda: nextvit.NextTransformerBlock(16, 128, 0.1, head_dim=16),
+}
 
-    layers = LayerFn(attn=timm.layers.SqueezeExcite)
-    model = calibrate_random_bn_(nn.Sequential(RepVggBlock(16, 16, layers=layers)), torch.randn(4, 16, 9, 9))
-    merged, report = rep_plugin.reparameterize(model, torch.randn(2, 16, 9, 9))
-    assert [name for name, _ in merged[0].named_children()] == ["reparam_conv", "attn", "act"]
-    assert report.max_rel_error < 1e-12
+
+@pytest.mark.parametrize("name", TIMM_BLOCKS)
+def test_timm_blocks(name):
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), TIMM_BLOCKS[name]())
+    calibrate_random_bn_(model, torch.randn(8, 3, 16, 16))
+    merged, report = rep_plugin.reparameterize(model, torch.randn(2, 3, 16, 16))
+    assert report.blocks[0].name == "1" and report.max_rel_error < 1e-12 and report.sensitivity > 0.05
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in merged.modules())
+    if name == "repvgg_se":
+        assert [name for name, _ in merged[1].named_children()] == ["reparam_conv", "attn", "act"]
 
 
 def test_merged_keys_are_those_of_timms_own_deployed_form():
