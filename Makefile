@@ -11,7 +11,7 @@ PYTEST := -m pytest -q --durations=10 --numprocesses $(JOBS) --dist loadfile
 DEMO_DIR := work_dirs/rep_mbv2_mini_cub
 FASHION := /usr/share/datasets/fashion-mnist
 
-.PHONY: help install demo test test-onedl lint format fashion-mnist bench-latency bench-fashion-mnist bench-bilinear bench-bilinear-against-gap bench-warm-start clean
+.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /'
@@ -79,6 +79,9 @@ bench-bilinear-against-gap: $(VENV)/.users data/mini_cub/mini_fgvc.json ## bilin
 
 bench-warm-start: $(VENV)/.users fashion-mnist ## stock MobileNetV2 annealed into the mergeable form against training from scratch
 	$(RUN) benchmarks/warm_start.py
+
+bench-foreign: $(VENV)/.developers ## every multi-branch model of timm and mmpretrain, merged and proven (20 minutes)
+	$(ONE_THREAD) $(RUN) benchmarks/foreign_models.py
 
 clean:
 	rm -rf $(VENV) $(ONEDL_VENV) build *.egg-info

@@ -2,12 +2,19 @@
 
 from importlib.util import find_spec
 
-from rep_plugin.reparam import expand, reparameterize
+from rep_plugin.reparam import expand, merge_sequence, reparameterize
 from rep_plugin.report import Report
 from rep_plugin.verify import EquivalenceError, InconclusiveWarning
 
 __version__ = "0.1.0"
-__all__ = ["EquivalenceError", "InconclusiveWarning", "Report", "expand", "reparameterize"]
+__all__ = [
+    "EquivalenceError",
+    "InconclusiveWarning",
+    "Report",
+    "expand",
+    "merge_sequence",
+    "reparameterize",
+]
 
 if find_spec("timm") is not None:  # registers our names with timm
     from rep_plugin import timm_bilinear as timm_bilinear
