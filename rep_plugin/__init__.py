@@ -10,5 +10,6 @@ __version__ = "0.1.0"
 __all__ = ["EquivalenceError", "InconclusiveWarning", "Report", "reparameterize"]
 
 if find_spec("timm") is not None:  # registers our names with timm
+    from rep_plugin import timm_backbones as timm_backbones
     from rep_plugin import timm_bilinear as timm_bilinear
     from rep_plugin import timm_models as timm_models

@@ -94,6 +94,10 @@ class RepMobileNetV2(StagedNetwork):
         """Return the last convolution's map, given the last stage's."""
         return self.last_conv(x)
 
+    def drop_finish(self) -> None:
+        """Remove the last convolution."""
+        self.last_conv = nn.Identity()
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.stem(x)
         outs = []

@@ -172,3 +172,7 @@ class RepLKNet(StagedNetwork):
     def outgoing(self, index: int, x: Tensor) -> Tensor:
         """Return the map of stage ``index``, normalised where it has a BN."""
         return self.norms[str(index)](x) if str(index) in self.norms else x
+
+    def drop_finish(self) -> None:
+        """Remove the BNs of the maps that leave."""
+        self.norms = nn.ModuleDict()

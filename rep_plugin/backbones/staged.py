@@ -83,6 +83,9 @@ class StagedNetwork(nn.Module):
         """Return what a classifier pools, given the last stage's map."""
         return self.outgoing(len(self.stages) - 1, x)
 
+    def drop_finish(self) -> None:
+        """Remove what :meth:`finish` adds."""
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.stem(x)
         outs = []
