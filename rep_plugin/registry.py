@@ -10,7 +10,10 @@ from mmengine.registry import OPTIM_WRAPPERS as ROOT_OPTIM_WRAPPERS
 from mmengine.registry import Registry
 
 MODELS = Registry(
-    "model", parent=ROOT_MODELS, scope="rep_plugin", locations=["rep_plugin.mm_models", "rep_plugin.mm_bilinear"]
+    "model",
+    parent=ROOT_MODELS,
+    scope="rep_plugin",
+    locations=["rep_plugin.mm_models", "rep_plugin.mm_backbones", "rep_plugin.mm_bilinear"],
 )
 HOOKS = Registry("hook", parent=ROOT_HOOKS, scope="rep_plugin", locations=["rep_plugin.hooks"])
 OPTIM_WRAPPERS = Registry(
