@@ -262,6 +262,11 @@ def test_unknown_ambiguous_and_incomplete_ones_are_refused():
         (state, "s1", "no whole mobileone s1"),
         (state, "A0", "unknown checkpoint layout"),
         (state, "A7", "unknown arch 'A7', expected one of A0, "),
+        (
+            {"classifier.weight": torch.zeros(5, 9)},
+            None,
+            "ambiguous: its keys are those of repvgg of rep_plugin and mobile",
+        ),
         (no_kernels, "B0", "no whole repvgg B0: 28 missing"),
     ]
     for tensors, arch, message in cases:
