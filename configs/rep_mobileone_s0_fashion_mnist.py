@@ -9,7 +9,7 @@ model = dict(
         type="rep_plugin.MobileOne",
         arch=dict(widths=(0.375, 0.5, 0.5, 1.0), copies=4, depths=(2, 4, 5, 1)),
         in_channels=1,
-        strides=(1, 1, 2, 2, 2),
+        strides=(1, 2, 2, 2, 1),
         channels_last=True,
     ),
     head=dict(in_channels=512),

@@ -8,6 +8,7 @@ import mmpretrain.models.backbones as stock
 import pytest
 import timm
 import torch
+from mmcv.cnn.bricks import DropPath
 from mmengine.registry import MODELS, DefaultScope
 from safetensors.torch import load_file, save_file
 from timm.models.byobnet import ByobNet, ByoModelCfg, _mobileone_bcfg, _rep_vgg_bcfg
@@ -128,6 +129,27 @@ def test_training_form_gives_the_same_output_and_comes_back(case):
         assert relative_error(expected, ours_with(own, ours)(x)) < 1e-9
     assert relative_error(expected[:1], expected[1:]) > 1e-3
     assert_same_tensors(theirs.state_dict(), convert_state_dict(own, format, "any")[0])
+
+
+@pytest.mark.parametrize("case", [case for case in NETWORKS if "mmpretrain" in case])
+def test_a_training_step_is_the_same(case):
+    _, build, ours = NETWORKS[case]
+    theirs, x = calibrated(build)
+    for module in theirs.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
+    extra = {"drop_path_rate": 0.0} if "replknet" in case else {}
+    model = ours_with(convert_state_dict(theirs.state_dict(), arch="any")[0], ours, **extra)
+    for net in (theirs, model):
+        net.train()
+        net(x).square().mean().backward()
+    gradients = {key: p.grad for key, p in theirs.named_parameters()}
+    own = convert_state_dict({**theirs.state_dict(), **gradients}, arch="any")[0]
+    statistics = dict(model.named_buffers())
+    for key, value in [*((key, p.grad) for key, p in model.named_parameters()), *statistics.items()]:
+        gap = (own[key].double() - value.double()).abs().max()
+        assert gap <= 1e-8 * max(1.0, own[key].abs().max()), key
+    assert sum(g.abs().max() > 1e-4 for g in gradients.values()) > 0.5 * len(gradients)
 
 
 def merged(model: nn.Module, format: str) -> nn.Module:
