@@ -75,7 +75,7 @@ def _translator(source: str, target: str):
     """Return a function from a key of template ``source`` to the one of ``target``, None for any other key."""
     shifts = {name: int(shift or 0) for name, shift in _FIELD.findall(source)}
     pattern = "".join(
-        rf"(?P<{piece}>\d+)" if index % 3 == 1 else re.escape(piece)
+        rf"(?P<{piece}>0|[1-9]\d*)" if index % 3 == 1 else re.escape(piece)
         for index, piece in enumerate(_FIELD.split(source))
         if index % 3 != 2
     )
