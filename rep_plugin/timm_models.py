@@ -10,7 +10,7 @@ from rep_plugin.timm_classifier import ClassifierMixin, pretrained_cfg
 class RepMobileNetV2Classifier(ClassifierMixin, RepMobileNetV2):
     """Rep-MobileNetV2 with timm's classifier interface: (N, in_chans, H, W) -> logits (N, num_classes).
 
-    ``branches``, ``act``, ``widen_factor``, ``strides``, ``last_kernel``, ``avg_shortcut`` and ``deploy`` as in
+    ``branches``, ``act``, ``widen_factor``, ``strides``, ``last_kernel``, ``avg_shortcut``, ``deploy`` and ``anneal`` as in
     :class:`rep_plugin.backbones.rep_mobilenet_v2.RepMobileNetV2`; ``drop_rate`` is the dropout before the classifier.
     """
 

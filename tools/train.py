@@ -20,6 +20,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from rep_plugin.backbones.loading import CheckpointMismatchError, refuse_misfits
+from rep_plugin.blocks.annealed import AnnealError
 from rep_plugin.checkpoint import UnreadableCheckpointError, UnsafeCheckpointError
 from rep_plugin.mm_checkpoint import enable_safe_loading
 from rep_plugin.mm_data import DataError, check_data, guard_dataloaders, name_broken_pictures, one_line
@@ -220,4 +221,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, AnnealError)

@@ -1,7 +1,8 @@
-# Global average pooling in place of bilinear pooling; all else as in the bilinear config.
+# Global average pooling of the last convolution in place of bilinear pooling; all else as in the bilinear config.
 _base_ = ["../../configs/bcnn_rep_mbv2_mini_cub.py"]
 
 model = dict(
+    backbone=dict(out_indices=(7,)),  # average pooling profits from the 1280 channels of the last convolution
     neck=dict(type="GlobalAveragePooling"),
     head=dict(
         _delete_=True,

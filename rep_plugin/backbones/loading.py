@@ -4,16 +4,21 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
+from rep_plugin.blocks.annealed import ALPHA
+
 
 class CheckpointMismatchError(RuntimeError):
     """A checkpoint is not exactly the model's; nothing of it was loaded."""
 
 
 def describe_mismatch(own: Mapping, given: Mapping) -> str:
-    """Return what differs between two state dicts, the first three keys of each kind; '' where they fit."""
+    """Return what differs between two state dicts, the first three keys of each kind; '' where they fit.
+
+    The alphas of annealed blocks are 1 where they are absent: plain and finished annealed checkpoints fit each other.
+    """
     counters = ".num_batches_tracked"  # absent from old checkpoints, and torch fills it in
-    missing = [key for key in own if key not in given and not key.endswith(counters)]
-    unexpected = [key for key in given if key not in own]
+    missing = [key for key in own if key not in given and not key.endswith((counters, ALPHA))]
+    unexpected = [key for key in given if key not in own and not (key.endswith(ALPHA) and given[key] == 1)]
     shapes = [key for key in own if key in given and own[key].shape != given[key].shape]
     kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
     return "; ".join(f"{len(keys)} {kind} (first: {', '.join(keys[:3])})" for kind, keys in kinds if keys)

@@ -1,11 +1,13 @@
 """Rep-MobileNetV2: MobileNetV2's seven stages, trained as linear branches and deployed as plain 3x3 convolutions."""
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
 from rep_plugin.backbones.staged import StagedNetwork, check_maps, check_strides
+from rep_plugin.backbones.warm_start import adapt_hook, adapt_state_dict_
 from rep_plugin.blocks.activations import build_activation
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.branches import conv_bn
@@ -34,8 +36,11 @@ class RepMobileNetV2(StagedNetwork):
     convolution (as in mmpretrain's MobileNetV2), at the strides that ``strides`` (stem, then seven stages) add up to.
 
     ``branches``: what every block trains as, see :class:`RepInvertedResidual`. ``last_kernel`` 1 is the stock model's
-    last convolution, 3 gives an all-3x3 network. ``deploy=True`` builds the merged network directly. Raises ValueError
-    for a bad width, stride list, index, kernel or branch name.
+    last convolution, 3 gives an all-3x3 network. ``online=True`` merges the branches in every training step (see
+    :class:`rep_plugin.blocks.base.RepBlock`). ``deploy=True`` builds the merged network directly. ``anneal=True`` starts
+    as stock MobileNetV2 and loads its checkpoints, see :mod:`rep_plugin.backbones.warm_start`;
+    ``rep_plugin.LinearizeHook`` then leads to the mergeable form. Raises ValueError for a bad width, stride list, index,
+    kernel or branch name, or both ``online`` and ``anneal``.
     """
 
     def __init__(
@@ -49,6 +54,8 @@ class RepMobileNetV2(StagedNetwork):
         avg_shortcut: bool = False,
         last_kernel: int = 1,
         deploy: bool = False,
+        online: bool = False,
+        anneal: bool = False,
     ):
         super().__init__()
         if not isinstance(widen_factor, (int, float)) or not 0 < widen_factor < 100:
@@ -70,7 +77,16 @@ class RepMobileNetV2(StagedNetwork):
             for index in range(depth):
                 blocks.append(
                     RepInvertedResidual(
-                        width, out, stride if index == 0 else 1, expand_ratio, branches, avg_shortcut, act, deploy
+                        width,
+                        out,
+                        stride if index == 0 else 1,
+                        expand_ratio,
+                        branches,
+                        avg_shortcut,
+                        act,
+                        deploy,
+                        online,
+                        anneal,
                     )
                 )
                 width = out
@@ -82,6 +98,7 @@ class RepMobileNetV2(StagedNetwork):
         self.out_channels.append(last)
         self.reductions = [math.prod(strides[: i + 2]) for i in range(len(STAGES))] + [math.prod(strides)]
         self._init_parameters()
+        self.register_load_state_dict_pre_hook(adapt_hook)
 
     @staticmethod
     def _plain(in_channels: int, out_channels: int, kernel_size: int, stride: int, act: str, deploy: bool) -> RepBlock:
@@ -98,10 +115,19 @@ class RepMobileNetV2(StagedNetwork):
         """Remove the last convolution."""
         self.last_conv = nn.Identity()
 
+    def load_state_dict(self, state_dict: Mapping, strict: bool = True, assign: bool = False):
+        """As torch's, but a strict load that does not fit raises before anything is loaded.
+
+        With ``anneal=True`` a stock MobileNetV2's state dict fits too.
+        """
+        state_dict = copy.copy(state_dict)
+        adapt_state_dict_(self, state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.stem(x)
         outs = []
-        for index, stage in enumerate((*self.stages, self.last_conv)):
+        for index, stage in enumerate((*self.stages, self.last_conv)[: max(self.out_indices, default=0) + 1]):
             x = stage(x)
             if index in self.out_indices:
                 outs.append(x)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rep_plugin.backbones.loading import load_whole
+from rep_plugin.blocks.base import RepBlock
 
 
 def check_maps(in_channels: int, out_indices: Sequence[int], count: int) -> tuple[int, ...]:
@@ -70,6 +71,9 @@ class StagedNetwork(nn.Module):
                 nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, RepBlock):
+                module.init_gains_()
 
     def load_state_dict(self, state_dict: Mapping, strict: bool = True, assign: bool = False):
         """As torch's, but a strict load that does not fit raises before anything is loaded."""
@@ -89,7 +93,7 @@ class StagedNetwork(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.stem(x)
         outs = []
-        for index, stage in enumerate(self.stages):
+        for index, stage in enumerate(self.stages[: max(self.out_indices, default=0) + 1]):
             x = stage(x)
             if index in self.out_indices:
                 outs.append(self.outgoing(index, x))

@@ -1,5 +1,6 @@
 """The activations a block may end in, by name."""
 
+import torch.nn.functional as F
 from torch import nn
 
 ACTIVATIONS = {
@@ -11,6 +12,9 @@ ACTIVATIONS = {
     "prelu": lambda channels: nn.PReLU(channels),
     "identity": lambda channels: nn.Identity(),
 }
+
+# The ones without parameters, out of place: what can stand inside an annealed bottleneck.
+FUNCTIONS = {"relu": F.relu, "relu6": F.relu6, "hardswish": F.hardswish, "silu": F.silu, "gelu": F.gelu}
 
 
 def build_activation(name: str, channels: int) -> nn.Module:

@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rep_plugin.blocks.chain import Chain
+from rep_plugin.blocks.online import init_gains_, merge_macs, run_macs, without_bns
 from rep_plugin.functional.kernels import ConvParams, fold_bn, merge_sum, pad_kernel, pair, regroup_kernel
 
 
@@ -19,6 +21,10 @@ class RepBlock(nn.Module):
     block's window. ``padding`` defaults to "same". ``post_bn`` adds a BN after the sum, as QARepVGG does. ``deploy=True``
     builds the merged form directly and uses no branch. Raises ValueError for channels that ``groups`` does not divide, no
     branch, or a branch wider than the window.
+
+    ``online=True`` trains the same branches without their BNs: a learned factor a channel stands in the place of each, one
+    BN follows the sum (unless ``post_bn=False``), and the branches are merged in *every* step, so that a training step
+    runs one convolution however many branches there are.
     """
 
     transposed = False
@@ -37,9 +43,11 @@ class RepBlock(nn.Module):
         groups: int = 1,
         act: nn.Module | None = None,
         deploy: bool = False,
-        post_bn: bool = False,
+        post_bn: bool | None = None,
+        online: bool = False,
     ):
         super().__init__()
+        self.online = online
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
             if channels % groups:
                 raise ValueError(f"{name} (={channels}) must be divisible by groups (={groups})")
@@ -52,17 +60,24 @@ class RepBlock(nn.Module):
         else:
             if not branches:
                 raise ValueError(f"a block ({in_channels} -> {out_channels}) needs at least one branch, got none")
-            self.branches = nn.ModuleDict(branches)
+            self.branches = nn.ModuleDict({n: without_bns(chain) if online else chain for n, chain in branches.items()})
             for name, chain in self.branches.items():
                 self._ring_of(name, chain)
-            if post_bn:
+            if online if post_bn is None else post_bn:
                 self.post_bn = nn.BatchNorm2d(out_channels)
+            self.init_gains_()
         self.act = act if act is not None else nn.Identity()
 
     @property
     def deployed(self) -> bool:
         """True once the block is one convolution."""
         return hasattr(self, "reparam_conv")
+
+    def init_gains_(self) -> None:
+        """Start every branch of the online form at unit gain, as its BN would; for use after the kernels were drawn."""
+        if self.online and not self.deployed:
+            for chain in self.branches.values():
+                init_gains_(chain, self.in_channels)
 
     def _new_conv(self, in_channels: int, out_channels: int, groups: int) -> nn.Conv2d:
         return nn.Conv2d(
@@ -83,6 +98,31 @@ class RepBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.deployed:
             return self.act(self.reparam_conv(x))
+        total = self._run_merged(x) if self.online and self._merging_pays(x) else self._run_branches(x)
+        if hasattr(self, "post_bn"):
+            total = self.post_bn(total)
+        return self.act(total)
+
+    def _merging_pays(self, x: Tensor) -> bool:
+        """Whether one convolution and the merge cost less than the branches: not on small maps with wide branches."""
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return True
+        pixels = x.shape[0] * x.shape[2] * x.shape[3]
+        pixels_out = pixels // (self.stride[0] * self.stride[1])
+        chains = list(self.branches.values())
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        merged = pixels_out * taps * self.out_channels * self.in_channels // self.groups + sum(map(merge_macs, chains))
+        return merged <= sum(run_macs(chain, pixels, pixels_out) for chain in chains)
+
+    def _run_merged(self, x: Tensor) -> Tensor:
+        """One convolution with what the branches add up to now; in half precision they are added up in float32."""
+        merged = self._sum_branches(torch.promote_types(self.dtype, torch.float32))
+        kernel = merged.kernel.to(self.dtype)
+        bias = None if merged.bias is None else merged.bias.to(self.dtype)
+        return F.conv2d(x, kernel, bias, self.stride, self.padding, self.dilation, merged.groups)
+
+    def _run_branches(self, x: Tensor) -> Tensor:
+        """Every branch on the map, added up."""
         total, constant, like = None, None, None
         for name, chain in self.branches.items():
             y, scale, shift = chain.run(x, self._ring_of(name, chain))
@@ -96,9 +136,7 @@ class RepBlock(nn.Module):
                 constant = shift if constant is None else constant + shift
         if constant is not None:
             total = total + constant.view(1, -1, 1, 1)
-        if hasattr(self, "post_bn"):
-            total = self.post_bn(total)
-        return self.act(total.type_as(like))  # under autocast the float32 scales have promoted the sum
+        return total.type_as(like)  # under autocast the float32 scales have promoted the sum
 
     def merged_kernel(self) -> tuple[Tensor, Tensor]:
         """Return ``(kernel (O, I / groups, kh, kw), bias (O,))`` of the deployed convolution; nothing is changed.
@@ -108,10 +146,16 @@ class RepBlock(nn.Module):
         """
         if self.deployed:
             return self.reparam_conv.weight, self.reparam_conv.bias
-        merged = self._merge(torch.float64)
+        merged = self._merge()
         return merged.kernel, merged.bias
 
-    def _merge(self, dtype: torch.dtype) -> ConvParams:
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the parameters."""
+        return next(t.dtype for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
+
+    def _sum_branches(self, dtype: torch.dtype) -> ConvParams:
+        """The branches as one convolution in ``dtype``, before ``post_bn``; differentiable."""
         merged = {name: chain.merge(self.in_channels, dtype) for name, chain in self.branches.items()}
         # The live weights decide, not the attributes: surgery may have changed the widths since construction.
         in_channels = next(m.in_channels for m in merged.values())
@@ -125,16 +169,22 @@ class RepBlock(nn.Module):
             if m.stride != self.stride:
                 raise ValueError(f"branch {name!r} has stride {m.stride}, the block {self.stride}")
             pairs.append((regroup_kernel(m.kernel, m.groups, groups), m.bias))
-        kernel, bias = merge_sum(pairs)
+        with torch.autocast(pairs[0][0].device.type, enabled=False):
+            kernel, bias = merge_sum(pairs)
+        return ConvParams(pad_kernel(kernel, self.kernel_size), bias, groups, self.stride, self.dilation)
+
+    def _merge(self) -> ConvParams:
+        """The deployed convolution: computed in float64, cast once to the parameters' dtype."""
+        merged = self._sum_branches(torch.float64)
+        kernel, bias = merged.kernel, merged.bias
         if hasattr(self, "post_bn"):
             if self.post_bn.training:
                 raise RuntimeError(
                     "post_bn is in train mode (batch statistics cannot be merged): call model.eval() first"
                 )
             kernel, bias = fold_bn(kernel, self.post_bn, bias)
-        own = next(t.dtype for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
-        kernel = pad_kernel(kernel, self.kernel_size).to(own)
-        return ConvParams(kernel, bias.to(own), groups, self.stride, self.dilation)
+        bias = kernel.new_zeros(len(kernel)) if bias is None else bias
+        return merged._replace(kernel=kernel.to(self.dtype), bias=bias.to(self.dtype))
 
     @torch.no_grad()
     def switch_to_deploy(self) -> None:
@@ -144,7 +194,7 @@ class RepBlock(nn.Module):
         """
         if self.deployed:
             return
-        merged = self._merge(torch.float64)
+        merged = self._merge()
         conv = self._new_conv(merged.in_channels, merged.out_channels, merged.groups)
         conv = conv.to(merged.kernel.device, merged.kernel.dtype)
         kernels = [p for p in self.parameters() if p.dim() == 4 and not p.is_contiguous()]  # 1x1s are both

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from rep_plugin.blocks.annealed import AnnealedBottleneck
 from rep_plugin.blocks.chain import Chain, DilatedAvgPool2d
 
 Size = int | tuple[int, int]
@@ -68,8 +69,13 @@ def average_conv_bn(in_channels: int, out_channels: int, kernel_size: Size, stri
     return Chain(ops)
 
 
-def linear_bottleneck(in_channels: int, out_channels: int, stride: Size, expand_ratio: int) -> Chain:
-    """1x1 expand, depthwise 3x3, 1x1 project, a BN after each and no activation; no expand at ratio 1."""
+def linear_bottleneck(
+    in_channels: int, out_channels: int, stride: Size, expand_ratio: int, anneal_act: str | None = None
+) -> Chain:
+    """1x1 expand, depthwise 3x3, 1x1 project, a BN after each and no activation; no expand at ratio 1.
+
+    ``anneal_act`` names activations inside that can be annealed away, see :class:`AnnealedBottleneck`.
+    """
     mid = in_channels * expand_ratio
     ops = {}
     if expand_ratio != 1:
@@ -79,4 +85,4 @@ def linear_bottleneck(in_channels: int, out_channels: int, stride: Size, expand_
     ops["depthwise_bn"] = nn.BatchNorm2d(mid)
     ops["project"] = nn.Conv2d(mid, out_channels, 1, bias=False)
     ops["project_bn"] = nn.BatchNorm2d(out_channels)
-    return Chain(ops)
+    return Chain(ops) if anneal_act is None else AnnealedBottleneck(ops, anneal_act)

@@ -21,7 +21,7 @@ from rep_plugin.functional.kernels import (
     ConvParams,
     avgpool_kernel,
     bn_scale_shift,
-    compose,
+    compose_all,
     identity_kernel,
     pair,
     scale_kernel_inputs,
@@ -38,6 +38,41 @@ class Scale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.weight.view(1, -1, 1, 1)
+
+
+class NormedConv2d(nn.Conv2d):
+    """A convolution whose filters have the norm ``gain`` (O,) whatever that of ``weight``; no bias.
+
+    ``kernel = weight * gain / sqrt(|weight|^2 + eps)``, a filter each. Stands where a BN would follow but may not: like it,
+    it makes training independent of the weights' own size, which keeps large learning rates stable. Salimans and Kingma,
+    "Weight Normalization" (NeurIPS 2016), section 2.
+    """
+
+    eps = 1e-5  # as BN's: a filter that was set to zero stays zero, and can grow again
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,
+            bias=False,
+        )  # fmt: skip
+        self.weight = conv.weight
+        self.gain = nn.Parameter(torch.ones_like(conv.weight[:, 0, 0, 0]))
+
+    def kernel(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The filters that are in effect, (O, I / groups, kh, kw), in ``dtype``; differentiable."""
+        weight = self.weight if dtype is None else self.weight.to(dtype)
+        norm = torch.linalg.vector_norm(weight, dim=(1, 2, 3))
+        return weight * (self.gain.to(weight.dtype) * torch.rsqrt(norm * norm + self.eps)).view(-1, 1, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.kernel(), None, self.stride, self.padding, self.dilation, self.groups)
+
+
+def kernel_of(conv: nn.Conv2d, dtype: torch.dtype | None = None) -> Tensor:
+    """The kernel of a convolution that is in effect, in ``dtype`` (default: its own)."""
+    if isinstance(conv, NormedConv2d):
+        return conv.kernel(dtype)
+    return conv.weight if dtype is None else conv.weight.to(dtype)
 
 
 def _channels_of(op: nn.Module) -> tuple[int, int] | None:
@@ -62,7 +97,7 @@ def _groups_of(conv: nn.Conv2d) -> int:
 def _require_plain(op: nn.Module) -> None:
     """Raise TypeError for a layer whose forward is not the one that runs and merges here."""
     plain = next((kind for kind in (nn.Conv2d, _BatchNorm, nn.AvgPool2d) if isinstance(op, kind)), None)
-    if isinstance(op, (nn.SyncBatchNorm, DilatedAvgPool2d)) or plain is None:
+    if isinstance(op, (nn.SyncBatchNorm, DilatedAvgPool2d, NormedConv2d)) or plain is None:
         return
     changed = type(op).forward is not plain.forward
     if changed or (plain is nn.Conv2d and type(op)._conv_forward is not nn.Conv2d._conv_forward):
@@ -127,22 +162,15 @@ def _op_params(op: nn.Module, channels: int, dtype: torch.dtype, device: torch.d
     kernel_size, stride, dilation = spatial_of(op)
     options = {"dtype": dtype, "device": device}
     if isinstance(op, nn.Conv2d):
-        kernel = op.weight.to(dtype)
-        bias = kernel.new_zeros(kernel.shape[0]) if op.bias is None else op.bias.to(dtype)
-        return ConvParams(kernel, bias, _groups_of(op), stride, dilation)
-    if isinstance(op, nn.AvgPool2d):
         return ConvParams(
-            avgpool_kernel(channels, kernel_size, **options),
-            torch.zeros(channels, **options),
-            channels,
-            stride,
-            dilation,
+            kernel_of(op, dtype), None if op.bias is None else op.bias.to(dtype), _groups_of(op), stride, dilation
         )
-    bias = torch.zeros(channels, **options)
+    if isinstance(op, nn.AvgPool2d):
+        return ConvParams(avgpool_kernel(channels, kernel_size, **options), None, channels, stride, dilation)
     if isinstance(op, nn.Identity):
-        return ConvParams(identity_kernel(channels, channels, **options), bias, channels)
+        return ConvParams(identity_kernel(channels, channels, **options), None, channels)
     if isinstance(op, Scale):
-        return ConvParams(op.weight.to(dtype).view(-1, 1, 1, 1), bias, channels)
+        return ConvParams(op.weight.to(dtype).view(-1, 1, 1, 1), None, channels)
     if op.training:
         raise RuntimeError(
             f"{type(op).__name__}({channels}) is in train mode (batch statistics cannot be merged): call model.eval() first"
@@ -152,7 +180,7 @@ def _op_params(op: nn.Module, channels: int, dtype: torch.dtype, device: torch.d
 
 
 def merge_ops(ops: Iterable[nn.Module], in_channels: int | None = None, dtype: torch.dtype | None = None) -> ConvParams:
-    """Return the one convolution equal to a chain of linear layers on a zero-padded input.
+    """Return the one convolution equal to a chain of linear layers on a zero-padded input; no layer adds: no bias.
 
     ``in_channels`` is needed only where no layer tells it (a chain of poolings). Computes in ``dtype`` (default: that of
     the first tensor). Raises TypeError for a layer that is not linear, RuntimeError for a BN in train mode, ValueError
@@ -165,19 +193,19 @@ def merge_ops(ops: Iterable[nn.Module], in_channels: int | None = None, dtype: t
     channels = next((c[0] for c in map(_channels_of, ops) if c), in_channels)
     if not ops or channels is None:
         raise ValueError(f"a chain of {len(ops)} layers with in_channels={in_channels} says no channel number")
-    merged = None
+    parts = []
     with torch.autocast(device.type, enabled=False):  # a half-precision merge would cost 2.3 times the accuracy
         for op in ops:
-            params = _op_params(op, channels, dtype, device)
-            merged = params if merged is None else compose(merged, params)
-            channels = merged.out_channels
-    return merged
+            parts.append(_op_params(op, channels, dtype, device))
+            channels = parts[-1].out_channels
+        return compose_all(parts)
 
 
 def merge_chain(ops: Iterable[nn.Module], in_channels: int | None = None) -> tuple[Tensor, Tensor]:
     """Return ``(kernel, bias)`` of the one convolution equal to the chain; differentiable. See :func:`merge_ops`."""
     merged = merge_ops(ops, in_channels)
-    return merged.kernel, merged.bias
+    bias = merged.bias if merged.bias is not None else merged.kernel.new_zeros(merged.out_channels)
+    return merged.kernel, bias
 
 
 class _BatchStats(torch.autograd.Function):
@@ -265,9 +293,15 @@ def _run_bn(bn: _BatchNorm, y: Tensor, scale: Tensor | None, shift: Tensor | Non
 
 def _run_conv(conv: nn.Conv2d, y: Tensor, scale: Tensor | None, shift: Tensor | None, padding: tuple[int, int]):
     groups = _groups_of(conv)
-    kernel = conv.weight if scale is None else scale_kernel_inputs(conv.weight, groups, scale.to(conv.weight.dtype))
-    out = F.conv2d(y, kernel, None, conv.stride, padding, conv.dilation, groups)
-    new_shift = None if shift is None else sum_kernel_taps(conv.weight, groups, shift.to(conv.weight.dtype))
+    weight = kernel_of(conv)
+    kernel = weight if scale is None else scale_kernel_inputs(weight, groups, scale.to(weight.dtype))
+    stride = pair(conv.stride)
+    if kernel.shape[2:] == (1, 1) and stride != (1, 1) and padding == (0, 0):
+        # Not left to oneDNN: the weight gradient of its strided 1x1 writes past its buffer where a channels_last map has
+        # fewer than 16 channels (uxlfoundation/oneDNN#6035), as every stem has: wrong gradients, or a crash.
+        y, stride = y[:, :, :: stride[0], :: stride[1]], (1, 1)
+    out = F.conv2d(y, kernel, None, stride, padding, conv.dilation, groups)
+    new_shift = None if shift is None else sum_kernel_taps(weight, groups, shift.to(weight.dtype))
     if conv.bias is not None:
         new_shift = conv.bias if new_shift is None else new_shift + conv.bias
     return out, new_shift

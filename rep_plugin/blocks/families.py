@@ -1,7 +1,8 @@
 """The published multi-branch blocks, each a short list of chains.
 
 All are (N, in_channels, H, W) -> (N, out_channels, H', W') with the sizes of ``nn.Conv2d`` of the same arguments, deploy
-as one convolution, and take ``act`` (a module after the sum) and ``deploy``. All raise ValueError where ``groups`` does
+as one convolution, and take ``act`` (a module after the sum), ``deploy`` and ``online`` (see
+:class:`rep_plugin.blocks.base.RepBlock`). All raise ValueError where ``groups`` does
 not divide the channels.
 """
 
@@ -40,6 +41,7 @@ class RepVGGBlock(RepBlock):
         act: nn.Module | None = None,
         deploy: bool = False,
         post_bn: bool = False,
+        online: bool = False,
     ):
         size = _odd(kernel_size, "RepVGGBlock")
         branches = {}
@@ -53,8 +55,9 @@ class RepVGGBlock(RepBlock):
             if in_channels == out_channels and pair(stride) == (1, 1):
                 branches["identity"] = Chain({"copy": nn.Identity()}) if post_bn else identity_bn(out_channels)
         super().__init__(
-            in_channels, out_channels, size, branches, stride, padding, dilation, groups, act, deploy, post_bn
-        )
+            in_channels, out_channels, size, branches, stride, padding, dilation, groups, act, deploy, post_bn or online,
+            online,
+        )  # fmt: skip
 
 
 class ACBlock(RepBlock):
@@ -74,6 +77,7 @@ class ACBlock(RepBlock):
         groups: int = 1,
         act: nn.Module | None = None,
         deploy: bool = False,
+        online: bool = False,
     ):
         height, width = _odd(kernel_size, "ACBlock")
         branches = {}
@@ -83,8 +87,9 @@ class ACBlock(RepBlock):
                 name: conv_bn(in_channels, out_channels, size, stride, dilation, groups) for name, size in sizes.items()
             }
         super().__init__(
-            in_channels, out_channels, (height, width), branches, stride, padding, dilation, groups, act, deploy
-        )
+            in_channels, out_channels, (height, width), branches, stride, padding, dilation, groups, act, deploy,
+            online=online,
+        )  # fmt: skip
 
 
 class DiverseBranchBlock(RepBlock):
@@ -106,6 +111,7 @@ class DiverseBranchBlock(RepBlock):
         act: nn.Module | None = None,
         deploy: bool = False,
         mid_channels: int | None = None,
+        online: bool = False,
     ):
         size = _odd(kernel_size, "DiverseBranchBlock")
         branches = {}
@@ -118,7 +124,9 @@ class DiverseBranchBlock(RepBlock):
                 branches["point"] = conv_bn(in_channels, out_channels, 1, stride, 1, groups)
             branches["sequence"] = conv_conv_bn(in_channels, out_channels, size, *shape, mid_channels=mid)
             branches["average"] = conv_average_bn(in_channels, out_channels, size, *shape)
-        super().__init__(in_channels, out_channels, size, branches, stride, padding, dilation, groups, act, deploy)
+        super().__init__(
+            in_channels, out_channels, size, branches, stride, padding, dilation, groups, act, deploy, online=online
+        )
 
 
 class MobileOneBlock(RepBlock):
@@ -139,6 +147,7 @@ class MobileOneBlock(RepBlock):
         act: nn.Module | None = None,
         deploy: bool = False,
         copies: int = 1,
+        online: bool = False,
     ):
         size = _odd(kernel_size, "MobileOneBlock")
         if copies < 1:
@@ -151,7 +160,9 @@ class MobileOneBlock(RepBlock):
                 branches["scale"] = conv_bn(in_channels, out_channels, 1, stride, 1, groups)
             if in_channels == out_channels and pair(stride) == (1, 1):
                 branches["identity"] = identity_bn(out_channels)
-        super().__init__(in_channels, out_channels, size, branches, stride, padding, dilation, groups, act, deploy)
+        super().__init__(
+            in_channels, out_channels, size, branches, stride, padding, dilation, groups, act, deploy, online=online
+        )
 
 
 class LargeKernelBlock(RepBlock):
@@ -173,6 +184,7 @@ class LargeKernelBlock(RepBlock):
         act: nn.Module | None = None,
         deploy: bool = False,
         small_kernel: Size | None = 5,
+        online: bool = False,
     ):
         size = _odd(kernel_size, "LargeKernelBlock")
         branches = {}
@@ -181,4 +193,6 @@ class LargeKernelBlock(RepBlock):
             if small_kernel is not None:
                 small = _odd(small_kernel, "LargeKernelBlock")
                 branches["small"] = conv_bn(in_channels, out_channels, small, stride, dilation, groups)
-        super().__init__(in_channels, out_channels, size, branches, stride, padding, dilation, groups, act, deploy)
+        super().__init__(
+            in_channels, out_channels, size, branches, stride, padding, dilation, groups, act, deploy, online=online
+        )

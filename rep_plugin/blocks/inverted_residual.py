@@ -6,6 +6,7 @@ Source: the Rep-MobileNetV2 thesis (2023) for the idea; border handling as in :m
 from collections.abc import Sequence
 
 from rep_plugin.blocks.activations import build_activation
+from rep_plugin.blocks.annealed import AnnealedActivation
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.branches import average_conv_bn, conv_bn, identity_bn, linear_bottleneck
 
@@ -18,8 +19,9 @@ class RepInvertedResidual(RepBlock):
     (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)).
 
     ``branches`` is any of ``bottleneck identity avgpool conv1x1 conv3x3``; ``identity`` is left out where the shape
-    changes. ``avg_shortcut`` gives a block of stride 2 the average-pool shortcut (avg3x3 -> 1x1 -> bn). Raises ValueError
-    for an unknown branch name, or where no branch remains.
+    changes. ``avg_shortcut`` gives a block of stride 2 the average-pool shortcut (avg3x3 -> 1x1 -> bn). ``anneal`` starts
+    the block as stock MobileNetV2's, see :mod:`rep_plugin.blocks.annealed`; it means nothing with ``deploy``. Raises
+    ValueError for an unknown branch name, where no branch remains, or for both ``online`` and ``anneal``.
     """
 
     def __init__(
@@ -32,15 +34,21 @@ class RepInvertedResidual(RepBlock):
         avg_shortcut: bool = False,
         act: str = "relu6",
         deploy: bool = False,
+        online: bool = False,
+        anneal: bool = False,
     ):
         unknown = [name for name in branches if name not in BRANCHES]
         if unknown:
             raise ValueError(f"unknown branch {unknown[0]!r}, expected any of {BRANCHES}")
+        if online and anneal:
+            raise ValueError("anneal=True starts from stock's BNs inside the branches, which online=True does not have")
         keeps_shape = stride == 1 and in_channels == out_channels
         chains = {}
         if not deploy:
             if "bottleneck" in branches:
-                chains["bottleneck"] = linear_bottleneck(in_channels, out_channels, stride, expand_ratio)
+                chains["bottleneck"] = linear_bottleneck(
+                    in_channels, out_channels, stride, expand_ratio, act if anneal else None
+                )
             if "conv3x3" in branches:
                 chains["conv3x3"] = conv_bn(in_channels, out_channels, 3, stride)
             if "conv1x1" in branches:
@@ -54,5 +62,13 @@ class RepInvertedResidual(RepBlock):
                     f"branches {tuple(branches)} leave a block ({in_channels} -> {out_channels}, stride {stride}) without "
                     "any branch: 'identity' needs equal channels and stride 1"
                 )
-        activation = build_activation(act, out_channels)
-        super().__init__(in_channels, out_channels, 3, chains, stride=stride, act=activation, deploy=deploy)
+        activation = AnnealedActivation(act) if anneal and not deploy else build_activation(act, out_channels)
+        super().__init__(
+            in_channels, out_channels, 3, chains, stride=stride, act=activation, deploy=deploy, online=online
+        )
+
+    def switch_to_deploy(self) -> None:
+        """As :class:`RepBlock`'s. Raises AnnealError where the block is annealed and its alpha is not 1."""
+        act = self.act.finished() if isinstance(self.act, AnnealedActivation) else self.act
+        super().switch_to_deploy()
+        self.act = act

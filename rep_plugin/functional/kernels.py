@@ -19,11 +19,12 @@ from torch import Tensor, nn
 class ConvParams(NamedTuple):
     """One zero-padded convolution as plain tensors.
 
-    ``kernel`` (O, I / groups, kh, kw), ``bias`` (O,), ``groups``, and per axis ``stride`` and ``dilation`` in pixels.
+    ``kernel`` (O, I / groups, kh, kw), ``bias`` (O,) or None, ``groups``, and per axis ``stride`` and ``dilation`` in
+    pixels.
     """
 
     kernel: Tensor
-    bias: Tensor
+    bias: Tensor | None
     groups: int = 1
     stride: tuple[int, int] = (1, 1)
     dilation: tuple[int, int] = (1, 1)
@@ -188,6 +189,10 @@ def _compose_dense(k1: Tensor, k2: Tensor, groups: int) -> Tensor:
 
 def _compose_diagonal(kernel: Tensor, filters: Tensor) -> Tensor:
     """Convolve every slice ``kernel[c]`` (C, X, h, w) with its own filter (C, 1, u, v)."""
+    if (
+        _taps(kernel) == 1 and _taps(filters) > 1 and kernel.shape[1] > 1
+    ):  # outer products: a matmul is fast backwards too
+        return (kernel.flatten(1).unsqueeze(2) @ filters.flatten(2)).unflatten(2, tuple(filters.shape[2:]))
     large, small = (kernel, filters) if _taps(filters) <= _taps(kernel) else (filters, kernel)
     return _convolve_taps(large, small, lambda rest, tap: rest * tap[:, :, None, None])
 
@@ -230,13 +235,42 @@ def compose(first: ConvParams, second: ConvParams) -> ConvParams:
         kernel = _compose_dense(
             regroup_kernel(k1, first.groups, groups), regroup_kernel(k2, second.groups, groups), groups
         )
-    bias = sum_kernel_taps(second.kernel, second.groups, first.bias) + second.bias
+    bias = second.bias
+    if first.bias is not None:
+        constant = sum_kernel_taps(second.kernel, second.groups, first.bias)
+        bias = constant if bias is None else bias + constant
     stride = (first.stride[0] * second.stride[0], first.stride[1] * second.stride[1])
     return ConvParams(kernel, bias, groups, stride, (d1[0], d1[1]))
 
 
-def merge_sum(kernels: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _product_size(first: ConvParams, second: ConvParams) -> int:
+    """Elements of the kernel that two convolutions compose to."""
+    if first.is_diagonal:
+        groups = second.groups
+    else:
+        groups = first.groups if second.is_diagonal else math.gcd(first.groups, second.groups)
+    sides = [a + b - 1 for a, b in zip(first.kernel.shape[2:], second.kernel.shape[2:])]
+    return second.out_channels * (first.in_channels // groups) * sides[0] * sides[1]
+
+
+def compose_all(convolutions: Iterable[ConvParams]) -> ConvParams:
+    """Return the one convolution equal to several in a row: :func:`compose`, the pair of the smallest product first.
+
+    Raises ValueError for an empty list, or where channels do not fit.
+    """
+    rest = list(convolutions)
+    if not rest:
+        raise ValueError("compose_all needs at least one convolution, got none")
+    while len(rest) > 1:
+        at = min(range(len(rest) - 1), key=lambda i: _product_size(rest[i], rest[i + 1]))
+        rest[at : at + 2] = [compose(rest[at], rest[at + 1])]
+    return rest[0]
+
+
+def merge_sum(kernels: Iterable[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
     """Add parallel ``(kernel, bias)`` pairs of equal channels, stride and groups: centre-pad to the largest side, add.
+
+    The bias is None where no pair has one.
 
     Raises ValueError on an empty list, or where channels differ or centres cannot meet (odd beside even sides).
     """
@@ -247,5 +281,9 @@ def merge_sum(kernels: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]
     if len(shapes) > 1:
         raise ValueError(f"parallel kernels must agree in (outputs, inputs / groups), got {sorted(shapes)}")
     size = (max(k.shape[2] for k, _ in pairs), max(k.shape[3] for k, _ in pairs))
-    padded = [pad_kernel(kernel, size) for kernel, _ in pairs]
-    return torch.stack(padded).sum(0), torch.stack([bias for _, bias in pairs]).sum(0)
+    total = None
+    for kernel, _ in sorted(pairs, key=lambda pair: -_taps(pair[0])):  # the largest first: the others are added into it
+        kernel = pad_kernel(kernel, size)
+        total = kernel if total is None else total + kernel
+    biases = [bias for _, bias in pairs if bias is not None]
+    return total, sum(biases[1:], biases[0]) if biases else None

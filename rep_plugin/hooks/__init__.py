@@ -1,5 +1,6 @@
 """mmengine hooks: they decide when; library functions do the work."""
 
+from rep_plugin.hooks.linearize_hook import LinearizeHook
 from rep_plugin.hooks.reparam_hook import ReparamHook
 
-__all__ = ["ReparamHook"]
+__all__ = ["LinearizeHook", "ReparamHook"]

@@ -6,6 +6,8 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
+from rep_plugin.blocks.annealed import AnnealError, annealed_modules
+from rep_plugin.hooks.linearize_hook import LinearizeHook
 from rep_plugin.mm_artefact import real_inputs, write_deployed
 from rep_plugin.registry import HOOKS
 
@@ -23,13 +25,22 @@ class ReparamHook(Hook):
     """After training, merge a copy of the model, prove it on random and real pictures, and write the artefact.
 
     Writes ``deploy.pth``, ``deploy.py`` and ``deploy.json`` into ``out_dir`` (default: the work directory) and logs the
-    report. The trained model itself is not changed. Raises :class:`rep_plugin.EquivalenceError` where the proof fails.
+    report. The trained model itself is not changed. Raises :class:`rep_plugin.EquivalenceError` where the proof fails,
+    and before training AnnealError for annealed blocks (``anneal=True``) that no LinearizeHook leads to their end.
     """
 
     priority = "VERY_LOW"  # after the last checkpoint
 
     def __init__(self, out_dir: str | None = None):
         self.out_dir = out_dir
+
+    def before_train(self, runner: Runner) -> None:
+        lowest = min((module.alpha for module in annealed_modules(runner.model)), default=1.0)
+        if lowest < 1 and not any(isinstance(hook, LinearizeHook) for hook in runner.hooks):
+            raise AnnealError(
+                f"the model ends at alpha {lowest:.4g} and could not be merged: add dict(type='rep_plugin.LinearizeHook', "
+                "end=...) to custom_hooks"
+            )
 
     def after_train(self, runner: Runner) -> None:
         if not is_main_process():

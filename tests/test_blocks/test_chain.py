@@ -1,5 +1,6 @@
 """Chains: merged == run == layer by layer on a padded map."""
 
+import copy
 import subprocess
 import sys
 
@@ -232,3 +233,19 @@ def test_parametrized_weights_run_and_merge():
     assert (
         relative_error(conv(x), F.conv2d(x, kernel)) < 1e-6 and relative_error(conv(x), Chain({"conv": conv})(x)) < 1e-6
     )
+
+
+def test_strided_1x1_of_a_stem_trains_in_channels_last():
+    """torch's own kernel corrupts memory here (uxlfoundation/oneDNN#6035): the gradients must be those of float64."""
+    torch.manual_seed(0)
+    chain = Chain({"conv": nn.Conv2d(3, 48, 1, 2, bias=False), "bn": nn.BatchNorm2d(48)})
+    x = torch.randn(4, 3, 224, 224)
+    target = torch.randn(4, 48, 112, 112)
+
+    def gradient(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        (found,) = torch.autograd.grad((module(x) * target.to(x.dtype)).sum(), module.conv.weight)
+        return found
+
+    expected = gradient(copy.deepcopy(chain).double(), x.double())
+    got = gradient(chain.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last))
+    assert relative_error(expected, got.double()) < 1e-4

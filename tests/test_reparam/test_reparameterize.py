@@ -117,8 +117,8 @@ def test_nothing_to_merge_and_merging_twice():
 class WrongBlock(RepBlock):
     """Merges to something slightly else, as a faulty adapter would."""
 
-    def _merge(self, dtype):
-        merged = super()._merge(dtype)
+    def _merge(self):
+        merged = super()._merge()
         return merged._replace(bias=merged.bias + 1e-6)
 
 
