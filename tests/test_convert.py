@@ -20,8 +20,8 @@ from rep_plugin.backbones.replknet import RepLKNet
 from rep_plugin.convert import convert_file, convert_state_dict, read_tensors
 from rep_plugin.reparam.key_maps import FORMATS, KeyMapError, from_own, to_own
 from rep_plugin.verify import calibrate_random_bn_
+from tests.authors_networks import OfficialRepLKNet, fold_bns_, merge_blocks_, official_mobileone, official_repvgg
 from tests.helpers import relative_error
-from tests.official_layouts import OfficialRepLKNet, fold_bns_, merge_blocks_, official_mobileone, official_repvgg
 from tools.convert_checkpoint import main
 
 QUARTER = (0.25, 0.25, 0.25, 0.25)  # 16, 32, 64, 128 channels
