@@ -17,6 +17,7 @@ __all__ = [
 ]
 
 if find_spec("timm") is not None:  # registers our names with timm
+    from rep_plugin import timm_backbones as timm_backbones
     from rep_plugin import timm_bilinear as timm_bilinear
     from rep_plugin import timm_models as timm_models
     from rep_plugin import timm_variants as timm_variants

@@ -13,7 +13,7 @@ MODELS = Registry(
     "model",
     parent=ROOT_MODELS,
     scope="rep_plugin",
-    locations=["rep_plugin.mm_models", "rep_plugin.mm_bilinear", "rep_plugin.mm_convs", "rep_plugin.mm_expand"],
+    locations=[f"rep_plugin.mm_{name}" for name in ("models", "backbones", "bilinear", "convs", "expand")],
 )
 HOOKS = Registry("hook", parent=ROOT_HOOKS, scope="rep_plugin", locations=["rep_plugin.hooks"])
 OPTIM_WRAPPERS = Registry(

@@ -22,6 +22,7 @@ LAYERS = {
     "verify": set(),
     "report": set(),
     "reparam": {"functional", "blocks", "heads", "reparam", "verify", "report"},
+    "convert": {"backbones", "reparam", "checkpoint"},
     "pruning": {"functional", "blocks", "reparam", "pruning", "verify", "report"},
 }
 TORCH_ONLY = {"functional", "blocks", "backbones", "pruning", "verify", "report", "reparam", "necks", "heads"}
