@@ -64,7 +64,7 @@ def trace_parts(model: nn.Module) -> tuple[list[TracedPart], list[str]]:
             return False
         seen.add(module)
         reason = None
-        if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # they have no forward
+        if type(module).forward is not nn.Module.forward:  # lists have none; timm's FeatureListNet is a ModuleDict with one
             try:
                 parts.append(TracedPart(name, module, trace(module)))
                 return False
