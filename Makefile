@@ -83,5 +83,8 @@ bench-prune-zoo: $(VENV)/.developers ## prune 30 % of 17 networks, each proven e
 bench-warm-start: $(VENV)/.users fashion-mnist ## stock MobileNetV2 annealed into the mergeable form against training from scratch
 	$(RUN) benchmarks/warm_start.py
 
+bench-foreign: $(VENV)/.developers ## every multi-branch model of timm and mmpretrain, merged and proven (20 minutes)
+	$(ONE_THREAD) $(RUN) benchmarks/foreign_models.py
+
 clean:
 	rm -rf $(VENV) $(ONEDL_VENV) build *.egg-info

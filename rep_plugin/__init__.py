@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 
 from rep_plugin.pruning import PrunePlan, apply_plan, plan_pruning
-from rep_plugin.reparam import expand, reparameterize
+from rep_plugin.reparam import expand, merge_sequence, reparameterize
 from rep_plugin.report import Report
 from rep_plugin.verify import EquivalenceError, InconclusiveWarning
 
@@ -15,12 +15,14 @@ __all__ = [
     "Report",
     "apply_plan",
     "expand",
+    "merge_sequence",
     "plan_pruning",
     "reparameterize",
 ]
 
 if find_spec("timm") is not None:  # registers our names with timm
     from rep_plugin import timm_artefact as timm_artefact
+    from rep_plugin import timm_backbones as timm_backbones
     from rep_plugin import timm_bilinear as timm_bilinear
     from rep_plugin import timm_models as timm_models
     from rep_plugin import timm_variants as timm_variants

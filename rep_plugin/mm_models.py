@@ -28,18 +28,26 @@ class StagedBackbone(BaseModule):
     """What OpenMMLab users expect of a backbone with ``stem``, ``stages`` and ``last_conv``.
 
     ``frozen_stages`` -1 freezes nothing, 0 the stem, n the stem and the first n stages; frozen parts stay in eval mode.
-    ``norm_eval`` keeps every BN in eval mode.
+    ``norm_eval`` keeps every BN in eval mode. ``channels_last`` runs in that memory format.
     """
 
     frozen_stages = -1
     norm_eval = False
 
-    def _configure(self, frozen_stages: int, norm_eval: bool, init_cfg: dict | list | None) -> None:
+    def _configure(
+        self, frozen_stages: int, norm_eval: bool, channels_last: bool, init_cfg: dict | list | None
+    ) -> None:
         if frozen_stages not in range(-1, len(self.stages) + 1):
             raise ValueError(f"frozen_stages must lie in -1..{len(self.stages)}, got {frozen_stages}")
         self.frozen_stages, self.norm_eval, self.init_cfg = frozen_stages, norm_eval, copy.deepcopy(init_cfg)
+        self.channels_last = channels_last
+        if channels_last:  # the kernels too: a map of one channel does not tell its own format
+            self.to(memory_format=torch.channels_last)
         self._freeze_stages()
         refuse_misfits(self)
+
+    def _formatted(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
     def _freeze_stages(self) -> None:
         parts = [self.stem, *self.stages][: self.frozen_stages + 1]
@@ -90,10 +98,7 @@ class RepMobileNetV2(PlainRepMobileNetV2, StagedBackbone):
             widen_factor, branches, out_indices, in_channels, strides, activation_name(act_cfg), avg_shortcut, last_kernel,
             deploy, online, anneal,
         )  # fmt: skip
-        self.channels_last = channels_last
-        if channels_last:  # the kernels too: a map of one channel does not tell its own format
-            self.to(memory_format=torch.channels_last)
-        self._configure(frozen_stages, norm_eval, init_cfg)
+        self._configure(frozen_stages, norm_eval, channels_last, init_cfg)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return super().forward(x.contiguous(memory_format=torch.channels_last) if self.channels_last else x)
+        return super().forward(self._formatted(x))

@@ -64,9 +64,12 @@ def Pruned(
 
 
 @MODELS.register_module()
-def Merged(model: Mapping, fold_bn: bool = False, data_preprocessor: Mapping | None = None) -> nn.Module:
+def Merged(
+    model: Mapping, fold_bn: bool = False, merge_linear: bool = False, data_preprocessor: Mapping | None = None
+) -> nn.Module:
     """Build a model from its config and merge its blocks, as :func:`rep_plugin.reparameterize` does; load weights next.
 
-    ``fold_bn`` must be what it was when the weights were merged.
+    ``fold_bn`` and ``merge_linear`` must be what they were when the weights were merged.
     """
-    return _rebuilt(model, data_preprocessor, [{"step": "reparameterize", "fold_bn": fold_bn}])
+    step = {"step": "reparameterize", "fold_bn": fold_bn, "merge_linear": merge_linear}
+    return _rebuilt(model, data_preprocessor, [step])

@@ -37,7 +37,8 @@ def rebuild_(model: nn.Module, history: Sequence[Mapping]) -> nn.Module:
         if step.get("step") == "prune":
             apply_plan(model, as_plan(step["plan"]), verify=False)
         elif step.get("step") == "reparameterize":
-            model, _ = reparameterize(model, inplace=True, verify=False, fold_bn=step["fold_bn"])
+            how = {key: step[key] for key in ("fold_bn", "merge_linear")}
+            model, _ = reparameterize(model, inplace=True, verify=False, **how)
         else:
             raise ValueError(f"unknown step {step.get('step')!r} in the history, expected one of {STEPS}")
     model.train(training)

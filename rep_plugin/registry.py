@@ -13,7 +13,7 @@ MODELS = Registry(
     "model",
     parent=ROOT_MODELS,
     scope="rep_plugin",
-    locations=[f"rep_plugin.mm_{name}" for name in ("models", "bilinear", "convs", "expand", "pruned")],
+    locations=[f"rep_plugin.mm_{name}" for name in ("models", "backbones", "bilinear", "convs", "expand", "pruned")],
 )
 HOOKS = Registry("hook", parent=ROOT_HOOKS, scope="rep_plugin", locations=["rep_plugin.hooks"])
 OPTIM_WRAPPERS = Registry(

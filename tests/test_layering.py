@@ -21,8 +21,11 @@ LAYERS = {
     "heads": {"functional", "blocks", "backbones", "necks", "heads"},
     "verify": set(),
     "report": set(),
-    "reparam": {"functional", "blocks", "heads", "reparam", "verify", "report"},
-    "pruning": {"functional", "blocks", "necks", "pruning", "verify", "report"},
+    "reparam": {"functional", "blocks", "heads", "reparam", "verify", "report", "history"},
+    "convert": {"backbones", "reparam", "checkpoint"},
+    "history": set(),
+    "rebuild": {"history", "pruning", "reparam"},
+    "pruning": {"functional", "blocks", "necks", "pruning", "verify", "report", "history"},
 }
 TORCH_ONLY = {"functional", "blocks", "backbones", "pruning", "verify", "report", "reparam", "necks", "heads"}
 

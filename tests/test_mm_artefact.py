@@ -89,7 +89,7 @@ def test_a_config_that_builds_another_network_is_refused(model, tmp_path, monkey
         return cfg
 
     monkeypatch.setattr(mm_artefact, "deploy_config", wrong)
-    with pytest.raises(EquivalenceError, match="built from deploy.py differs"):
+    with pytest.raises(EquivalenceError, match="built from the written config differs"):
         write_deployed(model, CONFIG, tmp_path, torch.randn(2, 3, 64, 64) * 10)
     assert not list(tmp_path.iterdir())
 

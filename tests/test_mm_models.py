@@ -20,9 +20,10 @@ from mmpretrain.registry import MODELS, HOOKS
 with DefaultScope.overwrite_default_scope("mmpretrain"):
     print(type(MODELS.build(dict(type="rep_plugin.RepMobileNetV2", widen_factor=0.35))).__module__)
     print(type(HOOKS.build(dict(type="rep_plugin.ReparamHook"))).__name__)
+    print(type(MODELS.build(dict(type="rep_plugin.MobileOne"))).__module__)
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
-    assert done.stdout.split() == ["rep_plugin.mm_models", "ReparamHook"], done.stderr
+    assert done.stdout.split() == ["rep_plugin.mm_models", "ReparamHook", "rep_plugin.mm_backbones"], done.stderr
 
 
 def test_classifier_with_stock_neck_and_head():

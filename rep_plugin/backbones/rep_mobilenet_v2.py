@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from rep_plugin.backbones.loading import load_whole
+from rep_plugin.backbones.staged import StagedNetwork, check_maps, check_strides
 from rep_plugin.backbones.warm_start import adapt_hook, adapt_state_dict_
 from rep_plugin.blocks.activations import build_activation
 from rep_plugin.blocks.base import RepBlock
@@ -29,7 +29,7 @@ def make_divisible(value: float, divisor: int = 8) -> int:
     return rounded + divisor if rounded < 0.9 * value else rounded
 
 
-class RepMobileNetV2(nn.Module):
+class RepMobileNetV2(StagedNetwork):
     """Rep-MobileNetV2 without a classifier.
 
     (N, in_channels, H, W) -> tuple of maps, one for each of ``out_indices``: 0 to 6 are the stages, 7 the last feature
@@ -60,24 +60,16 @@ class RepMobileNetV2(nn.Module):
         super().__init__()
         if not isinstance(widen_factor, (int, float)) or not 0 < widen_factor < 100:
             raise ValueError(f"widen_factor must be a number > 0 (and < 100), got {widen_factor!r}")
-        for name, value in (("branches", branches), ("out_indices", out_indices), ("strides", strides)):
-            if isinstance(value, (str, int)) or value is None:
-                raise ValueError(f"{name} must be a tuple, got {value!r}")
-        if not isinstance(in_channels, int) or in_channels < 1:
-            raise ValueError(f"in_channels must be a whole number >= 1, got {in_channels!r}")
-        if len(strides) != len(STAGES) + 1 or any(s not in (1, 2) for s in strides):
-            raise ValueError(
-                f"strides must be {len(STAGES) + 1} numbers of 1 or 2 (stem, stages), got {tuple(strides)}"
-            )
+        if isinstance(branches, (str, int)) or branches is None:
+            raise ValueError(f"branches must be a tuple, got {branches!r}")
         if last_kernel not in (1, 3):
             raise ValueError(f"last_kernel must be 1 or 3, got {last_kernel}")
-        bad = [i for i in out_indices if i not in range(len(STAGES) + 1)]
-        if bad:
-            raise ValueError(f"out_indices must lie in 0..{len(STAGES)}, got {bad[0]}")
-        self.widen_factor, self.out_indices, self.strides = widen_factor, tuple(out_indices), tuple(strides)
+        self.out_indices = check_maps(in_channels, out_indices, len(STAGES) + 1)
+        self.widen_factor, self.strides = widen_factor, check_strides(strides, len(STAGES))
 
         width = make_divisible(32 * widen_factor)
         self.stem = self._plain(in_channels, width, 3, strides[0], act, deploy)
+        self.stem_channels, self.stem_reduction = width, strides[0]
         stages, self.out_channels = [], []
         for (expand_ratio, channels, depth), stride in zip(STAGES, strides[1:]):
             out = make_divisible(channels * widen_factor)
@@ -115,18 +107,13 @@ class RepMobileNetV2(nn.Module):
         activation = build_activation(act, out_channels)
         return RepBlock(in_channels, out_channels, kernel_size, chains, stride=stride, act=activation, deploy=deploy)
 
-    def _init_parameters(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                # torch's fan_out forgets the groups: depthwise kernels would start 1 / sqrt(channels) too small, and with
-                # a BN behind them learn far too fast.
-                fan_out = module.weight.shape[0] * module.weight[0, 0].numel() // module.groups
-                nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for module in self.modules():
-            if isinstance(module, RepBlock):
-                module.init_gains_()
+    def finish(self, x: Tensor) -> Tensor:
+        """Return the last convolution's map, given the last stage's."""
+        return self.last_conv(x)
+
+    def drop_finish(self) -> None:
+        """Remove the last convolution."""
+        self.last_conv = nn.Identity()
 
     def load_state_dict(self, state_dict: Mapping, strict: bool = True, assign: bool = False):
         """As torch's, but a strict load that does not fit raises before anything is loaded.
@@ -135,7 +122,7 @@ class RepMobileNetV2(nn.Module):
         """
         state_dict = copy.copy(state_dict)
         adapt_state_dict_(self, state_dict)
-        return load_whole(self, super().load_state_dict, state_dict, strict, assign)
+        return super().load_state_dict(state_dict, strict, assign)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.stem(x)

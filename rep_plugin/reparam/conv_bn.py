@@ -1,69 +1,54 @@
-"""Folding a network's own Conv-BN pairs, found on its graph: the BN must be the convolution's only reader."""
-
-import inspect
+"""Folding a network's own BNs, found on its graph, into the convolutions before or behind them."""
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rep_plugin.blocks.base import RepBlock
-from rep_plugin.functional.kernels import fold_bn
+from rep_plugin.functional.kernels import bn_scale_shift
+from rep_plugin.functional.padded import compose_padded
+from rep_plugin.reparam.reading import (
+    affine_conv,
+    after_affine,
+    is_plain_bn,
+    is_plain_conv,
+    read_layer,
+)
+from rep_plugin.reparam.tracing import Readers, TracedPart, trace_parts
 
 
-class _LeafTracer(fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return isinstance(module, (RepBlock, nn.Conv2d, _BatchNorm)) or super().is_leaf_module(module, qualified_name)
+def _is_affine(bn: nn.Module) -> bool:
+    """True for a BN that is an affine map in eval mode, whatever it applies afterwards."""
+    activated = type(bn).__name__ in {"BatchNormAct2d", "SyncBatchNormAct"} and isinstance(bn, _BatchNorm)
+    return is_plain_bn(bn) or (activated and bn.running_var is not None)
 
 
-class TraceError(RuntimeError):
-    """The model's forward cannot be traced symbolically."""
+def find_pairs(model: nn.Module, part: TracedPart) -> list[tuple[str, str, bool]]:
+    """Return (conv, bn, whether the BN comes first) of a traced part, by name in the model.
 
-
-def find_conv_bn_pairs(model: nn.Module) -> list[tuple[str, str]]:
-    """Return the (conv, bn) module names where the BN alone reads the convolution, each called once.
-
-    Raises TraceError, with the reason, where torch.fx cannot trace the model.
+    A BN behind a convolution must be its only reader; one in front must have only unpadded convolutions as readers, one
+    pair for each. Every module must be called once.
     """
-    # Flags with a default keep it: mmpretrain's classifiers (mode, data_samples) and mmcv's ConvModule branch on theirs.
-    arguments = inspect.signature(model.forward).parameters.values()
-    concrete = {a.name: a.default for a in arguments if isinstance(a.default, (bool, int, float, str, type(None)))}
-    try:
-        graph = _LeafTracer().trace(model, concrete)
-    except Exception as error:  # fx raises whatever the traced code raises on a proxy
-        raise TraceError(f"torch.fx cannot trace {type(model).__name__}: {str(error).splitlines()[0]}") from error
-    modules = dict(model.named_modules())
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    uses = [node.target for node in calls]
-    pairs = []
-    for node in calls:
-        bn = modules[node.target]
-        source = node.args[0] if node.args else None
-        if not isinstance(bn, _BatchNorm) or not isinstance(source, fx.Node) or source.op != "call_module":
+    readers, pairs = Readers(model, part), []
+    for node in readers.calls:
+        bn = readers.module(node)
+        if bn is None or not _is_affine(bn):
             continue
-        conv = modules[source.target]
-        called_once = uses.count(node.target) == 1 and uses.count(source.target) == 1
-        if isinstance(conv, nn.Conv2d) and len(source.users) == 1 and called_once and bn.running_var is not None:
-            pairs.append((source.target, node.target))
+        source = readers.source(node)
+        if source is not None and is_plain_conv(readers.module(source)):
+            pairs.append((part.full_name(source.target), part.full_name(node.target), False))
+            continue
+        behind = readers.readers(node)
+        convs = [readers.module(reader) for reader in behind]
+        if behind and is_plain_bn(bn) and all(is_plain_conv(c) and not any(c.padding) for c in convs):
+            pairs += [(part.full_name(reader.target), part.full_name(node.target), True) for reader in behind]
     return pairs
 
 
 def find_pairs_by_parts(model: nn.Module) -> tuple[list[tuple[str, str]], list[str]]:
-    """Return the (conv, bn) pairs of a model and the names of the parts that could not be traced.
-
-    Where torch.fx cannot trace a module as a whole, its children are traced one by one, and so on: a detector may be
-    untraceable, its backbone hardly is. A pair is then the BN that alone reads the convolution inside such a part.
-    """
-    try:
-        return find_conv_bn_pairs(model), []
-    except TraceError:
-        pairs, untraced = [], [""]
-    for name, child in model.named_children():
-        if isinstance(child, (RepBlock, nn.Conv2d, _BatchNorm)) or not any(child.children()):
-            continue
-        inner, lost = find_pairs_by_parts(child)
-        pairs += [(f"{name}.{conv}", f"{name}.{bn}") for conv, bn in inner]
-        untraced += [f"{name}.{part}" if part else name for part in lost]
-    return pairs, untraced
+    """Return the (conv, bn) names where a BN alone reads the convolution, and what torch.fx could not trace."""
+    parts, failures = trace_parts(model)
+    pairs = [pair for part in parts for pair in find_pairs(model, part)]
+    return [(conv, bn) for conv, bn, bn_first in pairs if not bn_first], failures
 
 
 def _after_bn(bn: _BatchNorm) -> nn.Module:
@@ -82,28 +67,44 @@ def replace_module_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
             setattr(parent, name, new)
 
 
-@torch.no_grad()
-def fold_conv_bn_(model: nn.Module) -> list[tuple[str, str]]:
-    """Fold every Conv-BN pair of an eval-mode model in place and return their (conv, bn) names.
+def _fold_(conv: nn.Conv2d, before: _BatchNorm | None, behind: _BatchNorm | None) -> None:
+    folded = read_layer(conv, None, conv.weight.device)
+    if before is not None:
+        folded = compose_padded(affine_conv(*bn_scale_shift(before, torch.float64)), folded)
+    if behind is not None:
+        folded = after_affine(folded, *bn_scale_shift(behind, torch.float64))
+    conv.weight.copy_(folded.params.kernel)
+    bias = folded.params.bias.to(conv.weight.dtype)
+    if conv.bias is None:
+        conv.bias = nn.Parameter(bias, conv.weight.requires_grad)
+    else:
+        conv.bias.copy_(bias)
 
-    The convolution keeps its place, with a bias; the BN's becomes Identity (or the activation it carried). Computed in
-    float64. Raises TraceError where the model cannot be traced, RuntimeError for a BN in train mode; the model is then as
-    it was.
+
+@torch.no_grad()
+def fold_conv_bn_(model: nn.Module) -> tuple[list[tuple[str, str, bool]], list[str]]:
+    """Fold every Conv-BN and every BN-Conv (unpadded) pair of an eval-mode model in place.
+
+    Returns the pairs, see :func:`find_pairs`, and what torch.fx could not trace, see
+    :func:`rep_plugin.reparam.tracing.trace_parts`. The convolution keeps its place, with a bias; the BN's becomes
+    Identity (or the activation it carried). Computed in float64. Raises RuntimeError for a BN in train mode; the model is
+    then as it was.
     """
-    pairs = find_conv_bn_pairs(model)
-    training = [bn for _, bn in pairs if model.get_submodule(bn).training]
+    parts, failures = trace_parts(model)
+    pairs = [pair for part in parts for pair in find_pairs(model, part)]
+    training = [bn for _, bn, _ in pairs if model.get_submodule(bn).training]
     if training:
         raise RuntimeError(
             f"BN {training[0]!r} is in train mode (batch statistics cannot be folded): call model.eval()"
         )
-    for conv_name, bn_name in pairs:
-        conv, bn = model.get_submodule(conv_name), model.get_submodule(bn_name)
-        bias = None if conv.bias is None else conv.bias.double()
-        kernel, bias = fold_bn(conv.weight.double(), bn, bias)
-        conv.weight.copy_(kernel)
-        conv.bias = nn.Parameter(bias.to(conv.weight.dtype))
-        model.set_submodule(bn_name, _after_bn(bn))
-    return pairs
+    sides: dict[str, dict[bool, nn.Module]] = {}
+    for conv_name, bn_name, bn_first in pairs:
+        sides.setdefault(conv_name, {})[bn_first] = model.get_submodule(bn_name)
+    for conv_name, bns in sides.items():  # both sides at once: rounded once
+        _fold_(model.get_submodule(conv_name), bns.get(True), bns.get(False))
+    for bn_name in dict.fromkeys(bn for _, bn, _ in pairs):
+        model.set_submodule(bn_name, _after_bn(model.get_submodule(bn_name)))
+    return pairs, failures
 
 
 @torch.no_grad()

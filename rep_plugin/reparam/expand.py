@@ -74,9 +74,7 @@ def _choose(model: nn.Module, where: Where, twin: nn.Module) -> tuple[list[tuple
         else:
             take.append((name, bn_of[name]))
     notes = [f"{len(names)} left as they are, {reason}: {', '.join(names)}" for reason, names in reasons.items()]
-    if untraced:
-        parts = ", ".join(type(model.get_submodule(part)).__name__ for part in untraced[:3])
-        notes.append(f"torch.fx cannot trace {parts}: the parts were traced one by one")
+    notes += [f"not traced, only the parts inside: {failure}" for failure in untraced]
     if not take:
         raise ValueError(
             f"where={where!r} selects nothing of {len(convs)} convolutions to expand"

@@ -11,11 +11,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rep_plugin.blocks.conv_like import ConvLike
 from rep_plugin.history import history_of, record_
 from rep_plugin.reparam.adapters import find_adapter
-from rep_plugin.reparam.conv_bn import TraceError, absorb_biases_, fold_conv_bn_, replace_module_
+from rep_plugin.reparam.conv_bn import absorb_biases_, fold_conv_bn_
+from rep_plugin.reparam.reading import CONV_NORM_CLASSES
+from rep_plugin.reparam.sequences import merge_linear_
 from rep_plugin.report import BlockReport, Report, count_macs, count_params
 from rep_plugin.verify import EquivalenceError, default_inputs, verify_equivalence
 
 TOLERANCE = 1e-9  # relative, in float64
+# These are proven end to end: under the block's own name stands another part of the whole than before.
+CONV_BN, BN_CONV, SEQUENCE = "Conv-BN", "BN-Conv", "linear sequence"
+MERGE_METHODS = ("fuse", "reparameterize", "switch_to_deploy", "merge_kernel", "local_inject", "fuse_convs")
 
 
 def _refuse_train_mode(model: nn.Module) -> None:
@@ -28,28 +33,76 @@ def _refuse_train_mode(model: nn.Module) -> None:
 
 
 def _merge_blocks(model: nn.Module) -> tuple[nn.Module, list[BlockReport]]:
-    """Merge every module that has an adapter, outermost first; return the model (the root may be replaced)."""
-    blocks = []
-    names = [name for name, _ in model.named_modules()]
-    done: list[str] = []
-    for name in names:
-        if any(name == d or name.startswith(f"{d}.") for d in done if d) or (done and done[0] == ""):
-            continue
-        module = model.get_submodule(name)
+    """Merge every module that has an adapter, outermost first; return the model (the root may be replaced).
+
+    What a merge leaves is looked through as well: a block may be merged in part. A module that stands in several places is
+    merged once and stays shared.
+    """
+    blocks: list[BlockReport] = []
+    done: dict[nn.Module, nn.Module] = {}
+
+    def visit(name: str, module: nn.Module) -> nn.Module:
+        if module in done:
+            return done[module]
+        merged = module
         adapter = find_adapter(module)
-        if adapter is None:
-            continue
-        try:
-            merged = adapter.merge(module)
-        except (ValueError, RuntimeError, TypeError) as error:
-            raise type(error)(f"block {name!r} ({adapter.name}): {error}") from error
-        if name == "":
-            model = merged
-        elif merged is not module:
-            replace_module_(model, module, merged)
-        blocks.append(BlockReport(name, adapter.name))
-        done.append(name)
-    return model, blocks
+        if adapter is not None:
+            try:
+                merged = adapter.merge(module)
+            except (ValueError, RuntimeError, TypeError) as error:
+                raise type(error)(f"block {name!r} ({adapter.name}): {error}") from error
+            blocks.append(BlockReport(name, adapter.name))
+        done[module] = done[merged] = merged
+        for key, child in list(merged._modules.items()):
+            if child is not None and (new := visit(f"{name}.{key}" if name else key, child)) is not child:
+                merged._modules[key] = new
+        return merged
+
+    return visit("", model), blocks
+
+
+def _can_merge_itself(module: nn.Module) -> bool:
+    return any(callable(getattr(type(module), method, None)) for method in MERGE_METHODS)
+
+
+def _holds_bn(module: nn.Module) -> bool:
+    return any(isinstance(m, _BatchNorm) for m in module.modules())
+
+
+def _find_self_merging(model: nn.Module) -> dict[str, str]:
+    """Names and classes of the innermost modules with a BN that can merge themselves.
+
+    One convolution and its BN is not meant: that is a matter of ``fold_bn``.
+    """
+    able = [name for name, module in model.named_modules() if _can_merge_itself(module)]
+    inner = [
+        name
+        for name in able
+        if not any(other.startswith(f"{name}." if name else "") for other in able if other != name)
+    ]
+    modules = dict(model.named_modules())
+    return {
+        name: f"{type(modules[name]).__module__}.{type(modules[name]).__qualname__}"
+        for name in inner
+        if _holds_bn(modules[name]) and type(modules[name]).__name__ not in CONV_NORM_CLASSES
+    }
+
+
+def _note_unknown(model: nn.Module, able: dict[str, str], blocks: list[BlockReport]) -> list[str]:
+    """One line for each class of ``able`` that no adapter merged, around it or in it, and that still holds BNs."""
+    merged = [block.name for block in blocks]
+    left: dict[str, list[str]] = {}
+    for name, kind in able.items():
+        known = any(
+            f"{name}.".startswith(f"{m}." if m else "") or m.startswith(f"{name}." if name else "") for m in merged
+        )
+        if not known and _holds_bn(model.get_submodule(name)):
+            left.setdefault(kind, []).append(name)
+    return [
+        f"not merged: {len(names)} of {kind}, first {names[0]!r}: it can merge itself, but there is no adapter for it here "
+        "(rep_plugin.reparam.register_adapter)"
+        for kind, names in left.items()
+    ]
 
 
 @dataclass
@@ -62,19 +115,23 @@ class _Conversion:
     notes: list[str]
 
 
-def _convert(model: nn.Module, fold_bn: bool) -> _Conversion:
+def _convert(model: nn.Module, fold_bn: bool, merge_linear: bool = False) -> _Conversion:
+    able = _find_self_merging(model)
     bias_free = [name for name, m in model.named_modules() if name and isinstance(m, ConvLike) and m.bias_free]
     model, blocks = _merge_blocks(model)
     merged = {block.name: model.get_submodule(block.name) for block in blocks}
     convs = {name: copy.deepcopy(m) for name, m in merged.items() if isinstance(m, nn.Conv2d)}
-    notes = []
+    merged_blocks, notes = list(blocks), []
     if not fold_bn and (biased := absorb_biases_(model, bias_free)):
         notes.append(f"{len(biased)} convolutions keep a bias, as no BN alone reads them: {', '.join(biased)}")
+    if merge_linear:
+        for name, layers in merge_linear_(model):
+            blocks.append(BlockReport(name, f"{SEQUENCE} ({', '.join(layers)})"))
     if fold_bn and any(isinstance(m, _BatchNorm) for m in model.modules()):
-        try:
-            blocks += [BlockReport(conv, f"Conv-BN ({bn})") for conv, bn in fold_conv_bn_(model)]
-        except TraceError as error:
-            notes.append(f"the network's own BNs were not folded: {error}")
+        pairs, failures = fold_conv_bn_(model)
+        blocks += [BlockReport(conv, f"{BN_CONV if first else CONV_BN} ({bn})") for conv, bn, first in pairs]
+        notes += [f"not traced, only the parts inside: {failure}" for failure in failures]
+    notes += _note_unknown(model, able, merged_blocks)
     if not blocks:
         raise ValueError(f"{type(model).__name__} holds no block that can be merged" + "".join(f"; {n}" for n in notes))
     return _Conversion(model, blocks, convs, notes)
@@ -97,15 +154,21 @@ def reparameterize(
     inplace: bool = False,
     verify: bool = True,
     fold_bn: bool = True,
+    merge_linear: bool = False,
 ) -> tuple[nn.Module, Report]:
     """Merge all branches of every block into one convolution each; return the merged model and a report.
 
     ``model`` must be in eval mode. By default a copy is merged; ``inplace=True`` changes the given one. ``verify`` merges
     a float64 twin first and compares it with the original, block by block and end to end, on ``example_input`` (N, C, H,
     W) and on random inputs, an odd size among them; relative tolerance 1e-9. ``fold_bn`` also folds the network's own
-    Conv-BN pairs. ``fold_bn=False`` keeps them: look-alikes (:mod:`rep_plugin.blocks.conv_like`) become the plain
-    convolutions they stand for, the merged bias going into the next BN's running mean, so that the state dict is that of
-    the stock network.
+    Conv-BN pairs, and BNs in front of unpadded convolutions. ``fold_bn=False`` keeps them: look-alikes
+    (:mod:`rep_plugin.blocks.conv_like`) become the plain convolutions they stand for, the merged bias going into the next
+    BN's running mean, so that the state dict is that of the stock network. ``merge_linear`` also merges linear sequences
+    that were trained as separate, zero-padded layers, exact at the border, where that costs no more multiply-adds.
+
+    Multi-branch blocks of timm, mmpretrain and the official repositories are known
+    (:mod:`rep_plugin.reparam.foreign`). The root itself may be replaced: use the returned model. Modules that can merge
+    themselves but are not known here are named in ``report.notes``.
 
     Raises RuntimeError in train mode, ValueError where the model holds nothing to merge, and
     :class:`rep_plugin.verify.EquivalenceError` where the proof fails, with the first block that is off. The model is
@@ -115,31 +178,33 @@ def reparameterize(
     history = history_of(model)
     _refuse_train_mode(model)
     inputs = default_inputs(model, example_input)
-    report = Report("reparameterize", count_params(model), 0, input_shape=tuple(inputs[0].shape))
-    report.macs_before = count_macs(model, inputs[0])
+    counted = inputs[0] if example_input is not None else inputs[0][:1]
+    report = Report("reparameterize", count_params(model), 0, input_shape=tuple(counted.shape))
+    report.macs_before = count_macs(model, counted)
     twin = None
     if verify:
-        twin = _convert(copy.deepcopy(model).double(), fold_bn)
+        twin = _convert(copy.deepcopy(model).double(), fold_bn, merge_linear)
         report.notes += _prove(model, twin, inputs, report)
     elif inplace:
-        _convert(copy.deepcopy(model), fold_bn)  # a block that cannot be merged must not leave others merged
-    done = _convert(model if inplace else copy.deepcopy(model), fold_bn)
+        _convert(copy.deepcopy(model), fold_bn, merge_linear)  # an unmergeable block must not leave others merged
+    done = _convert(model if inplace else copy.deepcopy(model), fold_bn, merge_linear)
     merged, report.blocks = done.model, done.blocks
     if twin is not None:
         merged.load_state_dict(twin.model.state_dict())  # rounded once, where two steps in float32 round twice
         _check_cast(merged, twin.model)
         report.blocks = twin.blocks
-    report.params_after, report.macs_after = count_params(merged), count_macs(merged, inputs[0])
+    report.params_after, report.macs_after = count_params(merged), count_macs(merged, counted)
     report.notes += done.notes
-    record_(merged, history, step="reparameterize", fold_bn=fold_bn)
+    record_(merged, history, step="reparameterize", fold_bn=fold_bn, merge_linear=merge_linear)
     report.seconds = time.perf_counter() - started
     return merged, report
 
 
 def _prove(model: nn.Module, twin: _Conversion, inputs: list[Tensor], report: Report) -> list[str]:
     """Compare the float64 twin with the model, fill in the report's errors, and return notes."""
+    proven_whole = (CONV_BN, BN_CONV, SEQUENCE)
     blocks = twin.blocks
-    names = [block.name for block in blocks if block.name and not block.kind.startswith("Conv-BN")]
+    names = [block.name for block in blocks if block.name and not block.kind.startswith(proven_whole)]
     found = verify_equivalence(model, twin.model, inputs, names, TOLERANCE, twin.convs)
     for block in blocks:
         if block.name in found.not_run:

@@ -1,0 +1,87 @@
+"""MobileOne: depthwise and pointwise blocks in turn. Vasu et al., "MobileOne" (CVPR 2023)."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from rep_plugin.backbones.staged import StagedNetwork, check_maps, check_stages, check_strides, pick_arch
+from rep_plugin.blocks.families import MobileOneBlock
+from rep_plugin.blocks.squeeze_excite import relu_after
+
+_DEPTHS = (2, 8, 10, 1)
+
+
+@dataclass(frozen=True)
+class MobileOneArch:
+    """Width factors of 64, 128, 256 and 512, copies of every convolution, blocks of each stage and how many of them,
+    the last ones, have attention.
+    """
+
+    widths: Sequence[float]
+    copies: int = 1
+    depths: Sequence[int] = _DEPTHS
+    se_blocks: Sequence[int] = (0, 0, 0, 0)
+
+    def __post_init__(self):
+        check_stages(widths=self.widths, depths=self.depths)
+        if len(self.se_blocks) != len(self.depths) or any(not 0 <= n <= d for n, d in zip(self.se_blocks, self.depths)):
+            raise ValueError(f"se_blocks must be 0 to {tuple(self.depths)} (depths), got {tuple(self.se_blocks)}")
+
+
+# Table 2 of the paper.
+ARCHS = {
+    "s0": MobileOneArch((0.75, 1.0, 1.0, 2.0), copies=4),
+    "s1": MobileOneArch((1.5, 1.5, 2.0, 2.5)),
+    "s2": MobileOneArch((1.5, 2.0, 2.5, 4.0)),
+    "s3": MobileOneArch((2.0, 2.5, 3.0, 4.0)),
+    "s4": MobileOneArch((3.0, 3.5, 3.5, 4.0), se_blocks=(0, 0, 5, 1)),
+}
+
+
+class MobileOne(StagedNetwork):
+    """MobileOne without a classifier.
+
+    (N, in_channels, H, W) -> tuple of maps, one for each of ``out_indices`` (0 to 3, the stages), at the strides that
+    ``strides`` (stem, then four stages) add up to. A stage is a Sequential of depthwise 3x3 and pointwise blocks in turn.
+
+    ``arch``: a name of ``ARCHS``, or a dict of :class:`MobileOneArch`'s fields. ``deploy=True`` builds the merged network
+    directly. Raises ValueError for an unknown arch, a bad stride list or index.
+    """
+
+    def __init__(
+        self,
+        arch: str | Mapping = "s0",
+        out_indices: Sequence[int] = (3,),
+        in_channels: int = 3,
+        strides: Sequence[int] = (2, 2, 2, 2, 2),
+        deploy: bool = False,
+    ):
+        super().__init__()
+        settings: MobileOneArch = pick_arch(arch, ARCHS, "MobileOne")
+        count = len(settings.depths)
+        self.out_indices = check_maps(in_channels, out_indices, count)
+        self.arch, self.strides = arch, check_strides(strides, count)
+        self.out_channels = [int(64 * 2**i * factor) for i, factor in enumerate(settings.widths)]
+        self.reductions = [math.prod(strides[: i + 2]) for i in range(count)]
+        self.stem_channels, self.stem_reduction = min(64, self.out_channels[0]), strides[0]
+
+        width = self.stem_channels
+        self.stem = MobileOneBlock(in_channels, width, 3, strides[0], act=relu_after(width, False), deploy=deploy)
+        stages = []
+        for depth, attended, out, stride in zip(
+            settings.depths, settings.se_blocks, self.out_channels, strides[1:], strict=True
+        ):
+            blocks = []
+            for index in range(depth):
+                se = index >= depth - attended
+                options = {"deploy": deploy, "copies": settings.copies}
+                act = relu_after(width, se)
+                step = stride if index == 0 else 1
+                blocks.append(MobileOneBlock(width, width, 3, step, groups=width, act=act, **options))
+                blocks.append(MobileOneBlock(width, out, 1, act=relu_after(out, se), **options))
+                width = out
+            stages.append(nn.Sequential(*blocks))
+        self.stages = nn.Sequential(*stages)
+        self._init_parameters()

@@ -1,0 +1,178 @@
+"""RepLKNet: depthwise kernels up to 31x31. Ding et al., "Scaling Up Your Kernels to 31x31" (CVPR 2022)."""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rep_plugin.backbones.staged import StagedNetwork, check_maps, check_stages, pick_arch
+from rep_plugin.blocks.base import RepBlock
+from rep_plugin.blocks.branches import conv_bn
+from rep_plugin.blocks.families import LargeKernelBlock
+
+
+@dataclass(frozen=True)
+class RepLKNetArch:
+    """Channels, large kernels and large-kernel blocks of each stage; width of the depthwise layers against the stage's;
+    the small kernel beside each large one (0: none).
+    """
+
+    channels: Sequence[int]
+    kernels: Sequence[int] = (31, 29, 27, 13)
+    depths: Sequence[int] = (2, 2, 18, 2)
+    dw_ratio: float = 1.0
+    small_kernel: int = 5
+
+    def __post_init__(self):
+        check_stages(channels=self.channels, kernels=self.kernels, depths=self.depths)
+
+
+# Section 4.1 of the paper; XL is trained without small kernels.
+ARCHS = {
+    "31B": RepLKNetArch((128, 256, 512, 1024)),
+    "31L": RepLKNetArch((192, 384, 768, 1536)),
+    "XL": RepLKNetArch((256, 512, 1024, 2048), (27, 27, 27, 13), dw_ratio=1.5, small_kernel=0),
+}
+
+
+class DropPath(nn.Module):
+    """Leave out a residual branch of whole pictures with probability ``rate`` in training, and scale up the others'.
+
+    Huang et al., "Deep Networks with Stochastic Depth" (ECCV 2016).
+    """
+
+    def __init__(self, rate: float = 0.0):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        kept = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(1 - self.rate)
+        return x * kept.div_(1 - self.rate)
+
+    def extra_repr(self) -> str:
+        return f"{self.rate:.3f}"
+
+
+class _Parts:
+    """Builds the network's layers in training or merged form."""
+
+    def __init__(self, deploy: bool, keep_bn: bool):
+        self.deploy, self.merge_plain = deploy, deploy and not keep_bn
+
+    def plain(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, relu: bool = True):
+        chains = {} if self.merge_plain else {"conv": conv_bn(inputs, outputs, kernel, stride, groups=groups)}
+        act = nn.ReLU(inplace=True) if relu else None
+        options = {"stride": stride, "groups": groups, "act": act, "deploy": self.merge_plain}
+        return RepBlock(inputs, outputs, kernel, chains, **options)
+
+    def large(self, channels: int, kernel: int, small_kernel: int | None) -> LargeKernelBlock:
+        options = {"groups": channels, "act": nn.ReLU(inplace=True), "deploy": self.deploy}
+        return LargeKernelBlock(channels, channels, kernel, small_kernel=small_kernel, **options)
+
+
+class LargeKernelUnit(nn.Module):
+    """Residual BN, 1x1, large depthwise kernel, 1x1: (N, C, H, W) -> (N, C, H, W). Section 4.1, figure 4."""
+
+    def __init__(self, channels: int, inner: int, kernel: int, small: int | None, drop_path: float, parts: _Parts):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+        self.pw1 = parts.plain(channels, inner, 1)
+        self.large = parts.large(inner, kernel, small)
+        self.pw2 = parts.plain(inner, channels, 1, relu=False)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.pw2(self.large(self.pw1(self.norm(x)))))
+
+
+class ConvFFN(nn.Module):
+    """Residual BN, 1x1, GELU, 1x1: (N, C, H, W) -> (N, C, H, W). Section 4.1, figure 4."""
+
+    def __init__(self, channels: int, inner: int, drop_path: float, parts: _Parts):
+        super().__init__()
+        self.ffn_norm = nn.BatchNorm2d(channels)
+        self.pw1 = parts.plain(channels, inner, 1, relu=False)
+        self.gelu = nn.GELU()
+        self.pw2 = parts.plain(inner, channels, 1, relu=False)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.pw2(self.gelu(self.pw1(self.ffn_norm(x)))))
+
+
+class RepLKNet(StagedNetwork):
+    """RepLKNet without a classifier.
+
+    (N, in_channels, H, W) -> tuple of maps, one for each of ``out_indices`` (0 to 3, the stages), at strides 4, 8, 16, 32.
+    A stage is a ``transition`` (from the second on), then large-kernel units and ConvFFNs in turn.
+
+    ``arch``: a name of ``ARCHS``, or a dict of :class:`RepLKNetArch`'s fields. ``small_kernel`` None is the arch's own, 0
+    none. ``drop_path_rate`` grows along the depth from 0. ``norm_maps`` puts a BN on every map that leaves, as the authors'
+    classifiers and mmpretrain do.
+
+    ``deploy=True`` builds the merged network directly: one convolution for each large kernel, and for each 1x1 or stem
+    convolution with its BN. ``keep_bn=True`` leaves these BNs in it: the form of the deployed files that the authors and
+    mmpretrain publish. Raises ValueError for an unknown arch, a bad index, kernel or rate.
+    """
+
+    def __init__(
+        self,
+        arch: str | Mapping = "31B",
+        out_indices: Sequence[int] = (3,),
+        in_channels: int = 3,
+        small_kernel: int | None = None,
+        ffn_ratio: float = 4.0,
+        drop_path_rate: float = 0.3,
+        norm_maps: bool = True,
+        deploy: bool = False,
+        keep_bn: bool = False,
+    ):
+        super().__init__()
+        settings: RepLKNetArch = pick_arch(arch, ARCHS, "RepLKNet")
+        count = len(settings.channels)
+        self.arch, self.out_indices = arch, check_maps(in_channels, out_indices, count)
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must lie in [0, 1), got {drop_path_rate}")
+        if keep_bn and not deploy:
+            raise ValueError("keep_bn is a choice of the deployed form, expected deploy=True with it")
+        small = settings.small_kernel if small_kernel is None else small_kernel
+        self.out_channels, self.reductions = list(settings.channels), [4 * 2**i for i in range(count)]
+        self.stem_channels, self.stem_reduction = settings.channels[0], 4
+
+        parts, width = _Parts(deploy, keep_bn), settings.channels[0]
+        self.stem = nn.Sequential(
+            parts.plain(in_channels, width, 3, 2),
+            parts.plain(width, width, 3, groups=width),
+            parts.plain(width, width, 1),
+            parts.plain(width, width, 3, 2, groups=width),
+        )
+        rates = iter(torch.linspace(0, drop_path_rate, sum(settings.depths), device="cpu").tolist())
+        stages = []
+        for depth, out, kernel in zip(settings.depths, settings.channels, settings.kernels):
+            blocks = OrderedDict()
+            if stages:
+                blocks["transition"] = nn.Sequential(
+                    parts.plain(width, out, 1), parts.plain(out, out, 3, 2, groups=out)
+                )
+            width, inner = out, int(out * settings.dw_ratio)
+            for index in range(depth):
+                rate = next(rates)
+                blocks[f"{2 * index}"] = LargeKernelUnit(width, inner, kernel, small or None, rate, parts)
+                blocks[f"{2 * index + 1}"] = ConvFFN(width, int(width * ffn_ratio), rate, parts)
+            stages.append(nn.Sequential(blocks))
+        self.stages = nn.Sequential(*stages)
+        leaving = sorted(set(self.out_indices)) if norm_maps else []
+        self.norms = nn.ModuleDict({str(index): nn.BatchNorm2d(self.out_channels[index]) for index in leaving})
+        self._init_parameters()
+
+    def outgoing(self, index: int, x: Tensor) -> Tensor:
+        """Return the map of stage ``index``, normalised where it has a BN."""
+        return self.norms[str(index)](x) if str(index) in self.norms else x
+
+    def drop_finish(self) -> None:
+        """Remove the BNs of the maps that leave."""
+        self.norms = nn.ModuleDict()

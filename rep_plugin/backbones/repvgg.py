@@ -1,0 +1,85 @@
+"""RepVGG: four stages of 3x3 blocks. Ding et al., "RepVGG: Making VGG-style ConvNets Great Again" (CVPR 2021)."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from rep_plugin.backbones.staged import StagedNetwork, check_maps, check_stages, check_strides, pick_arch
+from rep_plugin.blocks.families import RepVGGBlock
+from rep_plugin.blocks.squeeze_excite import relu_after
+
+
+@dataclass(frozen=True)
+class RepVGGArch:
+    """Blocks of each stage, width factors of 64, 128, 256 and 512, groups of every second layer, attention."""
+
+    depths: Sequence[int]
+    widths: Sequence[float]
+    groups: int = 1
+    se: bool = False
+
+    def __post_init__(self):
+        check_stages(depths=self.depths, widths=self.widths)
+
+
+_A, _B, _D = (2, 4, 14, 1), (4, 6, 16, 1), (8, 14, 24, 1)
+# Tables 2 and 3 of the paper; D2se came later, with the authors' code.
+ARCHS = {
+    "A0": RepVGGArch(_A, (0.75, 0.75, 0.75, 2.5)),
+    "A1": RepVGGArch(_A, (1, 1, 1, 2.5)),
+    "A2": RepVGGArch(_A, (1.5, 1.5, 1.5, 2.75)),
+    "B0": RepVGGArch(_B, (1, 1, 1, 2.5)),
+    **{f"B1{g and f'g{g}'}": RepVGGArch(_B, (2, 2, 2, 4), g or 1) for g in ("", 2, 4)},
+    **{f"B2{g and f'g{g}'}": RepVGGArch(_B, (2.5, 2.5, 2.5, 5), g or 1) for g in ("", 2, 4)},
+    **{f"B3{g and f'g{g}'}": RepVGGArch(_B, (3, 3, 3, 5), g or 1) for g in ("", 2, 4)},
+    "D2se": RepVGGArch(_D, (2.5, 2.5, 2.5, 5), se=True),
+}
+
+
+class RepVGG(StagedNetwork):
+    """RepVGG without a classifier.
+
+    (N, in_channels, H, W) -> tuple of maps, one for each of ``out_indices`` (0 to 3, the stages), at the strides that
+    ``strides`` (stem, then four stages) add up to.
+
+    ``arch``: a name of ``ARCHS``, or a dict of :class:`RepVGGArch`'s fields. ``post_bn`` trains QARepVGG's blocks, whose
+    merged weights quantise well. ``deploy=True`` builds the merged network directly. Raises ValueError for an unknown
+    arch, a bad stride list or index.
+    """
+
+    def __init__(
+        self,
+        arch: str | Mapping = "A0",
+        out_indices: Sequence[int] = (3,),
+        in_channels: int = 3,
+        strides: Sequence[int] = (2, 2, 2, 2, 2),
+        post_bn: bool = False,
+        deploy: bool = False,
+    ):
+        super().__init__()
+        settings: RepVGGArch = pick_arch(arch, ARCHS, "RepVGG")
+        count = len(settings.depths)
+        self.out_indices = check_maps(in_channels, out_indices, count)
+        self.arch, self.strides = arch, check_strides(strides, count)
+        self.out_channels = [int(64 * 2**i * factor) for i, factor in enumerate(settings.widths)]
+        self.reductions = [math.prod(strides[: i + 2]) for i in range(count)]
+        self.stem_channels, self.stem_reduction = min(64, self.out_channels[0]), strides[0]
+
+        def block(inputs: int, outputs: int, stride: int, groups: int = 1) -> RepVGGBlock:
+            act = relu_after(outputs, settings.se)
+            return RepVGGBlock(inputs, outputs, 3, stride, groups=groups, act=act, deploy=deploy, post_bn=post_bn)
+
+        self.stem = block(in_channels, self.stem_channels, strides[0])
+        stages, width, layer = [], self.stem_channels, 0
+        for depth, out, stride in zip(settings.depths, self.out_channels, strides[1:]):
+            blocks = []
+            for index in range(depth):
+                layer += 1
+                groups = settings.groups if layer % 2 == 0 else 1
+                blocks.append(block(width, out, stride if index == 0 else 1, groups))
+                width = out
+            stages.append(nn.Sequential(*blocks))
+        self.stages = nn.Sequential(*stages)
+        self._init_parameters()

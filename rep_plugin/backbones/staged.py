@@ -1,0 +1,100 @@
+"""What the backbones share: checked arguments, first weights, strict loading and the walk over the stages."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from rep_plugin.backbones.loading import load_whole
+from rep_plugin.blocks.base import RepBlock
+
+
+def check_maps(in_channels: int, out_indices: Sequence[int], count: int) -> tuple[int, ...]:
+    """Return ``out_indices`` as a tuple. Raises ValueError for an index over ``count - 1``, or no channels."""
+    if isinstance(out_indices, (str, int)) or out_indices is None:
+        raise ValueError(f"out_indices must be a tuple, got {out_indices!r}")
+    if not isinstance(in_channels, int) or in_channels < 1:
+        raise ValueError(f"in_channels must be a whole number >= 1, got {in_channels!r}")
+    if bad := [index for index in out_indices if index not in range(count)]:
+        raise ValueError(f"out_indices must lie in 0..{count - 1}, got {bad[0]}")
+    return tuple(out_indices)
+
+
+def check_strides(strides: Sequence[int], stages: int) -> tuple[int, ...]:
+    """Return ``strides`` (stem, then stages) as a tuple. Raises ValueError for another number of them, or not 1 or 2."""
+    if isinstance(strides, (str, int)) or strides is None:
+        raise ValueError(f"strides must be a tuple, got {strides!r}")
+    if len(strides) != stages + 1 or any(stride not in (1, 2) for stride in strides):
+        raise ValueError(f"strides must be {stages + 1} numbers of 1 or 2 (stem, stages), got {tuple(strides)}")
+    return tuple(strides)
+
+
+def pick_arch(arch: str | Mapping, table: Mapping[str, Any], network: str) -> Any:
+    """Return the entry of an arch table, or a new one of the same kind from a dict of its fields.
+
+    Raises ValueError for an unknown name or field.
+    """
+    if isinstance(arch, str) and arch in table:
+        return table[arch]
+    if not isinstance(arch, Mapping):
+        raise ValueError(f"unknown arch {arch!r} of {network}, expected one of {', '.join(table)} or a dict")
+    try:
+        return type(next(iter(table.values())))(**arch)
+    except TypeError as error:
+        raise ValueError(f"arch {dict(arch)} of {network}: {str(error).split('() ')[-1]}") from None
+
+
+def check_stages(**fields: Sequence) -> None:
+    """Raise ValueError unless all are sequences of one length whose values are numbers > 0."""
+    lengths = {name: len(value) for name, value in fields.items()}
+    if len(set(lengths.values())) != 1 or not min(lengths.values()):
+        raise ValueError(f"an arch needs one value a stage in each of its lists, got {lengths}")
+    for name, values in fields.items():
+        if bad := [v for v in values if not isinstance(v, (int, float)) or v <= 0]:
+            raise ValueError(f"{name} of an arch must be numbers > 0, got {bad[0]!r}")
+
+
+class StagedNetwork(nn.Module):
+    """A ``stem`` and a Sequential of ``stages``: (N, in_channels, H, W) -> the maps of ``out_indices``, as a tuple.
+
+    A subclass also sets ``out_channels`` and ``reductions``, one for each index, and the stem's ``stem_channels`` and
+    ``stem_reduction``.
+    """
+
+    def _init_parameters(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                # torch's fan_out forgets the groups: depthwise kernels would start 1 / sqrt(channels) too small, and with
+                # a BN behind them learn far too fast.
+                fan_out = module.weight.shape[0] * module.weight[0, 0].numel() // module.groups
+                nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, RepBlock):
+                module.init_gains_()
+
+    def load_state_dict(self, state_dict: Mapping, strict: bool = True, assign: bool = False):
+        """As torch's, but a strict load that does not fit raises before anything is loaded."""
+        return load_whole(self, super().load_state_dict, state_dict, strict, assign)
+
+    def outgoing(self, index: int, x: Tensor) -> Tensor:
+        """Return the map of stage ``index`` as it leaves the network; the next stage reads ``x`` itself."""
+        return x
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Return what a classifier pools, given the last stage's map."""
+        return self.outgoing(len(self.stages) - 1, x)
+
+    def drop_finish(self) -> None:
+        """Remove what :meth:`finish` adds."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.stem(x)
+        outs = []
+        for index, stage in enumerate(self.stages[: max(self.out_indices, default=0) + 1]):
+            x = stage(x)
+            if index in self.out_indices:
+                outs.append(self.outgoing(index, x))
+        return tuple(outs)
