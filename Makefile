@@ -8,6 +8,7 @@ RUN := PYTHONWARNINGS=ignore $(BIN)/python
 JOBS ?= 2
 ONE_THREAD := OMP_NUM_THREADS=1
 PYTEST := -m pytest -q --durations=10 --numprocesses $(JOBS) --dist loadfile
+FUZZ_TESTS := test_trained_and_deployed_blocks_agree or test_merged_step_equals_running_the_branches
 DEMO_DIR := work_dirs/rep_mbv2_mini_cub
 FASHION := /usr/share/datasets/fashion-mnist
 
@@ -46,6 +47,9 @@ demo: $(VENV)/.users data/mini_cub/mini_fgvc.json ## render birds, train, deploy
 test: $(VENV)/.developers fashion-mnist ## all tests on the official stack
 	$(ONE_THREAD) $(BIN)/python $(PYTEST) $(TESTS)
 
+fuzz: $(VENV)/.developers ## 2,000 random configurations for each property test of the blocks (ten minutes)
+	FUZZ=2000 $(ONE_THREAD) $(BIN)/python $(PYTEST) tests/test_blocks -k "$(FUZZ_TESTS)"
+
 test-onedl: $(ONEDL_VENV)/.developers fashion-mnist ## the same tests on the maintained fork
 	$(ONE_THREAD) $(ONEDL_VENV)/bin/python $(PYTEST) $(TESTS)
 
@@ -82,6 +86,12 @@ bench-prune-zoo: $(VENV)/.developers ## prune 30 % of 17 networks, each proven e
 
 bench-warm-start: $(VENV)/.users fashion-mnist ## stock MobileNetV2 annealed into the mergeable form against training from scratch
 	$(RUN) benchmarks/warm_start.py
+
+bench-training-cost: $(VENV)/.users ## a training step of multi-branch networks: time and memory, ours and others'
+	$(ONE_THREAD) $(RUN) benchmarks/training_cost.py
+
+bench-expand: $(VENV)/.users ## expand, train, merge back: equality at every step
+	$(ONE_THREAD) $(RUN) benchmarks/expand.py
 
 bench-foreign: $(VENV)/.developers ## every multi-branch model of timm and mmpretrain, merged and proven (20 minutes)
 	$(ONE_THREAD) $(RUN) benchmarks/foreign_models.py

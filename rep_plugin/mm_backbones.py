@@ -31,8 +31,9 @@ class RepVGG(PlainRepVGG, StagedBackbone):
         channels_last: bool = False,
         deploy: bool = False,
         init_cfg: dict | list | None = None,
+        online: bool = False,
     ):
-        super().__init__(arch, out_indices, in_channels, strides, post_bn, deploy)
+        super().__init__(arch, out_indices, in_channels, strides, post_bn, deploy, online)
         self._configure(frozen_stages, norm_eval, channels_last, init_cfg)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -56,8 +57,9 @@ class MobileOne(PlainMobileOne, StagedBackbone):
         channels_last: bool = False,
         deploy: bool = False,
         init_cfg: dict | list | None = None,
+        online: bool = False,
     ):
-        super().__init__(arch, out_indices, in_channels, strides, deploy)
+        super().__init__(arch, out_indices, in_channels, strides, deploy, online)
         self._configure(frozen_stages, norm_eval, channels_last, init_cfg)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -86,9 +88,10 @@ class RepLKNet(PlainRepLKNet, StagedBackbone):
         deploy: bool = False,
         keep_bn: bool = False,
         init_cfg: dict | list | None = None,
+        online: bool = False,
     ):
         super().__init__(
-            arch, out_indices, in_channels, small_kernel, ffn_ratio, drop_path_rate, norm_maps, deploy, keep_bn
+            arch, out_indices, in_channels, small_kernel, ffn_ratio, drop_path_rate, norm_maps, deploy, keep_bn, online
         )
         self._configure(frozen_stages, norm_eval, channels_last, init_cfg)
 

@@ -1,9 +1,18 @@
 """Oracles that several tests share: written for plainness, not for speed."""
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+FUZZ = int(os.environ.get("FUZZ", "0"))
+
+
+def examples(count: int) -> int:
+    """How many random cases a property test tries: ``count``, or FUZZ where the environment sets it (`make fuzz`)."""
+    return FUZZ or count
 
 
 def relative_error(expected: Tensor, got: Tensor) -> float:

@@ -46,8 +46,9 @@ class MobileOne(StagedNetwork):
     (N, in_channels, H, W) -> tuple of maps, one for each of ``out_indices`` (0 to 3, the stages), at the strides that
     ``strides`` (stem, then four stages) add up to. A stage is a Sequential of depthwise 3x3 and pointwise blocks in turn.
 
-    ``arch``: a name of ``ARCHS``, or a dict of :class:`MobileOneArch`'s fields. ``deploy=True`` builds the merged network
-    directly. Raises ValueError for an unknown arch, a bad stride list or index.
+    ``arch``: a name of ``ARCHS``, or a dict of :class:`MobileOneArch`'s fields. ``online=True`` merges the branches in
+    every training step (see :class:`rep_plugin.blocks.base.RepBlock`). ``deploy=True`` builds the merged network directly.
+    Raises ValueError for an unknown arch, a bad stride list or index.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class MobileOne(StagedNetwork):
         in_channels: int = 3,
         strides: Sequence[int] = (2, 2, 2, 2, 2),
         deploy: bool = False,
+        online: bool = False,
     ):
         super().__init__()
         settings: MobileOneArch = pick_arch(arch, ARCHS, "MobileOne")
@@ -68,7 +70,8 @@ class MobileOne(StagedNetwork):
         self.stem_channels, self.stem_reduction = min(64, self.out_channels[0]), strides[0]
 
         width = self.stem_channels
-        self.stem = MobileOneBlock(in_channels, width, 3, strides[0], act=relu_after(width, False), deploy=deploy)
+        form = {"deploy": deploy, "online": online}
+        self.stem = MobileOneBlock(in_channels, width, 3, strides[0], act=relu_after(width, False), **form)
         stages = []
         for depth, attended, out, stride in zip(
             settings.depths, settings.se_blocks, self.out_channels, strides[1:], strict=True
@@ -76,7 +79,7 @@ class MobileOne(StagedNetwork):
             blocks = []
             for index in range(depth):
                 se = index >= depth - attended
-                options = {"deploy": deploy, "copies": settings.copies}
+                options = {"copies": settings.copies, **form}
                 act = relu_after(width, se)
                 step = stride if index == 0 else 1
                 blocks.append(MobileOneBlock(width, width, 3, step, groups=width, act=act, **options))

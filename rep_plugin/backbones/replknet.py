@@ -60,8 +60,8 @@ class DropPath(nn.Module):
 class _Parts:
     """Builds the network's layers in training or merged form."""
 
-    def __init__(self, deploy: bool, keep_bn: bool):
-        self.deploy, self.merge_plain = deploy, deploy and not keep_bn
+    def __init__(self, deploy: bool, keep_bn: bool, online: bool):
+        self.deploy, self.merge_plain, self.online = deploy, deploy and not keep_bn, online
 
     def plain(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, relu: bool = True):
         chains = {} if self.merge_plain else {"conv": conv_bn(inputs, outputs, kernel, stride, groups=groups)}
@@ -70,7 +70,7 @@ class _Parts:
         return RepBlock(inputs, outputs, kernel, chains, **options)
 
     def large(self, channels: int, kernel: int, small_kernel: int | None) -> LargeKernelBlock:
-        options = {"groups": channels, "act": nn.ReLU(inplace=True), "deploy": self.deploy}
+        options = {"groups": channels, "act": nn.ReLU(inplace=True), "deploy": self.deploy, "online": self.online}
         return LargeKernelBlock(channels, channels, kernel, small_kernel=small_kernel, **options)
 
 
@@ -114,9 +114,11 @@ class RepLKNet(StagedNetwork):
     none. ``drop_path_rate`` grows along the depth from 0. ``norm_maps`` puts a BN on every map that leaves, as the authors'
     classifiers and mmpretrain do.
 
-    ``deploy=True`` builds the merged network directly: one convolution for each large kernel, and for each 1x1 or stem
-    convolution with its BN. ``keep_bn=True`` leaves these BNs in it: the form of the deployed files that the authors and
-    mmpretrain publish. Raises ValueError for an unknown arch, a bad index, kernel or rate.
+    ``online=True`` merges the large and the small kernel in every training step (see
+    :class:`rep_plugin.blocks.base.RepBlock`). ``deploy=True`` builds the merged network directly: one convolution for
+    each large kernel, and for each 1x1 or stem convolution with its BN. ``keep_bn=True`` leaves these BNs in it: the form
+    of the deployed files that the authors and mmpretrain publish. Raises ValueError for an unknown arch, a bad index,
+    kernel or rate.
     """
 
     def __init__(
@@ -130,6 +132,7 @@ class RepLKNet(StagedNetwork):
         norm_maps: bool = True,
         deploy: bool = False,
         keep_bn: bool = False,
+        online: bool = False,
     ):
         super().__init__()
         settings: RepLKNetArch = pick_arch(arch, ARCHS, "RepLKNet")
@@ -143,7 +146,7 @@ class RepLKNet(StagedNetwork):
         self.out_channels, self.reductions = list(settings.channels), [4 * 2**i for i in range(count)]
         self.stem_channels, self.stem_reduction = settings.channels[0], 4
 
-        parts, width = _Parts(deploy, keep_bn), settings.channels[0]
+        parts, width = _Parts(deploy, keep_bn, online), settings.channels[0]
         self.stem = nn.Sequential(
             parts.plain(in_channels, width, 3, 2),
             parts.plain(width, width, 3, groups=width),

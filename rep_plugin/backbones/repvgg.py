@@ -45,8 +45,9 @@ class RepVGG(StagedNetwork):
     ``strides`` (stem, then four stages) add up to.
 
     ``arch``: a name of ``ARCHS``, or a dict of :class:`RepVGGArch`'s fields. ``post_bn`` trains QARepVGG's blocks, whose
-    merged weights quantise well. ``deploy=True`` builds the merged network directly. Raises ValueError for an unknown
-    arch, a bad stride list or index.
+    merged weights quantise well. ``online=True`` merges the branches in every training step (see
+    :class:`rep_plugin.blocks.base.RepBlock`). ``deploy=True`` builds the merged network directly. Raises ValueError for an
+    unknown arch, a bad stride list or index.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class RepVGG(StagedNetwork):
         strides: Sequence[int] = (2, 2, 2, 2, 2),
         post_bn: bool = False,
         deploy: bool = False,
+        online: bool = False,
     ):
         super().__init__()
         settings: RepVGGArch = pick_arch(arch, ARCHS, "RepVGG")
@@ -69,7 +71,8 @@ class RepVGG(StagedNetwork):
 
         def block(inputs: int, outputs: int, stride: int, groups: int = 1) -> RepVGGBlock:
             act = relu_after(outputs, settings.se)
-            return RepVGGBlock(inputs, outputs, 3, stride, groups=groups, act=act, deploy=deploy, post_bn=post_bn)
+            options = {"deploy": deploy, "post_bn": post_bn, "online": online}
+            return RepVGGBlock(inputs, outputs, 3, stride, groups=groups, act=act, **options)
 
         self.stem = block(in_channels, self.stem_channels, strides[0])
         stages, width, layer = [], self.stem_channels, 0

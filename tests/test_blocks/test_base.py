@@ -13,7 +13,7 @@ from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.chain import Chain, DilatedAvgPool2d
 from rep_plugin.blocks.inverted_residual import BRANCHES, RepInvertedResidual
 from rep_plugin.verify import calibrate_random_bn_
-from tests.helpers import block_by_hand, randomise_bn_, relative_error
+from tests.helpers import block_by_hand, examples, randomise_bn_, relative_error
 
 
 def conv_bn(inputs: int, outputs: int, size, stride=1, dilation=1, groups=1) -> Chain:
@@ -50,7 +50,7 @@ def blocks(draw):
     return block, draw(st.integers(0, 10**6))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(blocks())
 def test_deploy_computes_the_same_function(case):
     block, seed = case
@@ -65,7 +65,7 @@ def test_deploy_computes_the_same_function(case):
     assert relative_error(expected, block(x)) < 1e-11
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     st.sets(st.sampled_from(BRANCHES), min_size=1),
     st.sampled_from([(8, 8, 1), (8, 8, 2), (8, 16, 1), (16, 8, 2)]),

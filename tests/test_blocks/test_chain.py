@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rep_plugin.blocks.chain import Chain, DilatedAvgPool2d, Scale, merge_chain, merge_ops
-from tests.helpers import chain_by_hand, randomise_bn_, relative_error
+from tests.helpers import chain_by_hand, examples, randomise_bn_, relative_error
 
 
 @st.composite
@@ -46,7 +46,7 @@ def chains(draw):
     return width, ops, draw(st.tuples(st.integers(0, 3), st.integers(0, 3))), draw(st.integers(0, 10**6))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(chains())
 def test_merged_chain_equals_layers_on_a_padded_map(case):
     width, ops, ring, seed = case
@@ -61,7 +61,7 @@ def test_merged_chain_equals_layers_on_a_padded_map(case):
     assert relative_error(expected, chain(x, ring)) < 1e-11
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(chains())
 def test_training_step_equals_layers_on_a_padded_map(case):
     """Outputs and gradients with batch statistics; one window, since only then both count the same positions."""

@@ -10,14 +10,14 @@ from torch import nn
 
 import rep_plugin
 from rep_plugin.blocks.conv_like import CONV_LIKES, ACBConv2d, DBBConv2d, RepConv2d, can_stand_for, like_conv
-from tests.helpers import block_by_hand, randomise_bn_, relative_error
+from tests.helpers import block_by_hand, examples, randomise_bn_, relative_error
 
 SIDES = st.tuples(st.sampled_from([1, 3, 5]), st.sampled_from([1, 3, 5]))
 STEPS = st.tuples(st.integers(1, 2), st.integers(1, 2))
 WIDTHS = st.sampled_from([(4, 4, 1), (4, 6, 2), (6, 6, 6), (3, 5, 1), (4, 8, 4)])  # in, out, groups
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(
     st.sampled_from(sorted(CONV_LIKES)), WIDTHS, SIDES, STEPS, STEPS, st.tuples(st.integers(0, 4), st.integers(0, 4)),
     st.booleans(), st.integers(0, 99),

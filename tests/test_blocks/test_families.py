@@ -13,7 +13,7 @@ from rep_plugin.blocks.families import (
     MobileOneBlock,
     RepVGGBlock,
 )
-from tests.helpers import block_by_hand, randomise_bn_, relative_error
+from tests.helpers import block_by_hand, examples, randomise_bn_, relative_error
 
 FAMILIES = [RepVGGBlock, ACBlock, DiverseBranchBlock, MobileOneBlock, LargeKernelBlock]
 
@@ -45,7 +45,7 @@ def configurations(draw):
     return family, (inputs, outputs), options, draw(st.integers(0, 10**6))
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=examples(250), deadline=None)
 @given(configurations())
 def test_trained_and_deployed_blocks_agree(case):
     family, channels, options, seed = case

@@ -19,7 +19,7 @@ from rep_plugin.blocks.families import (
 from rep_plugin.blocks.inverted_residual import RepInvertedResidual
 from rep_plugin.reparam import reparameterize
 from rep_plugin.verify import calibrate_random_bn_
-from tests.helpers import relative_error
+from tests.helpers import examples, relative_error
 
 FAMILIES = (RepVGGBlock, ACBlock, DiverseBranchBlock, MobileOneBlock, LargeKernelBlock)
 
@@ -34,7 +34,7 @@ def scramble_(block: nn.Module, seed: int = 0) -> None:
             gain.data[::3] *= -1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     family=st.sampled_from(FAMILIES),
     kernel=st.sampled_from([3, 5, (3, 5)]),
