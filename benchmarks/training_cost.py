@@ -88,15 +88,13 @@ def rep_mobilenet_v2(**options) -> nn.Module:
     return nn.Sequential(RepMobileNetV2(**options), Last())
 
 
-def plain_rep_mobilenet_v2() -> nn.Module:
-    """The deployed layout, one convolution and BN a block."""
-    model = rep_mobilenet_v2(deploy=True)
+def one_conv_each(model: nn.Module) -> nn.Module:
+    """A deployed network of ours with a BN behind each convolution: plain training."""
     for module in model.modules():
         if isinstance(module, RepBlock):
             conv = module.reparam_conv
-            plain = nn.Conv2d(
-                conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False
-            )
+            shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+            plain = nn.Conv2d(conv.in_channels, conv.out_channels, *shape, bias=False)
             module.reparam_conv = nn.Sequential(plain, nn.BatchNorm2d(conv.out_channels))
     return model
 
@@ -108,13 +106,15 @@ class Last(nn.Module):
         return maps[-1]
 
 
-def plain_repvgg_a0() -> nn.Module:
-    """timm's deployed RepVGG-A0 with a BN behind each convolution."""
-    model = timm.create_model("repvgg_a0")
-    for module in model.modules():
-        if hasattr(module, "conv_1x1"):
-            module.conv_1x1, module.identity = None, None
-    return model
+class ChannelsFirst(nn.Module):
+    """A network in torch's default format. timm's RepVGG needs it on CPU: the strided 1x1 of its stem crashes oneDNN."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network.to(memory_format=torch.contiguous_format)(x.contiguous())
 
 
 NETWORKS: dict[str, dict[str, Callable[[], nn.Module]]] = {
@@ -125,13 +125,14 @@ NETWORKS: dict[str, dict[str, Callable[[], nn.Module]]] = {
         "ours, online": lambda: resnet18(lambda conv: dbb(conv, online=True)),
     },
     "repvgg_a0": {
-        "plain Conv-BN": plain_repvgg_a0,
-        "timm": lambda: timm.create_model("repvgg_a0"),
+        "plain Conv-BN": lambda: one_conv_each(timm.create_model("rep_repvgg_a0", deploy=True)),
+        "timm, channels first": lambda: ChannelsFirst(timm.create_model("repvgg_a0")),
         "ours": lambda: timm.create_model("rep_repvgg_a0"),
+        "ours, channels first": lambda: ChannelsFirst(timm.create_model("rep_repvgg_a0")),
         "ours, online": lambda: timm.create_model("rep_repvgg_a0", online=True),
     },
     "rep_mobilenetv2_100": {
-        "plain Conv-BN": plain_rep_mobilenet_v2,
+        "plain Conv-BN": lambda: one_conv_each(rep_mobilenet_v2(deploy=True)),
         "ours": rep_mobilenet_v2,
         "ours, online": lambda: rep_mobilenet_v2(online=True),
     },

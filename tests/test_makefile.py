@@ -4,6 +4,8 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -16,11 +18,23 @@ def test_every_make_target_and_file_that_the_readme_names_exists():
         assert (ROOT / path).is_file(), path
 
 
-def test_the_python_example_of_the_readme_runs():
-    code = re.search(r"```python\n(import timm.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+EXAMPLES = re.findall(r"```python\n(import timm.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+@pytest.mark.parametrize("index", range(len(EXAMPLES)))
+def test_the_python_examples_of_the_readme_run(index, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     scope: dict = {}
-    exec(compile(code, "README.md", "exec"), scope)
-    assert scope["report"].max_rel_error < 1e-9 and scope["merged"](scope["x"]).shape == (8, 10)
+    exec(compile(EXAMPLES[index], f"README.md, example {index}", "exec"), scope)
+    assert scope["report"].max_rel_error < 1e-9
+
+
+def test_what_the_examples_of_the_readme_say():
+    first, *_ = EXAMPLES
+    scope: dict = {}
+    exec(compile(first, "README.md", "exec"), scope)
+    assert len(EXAMPLES) >= 4 and scope["merged"](scope["x"]).shape == (8, 10)
+    assert "2,238,266" in first and scope["report"].params_before == 2238266
 
 
 def test_dry_run_of_the_two_commands_names_the_real_tools():
