@@ -18,6 +18,7 @@ from rep_plugin.pruning.select import Candidate, gone_of
 TOLERANCE = 0.10  # of the asked latency
 _CLOSE = 0.04  # near enough to stop looking
 _ATTEMPTS = 6
+_NOISE = 0.1  # of the time between the narrowest width that is tried and the widest
 _STEPS = (8, 16)  # channels that vector units take at once
 _SECONDS = 3.0  # spent on timing two models
 
@@ -31,7 +32,7 @@ class LatencyChoice:
     after: float
 
 
-class _Search:
+class Search:
     """``order``: candidates as they are to go; ``finish``: what really goes when some of them do."""
 
     def __init__(self, model, trace: Trace, x: Tensor, order: list[Candidate], finish, timer: Timer):
@@ -99,8 +100,8 @@ class _Search:
     def snap(self, wanted: Mapping[int, int], counts: Mapping[int, int]) -> dict[int, int]:
         """Return ``counts`` with every group at the width, about as wide as wanted, that is fastest for what it keeps.
 
-        Fastest: the most below the straight line from the narrowest width to the widest. A width that is no faster than
-        a wider one is never taken.
+        Fastest: the most below the straight line from the narrowest width to the widest, the nearest of those about as
+        much. A width that is no faster than a wider one is never taken.
         """
         counts = dict(counts)
         for group, count in wanted.items():
@@ -109,8 +110,11 @@ class _Search:
                 continue
             times = self.estimate(*({**counts, group: option} for option in options))
             widths = [self.widths[group][option] for option in options]
-            slope = max(0.0, (times[0] - times[-1]) / max(1, widths[0] - widths[-1]))
-            counts[group] = options[min(range(len(options)), key=lambda i: times[i] - slope * widths[i])]
+            span = max(0.0, times[0] - times[-1])
+            gains = [span / max(1, widths[0] - widths[-1]) * width - t for width, t in zip(widths, times)]
+            good = [i for i, gain in enumerate(gains) if gain >= max(gains) - _NOISE * span]
+            best = min(good, key=lambda i: abs(options[i] - count))
+            counts[group] = options[next(i for i in range(best + 1) if times[i] <= times[best])]
         return counts
 
     def first_below(self, share: float) -> int:
@@ -152,10 +156,11 @@ def to_latency(
 
     ``order``: candidates as they are to go; ``finish``: what really goes when some of them do. Widths come from the order
     and the table; a copy that is really pruned is then timed in turns with the dense model, and the number of candidates
-    is corrected by what it takes, until that is within 4 %, six times at most. Raises ValueError where nothing within 10 % (or below) is
-    found, or nothing faster than the dense model.
+    is corrected by what it takes, until that is within 4 %, six times at most.
+
+    Raises ValueError where nothing within 10 % (or below) is found, or nothing faster than the dense model.
     """
-    search = _Search(model, trace, x, order, finish, timer)
+    search = Search(model, trace, x, order, finish, timer)
     asked = latency if latency is not None else latency_ms / 1e3 / search.dense_seconds
     if asked >= 1:
         return LatencyChoice([], search.dense_seconds, search.dense_seconds)
