@@ -85,6 +85,7 @@ def main() -> int:
             cells += (f"{plan.macs_after / plan.macs_before:.3f}", f"{seconds:.0f}")
             cells += (f"{plain.macs_after / plain.macs_before:.3f}", f"{other:.3f}", f"{1 / other:.2f}")
             table.add_row(*cells, ", ".join(wrong) or "ok")
+            print(f"{name} at {share}: planned {cells[3]}, measured {cells[4]}, by MACs {other:.3f}", file=sys.stderr)
     console = Console(width=150)
     console.print(table)
     for failure in failures:

@@ -1,7 +1,7 @@
 """Measured time on this machine: of whole models in turns, and of every layer by its widths, in a table."""
 
 import copy
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -102,7 +102,7 @@ class LatencyTable:
     seconds: dict[Hashable, float] = field(default_factory=dict)
     _reference: tuple[Hashable, Job] | None = None
 
-    def add_up(self, models: Sequence[nn.Module], x: Tensor) -> list[float]:
+    def add_up(self, models: Iterable[nn.Module], x: Tensor) -> list[float]:
         """Return for each model the sum of its layers on ``x``; what is not known is measured, in turns."""
         jobs: dict[Hashable, Job] = {}
         used = [self._calls(model, x, jobs) for model in models]

@@ -6,8 +6,8 @@ adds up to an estimate; what counts is the pruned model itself, timed in turns w
 """
 
 import bisect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -30,6 +30,15 @@ class LatencyChoice:
     chosen: list[Candidate]
     before: float
     after: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How many candidates of the order were wanted, how many of each group go, and the measured ``share`` of the time."""
+
+    number: int
+    counts: dict[int, int]
+    share: float = 1.0
 
 
 class Search:
@@ -74,7 +83,7 @@ class Search:
 
     def estimate(self, *several: Mapping[int, int]) -> list[float]:
         """Return the share of the dense model's time, by the table."""
-        sums = self.table.add_up([self.build(counts) for counts in several], self.x)
+        sums = self.table.add_up((self.build(counts) for counts in several), self.x)
         return [(self.rest + seconds) / self.dense_seconds for seconds in sums]
 
     def measure(self, counts: Mapping[int, int]) -> float:
@@ -117,13 +126,41 @@ class Search:
             counts[group] = options[next(i for i in range(best + 1) if times[i] <= times[best])]
         return counts
 
-    def first_below(self, share: float) -> int:
-        """Return the number of candidates at which the estimate falls to ``share``, to 1/256 of them all."""
+    def first_below(self, aim: float, asked: float) -> Trial:
+        """Return the trial in which the estimate falls to ``aim``, to 1/256 of the candidates; all go where it never does.
+
+        Raises ValueError where that is slower than the ``asked`` share.
+        """
         low, high = 0, len(self.order)
         while high - low > max(1, len(self.order) // 256):
             middle = (low + high) // 2
-            low, high = (low, middle) if self.estimate(self.plain(middle))[0] <= share else (middle, high)
-        return high
+            low, high = (low, middle) if self.estimate(self.plain(middle))[0] <= aim else (middle, high)
+        if high == len(self.order):
+            return Trial(high, self.all_gone(asked))
+        return Trial(high, self.snap(self.wanted(high), self.plain(high)))
+
+    def between(self, tried: Sequence[Trial], goal: float) -> Trial | None:
+        """Return what lies between the slowest that is fast enough and the fastest that is not, None without these.
+
+        Far apart: the number of candidates on the line between the two. Near: some groups are as in the one, the others
+        as in the other, as the table says.
+        """
+        slow = min((t for t in tried if t.share > goal), key=lambda t: t.share, default=None)
+        fast = max((t for t in tried if t.share <= goal), key=lambda t: t.share, default=None)
+        if slow is None or fast is None:
+            return None
+        part = (slow.share - goal) / (slow.share - fast.share)
+        number = round(slow.number + (fast.number - slow.number) * part)
+        if abs(fast.number - slow.number) > len(self.order) // 16:
+            return Trial(number, self.snap(self.wanted(number), self.plain(number)))
+        steps = [slow.counts]
+        for group, count in fast.counts.items():
+            if steps[-1][group] != count:
+                steps.append({**steps[-1], group: count})
+        times = self.estimate(*steps)
+        wanted = times[0] + (times[-1] - times[0]) * part
+        place = min(range(len(steps)), key=lambda i: abs(times[i] - wanted))
+        return Trial(number, steps[place]) if 0 < place < len(steps) - 1 else None
 
     def all_gone(self, asked: float) -> dict[int, int]:
         """Return the counts when all goes. Raises ValueError where that is too slow, or no faster than the asked share."""
@@ -155,8 +192,8 @@ def to_latency(
     """Return what goes so that the pruned model takes ``latency``, a share of the dense one's time, or ``latency_ms``.
 
     ``order``: candidates as they are to go; ``finish``: what really goes when some of them do. Widths come from the order
-    and the table; a copy that is really pruned is then timed in turns with the dense model, and the number of candidates
-    is corrected by what it takes, until that is within 4 %, six times at most.
+    and the table; a copy that is really pruned is then timed in turns with the dense model, and what goes is
+    corrected by what it takes, until that is within 4 %, six times at most.
 
     Raises ValueError where nothing within 10 % (or below) is found, or nothing faster than the dense model.
     """
@@ -164,31 +201,19 @@ def to_latency(
     asked = latency if latency is not None else latency_ms / 1e3 / search.dense_seconds
     if asked >= 1:
         return LatencyChoice([], search.dense_seconds, search.dense_seconds)
-    aim, goal = asked, asked * (1 - _CLOSE / 2)
-    tried: list[tuple[float, int, float, dict[int, int]]] = []  # (how far off, number, share, counts)
+    aim, goal, tried = asked, asked * (1 - _CLOSE / 2), []
     for _ in range(_ATTEMPTS):
-        number = _between([(n, share) for _, n, share, _ in tried], goal) or search.first_below(aim)
-        all_go = number == len(order)
-        counts = search.all_gone(asked) if all_go else search.snap(search.wanted(number), search.plain(number))
-        share = search.measure(counts)
+        trial = search.between(tried, goal) or search.first_below(aim, asked)
+        share = search.measure(trial.counts)
         if close := abs(share / goal - 1) <= _CLOSE:
-            share = (share + search.measure(counts)) / 2  # was it luck?
+            share = (share + search.measure(trial.counts)) / 2  # was it luck?
             close = abs(share / goal - 1) <= _CLOSE
-        tried.append((abs(share / goal - 1), number, share, counts))
+        tried.append(replace(trial, share=share))
         if close:
             break
         aim *= goal / share
-    _, _, share, counts = min(tried, key=lambda found: found[0])
-    if share > min(1.0, asked * (1 + TOLERANCE)):
-        raise search.refuse(asked, share)
-    return LatencyChoice(search.chosen(counts), search.dense_seconds, share * search.dense_seconds)
-
-
-def _between(tried: list[tuple[int, float]], goal: float) -> int | None:
-    """Return the number between the nearest too slow and the nearest too fast one, on the line between their shares."""
-    slow = max(((n, share) for n, share in tried if share > goal), default=None)
-    fast = min(((n, share) for n, share in tried if share <= goal), default=None)
-    if slow is None or fast is None or fast[0] - slow[0] < 2:
-        return None
-    place = slow[0] + (fast[0] - slow[0]) * (slow[1] - goal) / (slow[1] - fast[1])
-    return min(fast[0] - 1, max(slow[0] + 1, round(place)))
+    met = [trial for trial in tried if trial.share <= min(1.0, asked * (1 + TOLERANCE))]
+    best = min(met or tried, key=lambda trial: abs(trial.share / goal - 1))
+    if not met:
+        raise search.refuse(asked, best.share)
+    return LatencyChoice(search.chosen(best.counts), search.dense_seconds, best.share * search.dense_seconds)
