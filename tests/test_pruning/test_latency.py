@@ -138,6 +138,19 @@ def test_a_model_that_only_gets_slower_is_refused():
         plan_pruning(net_of(), X, "l1", latency=0.95, timer=Slower())
 
 
+def test_where_no_width_comes_near_the_faster_side_is_taken():
+    class Steps(FakeTimer):
+        def of(self, module):
+            if not list(module.children()):
+                return super().of(module)
+            left = super().of(module) / whole
+            return whole * (1.0 if left > 0.9 else 0.7 if left > 0.6 else 0.4)
+
+    whole = FakeTimer().of(net_of())
+    plan = plan_pruning(net_of(), X, "l1", latency=0.6, timer=Steps())
+    assert plan.latency_after / plan.latency_before == pytest.approx(0.4)
+
+
 def test_minimum_rounding_overrides_and_frozen_layers_hold():
     net, timer = net_of(), FakeTimer()
     options = {"min_channels": 12, "round_to": 4, "overrides": {"1.first*": 0.25}, "ignore": ["3.down"]}
