@@ -25,9 +25,21 @@ LAYERS = {
     "convert": {"backbones", "reparam", "checkpoint"},
     "history": set(),
     "rebuild": {"history", "pruning", "reparam"},
-    "pruning": {"functional", "blocks", "necks", "pruning", "verify", "report", "history"},
+    "latency": set(),
+    "pruning": {"functional", "blocks", "necks", "pruning", "verify", "report", "history", "latency"},
 }
-TORCH_ONLY = {"functional", "blocks", "backbones", "pruning", "verify", "report", "reparam", "necks", "heads"}
+TORCH_ONLY = {
+    "functional",
+    "blocks",
+    "backbones",
+    "pruning",
+    "verify",
+    "report",
+    "reparam",
+    "necks",
+    "heads",
+    "latency",
+}
 
 
 def imports_of(path: Path) -> set[str]:

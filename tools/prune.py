@@ -3,6 +3,7 @@
 
 python tools/prune.py CONFIG CHECKPOINT --fraction 0.3
 python tools/prune.py CONFIG CHECKPOINT --macs 0.5 --round-to 8 --scores l1
+python tools/prune.py CONFIG CHECKPOINT --latency 0.6                     # of the time it takes on this machine
 python tools/train.py pruned.py --cfg-options load_from=pruned.pth        # fine-tune
 """
 
@@ -48,6 +49,8 @@ def parse_args() -> argparse.Namespace:
     how.add_argument("--fraction", type=float, help="share of the prunable channels to remove, 0 <= x < 1")
     how.add_argument("--params", type=amount, help="parameters that may remain: a share (0.5) or a number")
     how.add_argument("--macs", type=amount, help="multiply-adds that may remain: a share (0.5) or a number")
+    how.add_argument("--latency", type=float, help="share of the time on this machine, one thread, one picture")
+    how.add_argument("--latency-ms", type=float, help="milliseconds on this machine, one thread, one picture")
     how.add_argument("--widths", help="JSON file {layer name: channels kept}, taken as it is")
     how.add_argument("--plan", help="plan file of an earlier run, applied as it is")
     parser.add_argument("--scores", default="bn_gamma", choices=SCORES, help="what tells a channel's weight")
@@ -75,8 +78,9 @@ def make_plan(model: torch.nn.Module, shape: tuple[int, ...], args: argparse.Nam
         scores = "l1" if args.scores == "bn_gamma" else args.scores
         return PrunePlan.from_widths(model, shape, json.loads(Path(args.widths).read_text()), scores)
     return plan_pruning(
-        model, shape, args.scores, args.fraction, params=args.params, macs=args.macs, scope=args.scope,
-        min_channels=args.min_channels, round_to=args.round_to, overrides=dict(args.override), ignore=args.ignore,
+        model, shape, args.scores, args.fraction, params=args.params, macs=args.macs, latency=args.latency,
+        latency_ms=args.latency_ms, scope=args.scope, min_channels=args.min_channels, round_to=args.round_to,
+        overrides=dict(args.override), ignore=args.ignore,
     )  # fmt: skip
 
 

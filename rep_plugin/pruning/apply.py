@@ -25,16 +25,21 @@ TOLERANCE = 1e-9  # relative, in float64
 
 @dataclass
 class PruneReport(Report):
-    """A report that also holds ``widths`` (layer -> before, after) and ``frozen`` (layer -> reason)."""
+    """A report that also holds ``widths`` (layer -> before, after), ``frozen`` (layer -> reason), and the plan's measured
+    milliseconds, where it was made by latency."""
 
     widths: dict[str, tuple[int, int]] = field(default_factory=dict)
     frozen: dict[str, str] = field(default_factory=dict)
+    latency_before: float | None = None
+    latency_after: float | None = None
 
     def table(self) -> Table:
         """Return the figures as a rich table."""
         table = super().table()
         changed = sum(before != after for before, after in self.widths.values())
         table.title = f"{self.action}: {changed} of {len(self.widths)} layers narrower, {len(self.frozen)} frozen"
+        if self.latency_before is not None:
+            table.add_row("milliseconds when planned", f"{self.latency_before:.2f}", f"{self.latency_after:.2f}")
         return table
 
 
@@ -72,6 +77,7 @@ def apply_plan(
         remove_channels_(shadow, trace, kept)
     report.params_after, report.macs_after = count_params(model), _macs(model, trace, kept)
     report.widths, report.frozen = dict(plan.widths), dict(plan.frozen)
+    report.latency_before, report.latency_after = plan.latency_before, plan.latency_after
     report.blocks = [
         BlockReport(name, f"{layer.kind} {len(layer.labels)} -> {kept.count(layer.labels)}")
         for name, layer in trace.layers.items()

@@ -1,16 +1,19 @@
 """A pruning plan: which channels of which layer stay, as plain data. Planning touches no module."""
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from rep_plugin.pruning.graph import Trace
 from rep_plugin.pruning.kept import Kept, count_costs, nothing_gone
+from rep_plugin.pruning.latency import EagerTimer, Timer
+from rep_plugin.pruning.latency_search import to_latency
+from rep_plugin.pruning.options import check_fraction, check_options
 from rep_plugin.pruning.scores import score_units
 from rep_plugin.pruning.select import (
     Candidate,
@@ -27,7 +30,7 @@ from rep_plugin.pruning.select import (
 )
 from rep_plugin.pruning.trace import trace_channels
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class PrunePlan:
     ``frozen``: layer -> why it stays as it is; ``scores``: layer -> score of each channel (null: not scored); ``why``:
     what was asked for. ``params_*`` and ``macs_*`` (multiply-adds for one ``input_shape``) are exact; a block that
     deploys as one convolution counts as that one. ``units``: (number of units that could go, number that go), a unit
-    being channels that only go together.
+    being channels that only go together. ``latency_*``: milliseconds of the dense and of the pruned model as measured on
+    the machine that planned by latency, else None.
     """
 
     model: str
@@ -56,6 +60,8 @@ class PrunePlan:
     macs_after: int = 0
     units: tuple[int, int] = (0, 0)
     prune_outputs: bool = False
+    latency_before: float | None = None
+    latency_after: float | None = None
     version: int = VERSION
 
     @classmethod
@@ -89,7 +95,10 @@ class PrunePlan:
 
     @classmethod
     def from_json(cls, source: str | Path) -> "PrunePlan":
-        """Return the plan of a JSON text or file. Raises ValueError, in one line, for anything that is not a plan."""
+        """Return the plan of a JSON text or file; version 1 had no latency.
+
+        Raises ValueError, in one line, for anything that is not a plan.
+        """
         is_text = isinstance(source, str) and source.lstrip().startswith("{")
         text = source if is_text else Path(source).read_text()
         what = "the text" if is_text else str(source)
@@ -97,6 +106,8 @@ class PrunePlan:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{what} is not JSON: {error}") from None
+        if isinstance(data, dict) and data.get("version") == 1:
+            data = {"latency_before": None, "latency_after": None} | data | {"version": VERSION}
         fields = cls.__dataclass_fields__
         if not isinstance(data, dict) or set(data) != set(fields):
             odd = sorted(set(data) ^ set(fields)) if isinstance(data, dict) else type(data).__name__
@@ -170,28 +181,6 @@ def _plan(
     )
 
 
-def _check_options(prune_fraction, params, macs, min_channels: int, round_to: int) -> None:
-    given = {"prune_fraction": prune_fraction, "params": params, "macs": macs}
-    named = [name for name, value in given.items() if value is not None]
-    if len(named) != 1:
-        raise ValueError(f"give exactly one of prune_fraction, params and macs, got {named or 'none'}")
-    if prune_fraction is not None:
-        _check_fraction("prune_fraction", prune_fraction)
-    for name, value in (("params", params), ("macs", macs)):
-        if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0):
-            raise ValueError(f"{name} must be a number > 0, got {value!r}")
-        if isinstance(value, float) and not value <= 1:
-            raise ValueError(f"{name} must be a share (a float <= 1.0) or a whole number, got {value!r}")
-    for name, value in (("min_channels", min_channels), ("round_to", round_to)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
-
-
-def _check_fraction(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1 or math.isnan(value):
-        raise ValueError(f"{name} must lie in [0, 1), got {value!r}")
-
-
 def plan_pruning(
     model: nn.Module,
     example_input: Tensor | Sequence[int],
@@ -200,6 +189,8 @@ def plan_pruning(
     *,
     params: int | float | None = None,
     macs: int | float | None = None,
+    latency: float | None = None,
+    latency_ms: float | None = None,
     scope: str = "global",
     min_channels: int = 1,
     round_to: int = 1,
@@ -210,6 +201,7 @@ def plan_pruning(
     seed: int = 0,
     loader: Iterable | None = None,
     loss: Callable | None = None,
+    timer: Timer | None = None,
 ) -> PrunePlan:
     """Return a plan that removes the channels with the lowest scores. The model is not touched.
 
@@ -218,20 +210,25 @@ def plan_pruning(
     each channel}; ``reduction`` ``mean``, ``sum`` or ``max`` joins those of coupled layers.
 
     One of: ``prune_fraction`` in [0, 1), the share of prunable channels that goes, coupled ones counted once; ``params``
-    or ``macs``, what may remain: a whole number, or a float as a share. ``scope`` ``global`` compares scores over all
-    layers, ``layer`` takes an equal share of each. ``overrides``: name pattern -> a fraction of its own, or ``'frozen'``,
-    for the groups of the matching layers; ``ignore``: patterns to freeze. No layer falls below ``min_channels``; widths
-    that shrink are rounded up to multiples of ``round_to`` where coupling lets them. ``prune_outputs`` also frees the
-    channels of output maps (a bare backbone's).
+    or ``macs``, what may remain: a whole number, or a float as a share; ``latency``, a share in (0, 1] of the time that
+    this model takes on this machine, or ``latency_ms``, milliseconds, within 10 %: eager calls on a batch as large as
+    ``example_input``, by ``timer`` (default ``EagerTimer(threads=1)``), every block as one convolution. Planning by
+    latency takes a minute or two, and moves widths a little up or down to those that are really faster.
+
+    ``scope`` ``global`` compares scores over all layers, ``layer`` takes an equal share of each. ``overrides``: name
+    pattern -> a fraction of its own, or ``'frozen'``, for the groups of the matching layers; ``ignore``: patterns to
+    freeze. No layer falls below ``min_channels``; widths that shrink are rounded up to multiples of ``round_to`` where
+    coupling lets them. ``prune_outputs`` also frees the channels of output maps (a bare backbone's).
 
     Raises ValueError for numbers out of range, patterns that match no layer, a budget that cannot be met (saying what
     can) and a model without anything to prune; TraceError where the model cannot be traced.
     """
-    _check_options(prune_fraction, params, macs, min_channels, round_to)
+    budgets = {"prune_fraction": prune_fraction, "params": params, "macs": macs, "latency": latency}
+    check_options({**budgets, "latency_ms": latency_ms}, min_channels, round_to)
     overrides = dict(overrides or {})
     for pattern, value in overrides.items():
         if value != "frozen":
-            _check_fraction(f"overrides[{pattern!r}]", value)
+            check_fraction(f"overrides[{pattern!r}]", value)
     trace = trace_channels(model, example_input, prune_outputs)
     own = match_layers(list(overrides), list(trace.layers))
     frozen = [pattern for pattern, value in overrides.items() if value == "frozen"]
@@ -254,9 +251,17 @@ def plan_pruning(
     def finish(chosen: list[Candidate]) -> list[Candidate]:
         return round_widths([*taken, *chosen], choice.widths, round_to)
 
+    times = {}
     if prune_fraction is not None:
         chosen = take_units(order, round(prune_fraction * sum(len(c.units) for group in common for c in group)))
         why = f"prune_fraction={prune_fraction}"
+    elif latency is not None or latency_ms is not None:
+        x, timer = _batch(model, example_input), timer or EagerTimer()
+        found = to_latency(model, trace, x, order, finish, latency, latency_ms, timer)
+        chosen = found.chosen
+        times = {"latency_before": found.before * 1e3, "latency_after": found.after * 1e3}
+        why = f"latency={latency}" if latency is not None else f"latency_ms={latency_ms}"
+        why += " (measured: {latency_after:.4g} of {latency_before:.4g} ms)".format(**times)
     else:
         which, what, budget = (0, "params", params) if params is not None else (1, "macs", macs)
         before = count_costs(trace, Kept(trace, nothing_gone(trace)))[which]
@@ -266,4 +271,12 @@ def plan_pruning(
         )
         why = f"{what}={budget}"
     why += f" by {_label(scores)}, scope {scope}, min_channels {min_channels}, round_to {round_to}"
-    return _plan(model, trace, choice, finish(chosen), why, prune_outputs)
+    return replace(_plan(model, trace, choice, finish(chosen), why, prune_outputs), **times)
+
+
+def _batch(model: nn.Module, example_input: Tensor | Sequence[int]) -> Tensor:
+    """Return the example, or a random one of its shape, where and as the parameters are."""
+    first = next(model.parameters())
+    if not isinstance(example_input, Tensor):
+        example_input = torch.randn(tuple(example_input), generator=torch.Generator().manual_seed(0))
+    return example_input.to(first.device, first.dtype)

@@ -141,9 +141,13 @@ def test_widths_that_cannot_be(widths, message):
         ({"prune_fraction": 1.0}, r"prune_fraction must lie in \[0, 1\), got 1.0"),
         ({"prune_fraction": -0.1}, r"must lie in \[0, 1\), got -0.1"),
         ({"prune_fraction": float("nan")}, "got nan"),
-        ({}, "exactly one of prune_fraction, params and macs"),
+        ({}, "exactly one of prune_fraction, params, macs, latency and latency_ms, got none"),
         ({"prune_fraction": 0.1, "macs": 0.5}, "exactly one of"),
         ({"macs": 1.5}, "must be a share"),
+        ({"latency": 12.0}, r"latency must be a share in \(0, 1\], got 12.0: milliseconds are latency_ms"),
+        ({"latency": 0.0}, "latency must be a number > 0, got 0.0"),
+        ({"latency_ms": float("nan")}, "latency_ms must be a number > 0, got nan"),
+        ({"latency": 0.5, "latency_ms": 3}, r"exactly one of .*, got \['latency', 'latency_ms'\]"),
         ({"params": 0}, "params must be a number > 0, got 0"),
         ({"prune_fraction": 0.1, "min_channels": 0}, "min_channels must be a whole number >= 1"),
         ({"prune_fraction": 0.1, "scope": "block"}, "unknown scope 'block'"),
@@ -170,6 +174,14 @@ def test_json_both_ways(tmp_path):
     plan.to_json(tmp_path / "plan.json")
     assert PrunePlan.from_json(tmp_path / "plan.json") == plan == PrunePlan.from_json(str(tmp_path / "plan.json"))
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_plans_of_version_1_had_no_latency():
+    plan = plan_pruning(net_of(), X, "l1", 0.3)
+    data = {key: value for key, value in json.loads(plan.to_json()).items() if not key.startswith("latency")}
+    assert PrunePlan.from_json(json.dumps({**data, "version": 1})) == plan
+    with pytest.raises(ValueError, match=r"missing or unknown \['latency_after', 'latency_before'\]"):
+        PrunePlan.from_json(json.dumps(data))
 
 
 def test_json_that_is_no_plan(tmp_path):
