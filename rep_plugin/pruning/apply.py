@@ -161,8 +161,9 @@ def _inputs(model: nn.Module, plan: PrunePlan, example_input: Tensor | None) -> 
 
 
 def _prove(model: nn.Module, trace: Trace, kept: Kept, inputs: list[Tensor], report: PruneReport) -> None:
-    masked = mask_channels_(copy.deepcopy(model), trace, kept)
-    removed = remove_channels_(copy.deepcopy(model), trace, kept)
+    # In float64 from the start: gains of normalised filters change, and would be rounded.
+    masked = mask_channels_(copy.deepcopy(model).double(), trace, kept)
+    removed = remove_channels_(copy.deepcopy(model).double(), trace, kept)
     if any(kept.changes(labels) for labels in trace.outputs):
         masked = KeptOutputs(masked, trace, kept)
     try:
