@@ -11,8 +11,8 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 import rep_plugin
-from rep_plugin.checkpoint import save_checkpoint_file, write_atomic
-from rep_plugin.mm_artefact import check_rebuilt, plain_data, write_together
+from rep_plugin.checkpoint import save_checkpoint_file, write_atomic, write_together
+from rep_plugin.mm_artefact import check_rebuilt, plain_data
 from rep_plugin.pictures import draw_widths
 from rep_plugin.pruning import PrunePlan, PruneReport, apply_plan
 
