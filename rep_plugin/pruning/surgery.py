@@ -33,7 +33,10 @@ def _slice_parameter(parameter: nn.Parameter, dims: dict, kept: Kept, optimizers
             if isinstance(value, Tensor) and value.shape == old and value.dim():
                 state[key] = _like(value, slice_tensor(value, dims, kept))
     grad, parameter.grad = parameter.grad, None
-    parameter.data = _like(parameter.data, slice_tensor(parameter.data, dims, kept))
+    data = _like(parameter.data, slice_tensor(parameter.data, dims, kept))
+    # Autograd keeps a node with the old shape as long as somebody (DDP's reducer) holds it; another dtype makes it drop it.
+    parameter.data = data.new_empty(0, dtype=torch.float64 if data.dtype != torch.float64 else torch.float32)
+    parameter.data = data
     if grad is not None:
         parameter.grad = _like(grad, slice_tensor(grad, dims, kept))
 
