@@ -200,7 +200,8 @@ apply_plan(wrapped.module, plan, optimizer)
 before, old, wrapped = snapshot(net), wrapped, DDP(wrapped.module)  # the old wrapper lives on while the new one is made
 steps(wrapped, 3)
 require_moved(net, before)
-torch.save((plan.kept, net.state_dict(), [optimizer.state[p]["momentum_buffer"] for p in net.parameters()]), f"{folder}/{rank}.pt")
+momenta = [optimizer.state[p]["momentum_buffer"] for p in net.parameters()]
+torch.save((plan.kept, net.state_dict(), momenta), f"{folder}/{rank}.pt")
 try:
     steps(old, 2)
 except RuntimeError as error:
