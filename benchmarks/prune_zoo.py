@@ -6,25 +6,36 @@
 
 For each network: groups of coupled layers that can be pruned, channels before and after over all layers, parameters,
 relative error of the removed against the masked network in float64, seconds of tracing and planning, and of applying (the
-proof included). Every plan goes through JSON, and every pruned network runs a training step in which its weights change.
-Exits with 1 where an error is over 1e-9, a network cannot be pruned, a step trains nothing, or ResNet-50 takes over 3 s.
+proof included). Every plan goes through JSON, every pruned network runs a training step in which its weights change, and
+comes back from disk bit-exact ("reload"): those of timm from a folder (``timm.create_model('local-dir:FOLDER')``), those of
+mmpretrain from a config (``rep_plugin.Pruned``) and a checkpoint, those of torchvision from their history and a state dict.
+Exits with 1 where an error is over 1e-9, a network cannot be pruned, a step trains nothing, what comes back differs, or
+ResNet-50 takes over 3 s.
 """
 
 import argparse
+import copy
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import timm
 import torch
 import torchvision
+from mmengine.config import Config
+from mmpretrain.apis import init_model
 from mmpretrain.models import build_classifier
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from rep_plugin import PrunePlan, apply_plan, plan_pruning
+from rep_plugin import PrunePlan, apply_plan, plan_pruning, reparameterize
+from rep_plugin.history import history_of
+from rep_plugin.rebuild import rebuild_
+from rep_plugin.timm_artefact import save_timm
 from rep_plugin.verify import calibrate_random_bn_
 
 TOLERANCE, SECONDS_RESNET50, SIDE, CLASSES = 1e-9, 3.0, 64, 10
@@ -34,10 +45,16 @@ def _timm(name: str) -> Callable[[], nn.Module]:
     return lambda: timm.create_model(name, num_classes=CLASSES)
 
 
+SHUFFLENET_V1 = dict(
+    type="ImageClassifier",
+    backbone=dict(type="ShuffleNetV1"),
+    neck=dict(type="GlobalAveragePooling"),
+    head=dict(type="LinearClsHead", num_classes=CLASSES, in_channels=960),
+)
+
+
 def _shufflenet_v1() -> nn.Module:
-    head = dict(type="LinearClsHead", num_classes=CLASSES, in_channels=960)
-    neck = dict(type="GlobalAveragePooling")
-    return build_classifier(dict(type="ImageClassifier", backbone=dict(type="ShuffleNetV1"), neck=neck, head=head))
+    return build_classifier(copy.deepcopy(SHUFFLENET_V1))
 
 
 ZOO = {
@@ -72,6 +89,35 @@ def step_trains(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y
     return all(not torch.equal(p, old) for p, old in before.items() if p.dim() > 1)
 
 
+def reload(model: nn.Module, build: Callable[[], nn.Module], folder: Path) -> nn.Module:
+    """Return what comes back from disk, in eval mode."""
+    if build is _shufflenet_v1:
+        plan = history_of(model)[0]["plan"]
+        pruned = dict(type="rep_plugin.Pruned", model=SHUFFLENET_V1, plan=plan)
+        Config(dict(default_scope="mmpretrain", model=pruned)).dump(folder / "model.py")
+        torch.save({"state_dict": model.state_dict()}, folder / "model.pth")
+        back = init_model(str(folder / "model.py"), str(folder / "model.pth"), device="cpu")
+    elif hasattr(model, "pretrained_cfg"):
+        save_timm(model, folder)
+        back = timm.create_model(f"local-dir:{folder}")
+    else:
+        torch.save((history_of(model), model.state_dict()), folder / "model.pth")
+        history, state = torch.load(folder / "model.pth")
+        back = rebuild_(build(), history)
+        back.load_state_dict(state)
+    back.eval()
+    return back
+
+
+@torch.no_grad()
+def same(model: nn.Module, back: nn.Module, x: Tensor) -> bool:
+    """True where the state dicts and the outputs are equal bit for bit."""
+    model.eval()
+    ours, theirs = model.state_dict(), back.state_dict()
+    states = ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    return states and torch.equal(model(x), back(x))
+
+
 def measure(build: Callable[[], nn.Module], fraction: float, merge: bool) -> dict:
     """Prune one network, ``merge``: in its merged form; return the row of the table."""
     torch.manual_seed(0)
@@ -80,7 +126,7 @@ def measure(build: Callable[[], nn.Module], fraction: float, merge: bool) -> dic
     model.eval()
     calibrate_random_bn_(model, x)
     if merge:
-        model = timm.utils.model.reparameterize_model(model)
+        model, _ = reparameterize(model, x, fold_bn=False, verify=False)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     step_trains(model, optimizer, x, y)
     started = time.perf_counter()
@@ -88,6 +134,9 @@ def measure(build: Callable[[], nn.Module], fraction: float, merge: bool) -> dic
     planned = time.perf_counter()
     report = apply_plan(model, plan, optimizer, example_input=x[:2])
     applied = time.perf_counter()
+    trains = step_trains(model, optimizer, x, y)
+    with tempfile.TemporaryDirectory() as folder:
+        reloaded = same(model, reload(model, build, Path(folder)), x)
     return {
         "groups": sum(layers[0] not in plan.frozen for layers in plan.groups),
         "frozen": len(plan.frozen),
@@ -98,7 +147,8 @@ def measure(build: Callable[[], nn.Module], fraction: float, merge: bool) -> dic
         "plan": planned - started,
         "apply": applied - planned,
         "json": PrunePlan.from_json(plan.to_json()) == plan,
-        "trains": step_trains(model, optimizer, x, y),
+        "trains": trains,
+        "reload": reloaded,
     }
 
 
@@ -109,7 +159,20 @@ def main() -> int:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     table = Table(title=f"{args.fraction:.0%} of the channels removed at random, input {SIDE} x {SIDE}")
-    for column in ("network", "groups", "frozen", "channels", "params (M)", "error", "sens.", "plan s", "apply s", ""):
+    columns = (
+        "network",
+        "groups",
+        "frozen",
+        "channels",
+        "params (M)",
+        "error",
+        "sens.",
+        "plan s",
+        "apply s",
+        "reload",
+        "",
+    )
+    for column in columns:
         table.add_column(column, justify="left" if column in ("network", "") else "right", no_wrap=bool(column))
     failures = []
     for name in [args.only] if args.only else ZOO:
@@ -117,7 +180,7 @@ def main() -> int:
             row = measure(ZOO[name], args.fraction, name.endswith("merged"))
         except (ValueError, RuntimeError) as error:
             failures.append(f"{name}: {error}")
-            table.add_row(name, *[""] * 8, "missing")
+            table.add_row(name, *[""] * 9, "missing")
             continue
         seconds = row["plan"] + row["apply"]
         wrong = [
@@ -127,6 +190,7 @@ def main() -> int:
                 "nothing removed": row["channels"][0] == row["channels"][1],
                 "plan changed by JSON": not row["json"],
                 "trains nothing": not row["trains"],
+                "another model comes back": not row["reload"],
                 f"over {SECONDS_RESNET50} s": name == "resnet50" and seconds > SECONDS_RESNET50,
             }.items()
             if bad
@@ -143,9 +207,10 @@ def main() -> int:
             f"{row['sensitivity']:.0e}",
             f"{row['plan']:.2f}",
             f"{row['apply']:.2f}",
+            "exact" if row["reload"] else "differs",
             ", ".join(wrong) or "ok",
         )
-    console = Console(width=130)
+    console = Console(width=140)
     console.print(table)
     for failure in failures:
         console.print(f"FAILED {failure}", markup=False)

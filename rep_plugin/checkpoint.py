@@ -13,7 +13,7 @@ import sys
 import types
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -337,6 +337,26 @@ def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> N
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def write_together(out_dir: Path, files: Mapping[str, Callable[[Path], None]]) -> None:
+    """Let every function write its file under another name; once all are on disk they get their names.
+
+    Raises OSError where a file cannot be written; older files then stay.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    written = [out_dir / f"{name}.new" for name in files]
+    try:
+        for path, write in zip(written, files.values()):
+            write(path)
+        for path in written:
+            if path.with_suffix("").is_dir():
+                raise IsADirectoryError(f"{path.with_suffix('')} is a folder, expected a file or nothing")
+        for path in written:
+            os.replace(path, path.with_suffix(""))
+    finally:
+        for path in written:
+            path.unlink(missing_ok=True)
 
 
 def save_checkpoint_file(obj: Any, path: str | os.PathLike) -> None:

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import rep_plugin
 from rep_plugin.backbones.loading import CheckpointMismatchError, require_fit
-from rep_plugin.checkpoint import load_checkpoint_file, save_checkpoint_file, write_atomic
+from rep_plugin.checkpoint import load_checkpoint_file, save_checkpoint_file, write_atomic, write_together
 from rep_plugin.mm_convs import TYPES as CONV_TYPES
 from rep_plugin.registry import MODELS
 from rep_plugin.reparam import reparameterize
@@ -199,26 +199,6 @@ def write_deployed(
         },
     )
     return report
-
-
-def write_together(out_dir: Path, files: Mapping[str, Callable[[Path], None]]) -> None:
-    """Let every function write its file under another name; once all are on disk they get their names.
-
-    Raises OSError where a file cannot be written; older files then stay.
-    """
-    out_dir.mkdir(parents=True, exist_ok=True)
-    written = [out_dir / f"{name}.new" for name in files]
-    try:
-        for path, write in zip(written, files.values()):
-            write(path)
-        for path in written:
-            if path.with_suffix("").is_dir():
-                raise IsADirectoryError(f"{path.with_suffix('')} is a folder, expected a file or nothing")
-        for path in written:
-            os.replace(path, path.with_suffix(""))
-    finally:
-        for path in written:
-            path.unlink(missing_ok=True)
 
 
 def plain_data(value: object) -> object:

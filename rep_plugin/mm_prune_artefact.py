@@ -11,14 +11,18 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 import rep_plugin
-from rep_plugin.checkpoint import save_checkpoint_file, write_atomic
-from rep_plugin.mm_artefact import check_rebuilt, plain_data, write_together
+from rep_plugin.blocks.annealed import annealed_modules
+from rep_plugin.checkpoint import save_checkpoint_file, write_atomic, write_together
+from rep_plugin.mm_artefact import check_rebuilt, plain_data
 from rep_plugin.pictures import draw_widths
 from rep_plugin.pruning import PrunePlan, PruneReport, apply_plan
 
 
-def pruned_config(cfg: Config, plan: PrunePlan) -> Config:
-    """Return a copy of a config whose model is the pruned one, with its structure inside: the same file in all else."""
+def pruned_config(cfg: Config, plan: PrunePlan, linear: bool = True) -> Config:
+    """Return a copy of a config whose model is the pruned one, with its structure inside: the same file in all else.
+
+    ``linear``: no anneal is under way, so that ``LinearizeHook`` has nothing to do.
+    """
     cfg = copy.deepcopy(cfg)
     # As text, and without the scores: mmengine takes seconds to print thousands of indented numbers.
     text = json.dumps(asdict(replace(plan, scores={})), separators=(",", ":"))
@@ -26,8 +30,9 @@ def pruned_config(cfg: Config, plan: PrunePlan) -> Config:
     cfg.load_from, cfg.resume = None, False
     for key in ("work_dir", "launcher"):  # a Runner writes its config into work_dir, over this very file
         cfg.pop(key, None)
-    hooks = cfg.get("custom_hooks") or []
-    cfg.custom_hooks = [hook for hook in hooks if str(hook.get("type")) != "rep_plugin.LinearizeHook"]
+    if linear:
+        hooks = cfg.get("custom_hooks") or []
+        cfg.custom_hooks = [hook for hook in hooks if str(hook.get("type")) != "rep_plugin.LinearizeHook"]
     return cfg
 
 
@@ -46,7 +51,7 @@ def write_pruned(
     pruning them again, or merging them, nests in the config. Raises what :func:`rep_plugin.apply_plan` raises, or OSError
     where a file cannot be written; older files then stay.
     """
-    written = pruned_config(cfg, plan)
+    written = pruned_config(cfg, plan, all(part.alpha == 1 for part in annealed_modules(model)))
     pruned = copy.deepcopy(model)
     pruned.eval()
     report = apply_plan(pruned, plan, example_input=inputs)

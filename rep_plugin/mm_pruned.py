@@ -18,23 +18,26 @@ from rep_plugin.rebuild import as_plan, rebuild_
 from rep_plugin.registry import MODELS
 
 
-def _without_pretrained(node: object) -> object:
-    """A config without ``init_cfg=dict(type='Pretrained')``: those weights have the shapes of before."""
+def _without_weights(node: object) -> object:
+    """A config without what loads weights when the model is built or initialised: they have the shapes of before."""
     if isinstance(node, Mapping):
-        items = {key: _without_pretrained(value) for key, value in node.items()}
+        items = {key: _without_weights(value) for key, value in node.items() if key != "pretrained"}
+        if items.get("type") == "rep_plugin.Expanded":
+            items["checkpoint"] = None
         init = items.get("init_cfg")
-        if isinstance(init, Mapping) and init.get("type") == "Pretrained":
-            items["init_cfg"] = None
+        if init is not None:
+            several = list(init) if isinstance(init, (list, tuple)) else [init]
+            items["init_cfg"] = [one for one in several if one.get("type") != "Pretrained"] or None
         return items
     if isinstance(node, (list, tuple)):
-        return [_without_pretrained(item) for item in node]
+        return [_without_weights(item) for item in node]
     return node
 
 
 def _build_inner(model: Mapping, data_preprocessor: Mapping | None) -> nn.Module:
     if not isinstance(model, Mapping) or "type" not in model:
         raise ValueError(f"model must be the config of a model with a 'type', got {model!r}")
-    inner = _without_pretrained(copy.deepcopy(dict(model)))
+    inner = _without_weights(copy.deepcopy(dict(model)))
     if data_preprocessor is not None and not isinstance(data_preprocessor, nn.Module):
         inner.setdefault("data_preprocessor", data_preprocessor)
     return ROOT_MODELS.build(inner)

@@ -9,14 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import timm
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from rep_plugin.backbones.loading import require_fit
-from rep_plugin.checkpoint import write_atomic
+from rep_plugin.backbones.loading import CheckpointMismatchError, describe_mismatch, require_fit
+from rep_plugin.checkpoint import write_atomic, write_together
 from rep_plugin.history import ATTRIBUTE, history_of
-from rep_plugin.rebuild import rebuild_
+from rep_plugin.rebuild import check_history, rebuild_, set_classes_
 
 ARCHITECTURE, CONFIG, WEIGHTS = "rep_rebuilt", "config.json", "model.safetensors"
 # What of a model's pretrained_cfg tells how to feed it; where its first weights came from does not hold any more.
@@ -31,17 +32,24 @@ def save_timm(model: nn.Module, folder: str | Path) -> None:
     """Write a pruned or merged timm model so that ``timm.create_model('local-dir:FOLDER')`` loads it.
 
     The structure is built again from its history first, so that what is written is known to load. Raises ValueError for a
-    model that timm did not create, :class:`rep_plugin.backbones.loading.CheckpointMismatchError` where it was changed by
-    something that its history does not tell, OSError where a file cannot be written; older files then stay.
+    model that timm did not create, or with arguments that JSON does not hold,
+    :class:`rep_plugin.backbones.loading.CheckpointMismatchError` where it was changed by something that its history does
+    not tell, OSError where a file cannot be written; older files then stay.
     """
     pretrained_cfg = getattr(model, "pretrained_cfg", None) or {}
     if not pretrained_cfg.get("architecture") or not hasattr(model, "_model_args"):
         raise ValueError(f"{type(model).__name__} was not made by timm.create_model, whose arguments the folder holds")
     base, base_args = getattr(model, "_rep_base", None) or (pretrained_cfg["architecture"], _args_of(model))
-    base_args = {**base_args, "num_classes": model.num_classes}  # a fresh classifier has the old one's place
-    history = history_of(model)
+    for name, value in base_args.items():
+        _require_plain(name, value)
+    history, classes = _with_classifiers(model)
+    base_args = {**base_args, "num_classes": classes}
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    require_fit(_build(base, base_args, history), state, f"the history of this {type(model).__name__}")
+    rebuilt = _build(base, base_args, history)
+    if mismatch := describe_mismatch(rebuilt.state_dict(), state):
+        raise CheckpointMismatchError(
+            f"{type(model).__name__} is not what its history makes of {base!r}: {mismatch}; nothing was written"
+        )
 
     config = {
         "architecture": ARCHITECTURE,
@@ -49,16 +57,46 @@ def save_timm(model: nn.Module, folder: str | Path) -> None:
         "model_args": {"base": base, "base_args": base_args, "history": history},
         "pretrained_cfg": {key: pretrained_cfg[key] for key in KEPT_CFG if pretrained_cfg.get(key) is not None},
     }
-    text, weights = json.dumps(config, indent=1).encode(), save(state)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / WEIGHTS, lambda file: file.write(weights))
-    write_atomic(folder / CONFIG, lambda file: file.write(text))
+    contents = {WEIGHTS: save(state), CONFIG: json.dumps(config, indent=1).encode()}
+    writers = {
+        name: lambda path, data=data: write_atomic(path, lambda file: file.write(data))
+        for name, data in contents.items()
+    }
+    write_together(Path(folder), writers)
 
 
 def _args_of(model: nn.Module) -> dict:
     """What timm.create_model was given."""
     return {name: value for name, value in model._model_args.items() if name != "pretrained_model_args"}
+
+
+def _require_plain(name: str, value: object) -> None:
+    try:
+        json.dumps(value)
+    except TypeError:
+        raise ValueError(f"the argument {name}={value!r} of timm.create_model cannot be written as JSON") from None
+
+
+def _with_classifiers(model: nn.Module) -> tuple[list[dict], int]:
+    """Return a model's history with the steps that put fresh classifiers in place, and the classes before the first.
+
+    Those are no steps that anybody records (timm's ``reset_classifier``): what plans say of the classifier tells them.
+    """
+    steps = [step for step in history_of(model) if step["step"] != "classifier"]
+    classifier = model.get_classifier()
+    layer = next((name for name, module in model.named_modules() if module is classifier), None)
+    seen = [
+        (step, step["plan"]["widths"].get(layer, (None,))[0] if step["step"] == "prune" else None) for step in steps
+    ]
+    first = classes = next((number for _, number in seen if number is not None), model.num_classes)
+    history = []
+    for step, number in (*seen, (None, model.num_classes)):
+        if number is not None and number != classes:
+            history.append({"step": "classifier", "layer": layer, "num_classes": number})
+            classes = number
+        if step is not None:
+            history.append(step)
+    return history, first
 
 
 def _build(base: str, base_args: Mapping, history: Sequence[Mapping]) -> nn.Module:
@@ -76,35 +114,50 @@ def rep_rebuilt(
     base_args: Mapping | None = None,
     history: Sequence[Mapping] = (),
     num_classes: int | None = None,
+    in_chans: int | None = None,
+    drop_rate: float | None = None,
+    drop_path_rate: float | None = None,
     weights: bool = True,
 ) -> nn.Module:
     """What a folder of :func:`save_timm` holds; its weights are loaded unless ``weights=False`` (from scratch).
 
-    ``num_classes`` other than the saved ones puts a fresh classifier on it. Raises ValueError where it is not called with
-    a folder, :class:`rep_plugin.backbones.loading.CheckpointMismatchError` where the weights do not fit.
+    ``num_classes`` other than the saved ones puts a fresh classifier on it (0: none). ``drop_rate`` and
+    ``drop_path_rate`` are passed on; ``in_chans``, which timm's own scripts give, must be the model's. Raises ValueError
+    for other arguments, or where it is not called with a folder,
+    :class:`rep_plugin.backbones.loading.CheckpointMismatchError` where the weights do not fit.
     """
     folder = (pretrained_cfg or {}).get("file") if isinstance(pretrained_cfg, Mapping) else None
     if not base or not folder:
         raise ValueError(f"{ARCHITECTURE!r} is loaded from a folder: timm.create_model('local-dir:FOLDER')")
-    model = _build(base, base_args or {}, history)
+    base_args = dict(base_args or {})
+    if in_chans is not None and in_chans != (own := base_args.get("in_chans", 3)):
+        raise ValueError(f"in_chans must be what the model in {folder} has, {own}, got {in_chans}")
+    check_history(history)
+    given = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
+    model = _build(base, base_args | {name: value for name, value in given.items() if value is not None}, history)
     if weights:
-        state = load_file(Path(folder) / WEIGHTS)
+        state = _read_weights(Path(folder) / WEIGHTS)
         require_fit(model, state, str(Path(folder) / WEIGHTS))
         model.load_state_dict(state)
     setattr(model, ATTRIBUTE, [dict(step) for step in history])
-    model._rep_base = (base, dict(base_args or {}))
+    model._rep_base = (base, base_args)
     own = {key: tuple(value) if isinstance(value, list) else value for key, value in pretrained_cfg.items()}
     model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **{k: own[k] for k in KEPT_CFG if k in own}}
     if num_classes is not None and num_classes != model.num_classes:
-        _new_classifier(model, num_classes)
+        classifier = model.get_classifier()
+        layer = next((name for name, module in model.named_modules() if module is classifier), None)
+        if layer is None:
+            raise ValueError(
+                f"num_classes (={num_classes}) needs a linear classifier, the model has {type(classifier).__name__}"
+            )
+        set_classes_(model, layer, num_classes)
     return model
 
 
-def _new_classifier(model: nn.Module, num_classes: int) -> None:
-    """Not timm's ``reset_classifier``: that reads widths from attributes, which pruning leaves as they were."""
-    old = model.get_classifier()
-    if not isinstance(old, nn.Linear):
-        raise ValueError(f"num_classes (={num_classes}) needs a linear classifier, the model has {type(old).__name__}")
-    name = next(name for name, module in model.named_modules() if module is old)
-    model.set_submodule(name, nn.Linear(old.in_features, num_classes, old.bias is not None))
-    model.num_classes = num_classes
+def _read_weights(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist, expected the weights of a model")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointMismatchError(f"{path} holds no weights: {error}") from None

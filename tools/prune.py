@@ -70,13 +70,24 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def read_widths(path: Path) -> dict[str, int]:
+    """Return what a file of --widths holds. Raises ValueError, naming the file, for anything else."""
+    try:
+        widths = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(widths, dict):
+        raise ValueError(f"{path} must hold {{layer name: channels kept}}, got a {type(widths).__name__}")
+    return widths
+
+
 def make_plan(model: torch.nn.Module, shape: tuple[int, ...], args: argparse.Namespace) -> PrunePlan:
     """The plan that the arguments ask for."""
     if args.plan:
         return PrunePlan.from_json(Path(args.plan))
     if args.widths:
         scores = "l1" if args.scores == "bn_gamma" else args.scores
-        return PrunePlan.from_widths(model, shape, json.loads(Path(args.widths).read_text()), scores)
+        return PrunePlan.from_widths(model, shape, read_widths(Path(args.widths)), scores)
     return plan_pruning(
         model, shape, args.scores, args.fraction, params=args.params, macs=args.macs, latency=args.latency,
         latency_ms=args.latency_ms, scope=args.scope, min_channels=args.min_channels, round_to=args.round_to,

@@ -64,9 +64,11 @@ def apply_plan(
     after), :class:`rep_plugin.verify.EquivalenceError` where the proof fails. Everything is then as it was.
     """
     started = time.perf_counter()
+    if not isinstance(plan, PrunePlan):
+        raise ValueError(f"plan must be a PrunePlan (see PrunePlan.from_json), got {type(plan).__name__}")
     trace = trace_channels(model, plan.input_shape, plan.prune_outputs)
     kept = kept_by(plan, model, trace)
-    optimizers = _optimizers(optimizer)
+    optimizers = _optimizers(optimizer, model)
     shadow = None if ema is None else _shadow(ema, model)
     report = PruneReport("apply_plan", count_params(model), 0, input_shape=trace.shape)
     report.macs_before = _macs(model, trace, Kept(trace, nothing_gone(trace)))
@@ -75,6 +77,7 @@ def apply_plan(
     remove_channels_(model, trace, kept, optimizers)
     if shadow is not None:
         remove_channels_(shadow, trace, kept)
+        _refresh_table(ema, shadow)
     report.params_after, report.macs_after = count_params(model), _macs(model, trace, kept)
     report.widths, report.frozen = dict(plan.widths), dict(plan.frozen)
     report.latency_before, report.latency_after = plan.latency_before, plan.latency_after
@@ -142,21 +145,35 @@ def kept_by(plan: PrunePlan, model: nn.Module, trace: Trace) -> Kept:
     return kept
 
 
-def _optimizers(optimizer) -> list[torch.optim.Optimizer]:
+def _optimizers(optimizer, model: nn.Module) -> list[torch.optim.Optimizer]:
     given = [] if optimizer is None else list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
     inner = [getattr(one, "optimizer", one) for one in given]
+    own = set(model.parameters())
     for one in inner:
         if not isinstance(one, torch.optim.Optimizer):
             raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(one).__name__}")
+        if not any(p in own for group in one.param_groups for p in group["params"]):
+            raise ValueError(f"the {type(one).__name__} holds no parameter of this {type(model).__name__}")
     return inner
 
 
 def _shadow(ema: nn.Module, model: nn.Module) -> nn.Module:
+    if set(ema.parameters()) & set(model.parameters()):
+        raise ValueError(f"ema ({type(ema).__name__}) shares parameters with the model, expected a copy of it")
     shapes = {name: p.shape for name, p in model.named_parameters()}
     for candidate in (ema, getattr(ema, "module", None)):
         if isinstance(candidate, nn.Module) and {n: p.shape for n, p in candidate.named_parameters()} == shapes:
             return candidate
     raise ValueError(f"ema ({type(ema).__name__}) does not hold the parameters of {type(model).__name__}")
+
+
+def _refresh_table(ema: nn.Module, shadow: nn.Module) -> None:
+    """Tensors that a wrapper keeps by name (mmengine's ``avg_parameters``) are the live ones again."""
+    table = getattr(ema, "avg_parameters", None)
+    if isinstance(table, dict):
+        parameters, state = dict(shadow.named_parameters()), shadow.state_dict()
+        for name, old in table.items():
+            table[name] = parameters[name] if isinstance(old, nn.Parameter) else state[name]
 
 
 def _inputs(model: nn.Module, plan: PrunePlan, example_input: Tensor | None) -> list[Tensor]:
@@ -167,8 +184,9 @@ def _inputs(model: nn.Module, plan: PrunePlan, example_input: Tensor | None) -> 
 
 
 def _prove(model: nn.Module, trace: Trace, kept: Kept, inputs: list[Tensor], report: PruneReport) -> None:
-    masked = mask_channels_(copy.deepcopy(model), trace, kept)
-    removed = remove_channels_(copy.deepcopy(model), trace, kept)
+    # In float64 from the start: gains of normalised filters change, and would be rounded.
+    masked = mask_channels_(copy.deepcopy(model).double(), trace, kept)
+    removed = remove_channels_(copy.deepcopy(model).double(), trace, kept)
     if any(kept.changes(labels) for labels in trace.outputs):
         masked = KeptOutputs(masked, trace, kept)
     try:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rep_plugin.blocks.base import RepBlock
-from rep_plugin.blocks.chain import Scale
+from rep_plugin.blocks.chain import NormedConv2d, Scale
 from rep_plugin.functional.bilinear import triangle_index
 from rep_plugin.necks.bilinear_pooling import BilinearPooling
 from rep_plugin.necks.pools import Full, ISqrtCov, LowRank, RandomMaclaurin, TensorSketch, Triangle
@@ -35,10 +35,16 @@ def _run_chain(t: "Tracer", name: str, ops: Sequence[tuple[str, nn.Module]], lab
     """Follow channels (I,) through linear layers; return those of the outputs (O,)."""
     for op_name, op in ops:
         path = member(name, op_name)
-        if isinstance(op, nn.Conv2d):
+        if isinstance(op, nn.Conv2d) and f"{path}.weight" not in t.trace.sizes:
+            t.channels.freeze(labels, f"the weight of {path} is a parametrization's")
+            labels = t.channels.fresh(op.weight.shape[0])
+            t.channels.freeze(labels, f"the weight of {path} is a parametrization's")
+        elif isinstance(op, nn.Conv2d):
             bias = None if op.bias is None else f"{path}.bias"
             groups = len(labels) // op.weight.shape[1]
             labels, _ = convolve(t, labels, f"{path}.weight", bias, groups, op.weight.shape)
+            if isinstance(op, NormedConv2d):
+                t.cut(f"{path}.gain", 0, labels)
         elif isinstance(op, _BatchNorm):
             roles = ("weight", "bias", "running_mean", "running_var")
             normalise(t, labels, {r: f"{path}.{r}" for r in roles if getattr(op, r) is not None})

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from rep_plugin.pruning.gains import keep_filters_, measure_filters
 from rep_plugin.pruning.graph import Trace
 from rep_plugin.pruning.kept import Kept, zero_gone_
 from rep_plugin.verify import flatten_outputs
@@ -17,8 +18,10 @@ def mask_channels_(model: nn.Module, trace: Trace, kept: Kept) -> nn.Module:
     contribution is removed there.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    filters = measure_filters(model, trace)
     for name, dim in (*trace.makers, *trace.masked_inputs):
         zero_gone_(tensors[name], dim, trace.cuts[name][dim], kept)
+    keep_filters_(model, trace, kept, filters)
     return model
 
 

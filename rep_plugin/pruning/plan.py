@@ -229,6 +229,8 @@ def plan_pruning(
     for pattern, value in overrides.items():
         if value != "frozen":
             check_fraction(f"overrides[{pattern!r}]", value)
+    if isinstance(ignore, str):
+        raise ValueError(f"ignore must be a list of patterns, got {ignore!r}")
     trace = trace_channels(model, example_input, prune_outputs)
     own = match_layers(list(overrides), list(trace.layers))
     frozen = [pattern for pattern, value in overrides.items() if value == "frozen"]

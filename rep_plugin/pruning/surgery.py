@@ -11,6 +11,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.necks.bilinear_pooling import BilinearPooling
 from rep_plugin.necks.pools import LowRank
+from rep_plugin.pruning.gains import keep_filters_, measure_filters
 from rep_plugin.pruning.graph import Trace, member
 from rep_plugin.pruning.kept import Kept, slice_tensor
 
@@ -32,7 +33,10 @@ def _slice_parameter(parameter: nn.Parameter, dims: dict, kept: Kept, optimizers
             if isinstance(value, Tensor) and value.shape == old and value.dim():
                 state[key] = _like(value, slice_tensor(value, dims, kept))
     grad, parameter.grad = parameter.grad, None
-    parameter.data = _like(parameter.data, slice_tensor(parameter.data, dims, kept))
+    data = _like(parameter.data, slice_tensor(parameter.data, dims, kept))
+    # Autograd keeps a node with the old shape as long as somebody (DDP's reducer) holds it; another dtype makes it drop it.
+    parameter.data = data.new_empty(0, dtype=torch.float64 if data.dtype != torch.float64 else torch.float32)
+    parameter.data = data
     if grad is not None:
         parameter.grad = _like(grad, slice_tensor(grad, dims, kept))
 
@@ -41,6 +45,7 @@ def _slice_parameter(parameter: nn.Parameter, dims: dict, kept: Kept, optimizers
 def remove_channels_(model: nn.Module, trace: Trace, kept: Kept, optimizers: Iterable = ()) -> nn.Module:
     """Slice every tensor, gradient and optimizer state that follows a removed channel, and set the modules' numbers."""
     before = {module: _numbers(module) for module in model.modules()}
+    filters = measure_filters(model, trace)
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     for name, dims in trace.cuts.items():
         if not any(kept.changes(labels) for labels in dims.values()):
@@ -49,6 +54,7 @@ def remove_channels_(model: nn.Module, trace: Trace, kept: Kept, optimizers: Ite
             _slice_parameter(parameters[name], dims, kept, optimizers)
         else:
             buffers[name].data = slice_tensor(buffers[name].data, dims, kept)
+    keep_filters_(model, trace, kept, filters)
     for name, (given, pooled) in trace.pools.items():
         _shrink_pool(model.get_submodule(name), given, pooled, kept)
     for name, module in model.named_modules(remove_duplicate=False):

@@ -226,7 +226,14 @@ def trace_channels(model: nn.Module, example_input: Tensor | tuple[int, ...], pr
     """
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise ValueError(f"got a {type(model).__name__}: pass its .module, and wrap the model again after pruning")
-    shape = tuple(example_input.shape) if isinstance(example_input, Tensor) else tuple(example_input)
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise ValueError("got a compiled model: pass the model itself (._orig_mod), and compile it again after pruning")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    shape = example_input.shape if isinstance(example_input, Tensor) else example_input
+    if not isinstance(shape, (list, tuple)) or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise ValueError(f"example_input must be a tensor (N, C, ...) or its shape, got {example_input!r}")
+    shape = tuple(shape)
     trace = Tracer(model, shape).run()
     for labels in (*trace.outputs, *trace.train_outputs):
         if not (prune_outputs and labels.dim() == 4):
