@@ -2,5 +2,6 @@
 
 from rep_plugin.hooks.linearize_hook import LinearizeHook
 from rep_plugin.hooks.reparam_hook import ReparamHook
+from rep_plugin.hooks.sparsity_hook import SparsityHook
 
-__all__ = ["LinearizeHook", "ReparamHook"]
+__all__ = ["LinearizeHook", "ReparamHook", "SparsityHook"]

@@ -1,23 +1,14 @@
 """ReparamHook: write the deployed model when training is over."""
 
 from mmengine.dist import is_main_process
-from mmengine.hooks import EMAHook, Hook
-from mmengine.model import is_model_wrapper
+from mmengine.hooks import Hook
 from mmengine.runner import Runner
-from torch import nn
 
 from rep_plugin.blocks.annealed import AnnealError, annealed_modules
 from rep_plugin.hooks.linearize_hook import LinearizeHook
+from rep_plugin.hooks.live import final_model
 from rep_plugin.mm_artefact import real_inputs, write_deployed
 from rep_plugin.registry import HOOKS
-
-
-def final_model(runner: Runner) -> nn.Module:
-    """Return the model as validation sees it: the EMA weights where an EMAHook keeps some. Do not change it."""
-    for hook in runner.hooks:
-        if isinstance(hook, EMAHook):
-            return hook.ema_model.module
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
 @HOOKS.register_module()
