@@ -1,7 +1,8 @@
 """mmengine hooks: they decide when; library functions do the work."""
 
 from rep_plugin.hooks.linearize_hook import LinearizeHook
+from rep_plugin.hooks.prune_hook import PruneHook
 from rep_plugin.hooks.reparam_hook import ReparamHook
 from rep_plugin.hooks.sparsity_hook import SparsityHook
 
-__all__ = ["LinearizeHook", "ReparamHook", "SparsityHook"]
+__all__ = ["LinearizeHook", "PruneHook", "ReparamHook", "SparsityHook"]
