@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from rep_plugin.mm_artefact import REAL_PICTURES, real_inputs
 
+HIGH_IS_GOOD = ("accuracy", "precision", "recall", "f1", "mAP", "mIoU")
+
 
 class HookError(ValueError):
     """A hook's settings do not fit the training; the message is one line."""
@@ -40,7 +42,7 @@ def optimizers_of(runner: Runner) -> list[torch.optim.Optimizer]:
 
 
 def pictures_of(runner: Runner, count: int = REAL_PICTURES) -> Tensor:
-    """Return some preprocessed pictures (N, C, H, W), of validation where there is one; no random state moves."""
+    """Return some preprocessed pictures (N, C, H, W), of validation where there is one; torch's random state stays."""
     loader = (runner.val_loop or runner.train_loop).dataloader
     with torch.random.fork_rng(devices=[]):
         return real_inputs(plain_model(runner), loader, count)
@@ -94,8 +96,10 @@ def describe(metrics: dict[str, float]) -> str:
 
 
 def collapsed(before: dict[str, float], after: dict[str, float]) -> str:
-    """Return a warning, with the numbers, where the first accuracy has fallen below half; '' otherwise."""
-    name = next((name for name in before if "accuracy" in name and name in after), next(iter(before), None))
-    if name is None or name not in after or after[name] >= before[name] / 2:
-        return ""
-    return f"{name} fell from {before[name]:.4g} to {after[name]:.4g}: remove less at a time, or train more before it"
+    """Return a warning, with the numbers, where the first figure that is high for good models fell below half; else ''."""
+    for name, value in before.items():
+        if any(word in name for word in HIGH_IS_GOOD) and name in after:
+            if after[name] >= value / 2:
+                return ""
+            return f"{name} fell from {value:.4g} to {after[name]:.4g}: remove less at a time, or train more before it"
+    return ""
