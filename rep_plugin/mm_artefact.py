@@ -97,7 +97,8 @@ def deploy_config(cfg: Config) -> Config:
     for key in ("work_dir", "launcher"):  # a Runner writes its config into work_dir, over this very file
         cfg.pop(key, None)
     hooks = cfg.get("custom_hooks") or []
-    over = ("rep_plugin.ReparamHook", "rep_plugin.LinearizeHook")
+    names = ("ReparamHook", "LinearizeHook", "SparsityHook", "PruneHook", "SoftPruneHook")
+    over = [f"rep_plugin.{name}" for name in names]
     cfg.custom_hooks = [hook for hook in hooks if str(hook.get("type")) not in over]
     return cfg
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from rep_plugin.mm_artefact import check_rebuilt, plain_data
 from rep_plugin.pictures import draw_widths
 from rep_plugin.pruning import PrunePlan, PruneReport, apply_plan
 
+# Hooks that have done their work on the way to a pruned model: they would do it again when it is fine-tuned.
+OVER = tuple(f"rep_plugin.{name}" for name in ("LinearizeHook", "SparsityHook", "PruneHook", "SoftPruneHook"))
+
 
 def pruned_config(cfg: Config, plan: PrunePlan, linear: bool = True) -> Config:
     """Return a copy of a config whose model is the pruned one, with its structure inside: the same file in all else.
@@ -30,9 +34,9 @@ def pruned_config(cfg: Config, plan: PrunePlan, linear: bool = True) -> Config:
     cfg.load_from, cfg.resume = None, False
     for key in ("work_dir", "launcher"):  # a Runner writes its config into work_dir, over this very file
         cfg.pop(key, None)
-    if linear:
-        hooks = cfg.get("custom_hooks") or []
-        cfg.custom_hooks = [hook for hook in hooks if str(hook.get("type")) != "rep_plugin.LinearizeHook"]
+    over = OVER if linear else OVER[1:]
+    hooks = cfg.get("custom_hooks") or []
+    cfg.custom_hooks = [hook for hook in hooks if str(hook.get("type")) not in over]
     return cfg
 
 
@@ -51,10 +55,29 @@ def write_pruned(
     pruning them again, or merging them, nests in the config. Raises what :func:`rep_plugin.apply_plan` raises, or OSError
     where a file cannot be written; older files then stay.
     """
-    written = pruned_config(cfg, plan, all(part.alpha == 1 for part in annealed_modules(model)))
     pruned = copy.deepcopy(model)
     pruned.eval()
     report = apply_plan(pruned, plan, example_input=inputs)
+    write_pruned_model(pruned, cfg, plan, report, out_dir, inputs, dataset_meta)
+    return report
+
+
+def write_pruned_model(
+    pruned: nn.Module,
+    cfg: Config,
+    plan: PrunePlan,
+    report: PruneReport,
+    out_dir: str | os.PathLike,
+    inputs: Tensor | None = None,
+    dataset_meta: dict | None = None,
+    more_texts: Mapping[str, str] | None = None,
+) -> None:
+    """Write the files of :func:`write_pruned` for a model that is what ``plan`` makes of ``cfg.model``.
+
+    It is moved to the CPU and put in eval mode. ``more_texts``: file name -> text, written along.
+    """
+    written = pruned_config(cfg, plan, all(part.alpha == 1 for part in annealed_modules(pruned)))
+    pruned.eval()
     pruned.cpu()
     check_rebuilt(written, pruned, inputs if inputs is not None else torch.zeros(1, *plan.input_shape[1:]))
 
@@ -63,6 +86,7 @@ def write_pruned(
         "pruned.py": written.pretty_text,
         "pruned.plan.json": plan.to_json() + "\n",
         "pruned.json": report.to_json() + "\n",
+        **(more_texts or {}),
     }
     files = {"pruned.pth": lambda path: save_checkpoint_file({"meta": meta, "state_dict": pruned.state_dict()}, path)}
     for name, text in texts.items():
@@ -72,4 +96,3 @@ def write_pruned(
         path, lambda file: draw_widths(plan.widths, file, title, plan.frozen)
     )
     write_together(Path(out_dir), files)
-    return report

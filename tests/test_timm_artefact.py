@@ -137,7 +137,7 @@ def changed_depth(model):
     ("change", "message"),
     [
         (changed_head, "2 of another shape .first: fc.weight, fc.bias."),
-        (changed_depth, "12 missing .first: layer1.0.conv1.weight"),
+        (changed_depth, "10 missing .first: layer1.0.conv1.weight"),
         (lambda model: setattr(model, "rep_history", []), ".* of another shape .first: conv1.0.weight"),
     ],
 )

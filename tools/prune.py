@@ -121,7 +121,9 @@ def main() -> None:
         with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmpretrain")):
             loader = Runner.build_dataloader(cfg.val_dataloader)
         inputs, dataset_meta = real_inputs(model, loader), dataset_meta or loader.dataset.metainfo
-    elif not args.shape:
+    if args.shape and len(args.shape) != 3:
+        raise ValueError(f"--shape takes three numbers, C H W, got {args.shape}")
+    if inputs is None and not args.shape:
         raise ValueError("without validation pictures the input size is needed: --shape C H W")
     shape = (1, *(args.shape or inputs.shape[1:]))  # costs are those of one picture
     plan = make_plan(model, shape, args)

@@ -22,6 +22,7 @@ from mmengine.runner import Runner
 from rep_plugin.backbones.loading import CheckpointMismatchError, refuse_misfits
 from rep_plugin.blocks.annealed import AnnealError
 from rep_plugin.checkpoint import UnreadableCheckpointError, UnsafeCheckpointError
+from rep_plugin.hooks.live import HookError
 from rep_plugin.mm_checkpoint import enable_safe_loading
 from rep_plugin.mm_data import DataError, check_data, guard_dataloaders, name_broken_pictures, one_line
 
@@ -221,4 +222,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, AnnealError)
+    run(main, AnnealError, HookError)

@@ -1,23 +1,15 @@
 """ReparamHook: write the deployed model when training is over."""
 
 from mmengine.dist import is_main_process
-from mmengine.hooks import EMAHook, Hook
-from mmengine.model import is_model_wrapper
+from mmengine.hooks import Hook
 from mmengine.runner import Runner
-from torch import nn
 
 from rep_plugin.blocks.annealed import AnnealError, annealed_modules
 from rep_plugin.hooks.linearize_hook import LinearizeHook
+from rep_plugin.hooks.live import final_model
+from rep_plugin.hooks.pruning_live import config_of
 from rep_plugin.mm_artefact import real_inputs, write_deployed
 from rep_plugin.registry import HOOKS
-
-
-def final_model(runner: Runner) -> nn.Module:
-    """Return the model as validation sees it: the EMA weights where an EMAHook keeps some. Do not change it."""
-    for hook in runner.hooks:
-        if isinstance(hook, EMAHook):
-            return hook.ema_model.module
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
 @HOOKS.register_module()
@@ -25,8 +17,9 @@ class ReparamHook(Hook):
     """After training, merge a copy of the model, prove it on random and real pictures, and write the artefact.
 
     Writes ``deploy.pth``, ``deploy.py`` and ``deploy.json`` into ``out_dir`` (default: the work directory) and logs the
-    report. The trained model itself is not changed. Raises :class:`rep_plugin.EquivalenceError` where the proof fails,
-    and before training AnnealError for annealed blocks (``anneal=True``) that no LinearizeHook leads to their end.
+    report. The trained model itself is not changed. What a PruneHook has narrowed in training is merged in that form.
+    Raises :class:`rep_plugin.EquivalenceError` where the proof fails, and before training AnnealError for annealed blocks
+    (``anneal=True``) that no LinearizeHook leads to their end.
     """
 
     priority = "VERY_LOW"  # after the last checkpoint
@@ -50,6 +43,6 @@ class ReparamHook(Hook):
         loader = loop.dataloader
         out_dir = self.out_dir or runner.work_dir
         report = write_deployed(
-            model, runner.cfg, out_dir, real_inputs(model, loader), getattr(loader.dataset, "metainfo", None)
+            model, config_of(runner), out_dir, real_inputs(model, loader), getattr(loader.dataset, "metainfo", None)
         )
         runner.logger.info(f"deployed model written to {out_dir}/deploy.pth and deploy.py\n{report}")

@@ -1,0 +1,105 @@
+"""What the pruning hooks ask of a Runner: the plain model, its optimizers, pictures, figures of validation."""
+
+from numbers import Number
+
+import torch
+from mmengine.hooks import EMAHook
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.runner import EpochBasedTrainLoop, Runner
+from mmengine.runner.amp import autocast
+from torch import Tensor, nn
+
+from rep_plugin.mm_artefact import REAL_PICTURES, real_inputs
+
+HIGH_IS_GOOD = ("accuracy", "precision", "recall", "f1", "mAP", "mIoU")
+
+
+class HookError(ValueError):
+    """A hook's settings do not fit the training; the message is one line."""
+
+
+def plain_model(runner: Runner) -> nn.Module:
+    """Return the model that is trained, without a wrapper around it."""
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+
+def ema_hooks(runner: Runner) -> list[EMAHook]:
+    return [hook for hook in runner.hooks if isinstance(hook, EMAHook)]
+
+
+def final_model(runner: Runner) -> nn.Module:
+    """Return the model as validation sees it: the EMA weights where an EMAHook keeps some. Do not change it."""
+    return next((hook.ema_model.module for hook in ema_hooks(runner)), plain_model(runner))
+
+
+def optimizers_of(runner: Runner) -> list[torch.optim.Optimizer]:
+    """Return the optimizers of the training; none where there is no training."""
+    wrapper = runner.optim_wrapper
+    if isinstance(wrapper, OptimWrapperDict):
+        return [one.optimizer for one in wrapper.optim_wrappers.values()]
+    return [wrapper.optimizer] if isinstance(wrapper, OptimWrapper) else []
+
+
+def pictures_of(runner: Runner, count: int = REAL_PICTURES) -> Tensor:
+    """Return some preprocessed pictures (N, C, H, W), of validation where there is one; torch's random state stays."""
+    loader = (runner.val_loop or runner.train_loop).dataloader
+    with torch.random.fork_rng(devices=[]):
+        return real_inputs(plain_model(runner), loader, count)
+
+
+def iterations_of(runner: Runner, by_epoch: bool, who: str) -> float:
+    """Return how many iterations one unit of a schedule has: those of an epoch, or 1.
+
+    Raises HookError for epochs where the loop has none.
+    """
+    if not by_epoch:
+        return 1.0
+    if not isinstance(runner.train_loop, EpochBasedTrainLoop):
+        raise HookError(
+            f"{who}: by_epoch=True needs epochs, {type(runner.train_loop).__name__} has none: by_epoch=False"
+        )
+    return runner.max_iters / runner.max_epochs
+
+
+def evaluate(runner: Runner, model: nn.Module) -> dict[str, float]:
+    """Return the figures of validation for a model; {} without validation.
+
+    The Runner's own loop would also step schedulers, save a best checkpoint and count for early stopping.
+    """
+    loop = runner.val_loop
+    if loop is None:
+        return {}
+    modes = modes_of(model)
+    model.eval()
+    with torch.no_grad(), autocast(enabled=getattr(loop, "fp16", False)):
+        for batch in loop.dataloader:
+            outputs = model.val_step(batch)
+            loop.evaluator.process(data_samples=outputs, data_batch=batch)
+    metrics = loop.evaluator.evaluate(len(loop.dataloader.dataset))
+    restore_modes_(modes)
+    return {name: float(value) for name, value in metrics.items() if isinstance(value, Number)}
+
+
+def modes_of(model: nn.Module) -> dict[nn.Module, bool]:
+    return {module: module.training for module in model.modules()}
+
+
+def restore_modes_(modes: dict[nn.Module, bool]) -> None:
+    for module, training in modes.items():
+        module.training = training
+
+
+def describe(metrics: dict[str, float]) -> str:
+    """Return figures in one line."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()) or "not measured: no validation"
+
+
+def collapsed(before: dict[str, float], after: dict[str, float]) -> str:
+    """Return a warning, with the numbers, where the first figure that is high for good models fell below half; else ''."""
+    for name, value in before.items():
+        if any(word in name for word in HIGH_IS_GOOD) and name in after:
+            if after[name] >= value / 2:
+                return ""
+            return f"{name} fell from {value:.4g} to {after[name]:.4g}: remove less at a time, or train more before it"
+    return ""

@@ -1,0 +1,180 @@
+"""Pruning of the model that a Runner is training, and of what a training ends with."""
+
+import copy
+import gc
+import json
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rep_plugin.history import history_of
+from rep_plugin.hooks.live import (
+    HookError,
+    collapsed,
+    describe,
+    ema_hooks,
+    evaluate,
+    final_model,
+    modes_of,
+    optimizers_of,
+    pictures_of,
+    plain_model,
+    restore_modes_,
+)
+from rep_plugin.mm_prune_artefact import pruned_config, write_pruned_model
+from rep_plugin.pruning import PrunePlan, PruneReport, apply_plan
+from rep_plugin.pruning.compose import compose_plans
+from rep_plugin.rebuild import as_plan
+from rep_plugin.report import count_params
+
+META = "rep_prune"  # in a checkpoint's meta data
+
+
+def prune_runner_(
+    runner: Runner, plan: PrunePlan, verify: bool = True, example_input: Tensor | None = None
+) -> PruneReport:
+    """Remove channels from the model in training, with the optimizers' state and the EMA copy; DDP is wrapped anew.
+
+    Raises what :func:`rep_plugin.apply_plan` raises, and HookError for another wrapper than DDP; all is then as before.
+    """
+    model = plain_model(runner)
+    wrapped = is_model_wrapper(runner.model)
+    if wrapped and not isinstance(runner.model, DistributedDataParallel):
+        raise HookError(
+            f"a model inside {type(runner.model).__name__} cannot be pruned in training, expected DDP or none"
+        )
+    averages = [hook.ema_model for hook in ema_hooks(runner)]
+    if len(averages) > 1:
+        raise HookError(f"{len(averages)} EMAHooks cannot be pruned along, expected at most 1")
+    modes = modes_of(model)
+    model.eval()
+    try:
+        report = apply_plan(
+            model,
+            plan,
+            optimizers_of(runner),
+            ema=averages[0] if averages else None,
+            verify=verify,
+            example_input=example_input,
+        )
+    finally:
+        restore_modes_(modes)
+    for average in averages:
+        if average.update_buffers:  # a state dict holds the tensors as they were
+            average.avg_parameters = average.module.state_dict()
+    if wrapped:
+        runner.model = None
+        gc.collect()  # the old wrapper's hooks on the parameters go with it
+        runner.model = runner.wrap_model(runner.cfg.get("model_wrapper_cfg"), model)
+    return report
+
+
+class PruningHook(Hook):
+    """What hooks that prune share: checkpoints know the structure, and training ends in files that stock code loads.
+
+    A checkpoint of a pruned model carries the plans in its meta data; they are applied when it is loaded, before the
+    weights are, to the model, to its EMA copy and to the wrapper. So any Runner resumes (and tests) it with the config
+    it was trained with. Without plans a checkpoint is loaded as ever.
+    """
+
+    priority = "ABOVE_NORMAL"  # before EMAHook, which loads its copy from checkpoints
+
+    def __init__(self, out_dir: str | None = None):
+        self.out_dir = out_dir
+        self.rounds: list[dict] = []  # what was done, plain data
+        self._steps_before = 0  # steps of the config's own model, as of rep_plugin.Pruned
+
+    def before_run(self, runner: Runner) -> None:
+        self._steps_before = len(history_of(plain_model(runner)))
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        steps = history_of(plain_model(runner))
+        if len(steps) > self._steps_before or self.rounds:
+            checkpoint["meta"][META] = json.dumps({"history": steps, "rounds": self.rounds})
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        text = (checkpoint.get("meta") or {}).get(META)
+        if text is None:
+            return
+        found, model = json.loads(text), plain_model(runner)
+        own = json.loads(json.dumps(history_of(model)))
+        if found["history"][: len(own)] != own:
+            raise HookError(
+                f"the checkpoint's model was pruned otherwise before: it begins with {len(found['history'])} steps, of "
+                f"which the {len(own)} of {type(model).__name__} in the config are not the first"
+            )
+        for step in found["history"][len(own) :]:
+            prune_runner_(runner, as_plan(step["plan"]), verify=False)
+        if runner._resume:
+            self.rounds = found["rounds"]
+
+    def plans_of(self, runner: Runner) -> list[PrunePlan]:
+        """Return the plans by which the model in training differs from the config's."""
+        return [as_plan(step["plan"]) for step in history_of(plain_model(runner))[self._steps_before :]]
+
+    def finish(self, runner: Runner, plan: PrunePlan, pruned: nn.Module, report: PruneReport) -> None:
+        """Write what :func:`rep_plugin.mm_prune_artefact.write_pruned` writes, and ``pruned.rounds.json``."""
+        if not is_main_process():
+            return
+        loader = (runner.val_loop or runner.train_loop).dataloader
+        out_dir = Path(self.out_dir or runner.work_dir)
+        meta = getattr(loader.dataset, "metainfo", None)
+        texts = {"pruned.rounds.json": json.dumps(self.rounds, indent=1) + "\n"}
+        write_pruned_model(pruned, runner.cfg, plan, report, out_dir, pictures_of(runner).cpu(), meta, texts)
+        runner.logger.info(f"pruned model written to {out_dir}/pruned.pth and pruned.py\n{report}")
+
+    def prune_a_copy(self, runner: Runner, plan: PrunePlan) -> None:
+        """Prune what training ended with by a plan, compare both in validation, and write it."""
+        model = final_model(runner)
+        pruned = copy.deepcopy(model)
+        pruned.eval()
+        report = apply_plan(pruned, plan, example_input=pictures_of(runner))
+        before, after = evaluate(runner, model), evaluate(runner, pruned)
+        self.note(runner, plan, report, before, after)
+        self.finish(runner, plan, pruned, report)
+
+    def note(self, runner: Runner, plan: PrunePlan, report: PruneReport, before: dict, after: dict) -> None:
+        """Keep the figures of a round, and log them."""
+        figures = {
+            name: getattr(report, name) for name in ("params_before", "params_after", "macs_before", "macs_after")
+        }
+        entry = dict(round=len(self.rounds) + 1, epoch=runner.epoch, iter=runner.iter, why=plan.why, **figures)
+        entry |= dict(plan_params=plan.params_before, plan_macs=plan.macs_before)
+        entry |= dict(max_rel_error=report.max_rel_error, before=before, after=after, tuned=None)
+        self.rounds.append(entry)
+        runner.logger.info(
+            f"{type(self).__name__}, round {entry['round']}: parameters {report.params_before:,} -> "
+            f"{report.params_after:,}, multiply-adds {report.macs_before:,} -> {report.macs_after:,}; before: "
+            f"{describe(before)}; after: {describe(after)}"
+        )
+        if warning := collapsed(before, after):
+            runner.logger.warning(f"{type(self).__name__}: {warning}")
+
+    def note_tuned(self, runner: Runner, metrics: dict) -> None:
+        """Complete the last round with the figures after fine-tuning."""
+        if self.rounds and self.rounds[-1]["tuned"] is None:
+            self.rounds[-1]["tuned"] = metrics
+            runner.logger.info(f"{type(self).__name__}, round {len(self.rounds)}, fine-tuned: {describe(metrics)}")
+
+    def whole_report(self, plan: PrunePlan, model: nn.Module) -> PruneReport:
+        """Return the report of all rounds together: from before the first, with the largest error of all proofs."""
+        first, last = self.rounds[0], self.rounds[-1]
+        report = PruneReport("apply_plan", first["params_before"], count_params(model), input_shape=plan.input_shape)
+        report.macs_before, report.macs_after = first["macs_before"], last["macs_after"]
+        report.max_rel_error = max(entry["max_rel_error"] for entry in self.rounds)
+        report.widths, report.frozen = dict(plan.widths), dict(plan.frozen)
+        report.notes = [f"{len(self.rounds)} rounds, each proven; figures of validation are in pruned.rounds.json"]
+        return report
+
+
+def config_of(runner: Runner) -> Config:
+    """Return the config that builds the model in training: the runner's own, or that of what was pruned meanwhile."""
+    hook = next((hook for hook in runner.hooks if isinstance(hook, PruningHook)), None)
+    plans = hook.plans_of(runner) if hook is not None else []
+    return pruned_config(runner.cfg, compose_plans(plans)) if plans else runner.cfg

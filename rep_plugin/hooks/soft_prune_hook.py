@@ -1,0 +1,117 @@
+"""SoftPruneHook: set the weakest filters to zero again and again while training, and remove them at its end."""
+
+from collections.abc import Mapping, Sequence
+
+from mmengine.runner import Runner
+
+from rep_plugin.hooks.live import (
+    HookError,
+    collapsed,
+    describe,
+    evaluate,
+    iterations_of,
+    optimizers_of,
+    pictures_of,
+    plain_model,
+)
+from rep_plugin.hooks.pruning_live import PruningHook
+from rep_plugin.pruning import PrunePlan, TraceError, plan_pruning
+from rep_plugin.pruning.scores import SCORES
+from rep_plugin.pruning.soft import count_returned, zero_channels_
+from rep_plugin.registry import HOOKS
+
+
+@HOOKS.register_module()
+class SoftPruneHook(PruningHook):
+    """Soft filter pruning (He et al., IJCAI 2018), for coupled layers as well.
+
+    After every ``interval`` epochs from ``begin`` on, and after the last, the weakest ``prune_fraction`` of the channels is
+    set to zero: kernels, gammas and betas. They train on and may come back, by their momentum (see
+    :func:`rep_plugin.pruning.soft.zero_channels_`; an optimizer without any keeps them dead behind a ReLU, which is a
+    warning). What is zero at the end is removed from a copy, and written as
+    :func:`rep_plugin.mm_prune_artefact.write_pruned` does. ``scores`` (the paper's: ``l2``), ``scope`` (the paper's:
+    ``layer``), ``min_channels``, ``round_to``, ``overrides``, ``ignore`` as in :func:`rep_plugin.plan_pruning`.
+
+    Each time validation is run before and after (``evaluate=False``: not); an accuracy that falls below half is a warning
+    with the numbers. The log also has how many of the channels zeroed last time came back. With an EMAHook the last
+    plan is applied to the average, whose channels are only near zero: the figures of the last round tell what that costs.
+
+    Raises ValueError for bad arguments; :class:`rep_plugin.hooks.live.HookError` where the model cannot be pruned so.
+    """
+
+    def __init__(
+        self,
+        prune_fraction: float,
+        *,
+        begin: int = 1,
+        interval: int = 1,
+        scores: str = "l2",
+        scope: str = "layer",
+        min_channels: int = 1,
+        round_to: int = 1,
+        overrides: Mapping[str, float | str] | None = None,
+        ignore: Sequence[str] = (),
+        evaluate: bool = True,
+        out_dir: str | None = None,
+    ):
+        super().__init__(out_dir)
+        if (
+            isinstance(prune_fraction, bool)
+            or not isinstance(prune_fraction, (int, float))
+            or not 0 < prune_fraction < 1
+        ):
+            raise ValueError(f"prune_fraction must lie in (0, 1), got {prune_fraction!r}")
+        for name, value in (("begin", begin), ("interval", interval)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of epochs >= 1, got {value!r}")
+        if scores not in SCORES or scores == "taylor":
+            raise ValueError(f"scores must be one of {[s for s in SCORES if s != 'taylor']}, got {scores!r}")
+        self.begin, self.interval, self.evaluate = begin, interval, evaluate
+        self.options = dict(
+            prune_fraction=prune_fraction, scores=scores, scope=scope, min_channels=min_channels, round_to=round_to
+        )
+        self.options |= dict(overrides=dict(overrides or {}), ignore=tuple(ignore))
+        self.plan: PrunePlan | None = None
+
+    def before_train(self, runner: Runner) -> None:
+        iterations_of(runner, True, "SoftPruneHook")
+        if self.begin > runner.max_epochs:
+            raise HookError(f"SoftPruneHook.begin (={self.begin}) must be <= the training's {runner.max_epochs} epochs")
+        groups = [g for one in optimizers_of(runner) for g in one.param_groups]
+        if all(not group.get("momentum") and "betas" not in group for group in groups):
+            runner.logger.warning("SoftPruneHook: the optimizer has no momentum, zeroed filters will hardly come back")
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        epoch = runner.epoch + 1
+        last = epoch == runner.max_epochs
+        if epoch >= self.begin and ((epoch - self.begin) % self.interval == 0 or last):
+            self._zero(runner)
+
+    def _zero(self, runner: Runner) -> None:
+        model = plain_model(runner)
+        back = (
+            ""
+            if self.plan is None
+            else "; of the last ones {} of {} came back".format(*count_returned(model, self.plan))
+        )
+        self.plan = self._plan(runner)
+        before = evaluate(runner, model) if self.evaluate else {}
+        zero_channels_(model, self.plan)
+        after = evaluate(runner, model) if self.evaluate else {}
+        runner.logger.info(
+            f"SoftPruneHook: {self.plan.units[1]} of {self.plan.units[0]} channels set to zero{back}; before: "
+            f"{describe(before)}; after: {describe(after)}"
+        )
+        if warning := collapsed(before, after):
+            runner.logger.warning(f"SoftPruneHook: {warning}")
+
+    def _plan(self, runner: Runner) -> PrunePlan:
+        try:
+            return plan_pruning(plain_model(runner), (1, *pictures_of(runner, 1).shape[1:]), **self.options)
+        except (ValueError, TraceError) as error:
+            raise HookError(f"SoftPruneHook: {error}") from None
+
+    def after_train(self, runner: Runner) -> None:
+        # Stopped early or resumed at its end, training has no plan: what is zero scores lowest.
+        self.rounds = []
+        self.prune_a_copy(runner, self.plan or self._plan(runner))
