@@ -41,7 +41,7 @@ def test_merged_it_is_the_convolution_it_stands_for(name, widths, size, stride, 
     assert relative_error(expected, folded(x)) < 1e-9 and type(folded[1]) is nn.Identity and folded[0].bias is not None
 
 
-@pytest.mark.parametrize("cls", set(CONV_LIKES.values()), ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", dict.fromkeys(CONV_LIKES.values()), ids=lambda cls: cls.__name__)
 def test_arguments_and_attributes_are_those_of_conv2d(cls):
     assert list(inspect.signature(cls).parameters)[:9] == list(inspect.signature(nn.Conv2d).parameters)[:9]
     args = (4, 8, (3, 5), 2, (1, 2), 1, 2)
