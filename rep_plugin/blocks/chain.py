@@ -23,7 +23,9 @@ from rep_plugin.functional.kernels import (
     bn_scale_shift,
     compose_all,
     identity_kernel,
+    is_constant,
     pair,
+    plain_ops,
     scale_kernel_inputs,
     sum_kernel_taps,
 )
@@ -38,6 +40,29 @@ class Scale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.weight.view(1, -1, 1, 1)
+
+
+def _norm_filters(weight: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return ``weight * gain / norm`` and ``1 / norm``, norm = sqrt(|weight|^2 + eps) of each filter."""
+    inverse = torch.rsqrt(torch.linalg.vector_norm(weight, dim=(1, 2, 3)).square() + eps)
+    return weight * (gain * inverse).view(-1, 1, 1, 1), inverse
+
+
+class _NormedFilters(torch.autograd.Function):
+    """:func:`_norm_filters` with as few passes over the weights as backward needs."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, gain: Tensor, eps: float) -> Tensor:
+        kernel, inverse = _norm_filters(weight, gain, eps)
+        ctx.save_for_backward(weight, gain, inverse)
+        return kernel
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        weight, gain, inverse = ctx.saved_tensors
+        along = (grad * weight).sum((1, 2, 3))
+        across = grad * (gain * inverse).view(-1, 1, 1, 1)
+        return torch.addcmul(across, weight, (-along * gain * inverse**3).view(-1, 1, 1, 1)), along * inverse, None
 
 
 class NormedConv2d(nn.Conv2d):
@@ -61,8 +86,10 @@ class NormedConv2d(nn.Conv2d):
     def kernel(self, dtype: torch.dtype | None = None) -> Tensor:
         """The filters that are in effect, (O, I / groups, kh, kw), in ``dtype``; differentiable."""
         weight = self.weight if dtype is None else self.weight.to(dtype)
-        norm = torch.linalg.vector_norm(weight, dim=(1, 2, 3))
-        return weight * (self.gain.to(weight.dtype) * torch.rsqrt(norm * norm + self.eps)).view(-1, 1, 1, 1)
+        gain = self.gain.to(weight.dtype)
+        if plain_ops():
+            return _norm_filters(weight, gain, self.eps)[0]
+        return _NormedFilters.apply(weight, gain, self.eps)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.kernel(), None, self.stride, self.padding, self.dilation, self.groups)
@@ -205,7 +232,7 @@ def merge_chain(ops: Iterable[nn.Module], in_channels: int | None = None) -> tup
     """Return ``(kernel, bias)`` of the one convolution equal to the chain; differentiable. See :func:`merge_ops`."""
     merged = merge_ops(ops, in_channels)
     bias = merged.bias if merged.bias is not None else merged.kernel.new_zeros(merged.out_channels)
-    return merged.kernel, bias
+    return (merged.kernel.clone() if is_constant(merged.kernel) else merged.kernel), bias
 
 
 class _BatchStats(torch.autograd.Function):

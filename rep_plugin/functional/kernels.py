@@ -98,7 +98,7 @@ def identity_kernel(channels: int, groups: int = 1, **tensor_options) -> Tensor:
 def avgpool_kernel(channels: int, kernel_size: tuple[int, int], **tensor_options) -> Tensor:
     """Return the depthwise (channels, 1, kh, kw) kernel of an average pool that counts its zero padding."""
     kh, kw = kernel_size
-    return torch.full((channels, 1, kh, kw), 1.0 / (kh * kw), **tensor_options)
+    return torch.full((channels, 1, 1, 1), 1.0 / (kh * kw), **tensor_options).expand(-1, -1, kh, kw)
 
 
 def pad_kernel(kernel: Tensor, size: tuple[int, int]) -> Tensor:
@@ -172,6 +172,11 @@ def _taps(kernel: Tensor) -> int:
     return kernel.shape[2] * kernel.shape[3]
 
 
+def is_constant(kernel: Tensor) -> bool:
+    """True for a window whose taps are one and the same element."""
+    return _taps(kernel) > 1 and all(kernel.stride(axis) == 0 or kernel.shape[axis] == 1 for axis in (2, 3))
+
+
 def _compose_dense(k1: Tensor, k2: Tensor, groups: int) -> Tensor:
     """Compose kernels of equal groups: (M, I/G, u, v) then (O, M/G, h, w) -> (O, I/G, u+h-1, v+w-1)."""
 
@@ -189,6 +194,9 @@ def _compose_dense(k1: Tensor, k2: Tensor, groups: int) -> Tensor:
 
 def _compose_diagonal(kernel: Tensor, filters: Tensor) -> Tensor:
     """Convolve every slice ``kernel[c]`` (C, X, h, w) with its own filter (C, 1, u, v)."""
+    for one, window in ((kernel, filters), (filters, kernel)):
+        if _taps(one) == 1 and is_constant(window):  # an average stays a view: its taps are not written out
+            return (one * window[:, :, :1, :1]).expand(-1, -1, *window.shape[2:])
     if (
         _taps(kernel) == 1 and _taps(filters) > 1 and kernel.shape[1] > 1
     ):  # outer products: a matmul is fast backwards too
@@ -267,6 +275,40 @@ def compose_all(convolutions: Iterable[ConvParams]) -> ConvParams:
     return rest[0]
 
 
+class _AddCentred(torch.autograd.Function):
+    """Adds a small kernel into the centre of a large one, in place: nothing is padded, and backward costs nothing."""
+
+    @staticmethod
+    def forward(ctx, large: Tensor, small: Tensor) -> Tensor:
+        ctx.size = small.shape[2:]
+        _centre(large, ctx.size).add_(small)
+        ctx.mark_dirty(large)
+        return large
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, _centre(grad, ctx.size)
+
+
+def _centre(kernel: Tensor, size: Sequence[int]) -> Tensor:
+    rows, cols = (kernel.shape[2] - size[0]) // 2, (kernel.shape[3] - size[1]) // 2
+    return kernel[:, :, rows : rows + size[0], cols : cols + size[1]]
+
+
+def _add_centred(large: Tensor, small: Tensor) -> Tensor:
+    """``large`` + ``small``, centres aligned; ``large`` must be a temporary. Raises ValueError where they cannot meet."""
+    if plain_ops():
+        return large + pad_kernel(small, tuple(large.shape[2:]))
+    if any((a - b) % 2 for a, b in zip(large.shape[2:], small.shape[2:])):
+        raise ValueError(f"kernel of size {tuple(small.shape[2:])} cannot be centred in {tuple(large.shape[2:])}")
+    return _AddCentred.apply(large, small)
+
+
+def plain_ops() -> bool:
+    """True where a graph is recorded, or no gradient: functions of our own would only be in the way."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling() or not torch.is_grad_enabled()
+
+
 def merge_sum(kernels: Iterable[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
     """Add parallel ``(kernel, bias)`` pairs of equal channels, stride and groups: centre-pad to the largest side, add.
 
@@ -281,9 +323,13 @@ def merge_sum(kernels: Iterable[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, 
     if len(shapes) > 1:
         raise ValueError(f"parallel kernels must agree in (outputs, inputs / groups), got {sorted(shapes)}")
     size = (max(k.shape[2] for k, _ in pairs), max(k.shape[3] for k, _ in pairs))
-    total = None
-    for kernel, _ in sorted(pairs, key=lambda pair: -_taps(pair[0])):  # the largest first: the others are added into it
-        kernel = pad_kernel(kernel, size)
-        total = kernel if total is None else total + kernel
+    pairs.sort(key=lambda pair: -_taps(pair[0]))  # the largest first: the others are added into it
+    total, fresh = pad_kernel(pairs[0][0], size), pairs[0][0].shape[2:] != size
+    for kernel, _ in pairs[1:]:
+        if kernel.shape[2:] == size:
+            total, fresh = total + kernel, True
+        else:
+            total, fresh = _add_centred(total if fresh else total.clone(), kernel), True
     biases = [bias for _, bias in pairs if bias is not None]
+    total = total.clone() if is_constant(total) else total
     return total, sum(biases[1:], biases[0]) if biases else None

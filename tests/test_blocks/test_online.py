@@ -17,6 +17,7 @@ from rep_plugin.blocks.families import (
     RepVGGBlock,
 )
 from rep_plugin.blocks.inverted_residual import RepInvertedResidual
+from rep_plugin.functional.kernels import merge_sum
 from rep_plugin.reparam import reparameterize
 from rep_plugin.verify import calibrate_random_bn_
 from tests.helpers import examples, relative_error
@@ -176,3 +177,24 @@ def test_only_one_convolution_runs_in_a_step():
     with Count():
         block(torch.randn(4, 8, 28, 28))
     assert calls.count(torch.conv2d) == 1
+
+
+def test_gradients_of_normed_filters_and_of_the_merged_sum():
+    torch.manual_seed(0)
+    conv = NormedConv2d(nn.Conv2d(2, 3, 3, bias=False)).double()
+
+    def kernel(weight, gain):
+        return torch.func.functional_call(conv, {"weight": weight, "gain": gain}, (torch.eye(3).double()[None, None],))
+
+    weight = torch.randn(3, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    gain = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64, requires_grad=True)
+    conv.forward = lambda _: conv.kernel()
+    assert torch.autograd.gradcheck(kernel, (weight, gain))
+
+    large = [torch.randn(2, 3, 3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    small = torch.randn(2, 3, 1, 3, dtype=torch.float64, requires_grad=True)
+    for kernels in ([large[0], small], [*large, small], [small, large[0], small]):
+        assert torch.autograd.gradcheck(lambda *ks: merge_sum([(k, None) for k in ks])[0], kernels)
+    with torch.no_grad():
+        plain = merge_sum([(k, None) for k in (*large, small)])[0]
+    torch.testing.assert_close(merge_sum([(k, None) for k in (*large, small)])[0], plain)
