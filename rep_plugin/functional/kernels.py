@@ -110,6 +110,8 @@ def pad_kernel(kernel: Tensor, size: tuple[int, int]) -> Tensor:
     dh, dw = size[0] - have[0], size[1] - have[1]
     if dh < 0 or dw < 0 or dh % 2 or dw % 2:
         raise ValueError(f"kernel of size {have} cannot be centred in {tuple(size)}")
+    if dh == dw == 0:  # F.pad would copy
+        return kernel
     return F.pad(kernel, (dw // 2, dw // 2, dh // 2, dh // 2))
 
 
