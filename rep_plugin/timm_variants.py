@@ -10,13 +10,14 @@ weights load into timm's network itself.
 from functools import partial
 
 import timm
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
 from rep_plugin.blocks.conv_like import can_stand_for, like_conv, look_alike
 from rep_plugin.reparam.conv_bn import fold_conv_bn_, replace_module_
 from rep_plugin.reparam.expand import own_convs
+from rep_plugin.timm_classifier import pretrained_cfg
 
 BLOCKS = ("dbb", "acb")
 # timm's network -> its first convolution and its classifier.
@@ -50,26 +51,15 @@ def _first_convs(block: str, stock: str, deploy: bool) -> str | tuple[str, ...]:
     first = STOCK[stock][0]
     if deploy or stock.startswith("resnet"):
         return first
-    made = look_alike(block)(3, 4, 3)
+    with torch.device("meta"):  # names alone: an import must not draw random numbers
+        made = look_alike(block)(3, 4, 3)
     heads = {name: next(iter(chain.named_children())) for name, chain in made.branches.items()}
     return tuple(f"{first}.branches.{name}.{layer}" for name, (layer, _) in heads.items())
 
 
 def _cfg(name: str) -> dict:
     block, stock = name.split("_", 1)
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": _first_convs(block, stock, deploy=False),
-        "classifier": STOCK[stock][1],
-        "license": "apache-2.0",
-    }
+    return pretrained_cfg(_first_convs(block, stock, deploy=False), classifier=STOCK[stock][1])
 
 
 default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg(name) for name in NAMES})

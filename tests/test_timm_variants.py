@@ -1,6 +1,8 @@
 """timm's networks with blocks plugged in, under timm's own API."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -90,3 +92,12 @@ def test_a_folder_holds_the_deployed_network(tmp_path):
 def test_typos_are_refused():
     with pytest.raises(TypeError, match="nun_classes"):
         timm.create_model("dbb_resnet18", nun_classes=3)
+
+
+def test_importing_draws_no_random_numbers():
+    code = (
+        "import torch, timm; torch.manual_seed(0); expected = torch.rand(3); torch.manual_seed(0); import rep_plugin; "
+        "assert torch.equal(torch.rand(3), expected)"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
