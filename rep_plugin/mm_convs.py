@@ -9,21 +9,14 @@ from collections.abc import Callable
 from torch import nn
 
 from rep_plugin.blocks.branches import Size
-from rep_plugin.blocks.conv_like import ACBConv2d, ConvLike, DBBConv2d, MobileOneConv2d, RepConv2d
+from rep_plugin.blocks.conv_like import CONV_LIKES, ConvLike
 from rep_plugin.functional.kernels import pair
 from rep_plugin.registry import MODELS
 
-# Look-alike -> what its conv_cfg may hold beside the type.
-OPTIONS: dict[type[ConvLike], tuple[str, ...]] = {
-    DBBConv2d: ("mid_channels",),
-    ACBConv2d: (),
-    RepConv2d: (),
-    MobileOneConv2d: ("copies",),
-}
-TYPES = {f"rep_plugin.{cls.__name__}" for cls in OPTIONS}
+TYPES = {f"rep_plugin.{cls.__name__}" for cls in CONV_LIKES.values()}
 
 
-def _builder(cls: type[ConvLike], known: tuple[str, ...]) -> Callable[..., nn.Module]:
+def _builder(cls: type[ConvLike]) -> Callable[..., nn.Module]:
     def build(
         in_channels: int,
         out_channels: int,
@@ -36,8 +29,10 @@ def _builder(cls: type[ConvLike], known: tuple[str, ...]) -> Callable[..., nn.Mo
         padding_mode: str = "zeros",
         **options,
     ) -> nn.Module:
-        if unknown := sorted(set(options) - set(known)):
-            raise TypeError(f"conv_cfg of {cls.__name__} takes {sorted(known)} beside 'type', got {unknown[0]!r}")
+        if unknown := sorted(set(options) - set(cls.own_options)):
+            raise TypeError(
+                f"conv_cfg of {cls.__name__} takes {sorted(cls.own_options)} beside 'type', got {unknown[0]!r}"
+            )
         shape = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         return nn.Conv2d(*shape) if pair(kernel_size) == (1, 1) else cls(*shape, **options)
 
@@ -46,5 +41,5 @@ def _builder(cls: type[ConvLike], known: tuple[str, ...]) -> Callable[..., nn.Mo
     return build
 
 
-for _cls, _known in OPTIONS.items():
-    MODELS.register_module(_cls.__name__, module=_builder(_cls, _known))
+for _cls in dict.fromkeys(CONV_LIKES.values()):  # some have two names
+    MODELS.register_module(_cls.__name__, module=_builder(_cls))

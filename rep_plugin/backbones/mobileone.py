@@ -1,12 +1,11 @@
 """MobileOne: depthwise and pointwise blocks in turn. Vasu et al., "MobileOne" (CVPR 2023)."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from rep_plugin.backbones.staged import StagedNetwork, check_maps, check_stages, check_strides, pick_arch
+from rep_plugin.backbones.staged import StagedNetwork, check_stages
 from rep_plugin.blocks.families import MobileOneBlock
 from rep_plugin.blocks.squeeze_excite import relu_after
 
@@ -61,13 +60,7 @@ class MobileOne(StagedNetwork):
         online: bool = False,
     ):
         super().__init__()
-        settings: MobileOneArch = pick_arch(arch, ARCHS, "MobileOne")
-        count = len(settings.depths)
-        self.out_indices = check_maps(in_channels, out_indices, count)
-        self.arch, self.strides = arch, check_strides(strides, count)
-        self.out_channels = [int(64 * 2**i * factor) for i, factor in enumerate(settings.widths)]
-        self.reductions = [math.prod(strides[: i + 2]) for i in range(count)]
-        self.stem_channels, self.stem_reduction = min(64, self.out_channels[0]), strides[0]
+        settings: MobileOneArch = self._lay_out(arch, ARCHS, "MobileOne", out_indices, in_channels, strides)
 
         width = self.stem_channels
         form = {"deploy": deploy, "online": online}

@@ -1,12 +1,11 @@
 """RepVGG: four stages of 3x3 blocks. Ding et al., "RepVGG: Making VGG-style ConvNets Great Again" (CVPR 2021)."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from rep_plugin.backbones.staged import StagedNetwork, check_maps, check_stages, check_strides, pick_arch
+from rep_plugin.backbones.staged import StagedNetwork, check_stages
 from rep_plugin.blocks.families import RepVGGBlock
 from rep_plugin.blocks.squeeze_excite import relu_after
 
@@ -61,13 +60,7 @@ class RepVGG(StagedNetwork):
         online: bool = False,
     ):
         super().__init__()
-        settings: RepVGGArch = pick_arch(arch, ARCHS, "RepVGG")
-        count = len(settings.depths)
-        self.out_indices = check_maps(in_channels, out_indices, count)
-        self.arch, self.strides = arch, check_strides(strides, count)
-        self.out_channels = [int(64 * 2**i * factor) for i, factor in enumerate(settings.widths)]
-        self.reductions = [math.prod(strides[: i + 2]) for i in range(count)]
-        self.stem_channels, self.stem_reduction = min(64, self.out_channels[0]), strides[0]
+        settings: RepVGGArch = self._lay_out(arch, ARCHS, "RepVGG", out_indices, in_channels, strides)
 
         def block(inputs: int, outputs: int, stride: int, groups: int = 1) -> RepVGGBlock:
             act = relu_after(outputs, settings.se)

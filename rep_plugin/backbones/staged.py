@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rep_plugin.backbones.loading import load_whole
 from rep_plugin.blocks.base import RepBlock
+from rep_plugin.blocks.branches import he_normal_
 
 
 def check_maps(in_channels: int, out_indices: Sequence[int], count: int) -> tuple[int, ...]:
@@ -62,15 +63,32 @@ class StagedNetwork(nn.Module):
     ``stem_reduction``.
     """
 
+    def _lay_out(
+        self,
+        arch: str | Mapping,
+        table: Mapping[str, Any],
+        network: str,
+        out_indices: Sequence[int],
+        in_channels: int,
+        strides: Sequence[int],
+    ) -> Any:
+        """Check the arguments and set widths and strides of a network whose stages are 64, 128, ... times ``widths`` wide.
+
+        Return the arch's settings. Raises ValueError as the checks above do.
+        """
+        settings = pick_arch(arch, table, network)
+        count = len(settings.depths)
+        self.out_indices = check_maps(in_channels, out_indices, count)
+        self.arch, self.strides = arch, check_strides(strides, count)
+        self.out_channels = [int(64 * 2**i * factor) for i, factor in enumerate(settings.widths)]
+        self.reductions = [math.prod(strides[: i + 2]) for i in range(count)]
+        self.stem_channels, self.stem_reduction = min(64, self.out_channels[0]), strides[0]
+        return settings
+
     def _init_parameters(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                # torch's fan_out forgets the groups: depthwise kernels would start 1 / sqrt(channels) too small, and with
-                # a BN behind them learn far too fast.
-                fan_out = module.weight.shape[0] * module.weight[0, 0].numel() // module.groups
-                nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                he_normal_(module)
         for module in self.modules():
             if isinstance(module, RepBlock):
                 module.init_gains_()

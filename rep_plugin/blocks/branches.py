@@ -1,11 +1,27 @@
 """The chains that blocks are made of. Names of layers are checkpoint keys: they never shift with other choices."""
 
+import math
+
+import torch
 from torch import nn
 
 from rep_plugin.blocks.annealed import AnnealedBottleneck
 from rep_plugin.blocks.chain import Chain, DilatedAvgPool2d
 
 Size = int | tuple[int, int]
+
+
+@torch.no_grad()
+def he_normal_(conv: nn.Conv2d) -> None:
+    """Draw a convolution's weights from He's normal distribution (fan out), bias 0.
+
+    Not torch's: its fan_out forgets the groups, so that depthwise kernels would start 1 / sqrt(channels) too small, and
+    with a BN behind them learn far too fast.
+    """
+    fan_out = conv.weight.shape[0] * conv.weight[0, 0].numel() // conv.groups
+    conv.weight.normal_(0.0, math.sqrt(2.0 / fan_out))
+    if conv.bias is not None:
+        conv.bias.zero_()
 
 
 def conv_bn(

@@ -4,15 +4,14 @@ The network's own BN and activation stay behind them. Merging (:func:`rep_plugin
 ``nn.Conv2d`` back in the same place, so that the keys are the stock network's again.
 """
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rep_plugin.blocks.base import RepBlock
-from rep_plugin.blocks.branches import Size
+from rep_plugin.blocks.branches import Size, he_normal_
 from rep_plugin.blocks.families import ACBlock, DiverseBranchBlock, MobileOneBlock, RepVGGBlock
 from rep_plugin.functional.kernels import pair
 
@@ -46,19 +45,41 @@ def _same_padding(padding: Size | str, kernel_size: Size, dilation: Size, stride
 
 
 class ConvLike(RepBlock):
-    """What the look-alikes share. ``main_branch`` names the branch that is the convolution itself.
+    """``nn.Conv2d`` as a multi-branch block: the mixin that goes in front of a family's block, with Conv2d's arguments.
 
-    ``bias_free`` tells what was asked of the convolution. The branches end in BNs and so always have a shift; it goes
-    into the following BN where the merged convolution must not have a bias.
+    ``main_branch`` names the branch that is the convolution itself, ``own_options`` what the block takes beside, with
+    defaults. ``bias_free`` tells what was asked of the convolution: the branches end in BNs and so always have a shift; it
+    goes into the following BN where the merged convolution must not have a bias. Raises ValueError for a ``padding_mode``
+    other than zeros, and for even kernel sides; TypeError for an unknown option.
     """
 
     main_branch: str
-    bias_free: bool
+    own_options: Mapping[str, object] = {}
     is_init = False  # read by mmengine's BaseModule: True keeps a trained block from being initialised again
 
-    def _configure(self, bias: bool, padding_mode: str) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        deploy: bool = False,
+        **options,
+    ):
+        if unknown := sorted(set(options) - set(self.own_options)):
+            raise TypeError(
+                f"{type(self).__name__} takes no {unknown[0]!r}, expected one of {sorted(self.own_options)}"
+            )
         if padding_mode != "zeros":
             raise ValueError(f"padding_mode must be 'zeros' in {type(self).__name__}, got {padding_mode!r}")
+        ring = _same_padding(padding, kernel_size, dilation, stride)
+        shape = (in_channels, out_channels, kernel_size, stride, ring, dilation, groups)
+        super().__init__(*shape, deploy=deploy, **{**self.own_options, **options})
         self.bias_free = not bias
 
     def silence_(self) -> "ConvLike":
@@ -79,122 +100,35 @@ class ConvLike(RepBlock):
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                fan_out = module.weight.shape[0] * math.prod(module.weight.shape[2:]) / module.groups
-                module.weight.normal_(0, math.sqrt(2 / fan_out))
-                if module.bias is not None:
-                    module.bias.zero_()
+                he_normal_(module)
             elif isinstance(module, _BatchNorm):
                 module.reset_parameters()
 
 
 class DBBConv2d(ConvLike, DiverseBranchBlock):
-    """``nn.Conv2d`` as a :class:`rep_plugin.blocks.families.DiverseBranchBlock` (Ding et al., CVPR 2021).
-
-    Arguments as ``nn.Conv2d``'s, and ``mid_channels`` as the block's. Raises ValueError for a ``padding_mode`` other than
-    zeros, and for even kernel sides.
-    """
+    """A :class:`rep_plugin.blocks.families.DiverseBranchBlock` (Ding et al., CVPR 2021), with its ``mid_channels``."""
 
     main_branch = "conv"
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size = 1,
-        padding: Size | str = 0,
-        dilation: Size = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        mid_channels: int | None = None,
-        deploy: bool = False,
-    ):
-        ring = _same_padding(padding, kernel_size, dilation, stride)
-        shape = (in_channels, out_channels, kernel_size, stride, ring, dilation, groups)
-        super().__init__(*shape, deploy=deploy, mid_channels=mid_channels)
-        self._configure(bias, padding_mode)
+    own_options = {"mid_channels": None}
 
 
 class ACBConv2d(ConvLike, ACBlock):
-    """``nn.Conv2d`` as a :class:`rep_plugin.blocks.families.ACBlock` (Ding et al., "ACNet", ICCV 2019).
-
-    Arguments as ``nn.Conv2d``'s. Raises ValueError for a ``padding_mode`` other than zeros, and for even kernel sides.
-    """
+    """A :class:`rep_plugin.blocks.families.ACBlock` (Ding et al., "ACNet", ICCV 2019)."""
 
     main_branch = "square"
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size = 1,
-        padding: Size | str = 0,
-        dilation: Size = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        deploy: bool = False,
-    ):
-        ring = _same_padding(padding, kernel_size, dilation, stride)
-        super().__init__(in_channels, out_channels, kernel_size, stride, ring, dilation, groups, deploy=deploy)
-        self._configure(bias, padding_mode)
-
 
 class RepConv2d(ConvLike, RepVGGBlock):
-    """``nn.Conv2d`` as a :class:`rep_plugin.blocks.families.RepVGGBlock` (Ding et al., CVPR 2021).
-
-    Arguments as ``nn.Conv2d``'s. Raises ValueError for a ``padding_mode`` other than zeros, and for even kernel sides.
-    """
+    """A :class:`rep_plugin.blocks.families.RepVGGBlock` (Ding et al., CVPR 2021)."""
 
     main_branch = "conv"
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size = 1,
-        padding: Size | str = 0,
-        dilation: Size = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        deploy: bool = False,
-    ):
-        ring = _same_padding(padding, kernel_size, dilation, stride)
-        super().__init__(in_channels, out_channels, kernel_size, stride, ring, dilation, groups, deploy=deploy)
-        self._configure(bias, padding_mode)
-
 
 class MobileOneConv2d(ConvLike, MobileOneBlock):
-    """``nn.Conv2d`` as a :class:`rep_plugin.blocks.families.MobileOneBlock` (Vasu et al., CVPR 2023).
-
-    Arguments as ``nn.Conv2d``'s, and ``copies`` of the kernel. Raises ValueError for a ``padding_mode`` other than zeros,
-    for even kernel sides, and for copies < 1.
-    """
+    """A :class:`rep_plugin.blocks.families.MobileOneBlock` (Vasu et al., CVPR 2023) of 4 ``copies``."""
 
     main_branch = "conv0"
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size = 1,
-        padding: Size | str = 0,
-        dilation: Size = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        copies: int = 4,
-        deploy: bool = False,
-    ):
-        ring = _same_padding(padding, kernel_size, dilation, stride)
-        shape = (in_channels, out_channels, kernel_size, stride, ring, dilation, groups)
-        super().__init__(*shape, deploy=deploy, copies=copies)
-        self._configure(bias, padding_mode)
+    own_options = {"copies": 4}
 
 
 CONV_LIKES: dict[str, Callable[..., ConvLike]] = {
