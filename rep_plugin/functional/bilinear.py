@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rep_plugin.functional.kernels import plain_ops
+
 SQRT_EPS = 1e-5  # bounds the gradient of the signed square root by 1 / (2 sqrt(eps)) = 158
 NORM_EPS = 1e-12  # torch.nn.functional.normalize's own
 _HALF = (torch.float16, torch.bfloat16)
@@ -45,11 +47,6 @@ def full_precision(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return function(*args, **kwargs)
 
     return run
-
-
-def _plain_ops() -> bool:
-    """True where the graph is recorded for another runtime, which knows no custom autograd function."""
-    return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 def check_maps(x: Tensor, y: Tensor | None = None) -> None:
@@ -87,7 +84,7 @@ def gram(x: Tensor, y: Tensor | None = None) -> Tensor:
     Without ``y``, of ``x`` with itself. Raises ValueError for maps of other shapes.
     """
     check_maps(x, y)
-    if y is None and not _plain_ops() and torch.is_grad_enabled() and x.requires_grad:
+    if y is None and not plain_ops() and x.requires_grad:
         return _SymmetricGram.apply(x)
     scale = x.shape[2] ** -0.5
     first = x * scale
@@ -142,7 +139,7 @@ def signed_sqrt_l2(z: Tensor, weight: Tensor | None = None) -> Tensor:
     """
     if weight is not None:
         weight = weight.to(z.dtype)
-    if not _plain_ops() and torch.is_grad_enabled() and z.requires_grad:
+    if not plain_ops() and z.requires_grad:
         return _SignedSqrtL2.apply(z, weight)
     y = signed_sqrt(z)
     return y / _norm(y, weight)

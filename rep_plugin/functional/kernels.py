@@ -52,6 +52,13 @@ def pair(value: int | Sequence[int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
+def plain_ops() -> bool:
+    """True where autograd functions of our own must not be used: a graph is recorded for another runtime, which does not
+    know them, or there is no gradient, and they would only be in the way.
+    """
+    return torch.jit.is_tracing() or torch.compiler.is_compiling() or not torch.is_grad_enabled()
+
+
 def bn_scale_shift(bn: nn.Module, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Return ``(scale, shift)``, each (C,), with ``bn(x) == x * scale + shift`` in eval mode.
 
@@ -304,11 +311,6 @@ def _add_centred(large: Tensor, small: Tensor) -> Tensor:
     if any((a - b) % 2 for a, b in zip(large.shape[2:], small.shape[2:])):
         raise ValueError(f"kernel of size {tuple(small.shape[2:])} cannot be centred in {tuple(large.shape[2:])}")
     return _AddCentred.apply(large, small)
-
-
-def plain_ops() -> bool:
-    """True where a graph is recorded, or no gradient: functions of our own would only be in the way."""
-    return torch.jit.is_tracing() or torch.compiler.is_compiling() or not torch.is_grad_enabled()
 
 
 def merge_sum(kernels: Iterable[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
