@@ -19,6 +19,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from memory import memory_kb
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -98,12 +99,6 @@ def time_all(names: list[str], args: argparse.Namespace, rounds: int) -> dict[st
     return times
 
 
-def _status(key: str) -> int:
-    """A field of this process's memory, in kB (Linux)."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(key + ":"))
-
-
 def measure_memory(args: argparse.Namespace) -> None:
     """What the child process does: run one pooling, print by how many MB it grew at most."""
     torch.set_num_threads(1)
@@ -111,9 +106,9 @@ def measure_memory(args: argparse.Namespace) -> None:
     pooling = build(args.memory_of, args.channels, args.dim)
     step(pooling, make_map(small))  # libraries are loaded
     x = make_map(args)
-    before = _status("VmRSS")
+    before = memory_kb("VmRSS")
     step(pooling, x)
-    print(json.dumps((_status("VmHWM") - before) / 1024))
+    print(json.dumps((memory_kb("VmHWM") - before) / 1024))
 
 
 def peak_memory(name: str, args: argparse.Namespace) -> float:

@@ -20,6 +20,7 @@ from collections.abc import Callable
 import timm
 import torch
 import torch.nn.functional as F
+from memory import memory_kb
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -159,21 +160,15 @@ def step(model: nn.Module, x: Tensor) -> float:
     return time.perf_counter() - started
 
 
-def _status(key: str) -> int:
-    """A field of this process's memory, in kB (Linux)."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(key + ":"))
-
-
 def measure_memory(args: argparse.Namespace) -> None:
     """What the child process does: run one step, print by how many MB it grew at most."""
     torch.set_num_threads(args.threads)
     model = build(args.networks[0], args.memory_of, args.channels_last)
     step(model, make_batch(argparse.Namespace(batch=2, size=64, channels_last=args.channels_last)))
     x = make_batch(args)
-    before = _status("VmRSS")
+    before = memory_kb("VmRSS")
     step(model, x)
-    print(json.dumps((_status("VmHWM") - before) / 1024))
+    print(json.dumps((memory_kb("VmHWM") - before) / 1024))
 
 
 def peak_memory(network: str, contender: str, args: argparse.Namespace) -> float:

@@ -12,15 +12,11 @@ import json
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, DictAction
-from mmengine.registry import DefaultScope
-from mmengine.runner import Runner
+from _trained import add_arguments, open_trained
 from rich.console import Console
 from rich.table import Table
 from train import run
 
-from rep_plugin.mm_artefact import load_model, real_inputs
-from rep_plugin.mm_data import check_data
 from rep_plugin.mm_prune_artefact import write_pruned
 from rep_plugin.pruning import PrunePlan, plan_pruning
 
@@ -43,8 +39,7 @@ def override(text: str) -> tuple[str, float | str]:
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="config the checkpoint was trained with")
-    parser.add_argument("checkpoint", help="trained checkpoint")
+    add_arguments(parser, no_real_data="prove on random pictures alone; needs --shape")
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--fraction", type=float, help="share of the prunable channels to remove, 0 <= x < 1")
     how.add_argument("--params", type=amount, help="parameters that may remain: a share (0.5) or a number")
@@ -64,9 +59,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--shape", type=int, nargs="+", help="input size C H W; default: that of the validation pictures"
     )
-    parser.add_argument("--out-dir", help="folder for the files; default: the checkpoint's")
-    parser.add_argument("--no-real-data", action="store_true", help="prove on random pictures alone; needs --shape")
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="changes to the config as key=value")
     return parser.parse_args()
 
 
@@ -108,26 +100,13 @@ def widths_table(plan: PrunePlan) -> Table:
 def main() -> None:
     """Load, plan, prune, prove, write, print the report."""
     args = parse_args()
-    for path in filter(None, (args.config, args.checkpoint, args.widths, args.plan)):
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path} does not exist, expected a file")
-    cfg = Config.fromfile(args.config)
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
-    model, meta = load_model(cfg, args.checkpoint)
-    inputs, dataset_meta = None, meta.get("dataset_meta")
-    if not args.no_real_data and cfg.get("val_dataloader"):
-        check_data(cfg, ("val_dataloader",))
-        with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmpretrain")):
-            loader = Runner.build_dataloader(cfg.val_dataloader)
-        inputs, dataset_meta = real_inputs(model, loader), dataset_meta or loader.dataset.metainfo
+    cfg, model, inputs, dataset_meta, out_dir = open_trained(args, (args.widths, args.plan))
     if args.shape and len(args.shape) != 3:
         raise ValueError(f"--shape takes three numbers, C H W, got {args.shape}")
     if inputs is None and not args.shape:
         raise ValueError("without validation pictures the input size is needed: --shape C H W")
     shape = (1, *(args.shape or inputs.shape[1:]))  # costs are those of one picture
     plan = make_plan(model, shape, args)
-    out_dir = Path(args.out_dir or Path(args.checkpoint).resolve().parent)
     report = write_pruned(model, cfg, plan, out_dir, inputs, dataset_meta)
     Console().print(widths_table(plan))
     report.print()
