@@ -22,18 +22,20 @@ from rep_plugin.reparam import reparameterize
 from rep_plugin.report import Report
 from rep_plugin.verify import EquivalenceError, compare_outputs
 
+# Hooks that have done their work on the way to a pruned model: they would do it again when it is fine-tuned.
+NARROWING_HOOKS = ("LinearizeHook", "SparsityHook", "PruneHook", "SoftPruneHook")
 REAL_PICTURES = 8  # for the proof on real data: float64 is slow
 
 
-def _typed_dicts(node: object) -> Iterator[dict]:
+def typed_dicts(node: object) -> Iterator[dict]:
     if isinstance(node, dict):
         if "type" in node:
             yield node
         for value in node.values():
-            yield from _typed_dicts(value)
+            yield from typed_dicts(value)
     elif isinstance(node, (list, tuple)):
         for value in node:
-            yield from _typed_dicts(value)
+            yield from typed_dicts(value)
 
 
 def _takes_deploy(type_name: object) -> bool:
@@ -43,13 +45,15 @@ def _takes_deploy(type_name: object) -> bool:
     return found is not None and "deploy" in inspect.signature(found).parameters
 
 
-def _without_pretrained(part: dict) -> None:
-    """Drop what would load other weights when the deployed network is initialised: its own come from deploy.pth."""
+def drop_pretrained_(part: dict) -> None:
+    """Drop what loads other weights when a part is built or initialised: an artefact's come from its own file."""
     init = part.get("init_cfg")
     kept = [one for one in (init if isinstance(init, (list, tuple)) else [init]) if one and one["type"] != "Pretrained"]
     if init is not None:
         part["init_cfg"] = kept or None
     part.pop("pretrained", None)
+    if part["type"] == "rep_plugin.Expanded":
+        part["checkpoint"] = None
 
 
 def _as_stock(node: object) -> tuple[object, int]:
@@ -60,8 +64,8 @@ def _as_stock(node: object) -> tuple[object, int]:
             outer, node, found = node, node["model"], 1
             if outer.get("data_preprocessor") is not None:
                 node.setdefault("data_preprocessor", outer["data_preprocessor"])
-            for part in _typed_dicts(node):
-                _without_pretrained(part)
+            for part in typed_dicts(node):
+                drop_pretrained_(part)
         elif node.get("type") in CONV_TYPES:
             return type(node)(type="Conv2d"), 1
         for key, value in node.items():
@@ -87,20 +91,23 @@ def deploy_config(cfg: Config) -> Config:
         replaced = 1
     else:
         cfg.model, replaced = _as_stock(cfg.model)
-        parts = [part for part in _typed_dicts(cfg.model) if _takes_deploy(part["type"])]
+        parts = [part for part in typed_dicts(cfg.model) if _takes_deploy(part["type"])]
     if not parts and not replaced:
         raise ValueError(f"the model {cfg.model.get('type')!r} holds no rep_plugin part that has a deployed form")
     for part in parts:
         part["deploy"] = True
         part.pop("init_cfg", None)  # the weights come from deploy.pth
+    finish_(cfg, ("ReparamHook", *NARROWING_HOOKS))
+    return cfg
+
+
+def finish_(cfg: Config, hooks_over: Sequence[str]) -> None:
+    """Take out of a config what belongs to the training that is over, its own hooks (by name) among it."""
     cfg.load_from, cfg.resume = None, False
     for key in ("work_dir", "launcher"):  # a Runner writes its config into work_dir, over this very file
         cfg.pop(key, None)
-    hooks = cfg.get("custom_hooks") or []
-    names = ("ReparamHook", "LinearizeHook", "SparsityHook", "PruneHook", "SoftPruneHook")
-    over = [f"rep_plugin.{name}" for name in names]
-    cfg.custom_hooks = [hook for hook in hooks if str(hook.get("type")) not in over]
-    return cfg
+    over = [f"rep_plugin.{name}" for name in hooks_over]
+    cfg.custom_hooks = [hook for hook in cfg.get("custom_hooks") or [] if str(hook.get("type")) not in over]
 
 
 def build_model(cfg: Config) -> nn.Module:
@@ -138,11 +145,10 @@ def load_model(cfg: Config, checkpoint: str) -> tuple[nn.Module, dict]:
     """Build a config's model and load a checkpoint into it strictly; return it in eval mode, with the file's meta data."""
     state_dict, meta = read_state_dict(checkpoint)
     cfg = copy.deepcopy(cfg)
-    for part in _typed_dicts(cfg.model):
-        if part["type"] == "rep_plugin.Expanded":
-            part["checkpoint"] = None  # the weights it was expanded from may be gone by now
-            for inner in _typed_dicts(part["model"]):
-                _without_pretrained(inner)
+    for part in typed_dicts(cfg.model):
+        if part["type"] == "rep_plugin.Expanded":  # the weights it was expanded from may be gone by now
+            for inner in typed_dicts(part):
+                drop_pretrained_(inner)
     model = build_model(cfg)
     load_strictly(model, state_dict, str(checkpoint))
     return model, meta

@@ -14,12 +14,9 @@ from torch import Tensor, nn
 import rep_plugin
 from rep_plugin.blocks.annealed import annealed_modules
 from rep_plugin.checkpoint import save_checkpoint_file, write_atomic, write_together
-from rep_plugin.mm_artefact import check_rebuilt, plain_data
+from rep_plugin.mm_artefact import NARROWING_HOOKS, check_rebuilt, finish_, plain_data
 from rep_plugin.pictures import draw_widths
 from rep_plugin.pruning import PrunePlan, PruneReport, apply_plan
-
-# Hooks that have done their work on the way to a pruned model: they would do it again when it is fine-tuned.
-OVER = tuple(f"rep_plugin.{name}" for name in ("LinearizeHook", "SparsityHook", "PruneHook", "SoftPruneHook"))
 
 
 def pruned_config(cfg: Config, plan: PrunePlan, linear: bool = True) -> Config:
@@ -31,12 +28,7 @@ def pruned_config(cfg: Config, plan: PrunePlan, linear: bool = True) -> Config:
     # As text, and without the scores: mmengine takes seconds to print thousands of indented numbers.
     text = json.dumps(asdict(replace(plan, scores={})), separators=(",", ":"))
     cfg.model = dict(type="rep_plugin.Pruned", model=cfg.model, plan=text)
-    cfg.load_from, cfg.resume = None, False
-    for key in ("work_dir", "launcher"):  # a Runner writes its config into work_dir, over this very file
-        cfg.pop(key, None)
-    over = OVER if linear else OVER[1:]
-    hooks = cfg.get("custom_hooks") or []
-    cfg.custom_hooks = [hook for hook in hooks if str(hook.get("type")) not in over]
+    finish_(cfg, [name for name in NARROWING_HOOKS if linear or name != "LinearizeHook"])
     return cfg
 
 

@@ -13,31 +13,18 @@ from torch import nn
 
 from rep_plugin.backbones.loading import refuse_misfits
 from rep_plugin.history import ATTRIBUTE, history_of
+from rep_plugin.mm_artefact import drop_pretrained_, typed_dicts
 from rep_plugin.pruning import PrunePlan
 from rep_plugin.rebuild import as_plan, rebuild_
 from rep_plugin.registry import MODELS
 
 
-def _without_weights(node: object) -> object:
-    """A config without what loads weights when the model is built or initialised: they have the shapes of before."""
-    if isinstance(node, Mapping):
-        items = {key: _without_weights(value) for key, value in node.items() if key != "pretrained"}
-        if items.get("type") == "rep_plugin.Expanded":
-            items["checkpoint"] = None
-        init = items.get("init_cfg")
-        if init is not None:
-            several = list(init) if isinstance(init, (list, tuple)) else [init]
-            items["init_cfg"] = [one for one in several if one.get("type") != "Pretrained"] or None
-        return items
-    if isinstance(node, (list, tuple)):
-        return [_without_weights(item) for item in node]
-    return node
-
-
 def _build_inner(model: Mapping, data_preprocessor: Mapping | None) -> nn.Module:
     if not isinstance(model, Mapping) or "type" not in model:
         raise ValueError(f"model must be the config of a model with a 'type', got {model!r}")
-    inner = _without_weights(copy.deepcopy(dict(model)))
+    inner = copy.deepcopy(dict(model))
+    for part in typed_dicts(inner):
+        drop_pretrained_(part)
     if data_preprocessor is not None and not isinstance(data_preprocessor, nn.Module):
         inner.setdefault("data_preprocessor", data_preprocessor)
     return ROOT_MODELS.build(inner)

@@ -7,10 +7,9 @@ from mmengine.runner import Runner
 from torch import nn
 
 from rep_plugin.hooks.live import HookError, evaluate, final_model, iterations_of, pictures_of, plain_model
-from rep_plugin.hooks.pruning_live import PruningHook, prune_runner_
+from rep_plugin.hooks.pruning_live import PruningHook, check_scores, check_share, prune_runner_
 from rep_plugin.pruning import PrunePlan, TraceError, plan_pruning
 from rep_plugin.pruning.compose import compose_plans
-from rep_plugin.pruning.scores import SCORES
 from rep_plugin.registry import HOOKS
 
 
@@ -67,14 +66,10 @@ class PruneHook(PruningHook):
                     f"fractions must be a list with one number a round, got {fractions!r}, rounds={rounds}"
                 )
             rounds = len(fractions)
-        for name, value in [
-            ("prune_fraction", prune_fraction),
-            *((f"fractions[{i}]", f) for i, f in enumerate(fractions or ())),
-        ]:
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1
-            ):
-                raise ValueError(f"{name} must lie in (0, 1), got {value!r}")
+        if prune_fraction is not None:
+            check_share("prune_fraction", prune_fraction)
+        for index, fraction in enumerate(fractions or ()):
+            check_share(f"fractions[{index}]", fraction)
         for name, value in (("params", params), ("macs", macs)):
             if value is not None and (
                 isinstance(value, bool) or not value > 0 or (isinstance(value, float) and value > 1)
@@ -86,8 +81,7 @@ class PruneHook(PruningHook):
             raise ValueError(f"{rounds} rounds need begin: without it the model is pruned once, after training")
         if begin is not None and (begin < 0 or not interval > 0):
             raise ValueError(f"PruneHook needs begin >= 0 and interval > 0, got begin={begin}, interval={interval}")
-        if scores not in SCORES or scores == "taylor":
-            raise ValueError(f"scores must be one of {[s for s in SCORES if s != 'taylor']}, got {scores!r}")
+        check_scores(scores)
         self.begin, self.interval, self.number, self.by_epoch = begin, interval, rounds, by_epoch
         self.overrides = dict(overrides or {})
         self.options = dict(

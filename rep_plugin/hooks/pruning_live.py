@@ -30,10 +30,27 @@ from rep_plugin.hooks.live import (
 from rep_plugin.mm_prune_artefact import pruned_config, write_pruned_model
 from rep_plugin.pruning import PrunePlan, PruneReport, apply_plan
 from rep_plugin.pruning.compose import compose_plans
+from rep_plugin.pruning.scores import SCORES
 from rep_plugin.rebuild import as_plan
 from rep_plugin.report import count_params
 
 META = "rep_prune"  # in a checkpoint's meta data
+
+
+# A hook has no loader to take first-order scores from.
+HOOK_SCORES = [name for name in SCORES if name != "taylor"]
+
+
+def check_scores(scores: object) -> None:
+    """Raise ValueError for scores that a hook cannot take."""
+    if scores not in HOOK_SCORES:
+        raise ValueError(f"scores must be one of {HOOK_SCORES}, got {scores!r}")
+
+
+def check_share(name: str, value: object) -> None:
+    """Raise ValueError unless a share of channels is a number that removes some and leaves some."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+        raise ValueError(f"{name} must lie in (0, 1), got {value!r}")
 
 
 def prune_runner_(

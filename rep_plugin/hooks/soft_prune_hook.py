@@ -14,9 +14,8 @@ from rep_plugin.hooks.live import (
     pictures_of,
     plain_model,
 )
-from rep_plugin.hooks.pruning_live import PruningHook
+from rep_plugin.hooks.pruning_live import PruningHook, check_scores, check_share
 from rep_plugin.pruning import PrunePlan, TraceError, plan_pruning
-from rep_plugin.pruning.scores import SCORES
 from rep_plugin.pruning.soft import count_returned, zero_channels_
 from rep_plugin.registry import HOOKS
 
@@ -55,17 +54,11 @@ class SoftPruneHook(PruningHook):
         out_dir: str | None = None,
     ):
         super().__init__(out_dir)
-        if (
-            isinstance(prune_fraction, bool)
-            or not isinstance(prune_fraction, (int, float))
-            or not 0 < prune_fraction < 1
-        ):
-            raise ValueError(f"prune_fraction must lie in (0, 1), got {prune_fraction!r}")
+        check_share("prune_fraction", prune_fraction)
         for name, value in (("begin", begin), ("interval", interval)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of epochs >= 1, got {value!r}")
-        if scores not in SCORES or scores == "taylor":
-            raise ValueError(f"scores must be one of {[s for s in SCORES if s != 'taylor']}, got {scores!r}")
+        check_scores(scores)
         self.begin, self.interval, self.evaluate = begin, interval, evaluate
         self.options = dict(
             prune_fraction=prune_fraction, scores=scores, scope=scope, min_channels=min_channels, round_to=round_to
