@@ -144,9 +144,8 @@ def count_macs(model: nn.Module, example_input: torch.Tensor) -> int:
         with _SkipNorm(), _MacCounter() as counter:
             shapes(example_input.to("meta"))
         return counter.total
-    except (
-        Exception
-    ):  # it reads values, or tensors that are not registered: if it is neither, the same error comes below
+    except Exception:
+        # It reads values, or tensors that are not registered. If it is neither, the same error comes from this:
         modes = {module: module.training for module in model.modules()}
         model.eval()
         try:
