@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -87,6 +88,8 @@ def export_onnx(
     check_runtimes(runtimes)
     require("onnx", *runtimes)
     _check(model, path, example_input, images, dynamic_size)
+    if not 0 < tolerance < math.inf:
+        raise ValueError(f"tolerance must be a finite number > 0, got {tolerance}")
     x = example_input.detach().cpu()
     single = x[:1] if dynamic_batch else x
     report = ExportReport("export_onnx", count_params(model), 0, input_shape=tuple(single.shape), path=str(path))
@@ -126,6 +129,39 @@ def export_onnx(
             one.milliseconds = medians[one.name]
     write_atomic(path, lambda file: file.write(data))
     report.seconds = time.perf_counter() - started
+    return report
+
+
+def export_pictures(
+    model: nn.Module,
+    path: str | Path,
+    pictures: Tensor | None,
+    shape: Sequence[int],
+    batch: int | None = None,
+    size: Sequence[int] | None = None,
+    **options,
+) -> ExportReport:
+    """Call :func:`export_onnx` on preprocessed pictures (N, C, H, W), or on random ones of ``shape`` (C, H, W) where None.
+
+    ``batch`` fixes the number of pictures of a call (None: open), ``size`` (H, W) scales the pictures first; ``options`` are
+    those of :func:`export_onnx`. Raises ValueError for numbers < 1, and what :func:`export_onnx` raises.
+    """
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch must be >= 1, got {batch}")
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        raise ValueError(f"size must be two numbers >= 1, got {tuple(size)}")
+    notes = [] if pictures is not None else ["compared on random pictures, as none were given"]
+    if pictures is None:
+        pictures = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    if size is not None and tuple(size) != tuple(pictures.shape[2:]):
+        pictures = F.interpolate(pictures, tuple(size), mode="bilinear", antialias=True)
+    if batch is not None:
+        index = torch.arange(batch) % len(pictures)
+        options |= {"images": pictures, "dynamic_batch": False}
+        report = export_onnx(model, path, pictures[index], **options)
+    else:
+        report = export_onnx(model, path, pictures, **options)
+    report.notes += notes
     return report
 
 
