@@ -86,7 +86,7 @@ def preprocessing_of(model: nn.Module, cfg: Config, input_size: tuple[int, int, 
         steps = pipeline_of(cfg)
     except ValueError:
         steps = []
-    data = model.data_preprocessor
+    data = getattr(model, "data_preprocessor", None)
     to_rgb = getattr(data, "to_rgb", False)
     found = {
         "input_size": list(input_size),

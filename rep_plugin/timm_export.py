@@ -1,6 +1,5 @@
 """timm models by name, with a checkpoint and pictures as timm itself reads them, written as ONNX."""
 
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from rep_plugin.backbones.loading import CheckpointMismatchError, require_fit
 from rep_plugin.export import export_pictures
 from rep_plugin.export_report import ExportReport
 from rep_plugin.preprocessing import find_pictures, timm_preprocessing
+from rep_plugin.runtimes import first_line
 
 PICTURES = 8
 
@@ -69,8 +69,8 @@ def load_timm(
     if checkpoint is not None:
         try:
             state = load_state_dict(str(checkpoint))
-        except (pickle.UnpicklingError, AttributeError, EOFError) as error:
-            raise CheckpointMismatchError(f"{checkpoint} holds no weights: {str(error).splitlines()[0]}") from None
+        except Exception as error:  # torch, timm and safetensors each refuse a file in their own way
+            raise CheckpointMismatchError(f"{checkpoint} holds no weights: {first_line(error)}") from error
         require_fit(model, state, str(checkpoint))
         model.load_state_dict(state)
     return model.eval()
