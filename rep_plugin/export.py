@@ -16,7 +16,7 @@ from rep_plugin.checkpoint import write_atomic
 from rep_plugin.export_report import ExportReport, RuntimeReport
 from rep_plugin.latency import eager_calls, interleaved_medians
 from rep_plugin.onnx_graph import name_outputs, open_dims, shapes_of, to_onnx
-from rep_plugin.preprocessing import timm_preprocessing
+from rep_plugin.preprocessing import metadata_of
 from rep_plugin.reparam import NothingToMergeError, find_adapter
 from rep_plugin.reparam import reparameterize as merge
 from rep_plugin.report import count_macs, count_params
@@ -113,7 +113,7 @@ def export_onnx(
         raise ValueError(f"output_names must be {len(tensors[0])} different names, got {names}")
     proto = to_onnx(written, x, names, open_dims(inputs, tensors, names), opset, dynamo)
     report.inputs, report.outputs = shapes_of(proto.graph.input), shapes_of(proto.graph.output)
-    report.metadata = _metadata(model, x, tensors[0], class_names, preprocessing)
+    report.metadata = metadata_of(model, x.shape[1:], tensors[0], class_names, preprocessing)
     for key, value in report.metadata.items():
         proto.metadata_props.add(key=key, value=json.dumps(value))
     data = proto.SerializeToString()
@@ -254,26 +254,3 @@ def _note_sensitivity(expected: Sequence[object], report: ExportReport) -> None:
             InconclusiveWarning,
             stacklevel=3,
         )
-
-
-def _metadata(
-    model: nn.Module,
-    x: Tensor,
-    outputs: Sequence[Tensor],
-    class_names: Sequence[str] | None,
-    preprocessing: Mapping | None,
-) -> dict:
-    """Return what the file is to say of itself: what was given, else what a timm model says."""
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    classes = outputs[0].shape[1] if len(outputs) == 1 and outputs[0].dim() == 2 else None
-    metadata = {}
-    if class_names is not None and len(class_names) != classes:
-        raise ValueError(f"class_names holds {len(class_names)} names, expected one for each of the {classes} logits")
-    names = class_names if class_names is not None else cfg.get("label_names")
-    if names and len(names) == classes:
-        metadata["class_names"] = [str(name) for name in names]
-    if preprocessing is None and x.dim() == 4 and len(cfg.get("mean") or ()) == x.shape[1]:
-        preprocessing = timm_preprocessing(cfg, tuple(x.shape[1:]))
-    if preprocessing is not None:
-        metadata["preprocessing"] = dict(preprocessing)
-    return metadata

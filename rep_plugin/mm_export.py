@@ -95,7 +95,7 @@ def preprocessing_of(model: nn.Module, cfg: Config, input_size: tuple[int, int, 
         "pipeline": plain_data(steps),
     }
     if getattr(data, "_enable_normalize", False):
-        found |= {"mean": data.mean.flatten().tolist(), "std": data.std.flatten().tolist()}
+        found |= {name: _numbers(getattr(data, name)) for name in ("mean", "std")}
     for step in steps:
         kind = _kind(step)
         if kind == "ResizeEdge":
@@ -108,6 +108,11 @@ def preprocessing_of(model: nn.Module, cfg: Config, input_size: tuple[int, int, 
         if kind in ("ResizeEdge", "Resize"):
             found["interpolation"] = step.get("interpolation", "bilinear")
     return found
+
+
+def _numbers(tensor: Tensor) -> list[float]:
+    """The numbers of the config, 72.94, where float32 holds 72.94000244140625."""
+    return [float(f"{value:.7g}") for value in tensor.flatten().tolist()]
 
 
 def _height_width(value: int | Sequence[int]) -> list[int]:

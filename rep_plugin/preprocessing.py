@@ -1,8 +1,10 @@
 """How pictures become a network's input, as plain data that an exported file can carry, and where to find pictures."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from torch import Tensor, nn
 
 PICTURES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -40,3 +42,29 @@ def timm_preprocessing(cfg: Mapping, input_size: tuple[int, int, int]) -> dict:
         "mean": list(cfg["mean"]),
         "std": list(cfg["std"]),
     }
+
+
+def metadata_of(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    outputs: Sequence[Tensor],
+    class_names: Sequence[str] | None = None,
+    preprocessing: Mapping | None = None,
+) -> dict:
+    """Return what a file is to say of itself: what is given, else what a timm model's ``pretrained_cfg`` says.
+
+    ``input_shape`` is that of one picture. Raises ValueError where the names are not as many as the logits.
+    """
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    classes = outputs[0].shape[1] if len(outputs) == 1 and outputs[0].dim() == 2 else None
+    if class_names is not None and len(class_names) != classes:
+        raise ValueError(f"class_names holds {len(class_names)} names, expected one for each of the {classes} logits")
+    metadata = {}
+    names = class_names if class_names is not None else cfg.get("label_names")
+    if names and len(names) == classes:
+        metadata["class_names"] = [str(name) for name in names]
+    if preprocessing is None and len(input_shape) == 3 and len(cfg.get("mean") or ()) == input_shape[0]:
+        preprocessing = timm_preprocessing(cfg, tuple(input_shape))
+    if preprocessing is not None:
+        metadata["preprocessing"] = dict(preprocessing)
+    return metadata

@@ -31,7 +31,7 @@ model = dict(
     neck=dict(type="GlobalAveragePooling"),
     head=dict(type="LinearClsHead", num_classes=2, in_channels=1280),
 )
-data_preprocessor = dict(mean=[120.0, 110.0, 100.0], std=[60.0, 50.0, 40.0], to_rgb=True)
+data_preprocessor = dict(mean=[123.675, 116.28, 103.53], std=[60.0, 50.0, 40.0], to_rgb=True)
 val_dataloader = dict(
     batch_size=4,
     num_workers=0,
@@ -158,6 +158,7 @@ def test_metadata_tell_how_the_config_feeds_pictures(folder):
     told = preprocessing_of(model, cfg, (3, 32, 36))
     assert told["resize"] == {"edge": "short", "size": [40, 40]} and told["interpolation"] == "bicubic"
     assert told["crop"] == [32, 36] and told["channel_order"] == "RGB" and told["white"] == 255
+    assert told["mean"] == [123.675, 116.28, 103.53]
     assert told["pipeline"] == json.loads(json.dumps(cfg.val_dataloader.dataset.pipeline))
     # The pictures are 40 pixels high already.
     values = np.asarray(Image.open(folder / "pictures/crow/0.png"), np.float32)[4:36, 6:42]
