@@ -102,5 +102,8 @@ bench-expand: $(VENV)/.users ## expand, train, merge back: equality at every ste
 bench-foreign: $(VENV)/.developers ## every multi-branch model of timm and mmpretrain, merged and proven (20 minutes)
 	$(ONE_THREAD) $(RUN) benchmarks/foreign_models.py
 
+bench-export: $(VENV)/.developers data/mini_cub/mini_fgvc.json ## ONNX Runtime and OpenVINO against PyTorch, on pictures (five minutes)
+	$(ONE_THREAD) $(RUN) benchmarks/export.py
+
 clean:
 	rm -rf $(VENV) $(ONEDL_VENV) build *.egg-info

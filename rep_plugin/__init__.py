@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 
+from rep_plugin.export import export_onnx
 from rep_plugin.pruning import PrunePlan, apply_plan, plan_pruning
 from rep_plugin.reparam import expand, merge_sequence, reparameterize
 from rep_plugin.report import Report
@@ -15,6 +16,7 @@ __all__ = [
     "Report",
     "apply_plan",
     "expand",
+    "export_onnx",
     "merge_sequence",
     "plan_pruning",
     "reparameterize",

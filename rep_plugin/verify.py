@@ -92,6 +92,14 @@ def compare_outputs(reference: object, candidate: object) -> Difference:
     return result
 
 
+def sensitivity_of(output: object) -> float:
+    """Return how much a batch's last picture changes the output of its first, relative to the largest value."""
+    return max(
+        (out[0] - out[-1]).abs().max().item() / max(out.abs().max().item(), torch.finfo(out.dtype).tiny)
+        for out in flatten_outputs(output)
+    )
+
+
 def _is_float(tensor: object) -> bool:
     return isinstance(tensor, Tensor) and tensor.is_floating_point()
 
@@ -161,6 +169,11 @@ def _pair(value) -> tuple[int, int]:
 def _run(model: nn.Module, *args, **kwargs) -> object:
     with torch.no_grad(), _FastDepthwise():
         return model(*args, **kwargs)
+
+
+def rounding_error(model: nn.Module, x: Tensor) -> float:
+    """Return how far an eval-mode model's own output for ``x`` lies from that of the same model in float64, relative."""
+    return compare_outputs(_run(copy.deepcopy(model).double(), x.double()), _run(model, x)).max_rel
 
 
 class _Recorder:
@@ -239,9 +252,7 @@ def verify_equivalence(
             )
         if len(x) < 2 and index == 0:
             continue  # one picture says nothing about another
-        for out in flatten_outputs(expected):
-            change = (out[0] - out[-1]).abs().max().item() / max(out.abs().max().item(), torch.finfo(out.dtype).tiny)
-            result.sensitivity = max(result.sensitivity, change)
+        result.sensitivity = max(result.sensitivity, sensitivity_of(expected))
     if result.not_run:
         warnings.warn(
             f"inconclusive: no input runs block {result.not_run[0]!r} ({len(result.not_run)} such blocks)",

@@ -26,6 +26,21 @@ LAYERS = {
     "history": set(),
     "rebuild": {"history", "pruning", "reparam"},
     "latency": set(),
+    "runtimes": {"verify"},
+    "onnx_graph": {"runtimes", "verify"},
+    "preprocessing": set(),
+    "export_report": {"report"},
+    "export": {
+        "checkpoint",
+        "export_report",
+        "latency",
+        "onnx_graph",
+        "preprocessing",
+        "reparam",
+        "report",
+        "runtimes",
+        "verify",
+    },
     "pruning": {"functional", "blocks", "necks", "pruning", "verify", "report", "history", "latency"},
 }
 TORCH_ONLY = {
@@ -39,6 +54,11 @@ TORCH_ONLY = {
     "necks",
     "heads",
     "latency",
+    "runtimes",
+    "onnx_graph",
+    "preprocessing",
+    "export_report",
+    "export",
 }
 
 

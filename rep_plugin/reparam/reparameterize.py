@@ -23,6 +23,10 @@ CONV_BN, BN_CONV, SEQUENCE = "Conv-BN", "BN-Conv", "linear sequence"
 MERGE_METHODS = ("fuse", "reparameterize", "switch_to_deploy", "merge_kernel", "local_inject", "fuse_convs")
 
 
+class NothingToMergeError(ValueError):
+    """A model holds no block that can be merged, and no BN that can be folded: it may be merged already."""
+
+
 def _refuse_train_mode(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.training:
@@ -133,7 +137,8 @@ def _convert(model: nn.Module, fold_bn: bool, merge_linear: bool = False) -> _Co
         notes += [f"not traced, only the parts inside: {failure}" for failure in failures]
     notes += _note_unknown(model, able, merged_blocks)
     if not blocks:
-        raise ValueError(f"{type(model).__name__} holds no block that can be merged" + "".join(f"; {n}" for n in notes))
+        held = f"{type(model).__name__} holds no block that can be merged"
+        raise NothingToMergeError(held + "".join(f"; {note}" for note in notes))
     return _Conversion(model, blocks, convs, notes)
 
 
@@ -170,7 +175,7 @@ def reparameterize(
     (:mod:`rep_plugin.reparam.foreign`). The root itself may be replaced: use the returned model. Modules that can merge
     themselves but are not known here are named in ``report.notes``.
 
-    Raises RuntimeError in train mode, ValueError where the model holds nothing to merge, and
+    Raises RuntimeError in train mode, NothingToMergeError (a ValueError) where the model holds nothing to merge, and
     :class:`rep_plugin.verify.EquivalenceError` where the proof fails, with the first block that is off. The model is
     then as it was.
     """

@@ -1,0 +1,108 @@
+#!/usr/bin/env python
+"""ONNX Runtime and OpenVINO against PyTorch, on pictures: merged networks, every bilinear pooling, a pruned network.
+
+    python benchmarks/export.py                                  # about five minutes on one core
+    python benchmarks/export.py --only 'bcnn*' --size 128
+
+Random weights; every BN has random gammas (a quarter negative), betas, and the statistics of the pictures. Every network
+is exported with open batch and open size and compared on eight pictures, on one and on three, and at two more sizes. Errors
+are the largest over all of these, relative to the largest value of an output, in float32; "float32 itself" is how far
+PyTorch's own lies from its float64. Times are medians of one picture, one after the other in turns, with torch's threads.
+Exits with 1 where an error is over the target, or another picture changes the output by less than 1e-3.
+"""
+
+import argparse
+import fnmatch
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import rep_plugin
+from rep_plugin.necks.pools import METHODS
+from rep_plugin.timm_export import read_pictures
+from rep_plugin.verify import MIN_SENSITIVITY, calibrate_random_bn_, rounding_error
+
+TARGET = 1e-4
+PICTURES = Path(__file__).resolve().parents[1] / "data/mini_cub/images"
+
+
+def named(name: str, **options) -> Callable[[Tensor], nn.Module]:
+    """A timm model with random, calibrated BNs."""
+    return lambda x: calibrate_random_bn_(timm.create_model(name, **options), x)
+
+
+def pruned(name: str) -> Callable[[Tensor], nn.Module]:
+    """The same, without 30 % of its channels."""
+
+    def build(x: Tensor) -> nn.Module:
+        model = named(name)(x)
+        plan = rep_plugin.plan_pruning(model, x[:1], scores="l1", prune_fraction=0.3, round_to=8)
+        rep_plugin.apply_plan(model, plan, example_input=x[:2])
+        return model
+
+    return build
+
+
+NETWORKS = {
+    "rep_mobilenetv2_100": named("rep_mobilenetv2_100"),
+    "rep_repvgg_a0": named("rep_repvgg_a0"),
+    "dbb_resnet18": named("dbb_resnet18"),
+    "rep_mobileone_s0": named("rep_mobileone_s0"),
+    "mobilenetv3_large_100, pruned by 30 %": pruned("mobilenetv3_large_100"),
+    "rep_mobilenetv2_100, features_only": named("rep_mobilenetv2_100", features_only=True),
+    **{f"bcnn_rep_mobilenetv2_100, {method}": named("bcnn_rep_mobilenetv2_100", method=method) for method in METHODS},
+}
+
+
+def main() -> int:
+    """Build, export, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="of these names")
+    parser.add_argument("--size", type=int, default=224, help="side of the pictures in pixels")
+    parser.add_argument("--pictures", default=str(PICTURES), help="folder of pictures")
+    parser.add_argument("--rounds", type=int, default=30, help="timed calls of each runtime")
+    parser.add_argument("--dynamo", action="store_true", help="torch's newer exporter")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    cfg = timm.data.resolve_data_config({"input_size": (3, args.size, args.size)}, pretrained_cfg={})
+    x = read_pictures(args.pictures, cfg)
+    table = Table(title=f"against PyTorch in float32, {args.size}x{args.size} pictures, any batch, any size")
+    columns = ("network", "merged", "params", "sensitivity", "ONNX Runtime", "OpenVINO", "float32 itself", "PyTorch ms")
+    for column in (*columns, "ONNX Runtime ms", "OpenVINO ms", ""):
+        table.add_column(column, justify="left" if column in ("network", "") else "right")
+    failures = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for name, build in NETWORKS.items():
+            if not any(fnmatch.fnmatch(name, pattern) for pattern in args.only):
+                continue
+            torch.manual_seed(0)
+            model, path = build(x), Path(folder) / "model.onnx"
+            report = rep_plugin.export_onnx(
+                model, path, x, dynamic_size=True, tolerance=1.0, rounds=args.rounds, dynamo=args.dynamo
+            )
+            ort, openvino = report.runtimes
+            good = report.max_rel_error <= TARGET and report.sensitivity >= MIN_SENSITIVITY
+            failures += not good
+            cells = (str(len(report.blocks)), f"{report.params_after:,}", f"{report.sensitivity:.1e}")
+            cells += (
+                f"{ort.max_rel_error:.1e}",
+                f"{openvino.max_rel_error:.1e}",
+                f"{rounding_error(model, x[:2]):.1e}",
+            )
+            times = (report.pytorch_milliseconds, ort.milliseconds, openvino.milliseconds)
+            table.add_row(name, *cells, *(f"{value:.1f}" for value in times), "ok" if good else "FAILED")
+            print(f"{name}: {report.max_rel_error:.1e}, {report.seconds:.0f} s", file=sys.stderr)
+    Console(width=170).print(table)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

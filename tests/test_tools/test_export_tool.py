@@ -1,0 +1,233 @@
+"""tools/export.py on configs, artefacts and timm models, and what the files say."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+from mmengine.config import Config
+from PIL import Image
+
+import rep_plugin
+from rep_plugin.checkpoint import save_checkpoint_file
+from rep_plugin.mm_artefact import build_model, load_model, write_deployed
+from rep_plugin.mm_export import pipeline_of, preprocessing_of, read_pictures, write_onnx
+from rep_plugin.mm_prune_artefact import write_pruned
+from rep_plugin.onnx_graph import read_metadata
+from rep_plugin.timm_artefact import save_timm
+from rep_plugin.verify import calibrate_random_bn_
+from tests.test_hooks.conftest import ROOT
+
+CONFIG = """
+default_scope = "mmpretrain"
+model = dict(
+    type="ImageClassifier",
+    backbone=dict(type="rep_plugin.RepMobileNetV2", widen_factor=0.1, channels_last=True),
+    neck=dict(type="GlobalAveragePooling"),
+    head=dict(type="LinearClsHead", num_classes=2, in_channels=1280),
+)
+data_preprocessor = dict(mean=[123.675, 116.28, 103.53], std=[60.0, 50.0, 40.0], to_rgb=True)
+val_dataloader = dict(
+    batch_size=4,
+    num_workers=0,
+    dataset=dict(
+        type="CustomDataset",
+        data_root="pictures",
+        pipeline=[
+            dict(type="LoadImageFromFile"),
+            dict(type="ResizeEdge", scale=40, backend="pillow", interpolation="bicubic"),
+            dict(type="CenterCrop", crop_size=(36, 32)),
+            dict(type="PackInputs"),
+        ],
+    ),
+    sampler=dict(type="DefaultSampler", shuffle=False),
+    collate_fn=dict(type="default_collate"),
+)
+"""
+
+
+def tool():
+    spec = importlib.util.spec_from_file_location("export_tool", ROOT / "tools/export.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tried(folder, monkeypatch):
+    """Call the tool in ``folder`` with a list of words: None, or what it ended with."""
+    module = tool()
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["export.py", *map(str, words), "--rounds", "1"])
+        try:
+            module.main()
+        except SystemExit as error:
+            return error.code
+        return None
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Pictures of two classes, a config, a checkpoint, its deployed and pruned forms, a timm checkpoint and folder."""
+    folder, generator = tmp_path_factory.mktemp("export"), np.random.default_rng(0)
+    for kind in ("crow", "owl"):
+        (folder / "pictures" / kind).mkdir(parents=True)
+        for index in range(3):
+            pixels = generator.integers(0, 256, (40, 48, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / "pictures" / kind / f"{index}.png")
+    (folder / "config.py").write_text(CONFIG)
+    cfg = Config.fromfile(folder / "config.py")
+    model, x = build_model(cfg), torch.randn(8, 3, 64, 64)
+    calibrate_random_bn_(model, x)
+    torch.nn.init.normal_(model.head.fc.weight)
+    save_checkpoint_file({"state_dict": model.state_dict(), "meta": {}}, folder / "epoch_1.pth")
+    write_deployed(model, cfg, folder, x[:2], {"classes": ["crow", "owl"]})
+    plan = rep_plugin.plan_pruning(model, x[:1], scores="l1", prune_fraction=0.2)
+    write_pruned(model, cfg, plan, folder, x[:2])
+
+    named = calibrate_random_bn_(timm.create_model("test_byobnet", num_classes=4), torch.randn(8, 3, 64, 64))
+    torch.save({"state_dict": named.state_dict(), "epoch": 1}, folder / "last.pth.tar")
+    rep_plugin.apply_plan(named, rep_plugin.plan_pruning(named, x[:1], scores="l1", prune_fraction=0.2), verify=False)
+    save_timm(named, folder / "saved")
+    return folder
+
+
+def differs(path, model, x):
+    """Largest relative difference of the file in ONNX Runtime from the model."""
+    with torch.no_grad():
+        wanted = model(x).numpy()
+    session = onnxruntime.InferenceSession(str(path))
+    (found,) = session.run(["logits"], {"input": x.numpy()})
+    assert found.shape == wanted.shape
+    return np.abs(found - wanted).max() / np.abs(wanted).max()
+
+
+def test_it_writes_configs_artefacts_and_timm_models(folder, tried, capsys):
+    cases = [
+        ["config.py", "epoch_1.pth", "a.onnx", "--cfg-options", "val_dataloader.dataset.data_root=pictures"],
+        ["deploy.py", "deploy.pth", "b.onnx", "--images", "pictures", "--batch", 2],
+        ["pruned.py", "pruned.pth", "c.onnx", "--no-real-data", "--size", 32, 48, "--dynamic-size"],
+        ["test_byobnet", "d.onnx", "--checkpoint", "last.pth.tar", "--model-args", "num_classes=4", "--size", 64,
+         "--images", "pictures", "--class-names", "names.txt"],
+    ]  # fmt: skip
+    (folder / "names.txt").write_text("a\nb\nc\nd\n")
+    assert [tried(*words) for words in cases] == [None] * len(cases)
+    printed = capsys.readouterr().out
+    assert "written: a.onnx and a.json" in printed and "openvino" in printed
+    words = ["local-dir:saved", "e.onnx", "--size", "64", "--dynamic-batch"]
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tools/export.py"), *words]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0 and "written: e.onnx and e.json" in done.stdout, done.stderr
+    reports = {name: json.loads((folder / f"{name}.json").read_text()) for name in "abcde"}
+    assert all(report["max_rel_error"] < 1e-4 and len(report["runtimes"]) == 2 for report in reports.values())
+
+    cfg = Config.fromfile(folder / "config.py")
+    model, _ = load_model(cfg, folder / "epoch_1.pth")
+    pictures = read_pictures(model, cfg, folder / "pictures")
+    assert pictures.shape == (6, 3, 32, 36)
+    assert differs(folder / "a.onnx", model, pictures) < 1e-4
+    assert reports["a"]["compared"][0] == [6, 3, 32, 36] and reports["a"]["merge_rel_error"] < 1e-9
+    assert len(reports["a"]["blocks"]) == 19 and not reports["a"]["notes"]
+    assert differs(folder / "b.onnx", model, pictures[:2]) < 1e-4 and reports["b"]["inputs"]["input"] == [2, 3, 32, 36]
+    pruned, _ = load_model(Config.fromfile(folder / "pruned.py"), folder / "pruned.pth")
+    assert differs(folder / "c.onnx", pruned, torch.randn(3, 3, 50, 33)) < 1e-4
+    assert reports["c"]["params_before"] < reports["a"]["params_before"] and "random" in reports["c"]["notes"][-1]
+    saved = timm.create_model(f"local-dir:{folder / 'saved'}").eval()
+    assert differs(folder / "e.onnx", saved, torch.randn(5, 3, 64, 64)) < 1e-4
+    named = timm.create_model("test_byobnet", num_classes=4).eval()
+    named.load_state_dict(torch.load(folder / "last.pth.tar")["state_dict"])
+    assert differs(folder / "d.onnx", named, torch.randn(3, 3, 64, 64)) < 1e-4
+    assert read_metadata(folder / "d.onnx")["class_names"] == ["a", "b", "c", "d"]
+    for name in "ab":
+        assert read_metadata(folder / f"{name}.onnx")["class_names"] == ["crow", "owl"]
+
+
+def test_metadata_tell_how_the_config_feeds_pictures(folder):
+    cfg = Config.fromfile(folder / "config.py")
+    model = build_model(cfg)
+    told = preprocessing_of(model, cfg, (3, 32, 36))
+    assert told["resize"] == {"edge": "short", "size": [40, 40]} and told["interpolation"] == "bicubic"
+    assert told["crop"] == [32, 36] and told["channel_order"] == "RGB" and told["white"] == 255
+    assert told["mean"] == [123.675, 116.28, 103.53]
+    assert told["pipeline"] == json.loads(json.dumps(cfg.val_dataloader.dataset.pipeline))
+    # The pictures are 40 pixels high already.
+    values = np.asarray(Image.open(folder / "pictures/crow/0.png"), np.float32)[4:36, 6:42]
+    by_hand = ((values - np.float32(told["mean"])) / np.float32(told["std"])).transpose(2, 0, 1)
+    assert np.abs(read_pictures(model, cfg, folder / "pictures")[0].numpy() - by_hand).max() < 1e-5
+
+    cfg.test_dataloader = dict(dataset=dict(type="RepeatDataset", dataset=dict(pipeline=[
+        dict(type="mmcv.Resize", scale=(20, 10), keep_ratio=True), dict(type="PackInputs"),
+    ])))  # fmt: skip
+    model.data_preprocessor.to_rgb, model.data_preprocessor._enable_normalize = False, False
+    told = preprocessing_of(model, cfg, (3, 10, 20))
+    assert told["resize"] == {"edge": "fit", "size": [10, 20]} and told["channel_order"] == "BGR" and "mean" not in told
+    assert len(pipeline_of(cfg)) == 2
+    assert read_pictures(model, cfg, folder / "pictures").shape[0] == 6  # a loader is put in front
+
+
+def test_another_size_than_the_pipelines_is_told(folder, tmp_path):
+    cfg = Config.fromfile(folder / "config.py")
+    model, _ = load_model(cfg, folder / "epoch_1.pth")
+    x = read_pictures(model, cfg, folder / "pictures", 2)
+    report = write_onnx(model, cfg, tmp_path / "net.onnx", x, {"classes": ("one",)}, size=(24, 40), rounds=0)
+    told = read_metadata(tmp_path / "net.onnx")
+    assert told["preprocessing"]["then_resize"] == {"size": [24, 40], "interpolation": "bilinear"}
+    assert report.inputs == {"input": ["batch", 3, 24, 40]} and "class_names" not in told
+    with pytest.raises(ValueError, match="the input size is needed"):
+        write_onnx(model, cfg, tmp_path / "net.onnx")
+
+
+def test_errors_are_one_line_and_write_nothing(folder, tried):
+    (folder / "empty").mkdir()
+    (folder / "short.txt").write_text("a\n")
+    (folder / "text.pth").write_text("no weights")
+    mm, named = ["config.py", "epoch_1.pth", "f.onnx"], ["test_byobnet", "f.onnx", "--size", 64]
+    cases = {
+        "none.py does not exist": ["none.py", "epoch_1.pth", "f.onnx"],
+        "none.pth does not exist": ["config.py", "none.pth", "f.onnx"],
+        "does not fit ImageClassifier": ["config.py", "deploy.pth", "f.onnx"],
+        "the input size is needed": [*mm, "--no-real-data"],
+        "'nowhere' of CustomDataset does not exist": [*mm, "--cfg-options", "val_dataloader.dataset.data_root=nowhere"],
+        "empty holds 0 pictures": [*mm, "--images", "empty"],
+        "nowhere does not exist, expected a folder of pictures": [*mm, "--images", "nowhere"],
+        "class_names holds 1 names, expected one for each of the 2 logits": [*mm, "--class-names", "short.txt"],
+        "none.txt does not exist": [*named, "--class-names", "none.txt"],
+        "f.pt": ["config.py", "epoch_1.pth", "f.pt"],
+        "tolerance 1e-14": [*mm, "--tolerance", 1e-14],
+        "batch must be >= 1, got 0": [*mm, "--batch", 0],
+        "Unknown model (test_nothing)": ["test_nothing", "f.onnx"],
+        "text.pth holds no weights": [*named, "--checkpoint", "text.pth"],
+        "last.pth.tar does not fit": [*named, "--checkpoint", "last.pth.tar"],
+        "none does not exist, expected a folder with config.json": ["local-dir:none", "f.onnx"],
+        "unexpected keyword argument 'nonsense'": [*named, "--model-args", "nonsense=1"],
+        "test_byobnet takes 1 channels": [*named, "--model-args", "in_chans=1", "--images", "pictures"],
+    }
+    before = sorted(path.name for path in folder.iterdir())
+    for message, words in cases.items():
+        end = tried(*words)
+        assert message in end and end.startswith("error: ") and "\n" not in end, (message, end)
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_wrong_words_are_refused_by_name(tried, capsys):
+    cases = {
+        "expected NAME OUT.onnx, got 2 files": ["test_byobnet", "a", "f.onnx"],
+        "expected CONFIG CHECKPOINT OUT.onnx, got 1 files": ["config.py", "f.onnx"],
+        "--cfg-options does not go with test_byobnet": ["test_byobnet", "f.onnx", "--cfg-options", "a=1"],
+        "--checkpoint does not go with config.py": ["config.py", "epoch_1.pth", "f.onnx", "--checkpoint", "x"],
+        "expected KEY=VALUE, got 'nonsense'": ["test_byobnet", "f.onnx", "--model-args", "nonsense"],
+        "--size takes one or two numbers": ["test_byobnet", "f.onnx", "--size", 1, 2, 3],
+        "not allowed with argument": ["test_byobnet", "f.onnx", "--batch", 1, "--dynamic-batch"],
+    }
+    for message, words in cases.items():
+        assert tried(*words) == 2 and message in capsys.readouterr().err

@@ -1,0 +1,145 @@
+#!/usr/bin/env python
+"""Write a trained model as ONNX, once ONNX Runtime and OpenVINO say the same as PyTorch on pictures.
+
+python tools/export.py CONFIG CHECKPOINT OUT.onnx                   # also deploy.py deploy.pth, pruned.py pruned.pth
+python tools/export.py rep_repvgg_a0 OUT.onnx --checkpoint last.pth.tar --images pictures
+python tools/export.py local-dir:FOLDER OUT.onnx --images pictures  # what save_timm wrote
+
+Branches are merged first, and the outputs are logits, without softmax. A config's validation pictures are compared, or
+those of --images; a timm model without --images is compared on random ones. The report is written to OUT.json as well.
+"""
+
+import argparse
+import ast
+import sys
+from pathlib import Path
+
+from rep_plugin.export import OPSET, TOLERANCE
+from rep_plugin.export_report import ExportReport
+from rep_plugin.runtimes import RUNTIMES
+
+
+def model_arg(text: str) -> tuple[str, object]:
+    """KEY=VALUE, the value as Python writes it, else a word."""
+    key, found, value = text.partition("=")
+    if not found or not key.isidentifier():
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="config (.py), timm name, or local-dir:FOLDER")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="[CHECKPOINT, after a config] OUT.onnx")
+    parser.add_argument("--images", metavar="FOLDER", help="pictures to compare on")
+    parser.add_argument("--size", type=int, nargs="+", metavar="N", help="height and width, one number for both")
+    parser.add_argument("--dynamic-size", action="store_true", help="leave height and width open")
+    numbers = parser.add_mutually_exclusive_group()
+    numbers.add_argument("--batch", type=int, help="fix the number of pictures; default: open")
+    numbers.add_argument("--dynamic-batch", action="store_true", help="leave the number of pictures open: the default")
+    parser.add_argument("--as-it-stands", action="store_true", help="do not merge or fold anything")
+    parser.add_argument("--class-names", metavar="FILE", help="one name a line; default: what config or model tell")
+    parser.add_argument("--opset", type=int, default=OPSET, help="default: %(default)s")
+    parser.add_argument("--runtimes", nargs="+", default=list(RUNTIMES), choices=RUNTIMES, help="where to compare")
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="relative, default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=20, help="timed calls, 0: none; default: %(default)s")
+    mm = parser.add_argument_group("with a config")
+    mm.add_argument("--no-real-data", action="store_true", help="compare on random pictures; needs --size")
+    mm.add_argument("--cfg-options", nargs="+", default=None, help="changes to the config as key=value")
+    named = parser.add_argument_group("with a timm name")
+    named.add_argument("--checkpoint", help="weights: what timm's train.py or torch.save wrote, or .safetensors")
+    named.add_argument("--pretrained", action="store_true", help="timm's own weights")
+    named.add_argument(
+        "--model-args", type=model_arg, nargs="+", default=[], metavar="KEY=VALUE", help="as num_classes=20"
+    )
+    args = parser.parse_args()
+    is_config = args.model.endswith(".py")
+    if len(args.files) != 1 + is_config:
+        parser.error(f"expected {'CONFIG CHECKPOINT' if is_config else 'NAME'} OUT.onnx, got {len(args.files)} files")
+    if args.size is not None and len(args.size) > 2:
+        parser.error(f"--size takes one or two numbers, got {args.size}")
+    args.size = tuple(args.size * 2)[:2] if args.size else None
+    wrong = ("checkpoint", "pretrained", "model_args") if is_config else ("no_real_data", "cfg_options")
+    for name in wrong:
+        if getattr(args, name):
+            parser.error(f"--{name.replace('_', '-')} does not go with {args.model}")
+    return args
+
+
+def options_of(args: argparse.Namespace) -> dict:
+    """What export_onnx is told, whatever the model."""
+    options = {name: getattr(args, name) for name in ("dynamic_size", "opset", "runtimes", "tolerance", "rounds")}
+    if args.class_names:
+        if not Path(args.class_names).is_file():
+            raise FileNotFoundError(f"{args.class_names} does not exist, expected a file of names")
+        options["class_names"] = Path(args.class_names).read_text().splitlines()
+    return options | {"reparameterize": not args.as_it_stands, "batch": args.batch, "size": args.size}
+
+
+def from_config(args: argparse.Namespace) -> ExportReport:
+    """Export the model of a config."""
+    from _trained import open_trained
+    from mmengine.config import DictAction
+
+    from rep_plugin.mm_export import read_pictures, write_onnx
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction)
+    changes = parser.parse_args(["--cfg-options", *args.cfg_options] if args.cfg_options else [])
+    opened = argparse.Namespace(
+        config=args.model,
+        checkpoint=args.files[0],
+        cfg_options=changes.cfg_options,
+        no_real_data=args.no_real_data or args.images is not None,
+        out_dir=None,
+    )
+    cfg, model, inputs, dataset_meta, _ = open_trained(opened, (args.class_names,))
+    if args.images is not None:
+        inputs = read_pictures(model, cfg, args.images)
+    return write_onnx(model, cfg, args.files[-1], inputs, dataset_meta, **options_of(args))
+
+
+def from_timm(args: argparse.Namespace) -> ExportReport:
+    """Export the model of a timm name."""
+    from rep_plugin.timm_export import export_timm
+
+    return export_timm(
+        args.model,
+        args.files[-1],
+        checkpoint=args.checkpoint,
+        pretrained=args.pretrained,
+        model_args=dict(args.model_args),
+        folder=args.images,
+        **options_of(args),
+    )
+
+
+def main() -> None:
+    """Load, merge, export, compare, print the report."""
+    args = parse_args()
+
+    def export() -> None:
+        report = (from_config if args.model.endswith(".py") else from_timm)(args)
+        report.print()
+        beside = Path(args.files[-1]).with_suffix(".json")
+        report.to_json(beside)
+        print(f"written: {args.files[-1]} and {beside.name}")
+
+    known = (RuntimeError, ValueError, TypeError, ImportError)
+    try:
+        if args.model.endswith(".py"):
+            from train import run
+
+            run(export, *known)
+        else:
+            export()
+    except (*known, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    main()
