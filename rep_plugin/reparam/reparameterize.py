@@ -120,7 +120,7 @@ class _Conversion:
 
 
 def _convert(model: nn.Module, fold_bn: bool, merge_linear: bool = False) -> _Conversion:
-    able = _find_self_merging(model)
+    able, before = _find_self_merging(model), set(model.modules())
     bias_free = [name for name, m in model.named_modules() if name and isinstance(m, ConvLike) and m.bias_free]
     model, blocks = _merge_blocks(model)
     merged = {block.name: model.get_submodule(block.name) for block in blocks}
@@ -139,6 +139,8 @@ def _convert(model: nn.Module, fold_bn: bool, merge_linear: bool = False) -> _Co
     if not blocks:
         held = f"{type(model).__name__} holds no block that can be merged"
         raise NothingToMergeError(held + "".join(f"; {note}" for note in notes))
+    for module in set(model.modules()) - before:
+        module.training = False  # nothing was in train mode, and what stands there now must not be
     return _Conversion(model, blocks, convs, notes)
 
 

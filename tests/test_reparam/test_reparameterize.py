@@ -68,6 +68,12 @@ def test_conv_bn_of_a_stock_network_is_folded():
     assert report.max_rel_error < 1e-12
 
 
+@pytest.mark.parametrize("name", ["mobilenetv2_050", "repvgg_a0", "rep_mobilenetv2_035", "dbb_mobilenetv2_100"])
+def test_nothing_that_takes_the_place_of_something_is_in_train_mode(name):
+    merged, _ = rep_plugin.reparameterize(timm.create_model(name, num_classes=2).eval(), verify=False)
+    assert not [name for name, module in merged.named_modules() if module.training]
+
+
 def test_a_convolution_with_a_second_reader_is_not_folded():
     class Shared(nn.Module):
         def __init__(self):
