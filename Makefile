@@ -87,6 +87,9 @@ bench-prune-zoo: $(VENV)/.developers ## prune 30 % of 17 networks, each proven e
 bench-prune-latency: $(VENV)/.developers ## plans by measured latency against plans by multiply-adds (ten minutes)
 	$(RUN) benchmarks/prune_latency.py
 
+bench-slimming: $(VENV)/.developers fashion-mnist ## five ways to slim one network, Torch-Pruning beside them, three seeds (an hour)
+	$(RUN) benchmarks/slimming.py
+
 bench-warm-start: $(VENV)/.users fashion-mnist ## stock MobileNetV2 annealed into the mergeable form against training from scratch
 	$(RUN) benchmarks/warm_start.py
 

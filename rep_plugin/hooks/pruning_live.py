@@ -3,6 +3,8 @@
 import copy
 import gc
 import json
+import statistics
+import time
 from pathlib import Path
 
 from mmengine.config import Config
@@ -90,6 +92,28 @@ def prune_runner_(
         gc.collect()  # the old wrapper's hooks on the parameters go with it
         runner.model = runner.wrap_model(runner.cfg.get("model_wrapper_cfg"), model)
     return report
+
+
+class StepClock:
+    """The median time of a training step since the last removal, loading of data not counted."""
+
+    def __init__(self):
+        self.times: list[float] = []
+        self._started: float | None = None
+
+    def start(self) -> None:
+        self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._started is not None:
+            self.times.append(time.perf_counter() - self._started)
+        self._started = None
+
+    def lap(self) -> float | None:
+        """Return the steps per second since the last lap (None: there were none), and begin a new one."""
+        speed = 1 / statistics.median(self.times) if self.times else None
+        self.times = []
+        return speed
 
 
 class PruningHook(Hook):
