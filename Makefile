@@ -99,6 +99,9 @@ bench-training-cost: $(VENV)/.users ## a training step of multi-branch networks:
 bench-expand: $(VENV)/.users ## expand, train, merge back: equality at every step
 	$(ONE_THREAD) $(RUN) benchmarks/expand.py
 
+kill-loop: $(VENV)/.developers ## kill -9 trainings that prune, 20 times each, resume, compare with trainings nobody killed (ten minutes)
+	$(ONE_THREAD) $(RUN) -m tests.test_hooks.kill_loop --kills 20
+
 bench-foreign: $(VENV)/.developers ## every multi-branch model of timm and mmpretrain, merged and proven (20 minutes)
 	$(ONE_THREAD) $(RUN) benchmarks/foreign_models.py
 
