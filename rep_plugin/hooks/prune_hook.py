@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-from mmengine.dist import broadcast_object_list
 from mmengine.runner import Runner
 from torch import nn
 
 from rep_plugin.hooks.live import HookError, evaluate, final_model, iterations_of, pictures_of, plain_model
-from rep_plugin.hooks.pruning_live import PruningHook, StepClock, check_scores, check_share, prune_runner_
+from rep_plugin.hooks.pruning_live import PruningHook, StepClock, check_scores, check_share, prune_runner_, shared_plan
 from rep_plugin.pruning import PrunePlan, TraceError, plan_pruning
 from rep_plugin.pruning.compose import compose_plans
 from rep_plugin.registry import HOOKS
@@ -160,9 +159,7 @@ class PruneHook(PruningHook):
             plan = plan_pruning(model, shape, **self._amounts(model, shape), **self.options)
         except (ValueError, TraceError) as error:
             raise HookError(f"PruneHook, round {len(self.rounds) + 1}: {error}") from None
-        shared = [plan.to_json()]
-        broadcast_object_list(shared)
-        return PrunePlan.from_json(shared[0])
+        return shared_plan(plan)
 
     def _amounts(self, model: nn.Module, shape: tuple[int, ...]) -> dict:
         """What this round removes, as arguments of plan_pruning: fractions of what is left, budgets in whole numbers."""

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from mmengine.config import Config
-from mmengine.dist import is_main_process
+from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
@@ -53,6 +53,13 @@ def check_share(name: str, value: object) -> None:
     """Raise ValueError unless a share of channels is a number that removes some and leaves some."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
         raise ValueError(f"{name} must lie in (0, 1), got {value!r}")
+
+
+def shared_plan(plan: PrunePlan) -> PrunePlan:
+    """Return the plan of the main process, so that all prune alike."""
+    shared = [plan.to_json()]
+    broadcast_object_list(shared)
+    return PrunePlan.from_json(shared[0])
 
 
 def prune_runner_(

@@ -15,7 +15,7 @@ from rep_plugin.hooks.live import (
     pictures_of,
     plain_model,
 )
-from rep_plugin.hooks.pruning_live import PruningHook, check_scores, check_share
+from rep_plugin.hooks.pruning_live import PruningHook, check_scores, check_share, shared_plan
 from rep_plugin.pruning import PrunePlan, PruneReport, TraceError, plan_pruning
 from rep_plugin.pruning.soft import count_returned, zero_channels_
 from rep_plugin.registry import HOOKS
@@ -104,9 +104,10 @@ class SoftPruneHook(PruningHook):
 
     def _plan(self, runner: Runner) -> PrunePlan:
         try:
-            return plan_pruning(plain_model(runner), (1, *pictures_of(runner, 1).shape[1:]), **self.options)
+            plan = plan_pruning(plain_model(runner), (1, *pictures_of(runner, 1).shape[1:]), **self.options)
         except (ValueError, TraceError) as error:
             raise HookError(f"SoftPruneHook: {error}") from None
+        return shared_plan(plan)
 
     def after_train(self, runner: Runner) -> None:
         # Stopped before the first time, training has no plan.

@@ -11,8 +11,6 @@ of the training that was not killed. Prints a table; exits with 1 where somethin
 """
 
 import argparse
-import contextlib
-import importlib.util
 import json
 import os
 import random
@@ -20,7 +18,6 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -36,8 +33,8 @@ from torch import Tensor
 import rep_plugin.checkpoint
 from rep_plugin.checkpoint import load_checkpoint_file
 from tests.test_hooks import tiny
+from tests.test_hooks.forked import fork, load_tool, wait
 
-ROOT = Path(__file__).resolve().parents[2]
 EPOCHS, KILLS_A_RUN = 6, 5
 TOLERANCE = 1e-6  # relative
 SPARSITY = dict(type="rep_plugin.SparsityHook", strength=0.01, end=3)
@@ -60,15 +57,6 @@ class Outcome:
     loss_gap: float = 0.0
     weight_gap: float = 0.0
     wrong: list[str] = field(default_factory=list)
-
-
-def load_tool():
-    """tools/train.py as a module."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    spec = importlib.util.spec_from_file_location("train", ROOT / "tools/train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def kill_self(*_: object) -> None:
@@ -112,33 +100,8 @@ def tear_file(number: int) -> None:
 
 def start(tool, folder: Path, resume: bool, prepare: Callable[[], None], kill_after: float | None) -> int:
     """Train in a new process; return its exit code, negative for a signal. Its output is appended to ``output.txt``."""
-    process = os.fork()
-    if process == 0:
-        code = 1
-        try:
-            output = os.open(folder / "output.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
-            prepare()
-            sys.argv = ["train.py", str(folder / "config.py"), *(["--resume"] if resume else [])]
-            tool.run(tool.main, tool.AnnealError, tool.HookError)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            with contextlib.suppress(OSError):
-                sys.stdout.flush()
-                sys.stderr.flush()
-            os._exit(code)
-    began = time.perf_counter()
-    while True:
-        done, status = os.waitpid(process, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        if kill_after is not None and time.perf_counter() - began > kill_after:
-            os.kill(process, signal.SIGKILL)
-            kill_after = None
-        time.sleep(0.005)
+    arguments = [str(folder / "config.py"), *(["--resume"] if resume else [])]
+    return wait(fork(tool, arguments, folder / "output.txt", prepare), kill_after)
 
 
 def write_config(folder: Path, hooks: Sequence[dict]) -> None:
