@@ -26,7 +26,7 @@ from rich.table import Table
 from training_runs import Job, folder_of, run_all
 
 from rep_plugin.latency import eager_calls, interleaved_medians, torch_threads
-from rep_plugin.mm_artefact import load_model
+from rep_plugin.mm_artefact import build_model, load_model
 from rep_plugin.report import count_macs, count_params
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,12 +145,13 @@ def print_table(title: str, found: dict[str, list[dict]]) -> None:
     ):
         table.add_column(column, justify="left" if column == "trained as" else "right")
     dense = found.get("dense")
+    whole = count_macs(build_model(Config.fromfile(DENSE)), torch.zeros(1, 1, 28, 28))
     for name, runs in found.items():
 
         def of(key: str, runs: list[dict] = runs) -> list:
             return [run[key] for run in runs]
 
-        share = f"{statistics.mean(of('macs')) / dense[0]['macs']:.1%}" if dense else "-"
+        share = f"{statistics.mean(of('macs')) / whole:.1%}"
         table.add_row(
             name, mean([run["final"] for run in dense or ()]), mean(of("before")), mean(of("after")), mean(of("final")),
             f"{statistics.mean(of('params')):,.0f}", f"{statistics.mean(of('macs')) / 1e6:.2f} M", share,

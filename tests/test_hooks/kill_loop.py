@@ -12,6 +12,7 @@ of the training that was not killed. Prints a table; exits with 1 where somethin
 
 import argparse
 import json
+import math
 import os
 import random
 import signal
@@ -135,6 +136,11 @@ def tensors(node: object, name: str = "") -> dict[str, Tensor]:
     return {key: value for i, part in items for key, value in tensors(part, f"{name}.{i}").items()}
 
 
+def larger(gap: float, other: float) -> float:
+    """The larger of two differences; what is no number is infinite."""
+    return math.inf if math.isnan(other) else max(gap, other)
+
+
 def compare(folder: Path, whole: Path, outcome: Outcome) -> None:
     """Add to the outcome how a training that was killed differs from the one that was not."""
     (expected,) = starts_of(whole)
@@ -145,7 +151,7 @@ def compare(folder: Path, whole: Path, outcome: Outcome) -> None:
         if iterations != list(range(iterations[0], iterations[-1] + 1)) or iterations[0] % tiny.STEPS:
             outcome.wrong.append(f"{folder.name}: start {index} trained iterations {iterations}")
         for iteration, loss in losses.items():
-            outcome.loss_gap = max(outcome.loss_gap, abs(loss - expected[iteration]) / abs(expected[iteration]))
+            outcome.loss_gap = larger(outcome.loss_gap, abs(loss - expected[iteration]) / abs(expected[iteration]))
             outcome.losses += 1
         seen |= set(losses)
     if seen != set(expected):
@@ -158,7 +164,7 @@ def compare(folder: Path, whole: Path, outcome: Outcome) -> None:
             continue
         for key, value in theirs.items():
             gap = (ours[key].double() - value.double()).abs().max() / value.double().abs().max().clamp_min(1e-30)
-            outcome.weight_gap = max(outcome.weight_gap, float(gap) if value.numel() else 0.0)
+            outcome.weight_gap = larger(outcome.weight_gap, float(gap))
     if rounds_of(folder) != rounds_of(whole):
         outcome.wrong.append(f"{folder.name}: pruned.rounds.json differs")
     models = [Config.fromfile(place / "work/pruned.py").model for place in (folder, whole)]
@@ -168,16 +174,19 @@ def compare(folder: Path, whole: Path, outcome: Outcome) -> None:
         outcome.wrong.append(f"{folder.name}: losses or weights differ by more than {TOLERANCE:g}")
 
 
-def choose(rng: random.Random, folder: Path, removals: Sequence[int], seconds: float):
-    """Return a kind of kill that is possible now, what the process does to prepare for it, and after how many seconds."""
+def choose(rng: random.Random, turn: int, folder: Path, removals: Sequence[int], seconds: float):
+    """Return the kind of kill whose turn it is, what the process does to prepare for it, and after how many seconds.
+
+    Where there is no removal ahead, a file is torn instead.
+    """
     trained = tiny.STEPS * len(list(folder.glob("work/epoch_*.pth")))
     between = [at for r in removals for at in range(r, r + tiny.STEPS) if r >= trained]
-    kind = rng.choice(["random", "torn file", "after removal"] if between else ["random", "torn file"])
+    kind = ("after removal", "torn file", "random")[turn % 3]
     if kind == "random":
         return kind, lambda: None, rng.uniform(0.05, 1.0) * seconds
-    if kind == "torn file":
-        number = rng.randrange(6)
-        return kind, lambda: tear_file(number), None
+    if kind == "torn file" or not between:
+        number = rng.randrange(5)
+        return "torn file", lambda: tear_file(number), None
     at = rng.choice(between)
     return kind, lambda: os.environ.update(KILL_AT=str(at)), None
 
@@ -200,7 +209,7 @@ def run_case(tool, hooks: Sequence[dict], folder: Path, kills: int, seed: int, a
         while code:
             kind, prepare, after = "none", lambda: None, None
             if outcome.kills.total() < kills and here < KILLS_A_RUN:
-                kind, prepare, after = choose(rng, run, removals, seconds)
+                kind, prepare, after = choose(rng, outcome.kills.total(), run, removals, seconds)
             code = start(tool, run, resume, prepare, after)
             resume = True
             if code == -signal.SIGKILL and kind != "none":
