@@ -7,7 +7,9 @@
 
 Every row is one config under `tools/train.py`, with the same network, pictures, number of epochs in all, cosine and seed.
 Finished runs are kept in the work folder and not repeated, so that a table can be completed later; the latency of all
-networks is then measured side by side. Prints the table and writes it to ``table.json`` in the work folder.
+networks is then measured side by side. Prints the table and writes it to ``table.json`` in the work folder. Columns: top-1
+of the dense network trained as long; before the (first) removal, right after the (last) one, and at the end; costs;
+seconds of the whole training, with what its hooks validate, prove and write.
 
 ``--epochs`` other than the configs' scales begin, end and warmup of their hooks, to whole epochs.
 """
@@ -34,6 +36,7 @@ CONFIGS = ROOT / "configs"
 DENSE = CONFIGS / "_base_/resnet18_fashion_mnist.py"
 TORCH_PRUNING = ROOT / "benchmarks/configs/torch_pruning_resnet18_fashion_mnist.py"
 TOP1 = "accuracy/top1"
+COLUMNS = "trained as|dense|before|after|final|params|MACs|of dense|ms|train s|CPU s".split("|")
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def make_job(name: str, seed: int, args: argparse.Namespace, work_dir: Path) -> 
     return Job(name, seed, config, [*options, *row.options, *args.cfg_options], label)
 
 
-def figures_of(job: Job, result: dict, folder: Path) -> dict:
+def figures_of(result: dict, folder: Path) -> dict:
     """What is known of a run: top-1 before, after and at the end, seconds, and steps per second around each removal."""
     found = dict(before=None, after=None, final=result["top1"], seconds=result["seconds"], speeds=[])
     found |= dict(cpu_seconds=result["cpu_seconds"])
@@ -104,7 +107,7 @@ def figures_of(job: Job, result: dict, folder: Path) -> dict:
     return found
 
 
-def networks_of(job: Job, epochs: int, folder: Path) -> torch.nn.Module:
+def network_of(job: Job, epochs: int, folder: Path) -> torch.nn.Module:
     """The network a run ended with, read from its files as anyone would."""
     if (folder / "pruned.pth").is_file():
         return load_model(Config.fromfile(folder / "pruned.py"), folder / "pruned.pth")[0]
@@ -127,22 +130,15 @@ def mean(values: list[float | None], digits: int = 2) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}" if values else "-"
 
 
+def speed(pair: dict[str, float | None]) -> str:
+    """Steps per second before and after a removal; '?' where training began, or ended, just there."""
+    return " -> ".join("?" if pair[when] is None else f"{pair[when]:.1f}" for when in ("before", "after"))
+
+
 def print_table(title: str, found: dict[str, list[dict]]) -> None:
     """Print one line a row, means over the seeds."""
     table = Table(title=title)
-    for column in (
-        "trained as",
-        "dense",
-        "before",
-        "after",
-        "final",
-        "params",
-        "MACs",
-        "of dense",
-        "ms",
-        "train s",
-        "CPU s",
-    ):
+    for column in COLUMNS:
         table.add_column(column, justify="left" if column == "trained as" else "right")
     dense = found.get("dense")
     whole = count_macs(build_model(Config.fromfile(DENSE)), torch.zeros(1, 1, 28, 28))
@@ -161,8 +157,8 @@ def print_table(title: str, found: dict[str, list[dict]]) -> None:
     console.print(table)
     for name, runs in found.items():
         if runs[0]["speeds"]:
-            steps = [", then ".join(f"{s['before']:.1f} -> {s['after']:.1f}" for s in run["speeds"]) for run in runs]
-            console.print(f"{name}: steps per second before and after each removal: {'; '.join(steps)}", markup=False)
+            steps = "; ".join(", then ".join(map(speed, run["speeds"])) for run in runs)
+            console.print(f"{name}: steps per second before and after each removal: {steps}", markup=False)
 
 
 def main() -> None:
@@ -195,8 +191,8 @@ def main() -> None:
         runs = {}
         for job in (job for job in jobs if job.seed == seed):
             folder = folder_of(job, work_dir)
-            figures = figures_of(job, results[job.name][seed], folder)
-            runs[job.name] = (figures, networks_of(job, args.epochs, folder))
+            figures = figures_of(results[job.name][seed], folder)
+            runs[job.name] = (figures, network_of(job, args.epochs, folder))
             found[job.name].append(figures)
         measure(runs, args.batch, args.rounds)
     (work_dir / "table.json").write_text(json.dumps(dict(arguments=vars(args), rows=found), indent=1) + "\n")
