@@ -36,7 +36,7 @@ CONFIGS = ROOT / "configs"
 DENSE = CONFIGS / "_base_/resnet18_fashion_mnist.py"
 TORCH_PRUNING = ROOT / "benchmarks/configs/torch_pruning_resnet18_fashion_mnist.py"
 TOP1 = "accuracy/top1"
-COLUMNS = "trained as|dense|before|after|final|params|MACs|of dense|ms|train s|CPU s".split("|")
+COLUMNS = ["trained as", "dense", "before", "after", "final", "params", "MACs", "of dense", "ms", "train s", "CPU s"]
 
 
 @dataclass(frozen=True)
