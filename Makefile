@@ -90,6 +90,9 @@ bench-prune-speed: $(VENV)/.developers ## seconds that pruning takes, against To
 bench-prune-latency: $(VENV)/.developers ## plans by measured latency against plans by multiply-adds (ten minutes)
 	$(RUN) benchmarks/prune_latency.py
 
+bench-slimming: $(VENV)/.developers fashion-mnist ## five ways to slim one network, Torch-Pruning beside them, three seeds (an hour)
+	$(RUN) benchmarks/slimming.py
+
 bench-warm-start: $(VENV)/.users fashion-mnist ## stock MobileNetV2 annealed into the mergeable form against training from scratch
 	$(RUN) benchmarks/warm_start.py
 
@@ -98,6 +101,9 @@ bench-training-cost: $(VENV)/.users ## a training step of multi-branch networks:
 
 bench-expand: $(VENV)/.users ## expand, train, merge back: equality at every step
 	$(ONE_THREAD) $(RUN) benchmarks/expand.py
+
+kill-loop: $(VENV)/.developers ## kill -9 trainings that prune, 20 times each, resume, compare with trainings nobody killed (ten minutes)
+	$(ONE_THREAD) $(RUN) -m tests.test_hooks.kill_loop --kills 20
 
 bench-foreign: $(VENV)/.developers ## every multi-branch model of timm and mmpretrain, merged and proven (20 minutes)
 	$(ONE_THREAD) $(RUN) benchmarks/foreign_models.py

@@ -37,7 +37,13 @@ train_dataloader = dict(
 val_dataloader = dict(
     batch_size=250,
     num_workers=1,
-    dataset=dict(type="FashionMNIST", data_root="data/fashion_mnist", split="test", pipeline=[dict(type="PackInputs")]),
+    dataset=dict(
+        type="FashionMNIST",
+        data_root="data/fashion_mnist",
+        split="test",
+        test_mode=True,  # mmpretrain reads the training pictures without it, whatever split says
+        pipeline=[dict(type="PackInputs")],
+    ),
     sampler=dict(type="DefaultSampler", shuffle=False),
 )
 test_dataloader = val_dataloader

@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-from mmengine.dist import broadcast_object_list
 from mmengine.runner import Runner
 from torch import nn
 
 from rep_plugin.hooks.live import HookError, evaluate, final_model, iterations_of, pictures_of, plain_model
-from rep_plugin.hooks.pruning_live import PruningHook, check_scores, check_share, prune_runner_
+from rep_plugin.hooks.pruning_live import PruningHook, StepClock, check_scores, check_share, prune_runner_, shared_plan
 from rep_plugin.pruning import PrunePlan, TraceError, plan_pruning
 from rep_plugin.pruning.compose import compose_plans
 from rep_plugin.registry import HOOKS
@@ -29,7 +28,8 @@ class PruneHook(PruningHook):
     scheme as in Li et al., "Pruning Filters" (ICLR 2017) and Molchanov et al. (ICLR 2017).
 
     Validation is run before and after each round, and after the fine-tuning; figures go to the log and to
-    ``pruned.rounds.json``; an accuracy that falls below half is a warning. Resuming, also after a kill between a removal
+    ``pruned.rounds.json``, with the steps per second before and after each removal (the median, since the last start of
+    training); an accuracy that falls below half is a warning. Resuming, also after a kill between a removal
     and the next checkpoint, goes on exactly: see :class:`rep_plugin.hooks.pruning_live.PruningHook`.
 
     Raises ValueError for bad arguments; :class:`rep_plugin.hooks.live.HookError` where the rounds do not fit the training,
@@ -87,6 +87,7 @@ class PruneHook(PruningHook):
         self.options = dict(
             scores=scores, scope=scope, min_channels=min_channels, round_to=round_to, ignore=tuple(ignore)
         )
+        self._clock = StepClock()
 
     def before_train(self, runner: Runner) -> None:
         if self.begin is None:
@@ -106,6 +107,12 @@ class PruneHook(PruningHook):
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
         if self.begin is not None and not self.by_epoch:
             self._prune_if_due(runner, runner.iter)
+        self._clock.start()
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
+    ) -> None:
+        self._clock.stop()
 
     def _prune_if_due(self, runner: Runner, progress: int) -> None:
         done = len(self.rounds)
@@ -120,17 +127,30 @@ class PruneHook(PruningHook):
         if not self.rounds:
             runner.logger.warning("PruneHook: training ended before the first round, nothing was pruned")
             return
+        self._note_speed(runner)
         model = final_model(runner)
         self.note_tuned(runner, evaluate(runner, model))
         plan = compose_plans(self.plans_of(runner))
         self.finish(runner, plan, model, self.whole_report(plan, model))
 
+    def _note_speed(self, runner: Runner) -> float | None:
+        """Complete the last round with the speed after it, and return that."""
+        speed = self._clock.lap()
+        if self.rounds and speed is not None:
+            pair = self.rounds[-1]["steps_per_second"]
+            pair["after"] = speed
+            before = "unknown" if pair["before"] is None else f"{pair['before']:.3g}"
+            runner.logger.info(f"PruneHook, round {len(self.rounds)}: steps per second {before} -> {speed:.3g}")
+        return speed
+
     def _prune(self, runner: Runner) -> None:
+        speed = self._note_speed(runner)
         plan = self._plan(runner, plain_model(runner))
         before = evaluate(runner, final_model(runner))
         self.note_tuned(runner, before)
         report = prune_runner_(runner, plan, example_input=pictures_of(runner))
         self.note(runner, plan, report, before, evaluate(runner, final_model(runner)))
+        self.rounds[-1]["steps_per_second"] = {"before": speed, "after": None}
 
     def _plan(self, runner: Runner, model: nn.Module) -> PrunePlan:
         """The plan of the main process: all prune alike."""
@@ -139,9 +159,7 @@ class PruneHook(PruningHook):
             plan = plan_pruning(model, shape, **self._amounts(model, shape), **self.options)
         except (ValueError, TraceError) as error:
             raise HookError(f"PruneHook, round {len(self.rounds) + 1}: {error}") from None
-        shared = [plan.to_json()]
-        broadcast_object_list(shared)
-        return PrunePlan.from_json(shared[0])
+        return shared_plan(plan)
 
     def _amounts(self, model: nn.Module, shape: tuple[int, ...]) -> dict:
         """What this round removes, as arguments of plan_pruning: fractions of what is left, budgets in whole numbers."""

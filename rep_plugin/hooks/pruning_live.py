@@ -3,10 +3,12 @@
 import copy
 import gc
 import json
+import statistics
+import time
 from pathlib import Path
 
 from mmengine.config import Config
-from mmengine.dist import is_main_process
+from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
@@ -53,6 +55,13 @@ def check_share(name: str, value: object) -> None:
         raise ValueError(f"{name} must lie in (0, 1), got {value!r}")
 
 
+def shared_plan(plan: PrunePlan) -> PrunePlan:
+    """Return the plan of the main process, so that all prune alike."""
+    shared = [plan.to_json()]
+    broadcast_object_list(shared)
+    return PrunePlan.from_json(shared[0])
+
+
 def prune_runner_(
     runner: Runner, plan: PrunePlan, verify: bool = True, example_input: Tensor | None = None
 ) -> PruneReport:
@@ -90,6 +99,28 @@ def prune_runner_(
         gc.collect()  # the old wrapper's hooks on the parameters go with it
         runner.model = runner.wrap_model(runner.cfg.get("model_wrapper_cfg"), model)
     return report
+
+
+class StepClock:
+    """The median time of a training step since the last removal, loading of data not counted."""
+
+    def __init__(self):
+        self.times: list[float] = []
+        self._started: float | None = None
+
+    def start(self) -> None:
+        self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._started is not None:
+            self.times.append(time.perf_counter() - self._started)
+        self._started = None
+
+    def lap(self) -> float | None:
+        """Return the steps per second since the last lap (None: there were none), and begin a new one."""
+        speed = 1 / statistics.median(self.times) if self.times else None
+        self.times = []
+        return speed
 
 
 class PruningHook(Hook):

@@ -1,5 +1,6 @@
 """SoftPruneHook: set the weakest filters to zero again and again while training, and remove them at its end."""
 
+import json
 from collections.abc import Mapping, Sequence
 
 from mmengine.runner import Runner
@@ -14,10 +15,12 @@ from rep_plugin.hooks.live import (
     pictures_of,
     plain_model,
 )
-from rep_plugin.hooks.pruning_live import PruningHook, check_scores, check_share
-from rep_plugin.pruning import PrunePlan, TraceError, plan_pruning
+from rep_plugin.hooks.pruning_live import PruningHook, check_scores, check_share, shared_plan
+from rep_plugin.pruning import PrunePlan, PruneReport, TraceError, plan_pruning
 from rep_plugin.pruning.soft import count_returned, zero_channels_
 from rep_plugin.registry import HOOKS
+
+META = "soft_prune"  # in a checkpoint's meta data
 
 
 @HOOKS.register_module()
@@ -32,8 +35,9 @@ class SoftPruneHook(PruningHook):
     ``layer``), ``min_channels``, ``round_to``, ``overrides``, ``ignore`` as in :func:`rep_plugin.plan_pruning`.
 
     Each time validation is run before and after (``evaluate=False``: not); an accuracy that falls below half is a warning
-    with the numbers. The log also has how many of the channels zeroed last time came back. With an EMAHook the last
-    plan is applied to the average, whose channels are only near zero: the figures of the last round tell what that costs.
+    with the numbers. The log also has how many of the channels zeroed last time came back; ``pruned.rounds.json`` has all
+    this as ``zeroings``. With an EMAHook the last plan is applied to the average, whose channels are only near zero: the
+    figures of the last round tell what that costs. Resuming goes on exactly.
 
     Raises ValueError for bad arguments; :class:`rep_plugin.hooks.live.HookError` where the model cannot be pruned so.
     """
@@ -65,6 +69,7 @@ class SoftPruneHook(PruningHook):
         )
         self.options |= dict(overrides=dict(overrides or {}), ignore=tuple(ignore))
         self.plan: PrunePlan | None = None
+        self.zeroings: list[dict] = []  # what was done, plain data
 
     def before_train(self, runner: Runner) -> None:
         iterations_of(runner, True, "SoftPruneHook")
@@ -82,15 +87,14 @@ class SoftPruneHook(PruningHook):
 
     def _zero(self, runner: Runner) -> None:
         model = plain_model(runner)
-        back = (
-            ""
-            if self.plan is None
-            else "; of the last ones {} of {} came back".format(*count_returned(model, self.plan))
-        )
+        returned = None if self.plan is None else count_returned(model, self.plan)
         self.plan = self._plan(runner)
         before = evaluate(runner, model) if self.evaluate else {}
         zero_channels_(model, self.plan)
         after = evaluate(runner, model) if self.evaluate else {}
+        entry = dict(epoch=runner.epoch + 1, units=list(self.plan.units), returned=returned, before=before, after=after)
+        self.zeroings.append(entry)
+        back = "" if returned is None else "; of the last ones {} of {} came back".format(*returned)
         runner.logger.info(
             f"SoftPruneHook: {self.plan.units[1]} of {self.plan.units[0]} channels set to zero{back}; before: "
             f"{describe(before)}; after: {describe(after)}"
@@ -100,11 +104,28 @@ class SoftPruneHook(PruningHook):
 
     def _plan(self, runner: Runner) -> PrunePlan:
         try:
-            return plan_pruning(plain_model(runner), (1, *pictures_of(runner, 1).shape[1:]), **self.options)
+            plan = plan_pruning(plain_model(runner), (1, *pictures_of(runner, 1).shape[1:]), **self.options)
         except (ValueError, TraceError) as error:
             raise HookError(f"SoftPruneHook: {error}") from None
+        return shared_plan(plan)
 
     def after_train(self, runner: Runner) -> None:
-        # Stopped early or resumed at its end, training has no plan: what is zero scores lowest.
+        # Stopped before the first time, training has no plan.
         self.rounds = []
         self.prune_a_copy(runner, self.plan or self._plan(runner))
+
+    def note(self, runner: Runner, plan: PrunePlan, report: PruneReport, before: dict, after: dict) -> None:
+        super().note(runner, plan, report, before, after)
+        self.rounds[-1]["zeroings"] = self.zeroings
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        super().before_save_checkpoint(runner, checkpoint)
+        if self.plan is not None:
+            checkpoint["meta"][META] = json.dumps({"zeroings": self.zeroings, "plan": self.plan.to_json()})
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        super().after_load_checkpoint(runner, checkpoint)
+        text = (checkpoint.get("meta") or {}).get(META)
+        if text is not None and runner._resume:
+            found = json.loads(text)
+            self.zeroings, self.plan = found["zeroings"], PrunePlan.from_json(found["plan"])

@@ -35,7 +35,9 @@ def distance(a: torch.nn.Module, b: torch.nn.Module) -> float:
 
 
 def rounds_of(folder) -> list[dict]:
-    return json.loads((folder / "pruned.rounds.json").read_text())
+    """What was done, without the speed: that is of the moment."""
+    rounds = json.loads((folder / "pruned.rounds.json").read_text())
+    return [{key: value for key, value in entry.items() if key != "steps_per_second"} for entry in rounds]
 
 
 def artefact(folder) -> torch.nn.Module:
@@ -83,6 +85,14 @@ def test_rounds_reach_the_whole_fraction_and_training_goes_on(finished):
     # Weights went on moving after the last removal, in the model and in its average.
     before, after = (torch.load(folder / f"epoch_{n}.pth", weights_only=False) for n in (3, 4))
     assert before["state_dict"]["backbone.conv2.weight"].shape != after["state_dict"]["backbone.conv2.weight"].shape
+
+
+def test_steps_per_second_are_kept_and_logged(finished):
+    folder, _ = finished
+    first, second = (e["steps_per_second"] for e in json.loads((folder / "pruned.rounds.json").read_text()))
+    assert first["before"] > 0 and first["after"] == second["before"] > 0 and second["after"] > 0
+    log = next(folder.glob("*/*.log")).read_text()
+    assert f"PruneHook, round 2: steps per second {second['before']:.3g} -> {second['after']:.3g}" in log
 
 
 def test_composed_plan_removes_what_the_plans_remove_in_turn(finished):

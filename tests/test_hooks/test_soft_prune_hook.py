@@ -53,6 +53,10 @@ def test_what_is_zero_is_removed_and_computes_the_same(finished):
     assert relative_error(runner.model(X), pruned(X)) < 1e-5
     (entry,) = json.loads((folder / "pruned.rounds.json").read_text())
     assert entry["before"] == entry["after"]
+    first, second = entry["zeroings"]
+    assert (first["epoch"], second["epoch"]) == (2, 4) and first["units"] == second["units"] == [40, 20]
+    assert first["returned"] is None and second["returned"][0] == second["returned"][1] > 0
+    assert second["after"] == entry["before"] and set(second["before"]) == {"accuracy/top1"}
 
 
 def test_resumed_run_goes_on_exactly(finished, tmp_path):
@@ -62,7 +66,8 @@ def test_resumed_run_goes_on_exactly(finished, tmp_path):
     for name, value in whole.model.state_dict().items():
         if value.is_floating_point() and value.any():
             assert relative_error(value, again.model.state_dict()[name]) < 1e-5, name
-    assert (tmp_path / "pruned.plan.json").read_text() == (folder / "pruned.plan.json").read_text()
+    for name in ("pruned.plan.json", "pruned.rounds.json"):
+        assert (tmp_path / name).read_text() == (folder / name).read_text()
 
 
 def test_zeroing_equals_removal_and_counts_what_returned(finished):

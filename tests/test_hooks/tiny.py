@@ -1,11 +1,15 @@
 """A residual network and a data set that train in milliseconds; configs name them by ``custom_imports``."""
 
+import hashlib
+import json
 import os
 import signal
 
 import torch
 from mmengine.config import Config
+from mmengine.dist import get_rank
 from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from mmpretrain.registry import DATASETS, MODELS
@@ -13,6 +17,7 @@ from mmpretrain.structures import DataSample
 from torch import nn
 from torch.utils.data import Dataset
 
+from rep_plugin.history import history_of
 from rep_plugin.mm_checkpoint import enable_safe_loading
 
 STEPS = 4  # iterations an epoch
@@ -60,6 +65,37 @@ class KillAt(Hook):
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
         if runner.iter == int(os.environ.get("KILL_AT", -1)):
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def append(runner, name: str, line: str) -> None:
+    """Add a line to a file in the work directory, whole or not at all."""
+    file = os.open(os.path.join(runner.work_dir, name), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(file, f"{line}\n".encode())
+    os.close(file)
+
+
+@HOOKS.register_module()
+class LossLog(Hook):
+    """Appends process, iteration and loss (every bit of it) to ``losses.txt``."""
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        append(runner, "losses.txt", f"{os.getpid()} {runner.iter} {float(outputs['loss']).hex()}")
+
+
+@HOOKS.register_module()
+class HashLog(Hook):
+    """Appends rank, epoch and a hash of plans, parameters and their momentum to ``hashes.txt`` after each epoch."""
+
+    priority = "LOWEST"
+
+    def after_train_epoch(self, runner) -> None:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        digest = hashlib.sha256(json.dumps([step["plan"]["kept"] for step in history_of(model)]).encode())
+        for parameter in model.parameters():
+            state = runner.optim_wrapper.optimizer.state[parameter]
+            for tensor in (parameter.detach(), state["momentum_buffer"]):
+                digest.update(tensor.numpy().tobytes())
+        append(runner, "hashes.txt", f"{get_rank()} {runner.epoch + 1} {digest.hexdigest()}")
 
 
 def config(work_dir, *hooks, **changes) -> Config:

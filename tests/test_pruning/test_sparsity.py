@@ -1,6 +1,9 @@
 """The terms of sparse training against the same training written out by hand."""
 
+import contextlib
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -47,15 +50,21 @@ def training(dtype, accumulate: int) -> tuple[int, bool]:
     return (8, False) if dtype is None else (accumulate, True)
 
 
-def by_hand(mode: str, lasso: float, dtype, accumulate: int, clip: float | None, scale: float) -> nn.Module:
-    """Plain SGD with momentum; the term is added to averaged, clipped gradients, or applied after the step."""
+def by_hand(
+    mode: str, lasso: float, dtype, accumulate: int, clip: float | None, scale: float, ranks: int = 1
+) -> nn.Module:
+    """Plain SGD with momentum; the term is added to averaged, clipped gradients, or applied after the step.
+
+    ``ranks``: every batch comes in so many parts, each normalised alone, and gradients are their mean.
+    """
     model = net(amp=dtype is not None)
     momentum = {p: torch.zeros_like(p) for p in model.parameters()}
     strengths = {model[1].weight: L1, model[4].weight: 10 * L1}
     for i, (x, target) in enumerate(batches(*training(dtype, accumulate))):
-        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-            loss = nn.functional.cross_entropy(model(x), target) / accumulate
-        (loss * scale).backward()
+        for part, truth in zip(x.chunk(ranks), target.chunk(ranks)):
+            with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+                loss = nn.functional.cross_entropy(model(part), truth) / accumulate / ranks
+            (loss * scale).backward()
         if (i + 1) % accumulate:
             continue
         with torch.no_grad():
@@ -83,16 +92,22 @@ def by_hand(mode: str, lasso: float, dtype, accumulate: int, clip: float | None,
     return model
 
 
-def by_optimizer(mode, lasso, dtype, accumulate, clip, scaler=None, fused=False) -> nn.Module:
+def by_optimizer(mode, lasso, dtype, accumulate, clip, scaler=None, fused=False, rank=None) -> nn.Module:
+    """The same with what users have; as one of two connected processes where ``rank`` says which."""
     model = net(amp=dtype is not None)
+    wrapped = model if rank is None else nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9, fused=fused)
     sparse(model, mode, lasso).attach([optimizer])
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     for i, (x, target) in enumerate(batches(*training(dtype, accumulate))):
-        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-            loss = nn.functional.cross_entropy(model(x), target) / accumulate
-        scaler.scale(loss).backward()
-        if (i + 1) % accumulate:
+        if rank is not None:
+            x, target = x.chunk(2)[rank], target.chunk(2)[rank]
+        waits = (i + 1) % accumulate != 0
+        with wrapped.no_sync() if waits and rank is not None else contextlib.nullcontext():
+            with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+                loss = nn.functional.cross_entropy(wrapped(x), target) / accumulate
+            scaler.scale(loss).backward()
+        if waits:
             continue
         if clip:
             scaler.unscale_(optimizer)
@@ -130,6 +145,39 @@ def test_equals_training_written_by_hand(case, mode):
             assert relative_error(a, b) < (1e-9 if dtype is None else 1e-6), (name, lasso)
     moved = [relative_error(a, b.double()) for a, b in zip(net().parameters(), found.parameters())]
     assert max(moved) > 1e-3
+
+
+def test_two_processes_equal_training_written_by_hand(tmp_path):
+    """Real processes with gloo, each with half of every batch; all cases, and both processes hold the same bits."""
+    code = """
+import sys, torch, torch.distributed as dist
+from tests.test_pruning.test_sparsity import CASES, LASSO, by_optimizer
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+found = {}
+for case, (dtype, accumulate, clip, make_scaler, fused) in CASES.items():
+    for mode in ("subgradient", "proximal"):
+        scaler = make_scaler and make_scaler()
+        model = by_optimizer(mode, LASSO, dtype, accumulate, clip, scaler, fused, rank)
+        found[f"{case}|{mode}"] = [p.detach() for p in model.parameters()]
+torch.save(found, f"{folder}/{rank}.pt")
+dist.destroy_process_group()
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    processes = [subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE) for rank in range(2)]
+    for process in processes:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors.decode()
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert len(first) == 2 * len(CASES)
+    for key, found in first.items():
+        case, mode = key.split("|")
+        dtype, accumulate, clip, make_scaler, _ = CASES[case]
+        expected = by_hand(mode, LASSO, dtype, accumulate, clip, 256.0 if make_scaler else 1.0, ranks=2)
+        for (name, a), b, other in zip(expected.named_parameters(), found, second[key], strict=True):
+            assert torch.equal(b, other), (key, name)
+            assert relative_error(a, b) < (1e-9 if dtype is None else 1e-6), (key, name)
 
 
 @pytest.mark.parametrize("mode", ["subgradient", "proximal"])

@@ -2,6 +2,9 @@
 
 import json
 
+from mmengine.config import Config
+from mmengine.registry import DATASETS, DefaultScope
+
 from tests.test_hooks.conftest import ROOT, run
 
 
@@ -22,3 +25,11 @@ def test_config_trains_and_deploys_on_real_pictures(tmp_path):
     lines = [json.loads(line) for line in next(tmp_path.glob("*/vis_data/scalars.json")).read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 4 and all(0 < loss < 10 for loss in losses)
+
+
+def test_validation_is_on_the_test_pictures():
+    cfg = Config.fromfile(ROOT / "configs/rep_mbv2_fashion_mnist.py")
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        train, val = (DATASETS.build(cfg[f"{name}_dataloader"].dataset) for name in ("train", "val"))
+    assert (len(train), len(val)) == (60000, 10000)
+    assert not (train.get_data_info(0)["img"] == val.get_data_info(0)["img"]).all()
