@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from rep_plugin.blocks.chain import Chain
 from rep_plugin.blocks.online import init_gains_, merge_macs, run_macs, without_bns
@@ -98,6 +98,8 @@ class RepBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.deployed:
             return self.act(self.reparam_conv(x))
+        if isinstance(x, fx.Proxy):  # to any torch.fx tracer the branches are one node
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
         total = self._run_merged(x) if self.online and self._merging_pays(x) else self._run_branches(x)
         if hasattr(self, "post_bn"):
             total = self.post_bn(total)
