@@ -245,7 +245,9 @@ class _BatchStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y: Tensor) -> tuple[Tensor, Tensor]:
         scratch = y.new_zeros(2, y.shape[1])
-        mean, var = torch.ops.aten.batch_norm_update_stats(y, scratch[0], scratch[1], 0.0)
+        mean, var = scratch[0], scratch[1]
+        if not y.is_meta:  # torch has no kernel that tells the shapes alone
+            mean, var = torch.ops.aten.batch_norm_update_stats(y, mean, var, 0.0)
         ctx.save_for_backward(y, mean)
         return mean, var
 

@@ -28,9 +28,8 @@ class ScriptedChain(nn.Module):
             x, height, width = F.pad(x, [width, width, height, height]), 0, 0
         edge = torch.zeros(1, x.shape[1], 1, 1, dtype=x.dtype, device=x.device)
         for index, op in enumerate(self.children()):
-            if sides[index] > 1:
-                if max(height, width) > 0:
-                    x, height, width = F.pad(x - edge, [width, width, height, height]) + edge, 0, 0
+            if sides[index] > 1 and max(height, width) > 0:
+                x, height, width = F.pad(x - edge, [width, width, height, height]) + edge, 0, 0
             if hasattr(op, "running_var"):
                 if op.training:
                     mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), unbiased=False, keepdim=True)
@@ -57,7 +56,9 @@ class ScriptedChain(nn.Module):
         return x
 
 
-def dilated_average(x: Tensor, kernel_size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
+def dilated_average(
+    x: Tensor, kernel_size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
+) -> Tensor:
     """Average over a window with holes, no padding: (N, C, H, W) -> (N, C, H', W')."""
     share = 1 / (kernel_size[0] * kernel_size[1])
     kernel = torch.full([x.shape[1], 1, kernel_size[0], kernel_size[1]], share, dtype=x.dtype, device=x.device)
