@@ -99,6 +99,8 @@ class BilinearCNN(nn.Module):
         """Put a new classifier in place, 0: none. Raises ValueError as the constructor does, or for num_classes < 0."""
         self._set_pool(self.global_pool if global_pool is None else global_pool, num_classes)
         self.head.reset_classes(num_classes)
+        like = next(self.backbone.parameters())
+        self.head.fc.to(like.device, like.dtype)
         self.num_classes = num_classes
 
     @torch.jit.ignore

@@ -29,7 +29,7 @@ SMALL = {
     "rep_repvgg_a0": dict(arch=dict(depths=(1, 1, 2, 1), widths=(0.25,) * 4, se=True)),
     "rep_mobileone_s0": dict(arch=dict(widths=(0.25,) * 4, copies=2, depths=(1, 1, 2, 1))),
     "rep_replknet_31b": dict(arch=dict(channels=(8, 8, 16, 16), kernels=(13, 9, 7, 7), depths=(1, 1, 2, 1))),
-    "acb_mobilenetv1_100": dict(channel_multiplier=0.25),
+    "acb_mobilenetv1_100": {},
 }
 
 
