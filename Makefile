@@ -9,6 +9,7 @@ JOBS ?= 2
 ONE_THREAD := OMP_NUM_THREADS=1
 PYTEST := -m pytest -q --durations=10 --numprocesses $(JOBS) --dist loadfile
 FUZZ_TESTS := test_trained_and_deployed_blocks_agree or test_merged_step_equals_running_the_branches
+TIMM_TESTS := test_model_ and not with_features_fx
 DEMO_DIR := work_dirs/rep_mbv2_mini_cub
 FASHION := /usr/share/datasets/fashion-mnist
 
@@ -52,6 +53,9 @@ fuzz: $(VENV)/.developers ## 2,000 random configurations for each property test 
 
 test-onedl: $(ONEDL_VENV)/.developers fashion-mnist ## the same tests on the maintained fork
 	$(ONE_THREAD) $(ONEDL_VENV)/bin/python $(PYTEST) $(TESTS)
+
+test-timm: $(VENV)/.developers ## timm's own tests of models on our names: TIMM=a checkout of pytorch-image-models (half an hour)
+	PYTHONPATH=tests $(ONE_THREAD) $(RUN) -m pytest -q -p timm_names -p no:cacheprovider -k "$(TIMM_TESTS)" $(TIMM)/tests/test_models.py
 
 lint: $(VENV)/.developers ## ruff: rules and format
 	$(BIN)/ruff check .

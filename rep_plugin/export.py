@@ -242,7 +242,8 @@ def _reference(model: nn.Module, x: Tensor) -> object:
 
 
 def _note_sensitivity(expected: Sequence[object], report: ExportReport) -> None:
-    found = [sensitivity_of(output) for output in expected if len(flatten_outputs(output)[0]) > 1]
+    sizes = [len(flatten_outputs(output)[0]) for output in expected]
+    found = [sensitivity_of(output, size) for output, size in zip(expected, sizes) if size > 1]
     if not found:
         return  # one picture says nothing about another
     report.sensitivity = max(found)

@@ -5,7 +5,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from rep_plugin.backbones import mobileone, replknet, repvgg
-from rep_plugin.timm_classifier import ClassifierMixin, pretrained_cfg
+from rep_plugin.timm_classifier import ClassifierMixin, name_first_conv_, pretrained_cfg
 
 
 class RepVGGClassifier(ClassifierMixin, repvgg.RepVGG):
@@ -60,6 +60,8 @@ default_cfgs = generate_default_cfgs(
 def _create(variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
     kind, arch = MODELS[variant]
     kwargs.setdefault("arch", arch)
+    if kwargs.get("deploy") and not kwargs.get("keep_bn"):
+        name_first_conv_(kwargs, "stem.0.reparam_conv" if kind is RepLKNetClassifier else "stem.reparam_conv")
     maps = 4 if kind is RepLKNetClassifier else 5  # its stem and first stage share one reduction
     feature_cfg = {"out_indices": tuple(range(maps)), "flatten_sequential": True}
     return build_model_with_cfg(kind, variant, pretrained, feature_cfg=feature_cfg, **kwargs)

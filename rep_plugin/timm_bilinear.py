@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rep_plugin.backbones.rep_mobilenet_v2 import RepMobileNetV2
 from rep_plugin.heads.bilinear import BilinearHead
+from rep_plugin.timm_classifier import name_first_conv_
 
 
 def _timm_backbone(name: str, out_index: int, channels: int, in_chans: int, pretrained: bool) -> nn.Module:
@@ -42,7 +43,8 @@ class BilinearCNN(nn.Module):
     :class:`rep_plugin.necks.bilinear_pooling.BilinearPooling`; ``drop_rate`` acts on the pooled features.
     ``pretrained_backbone`` loads timm's own ImageNet weights. ``deploy=True`` builds the folded head, and the merged blocks
     of a backbone that has any. ``num_features`` are the channels of ``forward_features``, ``head_hidden_size`` the length
-    of the pooled vector. Raises ValueError for an unknown backbone or global_pool, and as the pooling does.
+    of the pooled vector. ``global_pool=""`` leaves the pooling out, which needs ``num_classes=0``: the model then returns
+    the map. Raises ValueError for an unknown backbone or global_pool, and as the pooling does.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class BilinearCNN(nn.Module):
         super().__init__()
         if backbone not in BACKBONES:
             raise ValueError(f"unknown backbone {backbone!r}, expected one of {sorted(BACKBONES)}")
-        self._check_pool(global_pool)
+        self._set_pool(global_pool, num_classes)
         build, self.num_features = BACKBONES[backbone]
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.backbone = build(in_chans, pretrained_backbone, deploy)
@@ -79,10 +81,12 @@ class BilinearCNN(nn.Module):
             iterations=iterations,
         )
 
-    @staticmethod
-    def _check_pool(global_pool: str | None) -> None:
-        if global_pool not in (None, "bilinear"):
-            raise ValueError(f"global_pool must be 'bilinear', got {global_pool!r}")
+    def _set_pool(self, global_pool: str, num_classes: int) -> None:
+        if global_pool not in ("bilinear", ""):
+            raise ValueError(f"global_pool must be 'bilinear' or '' (none), got {global_pool!r}")
+        if not global_pool and num_classes:
+            raise ValueError(f"without pooling there is no classifier: num_classes must be 0, got {num_classes}")
+        self.global_pool = global_pool
 
     @property
     def head_hidden_size(self) -> int:
@@ -92,9 +96,11 @@ class BilinearCNN(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new classifier in place, 0: none. Raises ValueError for another global_pool or num_classes < 0."""
-        self._check_pool(global_pool)
+        """Put a new classifier in place, 0: none. Raises ValueError as the constructor does, or for num_classes < 0."""
+        self._set_pool(self.global_pool if global_pool is None else global_pool, num_classes)
         self.head.reset_classes(num_classes)
+        like = next(self.backbone.parameters())
+        self.head.fc.to(like.device, like.dtype)
         self.num_classes = num_classes
 
     @torch.jit.ignore
@@ -118,19 +124,21 @@ class BilinearCNN(nn.Module):
         return self.backbone(x)[-1]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return the logits of a map, or the pooled features (N, head_hidden_size)."""
+        """Return the logits of a map, or the pooled features (N, head_hidden_size); without pooling the map itself."""
+        if not self.global_pool:
+            return x
         return self.head.pre_logits((x,)) if pre_logits else self.head((x,))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
 
-def _cfg(first_conv: str) -> dict[str, Any]:
+def _cfg(first_conv: str, side: int) -> dict[str, Any]:
     return dict(
         url="",
         num_classes=200,
         input_size=(3, 448, 448),
-        pool_size=None,
+        pool_size=(side, side),
         crop_pct=1.0,
         interpolation="bilinear",
         mean=IMAGENET_DEFAULT_MEAN,
@@ -142,9 +150,9 @@ def _cfg(first_conv: str) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "bcnn_vgg16_bn": _cfg("backbone.features_0"),
-        "bcnn_resnet50": _cfg("backbone.conv1"),
-        "bcnn_rep_mobilenetv2_100": _cfg("backbone.stem.branches.conv.conv"),
+        "bcnn_vgg16_bn": _cfg("backbone.features_0", 28),
+        "bcnn_resnet50": _cfg("backbone.conv1", 14),
+        "bcnn_rep_mobilenetv2_100": _cfg("backbone.stem.branches.conv.conv", 14),
     }
 )
 
@@ -171,4 +179,6 @@ def bcnn_resnet50(pretrained: bool = False, **kwargs) -> BilinearCNN:
 def bcnn_rep_mobilenetv2_100(pretrained: bool = False, **kwargs) -> BilinearCNN:
     """B-CNN on Rep-MobileNetV2 1.0: its 1280 channels are projected to 256 before the pooling."""
     defaults = dict(backbone="rep_mobilenetv2_100", projection=256)
+    if kwargs.get("deploy"):
+        name_first_conv_(kwargs, "backbone.stem.reparam_conv")
     return _create("bcnn_rep_mobilenetv2_100", pretrained, **dict(defaults, **kwargs))

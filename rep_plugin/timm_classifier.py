@@ -52,7 +52,13 @@ class ClassifierMixin:
         return self.classifier
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a fresh classifier of ``num_classes`` (0: none, the model then returns pooled features)."""
+        """Put a fresh classifier of ``num_classes`` (0: none, the model then returns pooled features).
+
+        Raises ValueError for a classifier without pooling (``global_pool=""``), and leaves the model as it was.
+        """
+        pools = self.global_pool.pool_type if global_pool is None else global_pool
+        if num_classes and not pools:
+            raise ValueError(f"without pooling there is no classifier: num_classes must be 0, got {num_classes}")
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
@@ -140,3 +146,9 @@ def pretrained_cfg(first_conv: str | tuple[str, ...], **changes) -> dict:
         "license": "apache-2.0",
         **changes,
     }
+
+
+def name_first_conv_(options: dict, first_conv: str | tuple[str, ...]) -> None:
+    """Let the ``pretrained_cfg`` of a model that is built deployed name the convolution that it has."""
+    given = options.get("pretrained_cfg_overlay") or {}
+    options["pretrained_cfg_overlay"] = {"first_conv": first_conv, **given}

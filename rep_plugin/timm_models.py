@@ -4,7 +4,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from rep_plugin.backbones.rep_mobilenet_v2 import RepMobileNetV2
-from rep_plugin.timm_classifier import ClassifierMixin, pretrained_cfg
+from rep_plugin.timm_classifier import ClassifierMixin, name_first_conv_, pretrained_cfg
 
 
 class RepMobileNetV2Classifier(ClassifierMixin, RepMobileNetV2):
@@ -23,6 +23,8 @@ default_cfgs = generate_default_cfgs(
 
 def _create(variant: str, pretrained: bool, **kwargs) -> nn.Module:
     kwargs.setdefault("widen_factor", WIDTHS[variant.rsplit("_", 1)[1]])
+    if kwargs.get("deploy"):
+        name_first_conv_(kwargs, "stem.reparam_conv")
     return build_model_with_cfg(
         RepMobileNetV2Classifier,
         variant,

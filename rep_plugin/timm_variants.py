@@ -17,7 +17,7 @@ from torch import nn
 from rep_plugin.blocks.conv_like import can_stand_for, like_conv, look_alike
 from rep_plugin.reparam.conv_bn import fold_conv_bn_, replace_module_
 from rep_plugin.reparam.expand import own_convs
-from rep_plugin.timm_classifier import pretrained_cfg
+from rep_plugin.timm_classifier import name_first_conv_, pretrained_cfg
 
 BLOCKS = ("dbb", "acb")
 # timm's network -> its first convolution and its classifier.
@@ -68,8 +68,7 @@ default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg(name) for name i
 def _create(name: str, pretrained: bool = False, deploy: bool = False, **kwargs) -> nn.Module:
     block, stock = name.split("_", 1)
     if deploy:
-        overlay = {"first_conv": _first_convs(block, stock, deploy)}
-        kwargs["pretrained_cfg_overlay"] = {**overlay, **(kwargs.get("pretrained_cfg_overlay") or {})}
+        name_first_conv_(kwargs, _first_convs(block, stock, deploy))
     feature_cfg = {"flatten_sequential": stock.startswith("mobilenet")}
     return build_model_with_cfg(
         partial(_build, block, stock, deploy), name, pretrained, feature_cfg=feature_cfg, **kwargs

@@ -68,7 +68,8 @@ def flatten_outputs(output: object) -> list[Tensor]:
 def compare_outputs(reference: object, candidate: object) -> Difference:
     """Return the differences of two outputs of equal structure. Non-finite values count as an infinite difference.
 
-    Raises EquivalenceError where number or shapes of the tensors differ.
+    A tensor without elements (no detection, say) has no difference. Raises EquivalenceError where number or shapes of the
+    tensors differ.
     """
     ours, theirs = flatten_outputs(reference), flatten_outputs(candidate)
     shapes = [tuple(t.shape) for t in ours], [tuple(t.shape) for t in theirs]
@@ -76,6 +77,8 @@ def compare_outputs(reference: object, candidate: object) -> Difference:
         raise EquivalenceError(f"output shapes differ: expected {shapes[0]}, got {shapes[1]}")
     result = Difference()
     for a, b in zip(ours, theirs):
+        if not a.numel():
+            continue
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             return Difference(math.inf, math.inf, math.inf, math.inf)
         gap = (a.double() - b.double()).abs()
@@ -92,12 +95,25 @@ def compare_outputs(reference: object, candidate: object) -> Difference:
     return result
 
 
-def sensitivity_of(output: object) -> float:
-    """Return how much a batch's last picture changes the output of its first, relative to the largest value."""
-    return max(
-        (out[0] - out[-1]).abs().max().item() / max(out.abs().max().item(), torch.finfo(out.dtype).tiny)
-        for out in flatten_outputs(output)
-    )
+def sensitivity_of(output: object, pictures: int) -> float:
+    """Return how much the first picture's output and the last one's differ, relative to the largest value.
+
+    ``output`` holds batches, or one dict for each picture, as detectors return them; another number of detections is a
+    change of 1.
+    """
+    if isinstance(output, (list, tuple)) and len(output) == pictures and all(isinstance(one, dict) for one in output):
+        found = zip(flatten_outputs(output[0]), flatten_outputs(output[-1]))
+        trios = [(a, b, torch.cat([a.flatten(), b.flatten()])) for a, b in found]
+    else:
+        trios = [(out[0], out[-1], out) for out in flatten_outputs(output) if out.dim()]
+    change = 0.0
+    for a, b, both in trios:
+        if a.shape != b.shape:
+            return 1.0
+        if a.numel():
+            largest = max(both.abs().max().item(), torch.finfo(both.dtype).tiny)
+            change = max(change, (a - b).abs().max().item() / largest)
+    return change
 
 
 def _is_float(tensor: object) -> bool:
@@ -252,7 +268,7 @@ def verify_equivalence(
             )
         if len(x) < 2 and index == 0:
             continue  # one picture says nothing about another
-        result.sensitivity = max(result.sensitivity, sensitivity_of(expected))
+        result.sensitivity = max(result.sensitivity, sensitivity_of(expected, len(x)))
     if result.not_run:
         warnings.warn(
             f"inconclusive: no input runs block {result.not_run[0]!r} ({len(result.not_run)} such blocks)",

@@ -122,7 +122,7 @@ def test_a_local_folder_is_an_artefact(tmp_path):
     ("options", "message"),
     [
         (dict(features_only=True), "features_only"),
-        (dict(global_pool="avg"), "global_pool must be 'bilinear', got 'avg'"),
+        (dict(global_pool="avg"), "global_pool must be 'bilinear' or '' .none., got 'avg'"),
         (dict(pretrained_backbone=True), "no pretrained backbone"),
         (dict(method="low_rank", projection=8, rank=9), "got 9"),
     ],

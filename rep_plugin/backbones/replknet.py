@@ -174,7 +174,10 @@ class RepLKNet(StagedNetwork):
 
     def outgoing(self, index: int, x: Tensor) -> Tensor:
         """Return the map of stage ``index``, normalised where it has a BN."""
-        return self.norms[str(index)](x) if str(index) in self.norms else x
+        for name, norm in self.norms.items():  # TorchScript takes no other way to a module by its name
+            if name == str(index):
+                x = norm(x)
+        return x
 
     def drop_finish(self) -> None:
         """Remove the BNs of the maps that leave."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from rep_plugin.blocks.chain import Chain
 from rep_plugin.blocks.online import init_gains_, merge_macs, run_macs, without_bns
@@ -30,6 +30,7 @@ class RepBlock(nn.Module):
     transposed = False
     output_padding = (0, 0)
     padding_mode = "zeros"
+    __jit_unused_properties__ = ["deployed", "dtype"]
 
     def __init__(
         self,
@@ -61,8 +62,7 @@ class RepBlock(nn.Module):
             if not branches:
                 raise ValueError(f"a block ({in_channels} -> {out_channels}) needs at least one branch, got none")
             self.branches = nn.ModuleDict({n: without_bns(chain) if online else chain for n, chain in branches.items()})
-            for name, chain in self.branches.items():
-                self._ring_of(name, chain)
+            self.rings = {name: self._ring_of(name, chain) for name, chain in self.branches.items()}
             if online if post_bn is None else post_bn:
                 self.post_bn = nn.BatchNorm2d(out_channels)
             self.init_gains_()
@@ -96,8 +96,37 @@ class RepBlock(nn.Module):
         return ring[0], ring[1]
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._run_scripted(x)
+        else:
+            return self._run(x)
+
+    def __prepare_scriptable__(self) -> "RepBlock":
+        """Called by ``torch.jit.script``. Raises TypeError for the online and the annealed form, which it does not take."""
+        if not self.deployed:
+            kinds = {type(chain).__name__ for chain in self.branches.values() if type(chain).run is not Chain.run}
+            if self.online or kinds:
+                kind = "the online form" if self.online else kinds.pop()
+                raise TypeError(f"TorchScript does not take {kind}: call rep_plugin.reparameterize first")
+        return self
+
+    def _run_scripted(self, x: Tensor) -> Tensor:
+        """What TorchScript compiles: every chain layer by layer."""
+        if hasattr(self, "reparam_conv"):
+            return self.act(self.reparam_conv(x))
+        else:
+            total = torch.zeros((), dtype=x.dtype, device=x.device)
+            for name, chain in self.branches.items():
+                total = total + chain(x, self.rings[name])
+            if hasattr(self, "post_bn"):
+                total = self.post_bn(total)
+            return self.act(total)
+
+    def _run(self, x: Tensor) -> Tensor:
         if self.deployed:
             return self.act(self.reparam_conv(x))
+        if isinstance(x, fx.Proxy):  # to any torch.fx tracer the branches are one node
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
         total = self._run_merged(x) if self.online and self._merging_pays(x) else self._run_branches(x)
         if hasattr(self, "post_bn"):
             total = self.post_bn(total)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rep_plugin.blocks.scripted import ScriptedChain, dilated_average
 from rep_plugin.functional.kernels import (
     ConvParams,
     avgpool_kernel,
@@ -168,11 +169,14 @@ class DilatedAvgPool2d(nn.AvgPool2d):
     """Average pool (zeros counted) whose window has holes, as a dilated convolution's: a constant depthwise conv."""
 
     def __init__(self, kernel_size: int | tuple[int, int], stride: int | tuple[int, int] = 1, dilation=(1, 1)):
-        super().__init__(kernel_size, stride, padding=0)
+        super().__init__(pair(kernel_size), pair(stride), padding=0)
         self.dilation = pair(dilation)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _average(x, self, (0, 0))
+        if torch.jit.is_scripting():
+            return dilated_average(x, self.kernel_size, self.stride, self.dilation)
+        else:
+            return _average(x, self, (0, 0))
 
 
 def _average(y: Tensor, op: nn.AvgPool2d, padding: tuple[int, int]) -> Tensor:
@@ -241,7 +245,9 @@ class _BatchStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y: Tensor) -> tuple[Tensor, Tensor]:
         scratch = y.new_zeros(2, y.shape[1])
-        mean, var = torch.ops.aten.batch_norm_update_stats(y, scratch[0], scratch[1], 0.0)
+        mean, var = scratch[0], scratch[1]
+        if not y.is_meta:  # torch has no kernel that tells the shapes alone
+            mean, var = torch.ops.aten.batch_norm_update_stats(y, mean, var, 0.0)
         ctx.save_for_backward(y, mean)
         return mean, var
 
@@ -334,13 +340,15 @@ def _run_conv(conv: nn.Conv2d, y: Tensor, scale: Tensor | None, shift: Tensor | 
     return out, new_shift
 
 
-class Chain(nn.Module):
+class Chain(ScriptedChain):
     """Named linear layers that run one after the other on a zero-padded input.
 
     ``ops`` maps fixed names (they are the checkpoint keys) to Conv2d, BatchNorm2d, AvgPool2d, Identity or Scale. A conv's
     own ``padding`` is not used: the chain is padded once, at its head. Raises TypeError for a layer that is not linear and
     ValueError for a stride in front of the first window (the ring would be skipped).
     """
+
+    __jit_unused_properties__ = ["kernel_size"]
 
     def __init__(self, ops: Mapping[str, nn.Module]):
         super().__init__()
@@ -397,7 +405,13 @@ class Chain(nn.Module):
 
     def forward(self, x: Tensor, padding: tuple[int, int] = (0, 0)) -> Tensor:
         """Return the chain's output, (N, O, H', W'), for a zero ring of ``padding`` pixels."""
-        y, scale, shift = self.run(x, pair(padding))
+        if torch.jit.is_scripting():
+            return self.layer_by_layer(x, padding)
+        else:
+            return self._settle(*self.run(x, pair(padding)))
+
+    @staticmethod
+    def _settle(y: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
         out = y if scale is None else y * scale.view(1, -1, 1, 1)
         return (out if shift is None else out + shift.view(1, -1, 1, 1)).type_as(y)
 

@@ -69,6 +69,11 @@ class Tracer(TorchFunctionMode):
             raise
         except Exception as error:  # whatever the model's own code raises
             text = (str(error).splitlines() or [type(error).__name__])[0]
+            if isinstance(error, NotImplementedError) and "nonzero" in text:  # torch would advise to pretend
+                text = (
+                    "values decide which rows of a tensor go on, not shapes alone: plan the part in front of it by itself "
+                    "(a detector's backbone, say)"
+                )
             raise TraceError(f"cannot trace {type(self.model).__name__} at {_location(error)}: {text}") from error
         return [self.of(t).labels for t in _maps_of(output) if self.is_tracked(t)]
 

@@ -144,6 +144,16 @@ def _convert(model: nn.Module, fold_bn: bool, merge_linear: bool = False) -> _Co
     return _Conversion(model, blocks, convs, notes)
 
 
+def _copy(model: nn.Module) -> nn.Module:
+    """Copy a model in the modes it is in: torchvision's feature extractors come out of a deepcopy in train mode."""
+    twin, modes = copy.deepcopy(model), {name: module.training for name, module in model.named_modules()}
+    if any(module.training != modes.get(name) for name, module in twin.named_modules()):
+        twin.train(model.training)
+        for name, module in twin.named_modules():
+            module.training = modes.get(name, model.training)
+    return twin
+
+
 def _check_cast(converted: nn.Module, proven: nn.Module) -> None:
     """The proof was run on a float64 twin: the model that is handed out must hold the same numbers, rounded once."""
     for (name, ours), theirs in zip(converted.state_dict().items(), proven.state_dict().values(), strict=True):
@@ -190,11 +200,11 @@ def reparameterize(
     report.macs_before = count_macs(model, counted)
     twin = None
     if verify:
-        twin = _convert(copy.deepcopy(model).double(), fold_bn, merge_linear)
+        twin = _convert(_copy(model).double(), fold_bn, merge_linear)
         report.notes += _prove(model, twin, inputs, report)
     elif inplace:
-        _convert(copy.deepcopy(model), fold_bn, merge_linear)  # an unmergeable block must not leave others merged
-    done = _convert(model if inplace else copy.deepcopy(model), fold_bn, merge_linear)
+        _convert(_copy(model), fold_bn, merge_linear)  # an unmergeable block must not leave others merged
+    done = _convert(model if inplace else _copy(model), fold_bn, merge_linear)
     merged, report.blocks = done.model, done.blocks
     if twin is not None:
         merged.load_state_dict(twin.model.state_dict())  # rounded once, where two steps in float32 round twice
