@@ -81,7 +81,7 @@ class CentripetalHook(PruningHook):
             raise ValueError(f"clusters must be one of {METHODS}, got {clusters!r}")
         if not check_strength("strength", strength):
             raise ValueError("strength must be > 0, got 0: filters would never become equal")
-        if not 0 <= begin:
+        if not begin >= 0:
             raise ValueError(f"begin must be >= 0, got {begin!r}")
         self.strength, self.begin, self.by_epoch = strength, begin, by_epoch
         self.options = dict(

@@ -60,21 +60,25 @@ class Members:
 def cluster_means(tensor: Tensor, dim: int, target: Tensor) -> Tensor:
     """Return a tensor whose entries along ``dim`` are the means over places with the same ``target`` (C,)."""
     rows = tensor.movedim(dim, 0)
-    sizes = torch.bincount(target, minlength=len(target)).clamp_min_(1).to(rows.dtype)
-    sums = torch.zeros_like(rows).index_add_(0, target, rows)
-    return (sums / sizes.view(-1, *[1] * (rows.dim() - 1)))[target].movedim(0, dim)
+    flat = rows.reshape(len(target), -1)  # torch adds rows of a matrix ten times faster than those of a kernel
+    sizes = torch.bincount(target, minlength=len(target)).clamp_min_(1).to(flat.dtype)
+    sums = torch.zeros_like(flat).index_add_(0, target, flat).div_(sizes[:, None])
+    return sums.index_select(0, target).view(rows.shape).movedim(0, dim)
 
 
 class Centripetal:
-    """The centripetal gradient, at every real step of an optimizer.
+    """Draws the filters of each cluster together, at every real step of an optimizer.
 
-    Before the step each filter's gradient becomes its cluster's mean, plus ``strength`` (the paper's epsilon) times its
-    distance from the cluster's mean: after gradients are accumulated, averaged over processes, unscaled (also where a fused
-    optimizer does that itself) and clipped, so that the pull is never clipped and is there once a step; a step that mixed
-    precision leaves out leaves it out. Gammas, betas, biases and depthwise kernels likewise. Weight decay and momentum are
-    the optimizer's, alike for all members: decay shrinks distances as well. With SGD a distance shrinks by about
-    ``exp(-(strength + weight_decay) * sum(lr) / (1 - momentum))`` in all; optimizers that divide by second moments pull
-    harder, by those of the gradients, and not the same in all entries.
+    With SGD, before the step each filter's gradient becomes its cluster's mean, plus ``strength`` (the paper's epsilon)
+    times the filter's distance from the cluster's mean: after gradients are accumulated, averaged over processes, unscaled
+    (also where a fused optimizer does that itself) and clipped, so that the pull is never clipped and is there once a step;
+    a step that mixed precision leaves out leaves it out. Gammas, betas, biases and depthwise kernels likewise. Momentum and
+    weight decay are the optimizer's: linear, so alike for all members, and decay shrinks distances as well, in all by
+    about ``exp(-(strength + weight_decay) * sum(lr) / (1 - momentum))``, and by no more than sqrt(momentum) a step.
+
+    Optimizers that divide by second moments would divide each member's pull by something else, and remember it. So with
+    any other than SGD the gradient is the mean alone, and after the step each filter is moved to the mean by ``lr *
+    strength`` of its distance, which falls as ``exp(-strength * sum(lr))``: take a larger strength.
 
     Raises ValueError, on attaching, where a parameter of a cluster is in none of the optimizers.
     """
@@ -98,7 +102,12 @@ class Centripetal:
                 "become equal: ignore its layer"
             )
         for one in optimizers:
-            self._handles.append(one.register_step_pre_hook(lambda optimizer, *_: self._pull(optimizer)))
+            strength = self.strength if isinstance(one, torch.optim.SGD) else 0.0
+            self._handles.append(
+                one.register_step_pre_hook(lambda optimizer, *_, strength=strength: self._pull(optimizer, strength))
+            )
+            if not strength:
+                self._handles.append(one.register_step_post_hook(lambda optimizer, *_: self._draw(optimizer)))
 
     def detach(self) -> None:
         """Let go of the optimizers."""
@@ -106,16 +115,28 @@ class Centripetal:
             handle.remove()
         self._handles = []
 
-    @torch.no_grad()
-    def _pull(self, optimizer: torch.optim.Optimizer) -> None:
-        scale = getattr(optimizer, "grad_scale", None)  # set by GradScaler where the optimizer unscales on its own
+    def _each(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[nn.Parameter, int, Tensor, dict]]:
         # Groups are looked at anew: loading an optimizer's state replaces them.
-        for p in (p for group in optimizer.param_groups for p in group["params"]):
-            if p in self._places and p.grad is not None:
-                dim, target = self._places[p]
-                term = p - cluster_means(p, dim, target)
-                term = term if scale is None else term * scale.to(term.device)
-                p.grad.copy_(cluster_means(p.grad, dim, target).add_(term, alpha=self.strength))
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p in self._places and p.grad is not None:
+                    yield p, *self._places[p], group
+
+    @torch.no_grad()
+    def _pull(self, optimizer: torch.optim.Optimizer, strength: float) -> None:
+        scale = getattr(optimizer, "grad_scale", None)  # set by GradScaler where the optimizer unscales on its own
+        for p, dim, target, _ in self._each(optimizer):
+            pull = p * strength if scale is None else p * (strength * scale.to(p.device, p.dtype))
+            # mean(gradient) + pull - mean(pull), in one mean
+            p.grad.copy_(cluster_means(p.grad - pull, dim, target).add_(pull))
+
+    @torch.no_grad()
+    def _draw(self, optimizer: torch.optim.Optimizer) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return  # the optimizer was called, and has done nothing
+        for p, dim, target, group in self._each(optimizer):
+            p.lerp_(cluster_means(p, dim, target), min(1.0, float(group["lr"]) * self.strength))
 
 
 def _cluster_tensors(model: nn.Module, members: Members) -> Iterator[tuple[str, Tensor, int, Tensor]]:

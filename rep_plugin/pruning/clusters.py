@@ -20,12 +20,12 @@ from rep_plugin.pruning.trace import trace_channels
 
 METHODS = ("kmeans", "even")
 _LAST = 2.0  # the score of units that stay, above any rank
-_ROUNDS = 100
+_ROUNDS = 30
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """``plan`` keeps the first channel of every cluster; ``stands_for``: layer -> for each channel the one that stays for it."""
+    """``plan`` keeps the first channel of every cluster; ``stands_for``: layer -> for each channel, which stays for it."""
 
     plan: PrunePlan
     stands_for: dict[str, tuple[int, ...]]
@@ -113,8 +113,8 @@ class Alignment:
         rows = []
         for own in labels.view(-1, labels.shape[-1]):
             places, row = self.places(own), list(range(len(own)))
-            for unit, lead in leads.items():
-                for place, target in zip(places.get(unit, ()), places.get(lead, ()), strict=True):
+            for unit in places.keys() & leads.keys():
+                for place, target in zip(places[unit], places[leads[unit]], strict=True):
                     row[place] = target
             rows.append(row)
         return torch.tensor(rows).view(labels.shape)
@@ -141,14 +141,17 @@ def cluster_points(points: Tensor, number: int, method: str, seed: int = 0) -> l
     """
     if method == "even":
         return [place * number // len(points) for place in range(len(points))]
+    if points.shape[1] > len(points):
+        points = torch.linalg.qr(points.T, mode="r").R.T  # fewer numbers, the same distances
     generator = torch.Generator().manual_seed(seed)
     chosen = [int(torch.randint(len(points), (1,), generator=generator))]
+    gaps = torch.full((len(points),), torch.inf, dtype=points.dtype)
     while len(chosen) < number:
-        nearest = torch.cdist(points, points[chosen]).min(1).values.square()
-        nearest[chosen] = 0
-        if not nearest.any():  # the others are equal to chosen ones
-            nearest = torch.ones_like(nearest).index_fill_(0, torch.tensor(chosen), 0)
-        chosen.append(int(torch.multinomial(nearest, 1, generator=generator)))
+        gaps = torch.minimum(gaps, (points - points[chosen[-1]]).square().sum(1))
+        gaps[chosen] = 0
+        # Where none is left the others are equal to chosen ones.
+        weights = gaps if gaps.any() else torch.ones_like(gaps).index_fill_(0, torch.tensor(chosen), 0)
+        chosen.append(int(torch.multinomial(weights, 1, generator=generator)))
     centres, found = points[chosen], None
     for _ in range(_ROUNDS):
         distances = torch.cdist(points, centres)
