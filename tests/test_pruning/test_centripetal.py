@@ -274,7 +274,7 @@ NETS = {
         torch.randn(4, 3, 15, 15),
     ),
     "blocks": lambda: calibrate_random_bn_(
-        nn.Sequential(RepMobileNetV2(widen_factor=0.35, out_indices=(3,)), Call(lambda maps: maps[0]), Pooled(16)),
+        nn.Sequential(RepMobileNetV2(widen_factor=0.35, out_indices=(3,)), Call(lambda maps: maps[0]), Pooled(24)),
         torch.randn(4, 3, 33, 33),
     ),
 }  # fmt: skip
@@ -306,7 +306,7 @@ def test_merged_equals_snapped_in_float64(name):
     if name != "blocks":  # a plan counts their merged form
         assert (clusters.plan.params_after, clusters.plan.macs_after) == (
             count_params(model),
-            count_macs(model, x) // 2,
+            count_macs(model, x),
         )
     with torch.no_grad():
         assert relative_error(snapped(x), model(x)) < 1e-5
