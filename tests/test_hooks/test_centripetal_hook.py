@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
 
 from rep_plugin.hooks import CentripetalHook
 from rep_plugin.hooks.centripetal_hook import META, lost
@@ -28,6 +30,12 @@ DRAW = dict(type="rep_plugin.CentripetalHook", macs=0.5, strength=1.0, begin=1)
 SLOW = dict(
     optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.5))
 )  # without momentum half of a distance goes in a step
+
+
+@HOOKS.register_module()
+class FreezeFirst(Hook):
+    def before_run(self, runner) -> None:
+        runner.model.backbone.conv1.requires_grad_(False)
 
 
 def artefact(folder) -> torch.nn.Module:
@@ -184,8 +192,8 @@ BAD_RUNS = {
     "budget": ([DRAW | dict(macs=1)], {}, r"CentripetalHook: macs \(=1\) cannot be met"),
     "two": ([DRAW, dict(type="rep_plugin.PruneHook", macs=0.5)], {}, "CentripetalHook and PruneHook cannot both prune"),
     "frozen": (
-        [DRAW | dict(begin=0)],
-        dict(optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1), paramwise_cfg=dict(custom_keys={"conv1": {}}))),
+        [DRAW | dict(begin=0), dict(type="FreezeFirst")],
+        {},
         r"CentripetalHook: 'backbone.conv1.weight' \(1 of \d+ such tensors\) is not trained",
     ),
 }

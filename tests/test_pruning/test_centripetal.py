@@ -302,7 +302,7 @@ def test_merged_equals_snapped_in_float64(name):
     snapped, x = copy.deepcopy(model), torch.randn(shape)
     report = merge_clusters_(model, clusters, example_input=x)
     assert report.max_rel_error <= 1e-9 and report.sensitivity > 1e-3, report
-    assert (report.params_after, clusters.plan.params_before) == (count_params(model), report.params_before)
+    assert report.params_after == count_params(model) < report.params_before
     if name != "blocks":  # a plan counts their merged form
         assert (clusters.plan.params_after, clusters.plan.macs_after) == (
             count_params(model),
