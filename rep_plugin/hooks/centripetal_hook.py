@@ -39,7 +39,8 @@ class CentripetalHook(PruningHook):
     says; ``min_channels``, ``round_to``, ``overrides``, ``ignore`` as :func:`rep_plugin.plan_pruning` has them. From then
     on every real step draws the filters of a cluster to their mean, see
     :class:`rep_plugin.pruning.centripetal.Centripetal`; ``strength`` is the paper's epsilon, which a short schedule may
-    need larger: ``train/centripetal_distance`` in the log has to come down to 1e-3 or so.
+    need larger: ``train/centripetal_distance`` in the log has to come down to 1e-3 or so. Running statistics follow on their
+    own, by their momentum.
 
     After training, on a copy (of the EMA weights, where there are), the members of each cluster are set to their mean
     and made one channel, which the next layers read by the sum of their columns: proven equal, and written as

@@ -314,7 +314,7 @@ def test_merged_equals_snapped_in_float64(name):
     model(x).sum().backward()
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(networks(), st.sampled_from([0.2, 0.5, 0.8]), st.sampled_from(["kmeans", "even"]))
 def test_merged_equals_snapped_on_random_networks(model, fraction, method):
     x = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(5))
