@@ -351,6 +351,11 @@ def normed(x: torch.Tensor) -> torch.Tensor:
     return nn.functional.normalize(x, dim=1)
 
 
+def swapped(x: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, 1)
+    return x + torch.cat([second, first], 1)
+
+
 def bilinear(projection: int | None) -> list[nn.Module]:
     pool = BilinearPooling(8, projection=projection)
     return [Call(lambda x: (x,)), pool, Call(lambda maps: maps[0]), nn.Linear(pool.out_channels, 5)]
@@ -359,6 +364,7 @@ def bilinear(projection: int | None) -> list[nn.Module]:
 COUNTED = {
     "norm": (lambda: [Call(normed), Pooled(8)], "1.conv", "a norm over channels at"),
     "layer norm": (lambda: [Normed(8), Pooled(8)], "1.conv", "go together"),
+    "swapped": (lambda: [Call(swapped), Pooled(8)], "1.conv", "none answers to another"),
     "bilinear": (lambda: bilinear(None), "1.conv", "3 multiplies it"),
     "bilinear, projected": (lambda: bilinear(6), "3.projection.conv", "3 multiplies it"),
 }
