@@ -66,8 +66,9 @@ class Trace:
     ``masked_inputs``: (tensor, dimension) that still see something of a channel then. ``groupwise``: kernels that lose
     whole groups. ``layers`` by name, in order of execution; ``norms``: names of BNs -> labels. ``inner``: blocks that
     are one unit -> the parameters inside. ``pools``: bilinear poolings -> labels of their maps, and of what they
-    multiply. ``sizes`` of all parameters; ``shape`` of the example; labels of the ``outputs``, and of those in train
-    mode where that runs more layers.
+    multiply. ``counted``: channels that something counts, what it is: two equal ones are there not one of twice the
+    weight. ``sizes`` of all parameters; ``shape`` of the example; labels of the ``outputs``, and of those in train mode
+    where that runs more layers.
     """
 
     shape: tuple[int, ...]
@@ -81,6 +82,7 @@ class Trace:
     masked_inputs: set[tuple[str, int]] = field(default_factory=set)
     inner: dict[str, tuple[str, ...]] = field(default_factory=dict)
     pools: dict[str, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = field(default_factory=dict)
+    counted: list[tuple[Tensor, str]] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     train_outputs: list[Tensor] = field(default_factory=list)

@@ -167,8 +167,10 @@ def _softmax(t, out, input, dim=None, _stacklevel=3, dtype=None):
 
 
 @rule("normalize")
-def _normalize(t, out, input, p=2.0, dim=1, eps=1e-12, out_=None):
+def _normalize(t, made, input, p=2.0, dim=1, eps=1e-12, out=None):  # torch hands `out` over by name
     mark = t.of(input)
     if not mark.zero:  # zeros add nothing to a norm
         t.channels.tie_along(mark.labels, dim, f"a norm over channels at {where()}")
+    elif t.channels.varies(mark.labels, dim):
+        t.trace.counted.append((mark.labels, f"a norm over channels at {where()}"))
     return mark
