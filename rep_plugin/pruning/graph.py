@@ -66,7 +66,7 @@ class Trace:
     whole groups. ``layers`` by name, in order of execution; ``norms``: names of BNs -> labels. ``inner``: blocks that
     are one unit -> the parameters inside. ``pools``: bilinear poolings -> labels of their maps, and of what they
     multiply. ``sizes`` of all parameters; ``shape`` of the example; labels of the ``outputs``, and of those in train
-    mode where that runs more layers.
+    mode where that runs more layers; ``follows``: norm -> the convolution whose outputs it reads, and nothing else does.
     """
 
     shape: tuple[int, ...]
@@ -83,6 +83,7 @@ class Trace:
     costs: list[Cost] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     train_outputs: list[Tensor] = field(default_factory=list)
+    follows: dict[str, str] = field(default_factory=dict)
 
 
 def where() -> str:
