@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from mmengine.dist import broadcast_object_list
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
-from torch import nn
 
 from rep_plugin.hooks.live import (
     HookError,
@@ -31,7 +30,7 @@ from rep_plugin.rebuild import as_plan
 from rep_plugin.registry import HOOKS
 
 META_COMPACTORS = "rep_resrep"  # in a checkpoint's meta data
-SMALL = 1e-2  # forgotten rows above it are a warning; they begin at 1
+SMALL = 1e-2  # a share of the rows that stay: forgotten ones above it are a warning
 
 
 @HOOKS.register_module()
@@ -50,8 +49,8 @@ class ResRepHook(PruningHook):
 
     After training, compactors are merged into a copy of the model (of the EMA weights, where there are), forgotten rows
     dropped, the result proven and written as :func:`rep_plugin.mm_prune_artefact.write_pruned` does. Validation is run
-    before and after; figures, with the norms of dropped rows, go to the log and to ``pruned.rounds.json``. Rows above
-    0.01 are a warning with the numbers. The log has ``resrep_macs``, the share that would remain.
+    before and after; figures, with the norms of dropped rows, go to the log and to ``pruned.rounds.json``. A row above 1 %
+    of those that stay beside it is a warning with the numbers. The log has ``resrep_macs``, the share that would remain.
 
     Checkpoints hold compactors, their momentum and what is marked, so that resuming goes on exactly; other checkpoints
     are loaded before the compactors are put in. Raises ValueError for bad arguments, and
@@ -75,7 +74,7 @@ class ResRepHook(PruningHook):
         out_dir: str | None = None,
     ):
         super().__init__(out_dir)
-        check_target(macs, min_channels, round_to)
+        check_target(macs, min_channels, round_to, ignore)
         if begin < 0 or (end is not None and end < begin):
             raise ValueError(f"ResRepHook needs 0 <= begin <= end, got begin={begin}, end={end}")
         if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
@@ -190,13 +189,14 @@ class ResRepHook(PruningHook):
 
     def after_train_epoch(self, runner: Runner) -> None:
         if self.plan is not None:
-            runner.logger.info(f"ResRepHook: {self._state(plain_model(runner))}")
+            left = self.resrep.rows_left(plain_model(runner), self.plan)
+            runner.logger.info(f"ResRepHook: {self._describe(left)}")
 
-    def _state(self, model: nn.Module) -> str:
-        largest, smallest = self.resrep.largest_rows(model, self.plan)
+    def _describe(self, left: dict[str, float]) -> str:
         return (
             f"{self.plan.units[1]} of {self.plan.units[0]} channels are to be forgotten, the largest of their rows is "
-            f"{largest:.3g}, the smallest that stays {smallest:.3g}"
+            f"{left['largest_dropped_row']:.3g} ({left['largest_dropped_share']:.2%} of the mean of those beside it), the "
+            f"smallest that stays {left['smallest_kept_row']:.3g}"
         )
 
     def after_train(self, runner: Runner) -> None:
@@ -205,10 +205,10 @@ class ResRepHook(PruningHook):
             runner.logger.warning("ResRepHook: training ended before the first choice, nothing was pruned")
             return
         model = final_model(runner)
-        largest, smallest = self.resrep.largest_rows(model, self.plan)
-        if largest > SMALL:
+        left = self.resrep.rows_left(model, self.plan)
+        if left["largest_dropped_share"] > SMALL:
             runner.logger.warning(
-                f"ResRepHook: {self._state(model)}; expected below {SMALL}: train longer after end, or raise strength "
+                f"ResRepHook: {self._describe(left)}; expected below {SMALL:.0%}: train longer after end, or raise strength "
                 f"(={self.strength})"
             )
         pruned = copy.deepcopy(model)
@@ -216,5 +216,5 @@ class ResRepHook(PruningHook):
         pruned.eval()
         self.rounds = []
         self.note(runner, self.plan, report, evaluate(runner, model), evaluate(runner, pruned))
-        self.rounds[-1] |= dict(largest_dropped_row=largest, smallest_kept_row=smallest, choices=self.choices)
+        self.rounds[-1] |= left | dict(choices=self.choices)
         self.finish(runner, compose_plans([*self.plans_of(runner), self.plan]), pruned, report)

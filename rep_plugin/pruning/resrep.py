@@ -39,8 +39,10 @@ from rep_plugin.verify import default_inputs, verify_equivalence
 _WITHOUT = "no compactor can make its channels zero"
 
 
-def check_target(macs: object, min_channels: object, round_to: object) -> None:
-    """Raise ValueError unless the numbers that :class:`ResRep` takes lie in their ranges."""
+def check_target(macs: object, min_channels: object, round_to: object, ignore: object) -> None:
+    """Raise ValueError unless what :class:`ResRep` takes has the right type and lies in its range."""
+    if isinstance(ignore, str) or not isinstance(ignore, Sequence):
+        raise ValueError(f"ignore must be a list of patterns, got {ignore!r}")
     check_options(dict.fromkeys(BUDGETS) | {"macs": 0 if macs is None else macs}, min_channels, round_to)
 
 
@@ -69,9 +71,7 @@ class ResRep:
         round_to: int = 1,
         ignore: Sequence[str] = (),
     ):
-        check_target(macs, min_channels, round_to)
-        if isinstance(ignore, str):
-            raise ValueError(f"ignore must be a list of patterns, got {ignore!r}")
+        check_target(macs, min_channels, round_to, ignore)
         self.min_channels, self.round_to, self.ignore = min_channels, round_to, tuple(ignore)
         sites = find_sites(model, trace_channels(model, shape))
         self.trace = trace_channels(model, shape, makers=[site.norm for site in sites])
@@ -145,16 +145,21 @@ class ResRep:
             rows[site.conv] = (~stays).nonzero().flatten()
         return rows
 
-    def largest_rows(self, model: nn.Module, plan: PrunePlan) -> tuple[float, float]:
-        """Return the largest norm of a forgotten row, and the smallest of a row that stays: what forgetting has come to."""
+    def rows_left(self, model: nn.Module, plan: PrunePlan) -> dict[str, float]:
+        """Return what forgetting has come to: ``largest_dropped_row`` and ``smallest_kept_row``, norms, and
+        ``largest_dropped_share``, a dropped row's norm by the mean of those that stay beside it."""
         forgotten, compactors = self.forgotten(plan), compactors_of(model, self.sites)
-        gone, stays = [0.0], []
+        found = dict(largest_dropped_row=0.0, largest_dropped_share=0.0, smallest_kept_row=torch.inf)
         for name, compactor in compactors.items():
             norms = compactor.row_norms()
-            gone += norms[forgotten[name]].tolist()
-            norms[forgotten[name]] = torch.inf
-            stays.append(norms.min().item())
-        return max(gone), min(stays)
+            dropped = torch.zeros(len(norms), dtype=torch.bool).index_fill_(0, forgotten[name], True)
+            stays = norms[~dropped]
+            largest = max(norms[dropped].tolist(), default=0.0)
+            found["largest_dropped_row"] = max(found["largest_dropped_row"], largest)
+            share = largest / max(stays.mean().item(), torch.finfo(norms.dtype).tiny)
+            found["largest_dropped_share"] = max(found["largest_dropped_share"], share)
+            found["smallest_kept_row"] = min(found["smallest_kept_row"], stays.min().item())
+        return found
 
     def compact_(self, model: nn.Module, plan: PrunePlan, example_input: Tensor | None = None) -> PruneReport:
         """Merge the compactors of a model and remove what ``plan`` forgets, in place; return the report.
