@@ -43,9 +43,10 @@ class ResRepHook(PruningHook):
     ``by_epoch=False``) and every ``interval`` iterations, the rows of the lowest norms are marked to be forgotten: no
     gradient of the objective reaches them any more. Their number grows, so that what they leave falls in equal steps to
     ``macs`` (a share as a float, or a whole number) at the last choice before ``end`` (default: half of the way from
-    ``begin`` to the end of training). The rest of the training is for forgetting: a row shrinks by about ``lr * strength
-    / (1 - momentum)`` an iteration, from 1, so short schedules need larger strengths. ``min_channels``, ``round_to``,
-    ``ignore`` as in :func:`rep_plugin.plan_pruning`.
+    ``begin`` to the end of training). The rest of the training is for forgetting: a marked row shrinks by about ``lr *
+    marked_strength / (1 - momentum)`` an iteration, from 1. The paper's is ``strength`` (the default), for hundreds of
+    epochs; short schedules need more, on marked rows alone. ``min_channels``, ``round_to``, ``ignore`` as in
+    :func:`rep_plugin.plan_pruning`.
 
     After training, compactors are merged into a copy of the model (of the EMA weights, where there are), forgotten rows
     dropped, the result proven and written as :func:`rep_plugin.mm_prune_artefact.write_pruned` does. Validation is run
@@ -67,6 +68,7 @@ class ResRepHook(PruningHook):
         by_epoch: bool = True,
         interval: int = 200,
         strength: float = 1e-4,
+        marked_strength: float | None = None,
         momentum: float = 0.99,
         min_channels: int = 1,
         round_to: int = 1,
@@ -82,6 +84,8 @@ class ResRepHook(PruningHook):
         if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
             raise ValueError(f"momentum must lie in [0, 1), got {momentum!r}")
         self.strength, self.momentum = check_strength("strength", strength), momentum
+        self.marked_strength = self.strength if marked_strength is None else marked_strength
+        check_strength("marked_strength", self.marked_strength)
         self.begin, self.end, self.by_epoch, self.interval = begin, end, by_epoch, interval
         self.options = dict(macs=macs, min_channels=min_channels, round_to=round_to, ignore=ignore)
         self.resrep: ResRep | None = None
@@ -162,7 +166,7 @@ class ResRepHook(PruningHook):
             self._insert(runner, (1, *pictures_of(runner, 1).shape[1:]))  # costs are those of one picture
         model = plain_model(runner)
         weights = {name: c.weight for name, c in compactors_of(model, self.resrep.sites).items()}
-        self._forgetting = Forgetting(weights, self.strength)
+        self._forgetting = Forgetting(weights, self.strength, self.marked_strength)
         if self.plan is not None:
             self._forgetting.mark(self.resrep.forgotten(self.plan))
         self._forgetting.attach(optimizers_of(runner))
@@ -208,8 +212,8 @@ class ResRepHook(PruningHook):
         left = self.resrep.rows_left(model, self.plan)
         if left["largest_dropped_share"] > SMALL:
             runner.logger.warning(
-                f"ResRepHook: {self._describe(left)}; expected below {SMALL:.0%}: train longer after end, or raise strength "
-                f"(={self.strength})"
+                f"ResRepHook: {self._describe(left)}; expected below {SMALL:.0%}: train longer after end, or raise "
+                f"marked_strength (={self.marked_strength})"
             )
         pruned = copy.deepcopy(model)
         report = self.resrep.compact_(pruned, self.plan, pictures_of(runner))

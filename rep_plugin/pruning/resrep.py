@@ -32,7 +32,7 @@ from rep_plugin.pruning.select import (
     round_widths,
     to_budget,
 )
-from rep_plugin.pruning.sparsity import Sparsity
+from rep_plugin.pruning.sparsity import Sparsity, directions
 from rep_plugin.pruning.trace import trace_channels
 from rep_plugin.verify import default_inputs, verify_equivalence
 
@@ -189,15 +189,16 @@ class ResRep:
 
 
 class Forgetting:
-    """What makes compactors forget, at every real step of an optimizer: the gradient of the objective does not reach the
-    rows that are marked, and group lasso of ``strength`` pulls all rows.
+    """What makes compactors forget, at every real step of an optimizer: group lasso of ``strength`` pulls all rows, the
+    gradient of the objective does not reach those that are marked, and these are pulled by ``marked_strength`` instead.
 
     It acts where :class:`rep_plugin.pruning.sparsity.Sparsity` does, after accumulation, unscaling and clipping.
     """
 
-    def __init__(self, compactors: dict[str, nn.Parameter], strength: float):
+    def __init__(self, compactors: dict[str, nn.Parameter], strength: float, marked_strength: float | None = None):
         self.compactors = compactors
         self.rows: dict[nn.Parameter, Tensor] = {}
+        self._more = 0.0 if marked_strength is None else marked_strength - strength
         self._lasso = Sparsity({}, {weight: strength for weight in compactors.values()})
         self._handles: list = []
 
@@ -208,8 +209,8 @@ class Forgetting:
     def attach(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """Act on the steps of these optimizers. Raises ValueError where none of them has any of the compactors."""
         optimizers = list(optimizers)
-        # Hooks run in the order in which they are registered: the gradient is masked, then the lasso is added.
-        self._handles = [one.register_step_pre_hook(lambda *_: self._mask()) for one in optimizers]
+        # Hooks run in the order in which they are registered: the gradient is replaced, then the lasso is added.
+        self._handles = [one.register_step_pre_hook(lambda optimizer, *_: self._mask(optimizer)) for one in optimizers]
         self._lasso.attach(optimizers)
 
     def detach(self) -> None:
@@ -219,7 +220,9 @@ class Forgetting:
         self._lasso.detach()
 
     @torch.no_grad()
-    def _mask(self) -> None:
+    def _mask(self, optimizer: torch.optim.Optimizer) -> None:
+        scale = getattr(optimizer, "grad_scale", None)  # see Sparsity
         for weight, rows in self.rows.items():
             if weight.grad is not None:
-                weight.grad.index_fill_(0, rows, 0)
+                term = directions(weight[rows]) * self._more
+                weight.grad.index_copy_(0, rows, term if scale is None else term * scale.to(term.device))

@@ -125,7 +125,9 @@ def test_schedules_drive_the_new_group_as_the_others(schedule, paramwise, tmp_pa
         assert (groups[0]["momentum"], groups[-1]["momentum"]) == (0.9, 0.99)
     assert (groups[-1]["lr"] == 0.05) == (not schedule)
     for scheduler in runner.param_schedulers or []:
+        begun = 0.99 if scheduler.param_name == "momentum" else 0.05
         assert len(scheduler.base_values) == len(runner.optim_wrapper.param_groups)
+        assert scheduler.base_values[len(groups) - 1] == begun
 
 
 WRAPPERS = {
@@ -141,7 +143,7 @@ def test_marked_rows_feel_the_lasso_alone_once_a_real_step(case, tmp_path):
     """One epoch of four batches, marked from the first: a row's own direction, by lr * strength each step."""
     lr, strength = 1e-3, 0.1
     wrapper = dict(optimizer=dict(type="SGD", lr=lr, momentum=0.0), **WRAPPERS[case])
-    hook = HOOK | dict(begin=0, end=0, strength=strength, momentum=0.0)
+    hook = HOOK | dict(begin=0, end=0, strength=0.0, marked_strength=strength, momentum=0.0)
     one = dict(train_cfg=dict(by_epoch=True, max_epochs=1), val_cfg=None, val_dataloader=None, val_evaluator=None)
     runner = run(config(tmp_path, hook, optim_wrapper=wrapper, **one))
     found = hook_of(runner)
@@ -157,10 +159,11 @@ def test_marked_rows_feel_the_lasso_alone_once_a_real_step(case, tmp_path):
     assert seen > 4
 
 
-def test_resumed_run_goes_on_exactly(finished, tmp_path):
-    """From the middle of the choices: weights, momentum, average, what is marked and the files."""
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_resumed_run_goes_on_exactly(epoch, finished, tmp_path):
+    """From the middle of the choices, and after the last: weights, momentum, average, what is marked and the files."""
     folder, whole = finished
-    state = dict(load_from=str(folder / "epoch_1.pth"), resume=True)
+    state = dict(load_from=str(folder / f"epoch_{epoch}.pth"), resume=True)
     again = run(config(tmp_path, EMA, HOOK, param_scheduler=COSINE, **state))
     assert same(whole.model.state_dict(), again.model.state_dict())
     buffers = [
@@ -223,7 +226,10 @@ def test_wrapped_model(tmp_path, monkeypatch):
         first = run(config(tmp_path / "ddp", HOOK, **ddp))
         state = dict(load_from=str(tmp_path / "ddp/epoch_2.pth"), resume=True)
         again = run(config(tmp_path / "again", HOOK, **ddp, **state))
-        assert type(first.model).__name__ == type(again.model).__name__ == "MMDistributedDataParallel"
+        for runner in (first, again):
+            assert type(runner.model).__name__ == "MMDistributedDataParallel"
+            known = runner.model._get_ddp_logging_data()["num_parameter_tensors"]
+            assert known == len(list(runner.model.parameters()))
     finally:
         dist.destroy_process_group()
     for runner in (first, again):
@@ -247,7 +253,7 @@ def test_rows_that_are_not_small_are_said_with_numbers(tmp_path):
     assert only["largest_dropped_row"] > 0.9
     words = f"the largest of their rows is {only['largest_dropped_row']:.3g} ({only['largest_dropped_share']:.2%} of the mean"
     assert "WARNING - ResRepHook" in log_of(tmp_path) and words in log_of(tmp_path)
-    assert "raise strength (=0.0001)" in log_of(tmp_path)
+    assert "raise marked_strength (=0.0001)" in log_of(tmp_path)
 
 
 def test_a_training_that_ends_before_the_first_choice_writes_nothing(finished, tmp_path):
@@ -267,6 +273,7 @@ def test_a_training_that_ends_before_the_first_choice_writes_nothing(finished, t
         (dict(macs=0.5, interval=0), "interval must be a whole number of iterations >= 1, got 0"),
         (dict(macs=0.5, momentum=1.0), r"momentum must lie in \[0, 1\), got 1.0"),
         (dict(macs=0.5, strength=-1), "strength must be a finite number >= 0, got -1"),
+        (dict(macs=0.5, marked_strength="x"), "marked_strength must be a finite number >= 0, got 'x'"),
         (dict(macs=0.5, round_to=0), "round_to must be a whole number >= 1, got 0"),
         (dict(macs=0.5, ignore="*"), r"ignore must be a list of patterns, got '\*'"),
     ],

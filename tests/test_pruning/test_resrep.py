@@ -276,7 +276,7 @@ def test_copies_run_their_own_compactors_and_the_networks_initialisation_leaves_
 
 
 # Forgetting against plain SGD written out.
-STRENGTH, LR, MOMENTUM = 0.02, 0.1, 0.99
+STRENGTH, MARKED, LR, MOMENTUM = 0.02, 0.05, 0.1, 0.99
 
 
 def training_net(amp: bool) -> nn.Sequential:
@@ -316,8 +316,9 @@ def by_hand(dtype, accumulate: int, clip: float | None, scale: float) -> nn.Modu
             for p, grad in grads.items():
                 for j, row in enumerate(p) if p in marked else ():
                     if j in marked[p]:
-                        grad[j] = 0
-                    grad[j] += STRENGTH * row / row.square().sum().sqrt()
+                        grad[j] = MARKED * row / row.square().sum().sqrt()
+                    else:
+                        grad[j] += STRENGTH * row / row.square().sum().sqrt()
                 momentum[p] = (MOMENTUM if p in marked else 0.9) * momentum[p] + grad
                 p -= LR * momentum[p]
                 p.grad = None
@@ -347,7 +348,7 @@ def test_forgetting_equals_training_written_by_hand(case):
     rest = [p for p in model.parameters() if all(p is not weight for weight in compactors.values())]
     groups = [dict(params=rest), dict(params=list(compactors.values()), momentum=MOMENTUM)]
     optimizer = torch.optim.SGD(groups, LR, momentum=0.9, fused=fused)
-    forgetting = Forgetting(compactors, STRENGTH)
+    forgetting = Forgetting(compactors, STRENGTH, MARKED)
     forgetting.mark(ROWS)
     forgetting.attach([optimizer])
     grads = make_scaler() if make_scaler else torch.amp.GradScaler("cpu", enabled=False)
