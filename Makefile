@@ -84,6 +84,9 @@ bench-bilinear-against-gap: $(VENV)/.users data/mini_cub/mini_fgvc.json ## bilin
 bench-prune-zoo: $(VENV)/.developers ## prune 30 % of 17 networks, each proven equal to its masked form
 	$(RUN) benchmarks/prune_zoo.py
 
+bench-prune-speed: $(VENV)/.developers ## seconds that pruning takes, against Torch-Pruning; a bilinear classifier
+	$(RUN) benchmarks/prune_speed.py
+
 bench-prune-latency: $(VENV)/.developers ## plans by measured latency against plans by multiply-adds (ten minutes)
 	$(RUN) benchmarks/prune_latency.py
 

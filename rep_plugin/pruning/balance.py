@@ -61,12 +61,12 @@ def bundle_units(trace: Trace, units: Tensor, scores: Tensor) -> tuple[list[list
     takes one channel, the lowest that is left, from each of its groups.
     """
     counts = _counts(trace, units)
-    order = torch.argsort(scores, stable=True).tolist()
+    order = torch.argsort(scores, stable=True)
     if not counts:
-        return [[int(units[i])] for i in order], []
+        return units[order][:, None].tolist(), []
     cells: dict[Vectors, list[int]] = defaultdict(list)
     bundles = []
-    for i in order:
+    for i in order.tolist():
         vectors = tuple(tuple(c[i].tolist()) for c in counts)
         if all(len(set(vector)) == 1 for vector in vectors):
             bundles.append([int(units[i])])

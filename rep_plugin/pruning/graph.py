@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -94,6 +95,7 @@ def where() -> str:
     return "torch" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
+@lru_cache
 def is_quiet(filename: str) -> bool:
     """True for torch's own code and the tracer's."""
     return filename.startswith("<") or any(Path(filename).is_relative_to(folder) for folder in _QUIET)

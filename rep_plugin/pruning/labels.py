@@ -128,12 +128,11 @@ class Channels:
 
     def along(self, labels: Tensor, dim: int) -> Tensor | None:
         """Return the labels along one dimension, or None where another one varies too."""
-        dim %= labels.dim()
-        if any(other != dim for other in self.varying(labels)):
+        others = [other for other in range(labels.dim()) if other != dim % labels.dim()]
+        if any(self.varies(labels, other) for other in others):
             return None
-        for other in range(labels.dim()):
-            if other != dim:
-                labels = labels.narrow(other, 0, 1)
+        for other in others:
+            labels = labels.narrow(other, 0, 1)
         return labels.flatten()
 
 

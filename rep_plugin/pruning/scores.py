@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.pruning.graph import Layer, Trace
+from rep_plugin.pruning.groups import frozen_roots
 
 SCORES = ("bn_gamma", "l1", "l2", "fpgm", "taylor", "random")
 REDUCTIONS = ("mean", "sum", "max")
@@ -39,10 +40,28 @@ def _relative(values: Tensor) -> Tensor:
 
 
 def _kernel_members(model: nn.Module, trace: Trace, norm: Callable[[Tensor], Tensor]) -> Members:
-    return [(layer.labels, _relative(norm(_kernel(model, layer).double().cpu()))) for layer in trace.layers.values()]
+    roots, frozen = trace.channels.roots(), frozen_roots(trace)
+    members = []
+    for layer in trace.layers.values():
+        kernel = _kernel(model, layer)
+        if frozen[roots[layer.labels]].all():  # not compared: a classifier can have millions of weights
+            _check_finite(kernel.sum(dtype=torch.float64))
+        else:
+            members.append((layer.labels, _relative(norm(kernel).cpu())))
+    return members
+
+
+def _check_finite(values: Tensor) -> None:
+    if not torch.isfinite(values).all():
+        raise ValueError("scores must be finite numbers, got NaN or infinity")
+
+
+def _norm(kernel: Tensor, order: int) -> Tensor:
+    return torch.linalg.vector_norm(kernel, order, dim=1, dtype=torch.float64)
 
 
 def _distances(kernel: Tensor) -> Tensor:
+    kernel = kernel.double()
     return torch.cdist(kernel, kernel).sum(1)
 
 
@@ -133,9 +152,9 @@ def score_units(
         if not members:
             raise ValueError(f"{type(model).__name__} has no BN for scores='bn_gamma': use scores='l1'")
     elif scores == "l1":
-        members = _kernel_members(model, trace, lambda kernel: kernel.abs().sum(1))
+        members = _kernel_members(model, trace, lambda kernel: _norm(kernel, 1))
     elif scores == "l2":
-        members = _kernel_members(model, trace, lambda kernel: kernel.square().sum(1).sqrt())
+        members = _kernel_members(model, trace, lambda kernel: _norm(kernel, 2))
     elif scores == "fpgm":
         members = _kernel_members(model, trace, _distances)
     elif scores == "taylor":
@@ -145,8 +164,7 @@ def score_units(
     total = torch.zeros(trace.channels.count, dtype=torch.float64)
     number = torch.zeros_like(total)
     for labels, values in members:
-        if not torch.isfinite(values).all():
-            raise ValueError("scores must be finite numbers, got NaN or infinity")
+        _check_finite(values)
         units = roots[labels]
         if reduction == "max":
             total.scatter_reduce_(0, units, values, "amax")

@@ -1,7 +1,8 @@
 """Which units to remove: the lowest scores, as far as widths allow, by share, by budget, or to given widths."""
 
 import bisect
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -13,7 +14,7 @@ from rep_plugin.pruning.graph import Trace
 from rep_plugin.pruning.groups import find_groups
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Candidate:
     """Units that may go together: their mean ``score``, the ``group`` they are in, and what each layer would lose."""
 
@@ -53,10 +54,19 @@ def match_layers(patterns: Sequence[str], names: Sequence[str]) -> dict[str, str
     return found
 
 
+def _total(several: Iterable[list[tuple[str, int]]]) -> list[tuple[str, int]]:
+    total: dict[str, int] = {}
+    for losses in several:
+        for name, number in losses:
+            total[name] = total.get(name, 0) + number
+    return list(total.items())
+
+
 def find_candidates(trace: Trace, scores: Tensor, ignore: Sequence[str] = (), without: str = "no score") -> Choice:
     """Return what may be removed; groups with a layer that is ``ignore``d, or without scores, are frozen."""
     ignored = match_layers(ignore, list(trace.layers))
     roots, values = trace.channels.roots(), scores.tolist()
+    shared: dict[tuple, tuple] = {}
     choice = Choice([], [], {}, {name: len(layer.labels) for name, layer in trace.layers.items()})
     for group in find_groups(trace):
         units, reason = group.units, group.reason
@@ -69,19 +79,17 @@ def find_candidates(trace: Trace, scores: Tensor, ignore: Sequence[str] = (), wi
         bundles, left = bundle_units(trace, units, scores[units]) if len(units) else ([], [])
         if reason is None and not bundles:
             reason = f"its groups cannot lose as many channels each ({len(left)} units)"
-        losses: dict[int, dict[str, int]] = {}
+        losses: dict[int, list[tuple[str, int]]] = defaultdict(list)
         for name in group.layers:
             found, numbers = roots[trace.layers[name].labels].unique(return_counts=True)
             for unit, number in zip(found.tolist(), numbers.tolist()):
-                losses.setdefault(unit, {})[name] = number
+                losses[unit].append((name, number))
         candidates = []
         for bundle in bundles:
-            total: dict[str, int] = {}
-            for unit in bundle:
-                for name, number in losses[unit].items():
-                    total[name] = total.get(name, 0) + number
-            score = sum(values[unit] for unit in bundle) / len(bundle)
-            candidates.append(Candidate(tuple(bundle), score, len(choice.layers), tuple(total.items())))
+            total = losses[bundle[0]] if len(bundle) == 1 else _total(losses[unit] for unit in bundle)
+            score = sum([values[unit] for unit in bundle]) / len(bundle)
+            same = shared.setdefault(same := tuple(total), same)  # most units lose alike: one object
+            candidates.append(Candidate(tuple(bundle), score, len(choice.layers), same))
         if reason is not None:
             choice.frozen |= dict.fromkeys(group.layers, reason)
         choice.layers.append(group.layers)
