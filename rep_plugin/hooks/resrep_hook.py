@@ -185,7 +185,11 @@ class ResRepHook(PruningHook):
     def _choose(self, runner: Runner, due: int) -> None:
         """Mark the rows of the choice with this number, from 1; all processes alike."""
         whole, target, model = self.resrep.macs_before, self.resrep.target, plain_model(runner)
-        shared = [self.resrep.choose(model, whole - (whole - target) * due // self._number).to_json()]
+        try:
+            plan = self.resrep.choose(model, whole - (whole - target) * due // self._number)
+        except ValueError as error:
+            raise HookError(f"ResRepHook, choice {due}: {error}") from None
+        shared = [plan.to_json()]
         broadcast_object_list(shared)
         self.plan = PrunePlan.from_json(shared[0])
         self._forgetting.mark(self.resrep.forgotten(self.plan))

@@ -128,11 +128,16 @@ class ResRep:
     def choose(self, model: nn.Module, macs: int | None = None) -> PrunePlan:
         """Return what is to be forgotten so that ``macs`` (default: the target) remain: the channels of the lowest scores.
 
-        The plan is for the model without compactors. Raises ValueError where so few cannot remain.
+        The plan is for the model without compactors. Raises ValueError where so few cannot remain, and for rows that are
+        not finite.
         """
         macs = self.target if macs is None else macs
         compactors = compactors_of(model, self.sites)
-        choice = self._candidates({site: compactors[site.conv].row_norms() for site in self.sites})
+        norms = {site: compactors[site.conv].row_norms() for site in self.sites}
+        for site, values in norms.items():
+            if not torch.isfinite(values).all():
+                raise ValueError(f"the compactor behind {site.norm!r} holds NaN or infinity: training has diverged")
+        choice = self._candidates(norms)
         why = f"macs={macs} by compactors, min_channels {self.min_channels}, round_to {self.round_to}"
         return make_plan(model, self.trace, choice, self._take(choice, macs), why, False)
 

@@ -231,6 +231,14 @@ def test_largest_rows_tell_what_is_lost():
     assert found["largest_dropped_share"] == pytest.approx(5e-3 * len(beside) / sum(beside))
 
 
+def test_rows_that_are_not_finite_are_refused():
+    model = NETS["chain"]()
+    resrep = learnt(model)
+    model[1].bn.compactor.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="the compactor behind '1.bn' holds NaN or infinity: training has diverged"):
+        resrep.choose(model)
+
+
 def test_where_compactors_stand():
     """A convolution that two layers read has none; nor has one whose norm does not tell its output."""
     net = ready(ConvBN(3, 8), Call(nn.Identity()), ConvBN(8, 6), Pooled(6))
