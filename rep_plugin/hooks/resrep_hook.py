@@ -212,6 +212,11 @@ class ResRepHook(PruningHook):
         if self.plan is None:
             runner.logger.warning("ResRepHook: training ended before the first choice, nothing was pruned")
             return
+        if (done := self.choices[-1]["number"]) < self._number:
+            runner.logger.warning(
+                f"ResRepHook: training ended after choice {done} of {self._number}: {self.plan.macs_after:,} multiply-adds "
+                f"remain, the target is {self.resrep.target:,}"
+            )
         model = final_model(runner)
         left = self.resrep.rows_left(model, self.plan)
         if left["largest_dropped_share"] > SMALL:

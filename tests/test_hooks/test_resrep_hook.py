@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -256,13 +257,28 @@ def test_rows_that_are_not_small_are_said_with_numbers(tmp_path):
     assert "raise marked_strength (=0.0001)" in log_of(tmp_path)
 
 
-def test_a_training_that_ends_before_the_first_choice_writes_nothing(finished, tmp_path):
-    hook = HOOK | dict(begin=3.5, end=4)
-    cfg = config(tmp_path, hook, dict(type="EarlyStoppingHook", monitor="accuracy/top1", min_delta=200.0, patience=1))
+STOP = dict(type="EarlyStoppingHook", monitor="accuracy/top1", min_delta=200.0, patience=1)  # after two epochs
+
+
+@pytest.mark.parametrize(
+    ("begin", "message"),
+    [
+        (3.5, "ended before the first choice, nothing was pruned"),
+        (0, r"training ended after choice 4 of 9: [\d,]+ multiply-adds remain, the target is 89,872"),
+    ],
+)
+def test_a_training_that_ends_early_says_how_far_it_came(begin, message, tmp_path):
+    cfg = config(tmp_path, HOOK | dict(begin=begin, end=4), STOP)
     cfg.train_cfg.val_interval = 1
     run(cfg)
-    assert "ended before the first choice, nothing was pruned" in log_of(tmp_path)
-    assert not (tmp_path / "pruned.pth").exists()
+    assert re.search(f"WARNING - ResRepHook: .*{message}", log_of(tmp_path))
+    assert (tmp_path / "pruned.pth").exists() == (begin == 0)
+
+
+def test_a_schedule_in_iterations(finished, tmp_path):
+    folder, _ = finished
+    run(config(tmp_path, EMA, HOOK | dict(begin=2, end=8, by_epoch=False), param_scheduler=COSINE))
+    assert rounds_of(tmp_path) == rounds_of(folder)
 
 
 @pytest.mark.parametrize(
