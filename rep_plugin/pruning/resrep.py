@@ -195,7 +195,8 @@ class ResRep:
 
 class Forgetting:
     """What makes compactors forget, at every real step of an optimizer: group lasso of ``strength`` pulls all rows, the
-    gradient of the objective does not reach those that are marked, and these are pulled by ``marked_strength`` instead.
+    gradient of the objective does not reach those that are marked, and these are pulled by ``marked_strength`` instead. A
+    marked row that reaches zero stays there, its momentum too: the paper's swing through it, for as long as momentum lasts.
 
     It acts where :class:`rep_plugin.pruning.sparsity.Sparsity` does, after accumulation, unscaling and clipping.
     """
@@ -203,6 +204,7 @@ class Forgetting:
     def __init__(self, compactors: dict[str, nn.Parameter], strength: float, marked_strength: float | None = None):
         self.compactors = compactors
         self.rows: dict[nn.Parameter, Tensor] = {}
+        self._before: dict[nn.Parameter, Tensor] = {}  # marked rows, before the step
         self._more = 0.0 if marked_strength is None else marked_strength - strength
         self._lasso = Sparsity({}, {weight: strength for weight in compactors.values()})
         self._handles: list = []
@@ -217,6 +219,9 @@ class Forgetting:
         # Hooks run in the order in which they are registered: the gradient is replaced, then the lasso is added.
         self._handles = [one.register_step_pre_hook(lambda optimizer, *_: self._mask(optimizer)) for one in optimizers]
         self._lasso.attach(optimizers)
+        self._handles += [
+            one.register_step_post_hook(lambda optimizer, *_: self._settle(optimizer)) for one in optimizers
+        ]
 
     def detach(self) -> None:
         """Let go of the optimizers."""
@@ -227,7 +232,16 @@ class Forgetting:
     @torch.no_grad()
     def _mask(self, optimizer: torch.optim.Optimizer) -> None:
         scale = getattr(optimizer, "grad_scale", None)  # see Sparsity
-        for weight, rows in self.rows.items():
-            if weight.grad is not None:
-                term = directions(weight[rows]) * self._more
-                weight.grad.index_copy_(0, rows, term if scale is None else term * scale.to(term.device))
+        self._before = {weight: weight[rows] for weight, rows in self.rows.items() if weight.grad is not None}
+        for weight, before in self._before.items():
+            rows, term = self.rows[weight], directions(before) * self._more
+            weight.grad.index_copy_(0, rows, term if scale is None else term * scale.to(term.device))
+
+    @torch.no_grad()
+    def _settle(self, optimizer: torch.optim.Optimizer) -> None:
+        for weight, before in self._before.items():
+            rows = self.rows[weight]
+            past = rows[(weight[rows] * before).flatten(1).sum(1) <= 0]
+            for tensor in (weight, *optimizer.state.get(weight, {}).values()):
+                if isinstance(tensor, Tensor) and tensor.shape == weight.shape:
+                    tensor.index_fill_(0, past, 0)
