@@ -197,6 +197,7 @@ class Forgetting:
     """What makes compactors forget, at every real step of an optimizer: group lasso of ``strength`` pulls all rows, the
     gradient of the objective does not reach those that are marked, and these are pulled by ``marked_strength`` instead. A
     marked row that reaches zero stays there, its momentum too: the paper's swing through it, for as long as momentum lasts.
+    It goes straight there: what momentum has of the objective is dropped when a row is marked.
 
     It acts where :class:`rep_plugin.pruning.sparsity.Sparsity` does, after accumulation, unscaling and clipping.
     """
@@ -207,15 +208,24 @@ class Forgetting:
         self._before: dict[nn.Parameter, Tensor] = {}  # marked rows, before the step
         self._more = 0.0 if marked_strength is None else marked_strength - strength
         self._lasso = Sparsity({}, {weight: strength for weight in compactors.values()})
+        self._optimizers: list[torch.optim.Optimizer] = []
         self._handles: list = []
 
+    @torch.no_grad()
     def mark(self, rows: dict[str, Tensor]) -> None:
-        """Let these rows (by the names of the compactors) be forgotten, and no others."""
-        self.rows = {weight: rows[name].to(weight.device) for name, weight in self.compactors.items()}
+        """Let these rows (by the names of the compactors) be forgotten, and no others.
+
+        Before :meth:`attach` nothing is known of momentum, and it stays: so a training that goes on restores what is marked.
+        """
+        old, self.rows = self.rows, {w: rows[name].to(w.device) for name, w in self.compactors.items()}
+        for weight, now in self.rows.items():
+            new = now[~torch.isin(now, old[weight])] if weight in old else now
+            for optimizer in self._optimizers:
+                _forget_momentum_(optimizer, weight, new)
 
     def attach(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """Act on the steps of these optimizers. Raises ValueError where none of them has any of the compactors."""
-        optimizers = list(optimizers)
+        self._optimizers = optimizers = list(optimizers)
         # Hooks run in the order in which they are registered: the gradient is replaced, then the lasso is added.
         self._handles = [one.register_step_pre_hook(lambda optimizer, *_: self._mask(optimizer)) for one in optimizers]
         self._lasso.attach(optimizers)
@@ -228,6 +238,7 @@ class Forgetting:
         for handle in self._handles:
             handle.remove()
         self._lasso.detach()
+        self._optimizers = []
 
     @torch.no_grad()
     def _mask(self, optimizer: torch.optim.Optimizer) -> None:
@@ -242,6 +253,11 @@ class Forgetting:
         for weight, before in self._before.items():
             rows = self.rows[weight]
             past = rows[(weight[rows] * before).flatten(1).sum(1) <= 0]
-            for tensor in (weight, *optimizer.state.get(weight, {}).values()):
-                if isinstance(tensor, Tensor) and tensor.shape == weight.shape:
-                    tensor.index_fill_(0, past, 0)
+            weight.index_fill_(0, past, 0)
+            _forget_momentum_(optimizer, weight, past)
+
+
+def _forget_momentum_(optimizer: torch.optim.Optimizer, weight: nn.Parameter, rows: Tensor) -> None:
+    for tensor in optimizer.state.get(weight, {}).values():
+        if isinstance(tensor, Tensor) and tensor.shape == weight.shape:
+            tensor.index_fill_(0, rows, 0)

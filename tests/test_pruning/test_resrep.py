@@ -388,15 +388,18 @@ def test_marked_rows_shrink_to_nothing_and_others_do_not():
     compactor = Compactor(4).double()
     optimizer = torch.optim.SGD(compactor.parameters(), 0.1, momentum=0.9)
     forgetting = Forgetting({"a": compactor.weight}, 1e-2)
-    forgetting.mark({"a": torch.tensor([0, 3])})
     forgetting.attach([optimizer])
+    generator = torch.Generator().manual_seed(0)
     for step in range(400):
+        if step == 20:  # until here, the objective gives momentum in all directions
+            forgetting.mark({"a": torch.tensor([0, 3])})
         optimizer.zero_grad()
-        (compactor.weight.flatten(1) - torch.eye(4)).square().sum().backward()
+        noise = 0.3 * torch.randn(4, 4, generator=generator)
+        (compactor.weight.flatten(1) - torch.eye(4) - noise).square().sum().backward()
         optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 400)
         optimizer.step()
     norms = compactor.row_norms()
-    assert norms[[0, 3]].max() == 0 and norms[[1, 2]].min() > 0.9
+    assert norms[[0, 3]].max() == 0 and norms[[1, 2]].min() > 0.5
     forgetting.detach()
     before = compactor.weight.clone()
     compactor.weight.grad = torch.zeros_like(compactor.weight)
