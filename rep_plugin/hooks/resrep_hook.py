@@ -44,9 +44,9 @@ class ResRepHook(PruningHook):
     gradient of the objective reaches them any more. Their number grows, so that what they leave falls in equal steps to
     ``macs`` (a share as a float, or a whole number) at the last choice before ``end`` (default: half of the way from
     ``begin`` to the end of training). The rest of the training is for forgetting: a marked row shrinks by about ``lr *
-    marked_strength / (1 - momentum)`` an iteration, from 1, and stays at zero once it is there. The paper's is ``strength`` (the default), for hundreds of
-    epochs; short schedules need more, on marked rows alone. ``min_channels``, ``round_to``, ``ignore`` as in
-    :func:`rep_plugin.plan_pruning`.
+    marked_strength / (1 - momentum)`` an iteration, from 1, and stays at zero once it is there. The paper's is
+    ``strength`` (the default), for hundreds of epochs; short schedules need more, on marked rows alone. ``min_channels``,
+    ``round_to``, ``ignore`` as in :func:`rep_plugin.plan_pruning`.
 
     After training, compactors are merged into a copy of the model (of the EMA weights, where there are), forgotten rows
     dropped, the result proven and written as :func:`rep_plugin.mm_prune_artefact.write_pruned` does. Validation is run
