@@ -4,7 +4,16 @@ from rep_plugin.hooks.centripetal_hook import CentripetalHook
 from rep_plugin.hooks.linearize_hook import LinearizeHook
 from rep_plugin.hooks.prune_hook import PruneHook
 from rep_plugin.hooks.reparam_hook import ReparamHook
+from rep_plugin.hooks.resrep_hook import ResRepHook
 from rep_plugin.hooks.soft_prune_hook import SoftPruneHook
 from rep_plugin.hooks.sparsity_hook import SparsityHook
 
-__all__ = ["CentripetalHook", "LinearizeHook", "PruneHook", "ReparamHook", "SoftPruneHook", "SparsityHook"]
+__all__ = [
+    "CentripetalHook",
+    "LinearizeHook",
+    "PruneHook",
+    "ReparamHook",
+    "ResRepHook",
+    "SoftPruneHook",
+    "SparsityHook",
+]

@@ -70,14 +70,7 @@ def prune_runner_(
     Raises what :func:`rep_plugin.apply_plan` raises, and HookError for another wrapper than DDP; all is then as before.
     """
     model = plain_model(runner)
-    wrapped = is_model_wrapper(runner.model)
-    if wrapped and not isinstance(runner.model, DistributedDataParallel):
-        raise HookError(
-            f"a model inside {type(runner.model).__name__} cannot be pruned in training, expected DDP or none"
-        )
-    averages = [hook.ema_model for hook in ema_hooks(runner)]
-    if len(averages) > 1:
-        raise HookError(f"{len(averages)} EMAHooks cannot be pruned along, expected at most 1")
+    averages = changeable(runner)
     modes = modes_of(model)
     model.eval()
     try:
@@ -94,11 +87,31 @@ def prune_runner_(
     for average in averages:
         if average.update_buffers:  # a state dict holds the tensors as they were
             average.avg_parameters = average.module.state_dict()
-    if wrapped:
-        runner.model = None
+    wrap_anew(runner)
+    return report
+
+
+def changeable(runner: Runner) -> list[nn.Module]:
+    """Return the EMA copies, one at most, that a change of the model in training must change along.
+
+    Raises HookError for several, and for another wrapper than DDP.
+    """
+    if is_model_wrapper(runner.model) and not isinstance(runner.model, DistributedDataParallel):
+        raise HookError(
+            f"a model inside {type(runner.model).__name__} cannot be pruned in training, expected DDP or none"
+        )
+    averages = [hook.ema_model for hook in ema_hooks(runner)]
+    if len(averages) > 1:
+        raise HookError(f"{len(averages)} EMAHooks cannot be pruned along, expected at most 1")
+    return averages
+
+
+def wrap_anew(runner: Runner) -> None:
+    """Wrap the model again where it is wrapped: DDP knows the parameters it was given."""
+    if is_model_wrapper(runner.model):
+        model, runner.model = plain_model(runner), None
         gc.collect()  # the old wrapper's hooks on the parameters go with it
         runner.model = runner.wrap_model(runner.cfg.get("model_wrapper_cfg"), model)
-    return report
 
 
 class StepClock:

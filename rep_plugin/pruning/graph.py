@@ -68,7 +68,7 @@ class Trace:
     are one unit -> the parameters inside. ``pools``: bilinear poolings -> labels of their maps, and of what they
     multiply. ``counted``: channels that something counts, what it is: two equal ones are there not one of twice the
     weight. ``sizes`` of all parameters; ``shape`` of the example; labels of the ``outputs``, and of those in train mode
-    where that runs more layers.
+    where that runs more layers; ``follows``: norm -> the convolution whose outputs it reads, and nothing else does.
     """
 
     shape: tuple[int, ...]
@@ -86,6 +86,7 @@ class Trace:
     costs: list[Cost] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     train_outputs: list[Tensor] = field(default_factory=list)
+    follows: dict[str, str] = field(default_factory=dict)
 
 
 def where() -> str:

@@ -84,7 +84,7 @@ def _rep_block(t: "Tracer", name: str, block: RepBlock, x: Tensor):
             t.channels.freeze(labels, f"no rule for {type(part).__name__} in {name}")
     parameter = next(block.parameters())
     tried = act(torch.zeros(1, out_shape[1], 1, 1, dtype=parameter.dtype, device=parameter.device))
-    zero = bool((tried == 0).all())
+    zero = bool((tried == 0).all()) and t.makes_zero(name)
 
     groupwise = goes_by_group(t, inputs.view(block.groups, -1))
     taps = block.kernel_size[0] * block.kernel_size[1]
@@ -133,7 +133,7 @@ def _stream(t: "Tracer", name: str, neck: BilinearPooling, feats: Sequence[Tenso
         seen = labels
         labels = _run_chain(t, member(name, path), [("conv", getattr(neck, path).conv)], labels)
         t.see(f"{layer}.weight", 1, mark)
-        mark = Mark(labels)
+        mark = Mark(labels, t.makes_zero(layer))
         labels = _run_chain(t, member(name, path), [("bn", getattr(neck, path).bn)], labels)
         t.trace.layers[layer] = Layer(layer, "conv", labels, seen, f"{layer}.weight")
         t.cost([labels, seen], lambda kept, inputs: x.shape[0] * positions * kept * inputs)

@@ -82,7 +82,7 @@ class PrunePlan:
         trace = trace_channels(model, example_input, prune_outputs)
         choice = find_candidates(trace, score_units(model, trace, scores, seed=seed), without=_without(scores))
         why = f"given widths of {len(widths)} layers, by {_label(scores)}"
-        return _plan(model, trace, choice, to_widths(choice, widths), why, prune_outputs)
+        return make_plan(model, trace, choice, to_widths(choice, widths), why, prune_outputs)
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Return the plan as JSON text, and write it to ``path`` where one is given (whole or not at all)."""
@@ -150,9 +150,10 @@ def _without(scores: str | Mapping) -> str:
     return "it has no BN for bn_gamma: use scores='l1'" if scores == "bn_gamma" else f"not scored by {_label(scores)}"
 
 
-def _plan(
+def make_plan(
     model: nn.Module, trace: Trace, choice: Choice, taken: list[Candidate], why: str, prune_outputs: bool
 ) -> PrunePlan:
+    """Return the plan that removes the ``taken`` candidates of a choice; ``why`` says what was asked for."""
     kept = Kept(trace, gone_of(trace, taken))
     layers = trace.layers
     params_before, macs_before = count_costs(trace, Kept(trace, nothing_gone(trace)))
@@ -273,7 +274,7 @@ def plan_pruning(
         )
         why = f"{what}={budget}"
     why += f" by {_label(scores)}, scope {scope}, min_channels {min_channels}, round_to {round_to}"
-    return replace(_plan(model, trace, choice, finish(chosen), why, prune_outputs), **times)
+    return replace(make_plan(model, trace, choice, finish(chosen), why, prune_outputs), **times)
 
 
 def _batch(model: nn.Module, example_input: Tensor | Sequence[int]) -> Tensor:

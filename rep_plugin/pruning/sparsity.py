@@ -127,7 +127,7 @@ class Sparsity:
         scale = getattr(optimizer, "grad_scale", None)  # set by GradScaler where the optimizer unscales on its own
 
         def add(parameter: nn.Parameter, strength: float, rows: bool, group: dict) -> None:
-            term = _directions(parameter) if rows else parameter.sign()
+            term = directions(parameter) if rows else parameter.sign()
             parameter.grad.add_(term if scale is None else term * scale.to(term.device), alpha=strength)
 
         self._each(optimizer, add)
@@ -154,5 +154,6 @@ def _norms(kernel: Tensor) -> Tensor:
     return torch.linalg.vector_norm(kernel, dim=dims, keepdim=True).clamp_min(torch.finfo(kernel.dtype).tiny)
 
 
-def _directions(kernel: Tensor) -> Tensor:
+def directions(kernel: Tensor) -> Tensor:
+    """Return every filter divided by its norm: the gradient of group lasso."""
     return kernel / _norms(kernel)

@@ -8,7 +8,8 @@ for operations are in :mod:`rep_plugin.pruning.rules`, for modules that are one 
 
 import copy
 import traceback
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +31,10 @@ def _location(error: BaseException) -> str:
 class Tracer(TorchFunctionMode):
     """Runs a model on the meta device and keeps the labels of every map."""
 
-    def __init__(self, model: nn.Module, shape: tuple[int, ...]):
+    def __init__(self, model: nn.Module, shape: tuple[int, ...], makers: Collection[str] | None = None):
         super().__init__()
         self.trace = Trace(shape)
+        self.makers = makers
         self.channels = self.trace.channels
         self.model = _twin(model)
         self.names = {id(t): name for name, t in (*self.model.named_parameters(), *self.model.named_buffers())}
@@ -40,6 +42,9 @@ class Tracer(TorchFunctionMode):
         self._seen: set[str] = set()
         self._loose: set[str] = set()  # parameters in arithmetic whose channels are not known
         self._marks: dict[int, tuple[Mark, Tensor]] = {}  # the tensor is held: its id must not be used again
+        self._reads: Counter[int] = Counter()  # of a map, by id
+        self._made: dict[str, set[int]] = {}  # by a convolution: ids of maps
+        self._normed: dict[str, set[int]] = {}  # by a batch norm
         for name, module in self.model.named_modules():
             if (rule := find_leaf(module)) is not None:
                 module.forward = self._leaf(rule, name, module)
@@ -56,6 +61,10 @@ class Tracer(TorchFunctionMode):
                 module.training = True
             self.trace.train_outputs = self._outputs((max(2, self.trace.shape[0]), *self.trace.shape[1:]))
             self.trace.costs = costs
+        for norm, maps in self._normed.items():
+            conv = next((name for name, made in self._made.items() if made == maps), None)
+            if conv is not None and all(self._reads[id_] == 1 for id_ in maps):
+                self.trace.follows[norm] = conv
         return self.trace
 
     def _outputs(self, shape: tuple[int, ...]) -> list[Tensor]:
@@ -95,6 +104,7 @@ class Tracer(TorchFunctionMode):
         if not made and name != "__setitem__":
             return out  # the answer to a question: size, dim, is_contiguous ...
         self.function, self.name_now = func, name
+        self._reads.update(id(t) for t in given if t.is_meta)
         marks = None if rule is None else rule(self, out, *args, **kwargs)
         if marks is None:
             self.give_up(f"{name} at {where()}", given)
@@ -109,6 +119,18 @@ class Tracer(TorchFunctionMode):
 
     def is_tracked(self, tensor: object) -> bool:
         return isinstance(tensor, Tensor) and tensor.is_meta
+
+    def makes_zero(self, name: str) -> bool:
+        """Return whether a layer, or a norm, is set to zero for removed channels: by masking all are."""
+        return self.makers is None or name in self.makers
+
+    def made_by(self, conv: str, tensor: Tensor) -> None:
+        """Note that a convolution made a map."""
+        self._made.setdefault(conv, set()).add(id(tensor))
+
+    def normed_by(self, norm: str, tensor: Tensor) -> None:
+        """Note that a batch norm reads a map."""
+        self._normed.setdefault(norm, set()).add(id(tensor))
 
     def mark(self, tensor: Tensor, mark: Mark) -> None:
         assert mark.labels.shape == tensor.shape, (mark.labels.shape, tensor.shape)
@@ -133,7 +155,7 @@ class Tracer(TorchFunctionMode):
             view = [1] * tensor.dim()
             view[dim] = -1
             labels = self.channels.fresh(tensor.shape[dim])
-            mark = Mark(labels.view(view), True)
+            mark = Mark(labels.view(view), self.makers is None)
             self.cut(name, dim, labels, maker=True)
         elif long:
             self._loose.add(name)
@@ -221,11 +243,18 @@ def _twin(model: nn.Module) -> nn.Module:
     return twin
 
 
-def trace_channels(model: nn.Module, example_input: Tensor | tuple[int, ...], prune_outputs: bool = False) -> Trace:
+def trace_channels(
+    model: nn.Module,
+    example_input: Tensor | tuple[int, ...],
+    prune_outputs: bool = False,
+    makers: Collection[str] | None = None,
+) -> Trace:
     """Return the channels of a model, as its forward pass on ``example_input`` (a tensor (N, C, ...) or a shape) ties them.
 
     The channels of the input and of the model's outputs are frozen; ``prune_outputs`` frees those of output *maps*
-    (N, C, H, W), as a backbone's are. The model is left as it is, mode, statistics and random state included.
+    (N, C, H, W), as a backbone's are. ``makers`` names the only layers and norms behind which a removed channel is zero
+    (default: all are set to zero), so that ``masked_inputs`` are what still sees something of it. The model is left as it
+    is, mode, statistics and random state included.
 
     Raises TraceError, with file and line, where the forward pass depends on values, leaves torch or fails.
     """
@@ -239,7 +268,7 @@ def trace_channels(model: nn.Module, example_input: Tensor | tuple[int, ...], pr
     if not isinstance(shape, (list, tuple)) or not all(isinstance(size, int) and size > 0 for size in shape):
         raise ValueError(f"example_input must be a tensor (N, C, ...) or its shape, got {example_input!r}")
     shape = tuple(shape)
-    trace = Tracer(model, shape).run()
+    trace = Tracer(model, shape, makers).run()
     for labels in (*trace.outputs, *trace.train_outputs):
         if not (prune_outputs and labels.dim() == 4):
             trace.channels.freeze(labels, "model output")

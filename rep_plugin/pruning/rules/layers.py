@@ -63,7 +63,8 @@ def _conv(t, out, input, weight, bias=None, stride=1, padding=0, dilation=1, gro
         t.cost([labels], lambda kept: positions * taps * width * kept)
     else:
         t.cost([labels, inputs[: weight.shape[1]]], lambda kept, seen: positions * taps * kept * seen)
-    return Mark(spread(labels, 1, out.shape))
+    t.made_by(layer, out)
+    return Mark(spread(labels, 1, out.shape), t.makes_zero(layer))
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -83,7 +84,7 @@ def _conv_transpose(t, out, input, weight, bias=None, stride=1, padding=0, outpu
     t.trace.layers.setdefault(layer, Layer(layer, "conv_transpose", labels, inputs, name))
     positions, taps = input.numel() // input.shape[1], weight[0, 0].numel()
     t.cost([inputs, labels], lambda seen, kept: positions * taps * kept * seen)
-    return Mark(spread(labels, 1, out.shape))
+    return Mark(spread(labels, 1, out.shape), t.makes_zero(layer))
 
 
 @rule("linear")
@@ -103,7 +104,7 @@ def _linear(t, out, input, weight, bias=None):
     t.trace.layers.setdefault(layer, Layer(layer, "linear", labels, inputs, name))
     rows = out.numel() // out.shape[-1]
     t.cost([labels, inputs], lambda kept, seen: rows * kept * seen)
-    return Mark(spread(labels, -1, out.shape))
+    return Mark(spread(labels, -1, out.shape), t.makes_zero(layer))
 
 
 def normalise(t: "Tracer", labels: Tensor, names: dict[str, str | None]) -> None:
@@ -127,7 +128,9 @@ def _batch_norm(
     if labels is None or any(t.name(tensor) is None for tensor in given.values()):
         return None
     normalise(t, labels, {role: t.name(tensor) for role, tensor in given.items()})
-    affine = weight is not None and bias is not None
+    name = owner_of(t.name(next(iter(given.values())))) if given else ""
+    t.normed_by(name, input)
+    affine = weight is not None and bias is not None and t.makes_zero(name)
     return Mark(spread(labels, 1, out.shape), affine or (mark.zero and running_mean is None and bias is None))
 
 
