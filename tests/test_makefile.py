@@ -18,7 +18,7 @@ def test_every_make_target_and_file_that_the_readme_names_exists():
         assert (ROOT / path).is_file(), path
 
 
-EXAMPLES = re.findall(r"```python\n(import timm.*?)```", (ROOT / "README.md").read_text(), re.S)
+EXAMPLES = re.findall(r"```python\n(import (?:timm|seg).*?)```", (ROOT / "README.md").read_text(), re.S)
 
 
 @pytest.mark.parametrize("index", range(len(EXAMPLES)))
