@@ -23,7 +23,7 @@ from rep_plugin.report import Report
 from rep_plugin.verify import EquivalenceError, compare_outputs
 
 # Hooks that have done their work on the way to a pruned model: they would do it again when it is fine-tuned.
-NARROWING_HOOKS = ("LinearizeHook", "SparsityHook", "PruneHook", "SoftPruneHook")
+NARROWING_HOOKS = ("DistillHook", "LinearizeHook", "SparsityHook", "PruneHook", "SoftPruneHook")
 REAL_PICTURES = 8  # for the proof on real data: float64 is slow
 
 

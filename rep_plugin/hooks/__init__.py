@@ -1,9 +1,10 @@
 """mmengine hooks: they decide when; library functions do the work."""
 
+from rep_plugin.hooks.distill_hook import DistillHook
 from rep_plugin.hooks.linearize_hook import LinearizeHook
 from rep_plugin.hooks.prune_hook import PruneHook
 from rep_plugin.hooks.reparam_hook import ReparamHook
 from rep_plugin.hooks.soft_prune_hook import SoftPruneHook
 from rep_plugin.hooks.sparsity_hook import SparsityHook
 
-__all__ = ["LinearizeHook", "PruneHook", "ReparamHook", "SoftPruneHook", "SparsityHook"]
+__all__ = ["DistillHook", "LinearizeHook", "PruneHook", "ReparamHook", "SoftPruneHook", "SparsityHook"]
