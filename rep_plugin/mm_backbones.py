@@ -101,6 +101,9 @@ class RepLKNet(PlainRepLKNet, StagedBackbone):
         return super().forward(self._formatted(x))
 
 
+MOBILENET_V3_NORM = dict(type="BN", eps=0.001, momentum=0.01)  # mmpretrain's default
+
+
 @MODELS.register_module()
 class MobileNetV3_CIFAR(MobileNetV3):
     """mmpretrain's MobileNetV3 for small pictures, as its ``ResNet_CIFAR`` is for ResNet: the stem has stride 1.
@@ -112,7 +115,7 @@ class MobileNetV3_CIFAR(MobileNetV3):
         self,
         arch: str = "small",
         in_channels: int = 3,
-        norm_cfg: dict = dict(type="BN", eps=0.001, momentum=0.01),
+        norm_cfg: dict = MOBILENET_V3_NORM,
         out_indices: Sequence[int] | None = None,
         frozen_stages: int = -1,
         norm_eval: bool = False,
