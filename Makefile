@@ -90,6 +90,15 @@ bench-prune-latency: $(VENV)/.developers ## plans by measured latency against pl
 bench-warm-start: $(VENV)/.users fashion-mnist ## stock MobileNetV2 annealed into the mergeable form against training from scratch
 	$(RUN) benchmarks/warm_start.py
 
+# Two hours on two idle cores: three sparse trainings of 5 minutes, 27 times pruned and fine-tuned.
+bench-slim-mobilenetv3: $(VENV)/.users fashion-mnist ## MobileNetV3 slimmed: nine rates, three L1 strengths, Fashion-MNIST
+	$(RUN) tools/sweep.py configs/slim_mobilenetv3_fashion_mnist_oneshot.py --strengths 1e-4 1e-3 1e-2 \
+	  --sparse configs/slim_mobilenetv3_fashion_mnist.py
+
+bench-slim-bcnn: $(VENV)/.users data/mini_cub/mini_fgvc.json ## a bilinear CNN slimmed on the rendered birds: one-shot rates
+	$(RUN) tools/sweep.py configs/slim_bcnn_rep_mbv2_mini_cub_oneshot.py --rates 0.2 0.4 0.6 0.8 \
+	  --sparse configs/slim_bcnn_rep_mbv2_mini_cub.py
+
 bench-training-cost: $(VENV)/.users ## a training step of multi-branch networks: time and memory, ours and others'
 	$(ONE_THREAD) $(RUN) benchmarks/training_cost.py
 
