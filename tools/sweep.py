@@ -88,7 +88,7 @@ def train(config: str, folder: Path, options: list[str], load_from: str | None =
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(record, lambda file: file.write(json.dumps(asked, indent=1).encode()))
     words = [sys.executable, "-W", "ignore", str(TOOL), config, "--work-dir", str(folder)]
-    if find_latest_checkpoint(str(folder)):
+    if (folder / "last_checkpoint").is_file() and find_latest_checkpoint(str(folder)):
         words += ["--resume"]
     elif load_from:
         options = [*options, f"load_from={load_from}"]

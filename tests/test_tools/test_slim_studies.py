@@ -53,8 +53,10 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def thin_vgg(monkeypatch):
-    """An eighth of VGG's widths, which it does not take as an argument."""
+def quick(monkeypatch):
+    """An eighth of VGG's widths, which it does not take as an argument; configs are written as they come, without yapf."""
+    monkeypatch.setattr("mmengine.config.config.FormatCode", lambda text, **_: (text, True))
+    monkeypatch.setattr("rep_plugin.hooks.show.is_main_process", lambda: False)  # no pictures
     make = vgg.make_vgg_layer
 
     def make_thin(in_channels, out_channels, *args, **kwargs):
