@@ -53,7 +53,7 @@ def widths_figure(widths: Mapping[str, tuple[int, int]], title: str = "", frozen
     axes.invert_yaxis()
     axes.set_xscale("log", base=2)  # a layer of 16 is read as well as one of 1280
     axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.set_xlim(1, 3 * max(before, default=1))
+    axes.set_xlim(0.8, 3 * max(before, default=1))  # a layer of 1 is seen
     axes.margins(y=0.01)
     axes.set_xlabel("channels")
     axes.set_title(title, fontsize=9)
