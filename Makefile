@@ -11,6 +11,7 @@ PYTEST := -m pytest -q --durations=10 --numprocesses $(JOBS) --dist loadfile
 FUZZ_TESTS := test_trained_and_deployed_blocks_agree or test_merged_step_equals_running_the_branches
 TIMM_TESTS := test_model_ and not with_features_fx
 DEMO_DIR := work_dirs/rep_mbv2_mini_cub
+FEWER := train_dataloader.dataset.indices=12000
 FASHION := /usr/share/datasets/fashion-mnist
 
 .PHONY: $(shell sed -n 's/^\([a-z-]*\):.*/\1/p' $(firstword $(MAKEFILE_LIST)))
@@ -99,6 +100,16 @@ bench-slimming: $(VENV)/.developers fashion-mnist ## five ways to slim one netwo
 
 bench-warm-start: $(VENV)/.users fashion-mnist ## stock MobileNetV2 annealed into the mergeable form against training from scratch
 	$(RUN) benchmarks/warm_start.py
+
+# An estimate from 4 ms a picture and step: three sparse trainings of 5 minutes, 27 times fine-tuned for 3.
+bench-slim-mobilenet: $(VENV)/.users fashion-mnist ## MobileNetV3 slimmed: nine rates, three L1 strengths (two hours)
+	$(RUN) tools/sweep.py configs/slim_mobilenetv3_fashion_mnist_oneshot.py --strengths 1e-4 1e-3 1e-2 \
+	  --sparse configs/slim_mobilenetv3_fashion_mnist.py \
+	  --sparse-options $(FEWER) --cfg-options $(FEWER)
+
+bench-slim-bcnn: $(VENV)/.users data/mini_cub/mini_fgvc.json ## a bilinear CNN slimmed on the rendered birds: one-shot rates
+	$(RUN) tools/sweep.py configs/slim_bcnn_rep_mbv2_mini_cub_oneshot.py --rates 0.2 0.4 0.6 0.8 \
+	  --sparse configs/slim_bcnn_rep_mbv2_mini_cub.py
 
 bench-training-cost: $(VENV)/.users ## a training step of multi-branch networks: time and memory, ours and others'
 	$(ONE_THREAD) $(RUN) benchmarks/training_cost.py

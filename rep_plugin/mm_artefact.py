@@ -23,7 +23,9 @@ from rep_plugin.report import Report
 from rep_plugin.verify import EquivalenceError, compare_outputs, verify_equivalence
 
 # Hooks that have done their work on the way to a pruned model: they would do it again when it is fine-tuned.
-NARROWING_HOOKS = ("LinearizeHook", "SparsityHook", "PruneHook", "SoftPruneHook", "ResRepHook", "CentripetalHook")
+NARROWING_HOOKS = (
+    "CentripetalHook", "DistillHook", "LinearizeHook", "PruneHook", "ResRepHook", "SoftPruneHook", "SparsityHook",
+)  # fmt: skip
 REAL_PICTURES = 8  # for the proof on real data: float64 is slow
 
 

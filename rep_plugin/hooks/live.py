@@ -95,11 +95,14 @@ def describe(metrics: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()) or "not measured: no validation"
 
 
+def main_figure(metrics: dict[str, float]) -> str | None:
+    """Return the name of the first figure that is high for good models; None where there is none."""
+    return next((name for name in metrics if any(word in name for word in HIGH_IS_GOOD)), None)
+
+
 def collapsed(before: dict[str, float], after: dict[str, float]) -> str:
     """Return a warning, with the numbers, where the first figure that is high for good models fell below half; else ''."""
-    for name, value in before.items():
-        if any(word in name for word in HIGH_IS_GOOD) and name in after:
-            if after[name] >= value / 2:
-                return ""
-            return f"{name} fell from {value:.4g} to {after[name]:.4g}: remove less at a time, or train more before it"
-    return ""
+    name = main_figure({name: value for name, value in before.items() if name in after})
+    if name is None or after[name] >= before[name] / 2:
+        return ""
+    return f"{name} fell from {before[name]:.4g} to {after[name]:.4g}: remove less at a time, or train more before it"

@@ -148,6 +148,7 @@ class PruneHook(PruningHook):
         plan = self._plan(runner, plain_model(runner))
         before = evaluate(runner, final_model(runner))
         self.note_tuned(runner, before)
+        runner.call_hook("before_removal")  # DistillHook copies the model that teaches
         report = prune_runner_(runner, plan, example_input=pictures_of(runner))
         self.note(runner, plan, report, before, evaluate(runner, final_model(runner)))
         self.rounds[-1]["steps_per_second"] = {"before": speed, "after": None}

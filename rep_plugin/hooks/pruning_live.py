@@ -29,7 +29,9 @@ from rep_plugin.hooks.live import (
     plain_model,
     restore_modes_,
 )
+from rep_plugin.hooks.show import show, show_rounds
 from rep_plugin.mm_prune_artefact import pruned_config, write_pruned_model
+from rep_plugin.pictures import widths_figure
 from rep_plugin.pruning import PrunePlan, PruneReport, apply_plan
 from rep_plugin.pruning.compose import compose_plans
 from rep_plugin.pruning.scores import SCORES
@@ -198,15 +200,17 @@ class PruningHook(Hook):
         report = apply_plan(pruned, plan, example_input=pictures_of(runner))
         before, after = evaluate(runner, model), evaluate(runner, pruned)
         self.note(runner, plan, report, before, after)
+        show_rounds(runner, self.rounds)
         self.finish(runner, plan, pruned, report)
 
     def note(self, runner: Runner, plan: PrunePlan, report: PruneReport, before: dict, after: dict) -> None:
-        """Keep the figures of a round, and log them."""
+        """Keep the figures of a round, log them, and draw the widths against those of the beginning."""
         figures = {
             name: getattr(report, name) for name in ("params_before", "params_after", "macs_before", "macs_after")
         }
         entry = dict(round=len(self.rounds) + 1, epoch=runner.epoch, iter=runner.iter, why=plan.why, **figures)
         entry |= dict(plan_params=plan.params_before, plan_macs=plan.macs_before)
+        entry |= dict(channels_before=plan.units[0], channels_after=plan.units[0] - plan.units[1])
         entry |= dict(max_rel_error=report.max_rel_error, before=before, after=after, tuned=None)
         self.rounds.append(entry)
         runner.logger.info(
@@ -216,12 +220,16 @@ class PruningHook(Hook):
         )
         if warning := collapsed(before, after):
             runner.logger.warning(f"{type(self).__name__}: {warning}")
+        whole = compose_plans(self.plans_of(runner) or [plan])
+        title = f"round {entry['round']}: {report.params_after:,} parameters, {report.macs_after:,} multiply-adds"
+        show(runner, "widths", lambda: widths_figure(whole.widths, title, whole.frozen))
 
     def note_tuned(self, runner: Runner, metrics: dict) -> None:
-        """Complete the last round with the figures after fine-tuning."""
+        """Complete the last round with the figures after fine-tuning, and draw the rounds so far."""
         if self.rounds and self.rounds[-1]["tuned"] is None:
             self.rounds[-1]["tuned"] = metrics
             runner.logger.info(f"{type(self).__name__}, round {len(self.rounds)}, fine-tuned: {describe(metrics)}")
+            show_rounds(runner, self.rounds)
 
     def whole_report(self, plan: PrunePlan, model: nn.Module) -> PruneReport:
         """Return the report of all rounds together: from before the first, with the largest error of all proofs."""

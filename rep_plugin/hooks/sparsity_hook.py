@@ -8,6 +8,8 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from rep_plugin.hooks.live import HookError, iterations_of, optimizers_of, pictures_of, plain_model
+from rep_plugin.hooks.show import show
+from rep_plugin.pictures import gammas_figure
 from rep_plugin.pruning import TraceError
 from rep_plugin.pruning.sparsity import MODES, Sparsity, all_parts, check_strength, prunable_parts, strengths_of
 from rep_plugin.registry import HOOKS
@@ -29,8 +31,9 @@ class SparsityHook(Hook):
 
     Only channels that could be pruned are pulled (the model is traced once, with the size of its pictures);
     ``only_prunable=False`` takes all batch norms, without tracing. Of a RepBlock only the output norms are taken. The log
-    has ``sparsity_factor``, and after each epoch how many gammas are below 1e-3. EMA copies are averages: they come
-    near zero, and are not exactly there.
+    has ``sparsity_factor``, and after each epoch how many gammas are below 1e-3; a histogram of them goes to the
+    visualizer as ``gammas`` after every ``histogram_interval`` epochs (0: never), when the pull ends, and at the end. EMA
+    copies are averages: they come near zero, and are not exactly there.
 
     Raises ValueError for bad arguments, and :class:`rep_plugin.hooks.live.HookError` at the start of training for patterns
     that match nothing, models that cannot be traced, and where there is nothing to pull.
@@ -46,6 +49,7 @@ class SparsityHook(Hook):
         end: float | None = None,
         by_epoch: bool = True,
         only_prunable: bool = True,
+        histogram_interval: int = 10,
     ):
         self.strength = check_strength("strength", strength)
         self.overrides = {p: check_strength(f"overrides[{p!r}]", v) for p, v in (overrides or {}).items()}
@@ -54,10 +58,13 @@ class SparsityHook(Hook):
             raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
         if not 0 <= warmup < (math.inf if end is None else end):
             raise ValueError(f"SparsityHook needs 0 <= warmup < end, got warmup={warmup}, end={end}")
+        if isinstance(histogram_interval, bool) or not isinstance(histogram_interval, int) or histogram_interval < 0:
+            raise ValueError(f"histogram_interval must be a whole number of epochs >= 0, got {histogram_interval!r}")
         self.mode, self.by_epoch, self.only_prunable = mode, by_epoch, only_prunable
+        self.histogram_interval = histogram_interval
         self.warmup, self.end = warmup, math.inf if end is None else end
         self.sparsity: Sparsity | None = None
-        self._iterations = 1.0
+        self._iterations, self._pulls = 1.0, False
 
     def factor_at(self, iteration: int) -> float:
         """The share of the full strength which the iteration of this number (from 0) is trained with."""
@@ -95,18 +102,33 @@ class SparsityHook(Hook):
         except TraceError as error:
             raise HookError(f"SparsityHook: {error}; only_prunable=False takes all batch norms") from None
 
+    def before_train_epoch(self, runner: Runner) -> None:
+        self._pulls = self.factor_at(runner.iter) > 0
+
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
         self.sparsity.factor = self.factor_at(runner.iter)
         runner.message_hub.update_scalar("train/sparsity_factor", self.sparsity.factor)
 
     def after_train_epoch(self, runner: Runner) -> None:
-        if self.sparsity.gammas:
-            gammas = torch.cat([gamma.detach().abs().flatten() for gamma in self.sparsity.gammas])
-            small, zero = (gammas < SMALL).float().mean().item(), (gammas == 0).float().mean().item()
-            runner.logger.info(
-                f"SparsityHook: {small:.1%} of {len(gammas):,} gammas below {SMALL}, {zero:.1%} exactly zero, "
-                f"mean {gammas.mean():.3g}"
-            )
+        if not self.sparsity.gammas:
+            return
+        gammas = torch.cat([gamma.detach().abs().flatten() for gamma in self.sparsity.gammas])
+        small, zero = (gammas < SMALL).float().mean().item(), (gammas == 0).float().mean().item()
+        runner.logger.info(
+            f"SparsityHook: {small:.1%} of {len(gammas):,} gammas below {SMALL}, {zero:.1%} exactly zero, "
+            f"mean {gammas.mean():.3g}"
+        )
+        if self._draws(runner):
+            title = f"after {runner.iter:,} iterations, L1 {self.strength:g}: {small:.1%} of the gammas below {SMALL}"
+            show(runner, "gammas", lambda: gammas_figure(gammas.cpu().numpy(), title))
+
+    def _draws(self, runner: Runner) -> bool:
+        """Whether the epoch that is over is one to draw."""
+        if not self.histogram_interval:
+            return False
+        # A loop without epochs calls this once, at its end.
+        over = runner.iter >= runner.max_iters or (self._pulls and self.factor_at(runner.iter) == 0)
+        return over or (runner.epoch + 1) % self.histogram_interval == 0
 
     def after_train(self, runner: Runner) -> None:
         self.sparsity.detach()

@@ -99,6 +99,7 @@ def test_wrapped_model(tmp_path, monkeypatch):
         (dict(overrides={"*": "much"}), r"overrides\['\*'\] must be a finite number >= 0, got 'much'"),
         (dict(group_strength=float("nan")), "group_strength must be a finite number >= 0, got nan"),
         (dict(mode="l0"), r"mode must be one of \('subgradient', 'proximal'\), got 'l0'"),
+        (dict(histogram_interval=0.5), "histogram_interval must be a whole number of epochs >= 0, got 0.5"),
         (dict(warmup=3, end=3), "needs 0 <= warmup < end, got warmup=3, end=3"),
     ],
 )
