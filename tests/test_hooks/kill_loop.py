@@ -44,6 +44,8 @@ CASES = {
     "one-shot": [SPARSITY, dict(type="rep_plugin.PruneHook", macs=0.5, begin=3)],
     "iterative": [EMA, dict(type="rep_plugin.PruneHook", prune_fraction=0.6, rounds=3, begin=1, interval=2)],
     "soft": [dict(type="rep_plugin.SoftPruneHook", prune_fraction=0.5, begin=2)],
+    "ResRep": [dict(type="rep_plugin.ResRepHook", macs=0.5, begin=1, end=4, interval=2, marked_strength=0.1)],
+    "C-SGD": [dict(type="rep_plugin.CentripetalHook", macs=0.5, strength=0.5, begin=1)],
 }
 
 
