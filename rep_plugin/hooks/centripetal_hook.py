@@ -8,11 +8,11 @@ from mmengine.runner import Runner
 from torch import nn
 
 from rep_plugin.hooks.live import (
-    HIGH_IS_GOOD,
     HookError,
     evaluate,
     final_model,
     iterations_of,
+    lost,
     optimizers_of,
     pictures_of,
     plain_model,
@@ -26,7 +26,6 @@ from rep_plugin.registry import HOOKS
 from rep_plugin.verify import EquivalenceError
 
 META = "rep_centripetal"  # in a checkpoint's meta data
-ALLOWED_LOSS = 0.1  # points of accuracy at the merge
 
 
 @HOOKS.register_module()
@@ -192,17 +191,3 @@ class CentripetalHook(PruningHook):
         if warning := lost(before, after):
             runner.logger.warning(f"CentripetalHook: {warning}, {far}: train longer, or with a larger strength")
         self.finish(runner, self.clusters.plan, merged, report)
-
-
-def lost(before: dict[str, float], after: dict[str, float]) -> str:
-    """Return what was lost, where the first figure that is high for good models fell by more than 0.1 point; else ''.
-
-    Figures up to 1 are shares, others percent.
-    """
-    for name, value in before.items():
-        if any(word in name for word in HIGH_IS_GOOD) and name in after:
-            loss = (value - after[name]) * (100 if 0 < value <= 1 else 1)
-            if loss > ALLOWED_LOSS:
-                return f"merging lost {loss:.2f} points: {name} fell from {value:.4g} to {after[name]:.4g}"
-            return ""
-    return ""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rep_plugin.mm_artefact import REAL_PICTURES, real_inputs
 
+ALLOWED_LOSS = 0.1  # points of accuracy, where a method promises that merging costs nothing
 HIGH_IS_GOOD = ("accuracy", "precision", "recall", "f1", "mAP", "mIoU")
 
 
@@ -106,3 +107,17 @@ def collapsed(before: dict[str, float], after: dict[str, float]) -> str:
     if name is None or after[name] >= before[name] / 2:
         return ""
     return f"{name} fell from {before[name]:.4g} to {after[name]:.4g}: remove less at a time, or train more before it"
+
+
+def lost(before: dict[str, float], after: dict[str, float]) -> str:
+    """Return what was lost, where the first figure that is high for good models fell by more than 0.1 point; else ''.
+
+    Figures up to 1 are shares, others percent.
+    """
+    name = main_figure({name: value for name, value in before.items() if name in after})
+    if name is None:
+        return ""
+    loss = (before[name] - after[name]) * (100 if 0 < before[name] <= 1 else 1)
+    if loss <= ALLOWED_LOSS:
+        return ""
+    return f"merging lost {loss:.2f} points: {name} fell from {before[name]:.4g} to {after[name]:.4g}"

@@ -14,6 +14,7 @@ from rep_plugin.hooks.live import (
     evaluate,
     final_model,
     iterations_of,
+    lost,
     optimizers_of,
     pictures_of,
     plain_model,
@@ -50,8 +51,9 @@ class ResRepHook(PruningHook):
 
     After training, compactors are merged into a copy of the model (of the EMA weights, where there are), forgotten rows
     dropped, the result proven and written as :func:`rep_plugin.mm_prune_artefact.write_pruned` does. Validation is run
-    before and after; figures, with the norms of dropped rows, go to the log and to ``pruned.rounds.json``. A row above 1 %
-    of those that stay beside it is a warning with the numbers. The log has ``resrep_macs``, the share that would remain.
+    before and after; figures, with the norms of dropped rows, go to the log and to ``pruned.rounds.json``. More than 0.1
+    point lost is a warning with the numbers, as is a row above 1 % of those that stay beside it. The log has
+    ``resrep_macs``, the share that would remain.
 
     Checkpoints hold compactors, their momentum and what is marked, so that resuming goes on exactly; other checkpoints
     are loaded before the compactors are put in. Raises ValueError for bad arguments, and
@@ -228,6 +230,9 @@ class ResRepHook(PruningHook):
         report = self.resrep.compact_(pruned, self.plan, pictures_of(runner))
         pruned.eval()
         self.rounds = []
-        self.note(runner, self.plan, report, evaluate(runner, model), evaluate(runner, pruned))
+        before, after = evaluate(runner, model), evaluate(runner, pruned)
+        self.note(runner, self.plan, report, before, after)
+        if warning := lost(before, after):
+            runner.logger.warning(f"ResRepHook: {warning}; {self._describe(left)}")
         self.rounds[-1] |= left | dict(choices=self.choices)
         self.finish(runner, compose_plans([*self.plans_of(runner), self.plan]), pruned, report)

@@ -15,8 +15,8 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 from rep_plugin.hooks import CentripetalHook
-from rep_plugin.hooks.centripetal_hook import META, lost
-from rep_plugin.hooks.live import HookError, evaluate, plain_model
+from rep_plugin.hooks.centripetal_hook import META
+from rep_plugin.hooks.live import HookError, evaluate, lost, plain_model
 from rep_plugin.mm_artefact import load_model
 from rep_plugin.pruning.centripetal import cluster_distances, snap_clusters_
 from rep_plugin.pruning.clusters import Clusters
