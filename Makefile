@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ONEDL_VENV ?= .venv-onedl
+DOWNSTREAM_VENV ?= .venv-downstream
 BIN := $(VENV)/bin
 RUN := PYTHONWARNINGS=ignore $(BIN)/python
 # One thread a process and two processes: the tests are many small networks. A file's tests stay together.
@@ -35,6 +36,24 @@ $(ONEDL_VENV)/.developers: setup.cfg pyproject.toml
 	$(ONEDL_VENV)/bin/pip install --progress-bar off -e '.[onedl,export,test]'
 	touch $@
 
+# mmdet and mmseg need mmcv's compiled operators, which come as source. The wheel stays in $(DOWNSTREAM_VENV)/wheels.
+MMCV := onedl_mmcv-2.3.6
+$(DOWNSTREAM_VENV)/wheels/.$(MMCV):
+	$(PYTHON) -m venv $(DOWNSTREAM_VENV)
+	$(DOWNSTREAM_VENV)/bin/pip install --quiet --upgrade pip
+	$(DOWNSTREAM_VENV)/bin/pip install --progress-bar off 'setuptools<81' wheel ninja packaging torch torchvision
+	mkdir -p $(DOWNSTREAM_VENV)/build
+	cd $(DOWNSTREAM_VENV)/build && ../bin/pip download --no-deps --no-binary :all: --no-build-isolation onedl-mmcv==2.3.6 \
+	  && tar xzf $(MMCV).tar.gz && sed -i 's/-std=c++1[47]/-std=c++20/' $(MMCV)/setup.py
+	cd $(DOWNSTREAM_VENV)/build && PATH="$$PWD/../bin:$$PATH" MMCV_WITH_OPS=1 MAX_JOBS=$(JOBS) CFLAGS="-O1 -g0" \
+	  ../bin/pip wheel --no-build-isolation --no-deps -w ../wheels ./$(MMCV)
+	touch $@
+
+$(DOWNSTREAM_VENV)/.developers: setup.cfg pyproject.toml $(DOWNSTREAM_VENV)/wheels/.$(MMCV)
+	$(DOWNSTREAM_VENV)/bin/pip install --progress-bar off --no-deps $(DOWNSTREAM_VENV)/wheels/$(MMCV)-*.whl
+	$(DOWNSTREAM_VENV)/bin/pip install --progress-bar off --no-build-isolation -e '.[onedl,downstream,test]'
+	touch $@
+
 install: $(VENV)/.users ## the package with mmpretrain, into .venv
 
 data/mini_cub/mini_fgvc.json: | $(VENV)/.users
@@ -52,6 +71,9 @@ fuzz: $(VENV)/.developers ## 2,000 random configurations for each property test 
 
 test-onedl: $(ONEDL_VENV)/.developers fashion-mnist ## the same tests on the maintained fork
 	$(ONE_THREAD) $(ONEDL_VENV)/bin/python $(PYTEST) $(TESTS)
+
+test-downstream: $(DOWNSTREAM_VENV)/.developers ## detectors and segmentors; builds mmcv's operators once (half an hour)
+	$(ONE_THREAD) PYTHONWARNINGS=ignore $(DOWNSTREAM_VENV)/bin/python -m pytest -q --durations=10 tests/downstream
 
 lint: $(VENV)/.developers ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -100,4 +122,4 @@ bench-foreign: $(VENV)/.developers ## every multi-branch model of timm and mmpre
 	$(ONE_THREAD) $(RUN) benchmarks/foreign_models.py
 
 clean:
-	rm -rf $(VENV) $(ONEDL_VENV) build *.egg-info
+	rm -rf $(VENV) $(ONEDL_VENV) $(DOWNSTREAM_VENV) build *.egg-info
