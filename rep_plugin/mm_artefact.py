@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import rep_plugin
-from rep_plugin.backbones.loading import CheckpointMismatchError, require_fit
+from rep_plugin.backbones.loading import CheckpointMismatchError, describe_mismatch, require_fit
 from rep_plugin.checkpoint import load_checkpoint_file, save_checkpoint_file, write_atomic, write_together
 from rep_plugin.mm_convs import TYPES as CONV_TYPES
 from rep_plugin.registry import MODELS
@@ -79,16 +79,16 @@ def _as_stock(node: object) -> tuple[object, int]:
     return node, found
 
 
-def deploy_config(cfg: Config) -> Config:
+def deploy_config(cfg: Config, as_stock: bool = True) -> Config:
     """Return a copy of a config that builds the deployed network: the same file in all else.
 
     An ``Expanded`` model and ``conv_cfg`` look-alikes become the stock network they merge into; a pruned model is merged
-    when it is built, its plan being for the layers before. Raises ValueError where the model holds no rep_plugin type that
-    has a deployed form.
+    when it is built, its plan being for the layers before, and so is any model with ``as_stock=False``. Raises ValueError
+    where the model holds no rep_plugin type that has a deployed form.
     """
     cfg = copy.deepcopy(cfg)
     parts = []
-    if cfg.model.get("type") == "rep_plugin.Pruned":
+    if cfg.model.get("type") == "rep_plugin.Pruned" or not as_stock:
         cfg.model = dict(type="rep_plugin.Merged", model=cfg.model, backbone=dict())
         replaced = 1
     else:
@@ -203,6 +203,10 @@ def write_deployed(
     source.eval()
     merged, report = reparameterize(source, inputs, inplace=True, fold_bn=False)
     merged.cpu()
+    if describe_mismatch(build_model(deployed).state_dict(), merged.state_dict()):
+        deployed = deploy_config(
+            cfg, as_stock=False
+        )  # biases that the stock network has not: no batch norm took them up
     example = inputs if inputs is not None else torch.zeros(report.input_shape)
     check_rebuilt(deployed, merged, example)
 

@@ -6,39 +6,50 @@ import sys
 
 import pytest
 import torch
+import yaml
+from mmdet.apis import init_detector
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData, PixelData
+from mmseg.apis import init_model
 from mmseg.structures import SegDataSample
 
 import rep_plugin
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.mm_artefact import build_model, load_model, write_deployed
 from rep_plugin.mm_prune_artefact import write_pruned
-from tests.downstream.conftest import CONFIGS, SIDE, lively, pictures, shipped
+from tests.downstream.conftest import CONFIGS, ROOT, SIDE, assert_same, lively, pictures, shipped
 
+NARROW_HEADS = {
+    "model.neck.out_channels": 32,
+    "model.rpn_head.in_channels": 32,
+    "model.rpn_head.feat_channels": 32,
+    "model.roi_head.bbox_roi_extractor.out_channels": 32,
+    "model.roi_head.bbox_head.in_channels": 32,
+    "model.roi_head.bbox_head.fc_out_channels": 64,
+    "model.roi_head.bbox_head.num_classes": 3,
+    "model.test_cfg.rcnn.score_thr": 0.0,
+    "model.test_cfg.rpn.max_per_img": 20,
+}
 SMALL = {
     "fcos_rep_mbv2_mini_scenes": {"model.test_cfg.score_thr": 0.0},
     "faster_rcnn_rep_mbv2_coco": {
-        "model.backbone.widen_factor": 0.5, "model.neck.in_channels": [16, 16, 48, 160], "model.neck.out_channels": 32,
-        "model.rpn_head.in_channels": 32, "model.rpn_head.feat_channels": 32,
-        "model.roi_head.bbox_roi_extractor.out_channels": 32, "model.roi_head.bbox_head.in_channels": 32,
-        "model.roi_head.bbox_head.fc_out_channels": 64, "model.roi_head.bbox_head.num_classes": 3,
-        "model.test_cfg.rcnn.score_thr": 0.0, "model.test_cfg.rpn.max_per_img": 20,
+        "model.backbone.widen_factor": 0.5,
+        "model.neck.in_channels": [16, 16, 48, 160],
+        **NARROW_HEADS,
     },
     "faster_rcnn_rep_repvgg_a0_coco": {
-        "model.backbone.arch": dict(depths=(1, 1, 2, 1), widths=(0.25,) * 4), "model.neck.in_channels": [16, 32, 64, 128],
-        "model.neck.out_channels": 32, "model.rpn_head.in_channels": 32, "model.rpn_head.feat_channels": 32,
-        "model.roi_head.bbox_roi_extractor.out_channels": 32, "model.roi_head.bbox_head.in_channels": 32,
-        "model.roi_head.bbox_head.fc_out_channels": 64, "model.roi_head.bbox_head.num_classes": 3,
-        "model.test_cfg.rcnn.score_thr": 0.0, "model.test_cfg.rpn.max_per_img": 20,
+        "model.backbone.arch": dict(_delete_=True, depths=(1, 1, 2, 1), widths=(0.25,) * 4),
+        "model.neck.in_channels": [16, 32, 64, 128],
+        **NARROW_HEADS,
     },
     "deeplabv3plus_rep_mbv2_mini_scenes": {},
-}  # fmt: skip
+}
 DETECTORS = [name for name in SMALL if not name.startswith("deeplab")]
 X = pictures()
+META = {"classes": ("a", "b", "c"), "palette": [(1, 2, 3)] * 3}
 
 
 def samples(name: str, count: int = 2) -> list:
@@ -62,27 +73,18 @@ def samples(name: str, count: int = 2) -> list:
 
 @torch.no_grad()
 def predicted(model: torch.nn.Module, name: str) -> list[torch.Tensor]:
-    """What a model says of the pictures: boxes, scores and labels, or logits."""
+    """What a model says of each picture: rows of (box, score, label), or logits."""
     model.eval()
     found = model(X, samples(name), mode="predict")
-    if name in DETECTORS:
-        assert all(len(one.pred_instances) == 20 or len(one.pred_instances) == 100 for one in found)
-        return [t for one in found for t in (one.pred_instances.scores, one.pred_instances.bboxes)] + [
-            one.pred_instances.labels for one in found
-        ]
-    return [one.seg_logits.data for one in found]
-
-
-def assert_same(first: list[torch.Tensor], second: list[torch.Tensor]) -> None:
-    for one, other in zip(first, second, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    if name not in DETECTORS:
+        return [one.seg_logits.data for one in found]
+    rows = [torch.column_stack([p.bboxes, p.scores, p.labels]) for p in (one.pred_instances for one in found)]
+    assert min(map(len, rows)) > 10
+    return rows
 
 
 def stock(name: str, folder, form: str) -> torch.nn.Module:
     """What stock mmdet or mmseg build and load."""
-    from mmdet.apis import init_detector
-    from mmseg.apis import init_model
-
     paths = str(folder / f"{form}.py"), str(folder / f"{form}.pth")
     if name not in DETECTORS:
         return init_model(*paths, device="cpu")
@@ -108,10 +110,6 @@ def case(request):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_shipped_config_builds_as_listed(name):
-    import yaml
-
-    from tests.downstream.conftest import ROOT
-
     cfg = shipped(name)
     listed = {model["Name"]: model for model in yaml.safe_load((ROOT / "model-index.yml").read_text())["Models"]}
     model = build_model(cfg)
@@ -151,7 +149,7 @@ def test_a_whole_model_is_merged_with_everything_folded(case):
 
 def test_deployed_files_load_in_stock_code(case, tmp_path):
     name, cfg, model = case
-    write_deployed(model, cfg, tmp_path, X, {"classes": ("a", "b", "c"), "palette": [(1, 2, 3)] * 3})
+    write_deployed(model, cfg, tmp_path, X, META)
     loaded = stock(name, tmp_path, "deploy")
     assert_same(predicted(model, name), predicted(loaded, name))
     assert list(loaded.dataset_meta["classes"]) == ["a", "b", "c"]
@@ -161,7 +159,7 @@ def test_deployed_files_load_in_stock_code(case, tmp_path):
 def test_pruned_files_load_in_stock_code_train_on_and_merge(case, tmp_path):
     name, cfg, model = case
     plan = rep_plugin.plan_pruning(model, X.shape, "l1", 0.3)
-    report = write_pruned(model, cfg, plan, tmp_path, X, {"classes": ("a", "b", "c"), "palette": [(1, 2, 3)] * 3})
+    report = write_pruned(model, cfg, plan, tmp_path, X, META)
     assert report.max_rel_error < 1e-10 and report.params_after < report.params_before
     narrow = [key for key, (before, after) in plan.widths.items() if after < before]
     assert any(key.startswith("backbone.stages") for key in narrow)
@@ -173,7 +171,7 @@ def test_pruned_files_load_in_stock_code_train_on_and_merge(case, tmp_path):
     assert_same(expected, predicted(again, name))
     assert all(gradient is not None for gradient in train_once(revert_sync_batchnorm(again), name).values())
     again, _ = load_model(pruned_cfg, str(tmp_path / "pruned.pth"))
-    write_deployed(again, pruned_cfg, tmp_path, X, {"classes": ("a", "b", "c"), "palette": [(1, 2, 3)] * 3})
+    write_deployed(again, pruned_cfg, tmp_path, X, META)
     assert_same(expected, predicted(stock(name, tmp_path, "deploy"), name))
 
 
@@ -202,15 +200,16 @@ def test_a_backbone_alone_is_pruned_and_merged_inside_its_detector():
     assert_same(expected, predicted(model, name))
 
 
-def test_conv_cfg_in_the_head_of_a_detector():
+def test_conv_cfg_in_the_head_of_a_detector(tmp_path):
+    """A group norm follows the convolutions: it cannot take up their biases, which stock FCOS has not."""
     name = "fcos_rep_mbv2_mini_scenes"
     cfg = shipped(name, **SMALL[name], **{"model.bbox_head.conv_cfg": dict(type="rep_plugin.DBBConv2d")})
     model = lively(cfg)
-    merged, report = rep_plugin.reparameterize(model, X, fold_bn=False)
+    report = write_deployed(model, cfg, tmp_path, X, META)
     assert {"bbox_head.cls_convs.0.conv", "bbox_head.reg_convs.1.conv"} <= {block.name for block in report.blocks}
-    stock_cfg = shipped(name, **SMALL[name], **{"model.backbone.deploy": True})
-    build_model(stock_cfg).load_state_dict(merged.state_dict())
-    assert_same(predicted(model, name), predicted(merged, name))
+    loaded = stock(name, tmp_path, "deploy")
+    assert type(loaded.bbox_head.cls_convs[0].conv) is torch.nn.Conv2d
+    assert_same(predicted(model, name), predicted(loaded, name))
 
 
 def test_a_classifier_starts_a_detector(tmp_path):
