@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ONEDL_VENV ?= .venv-onedl
+DOWNSTREAM_VENV ?= .venv-downstream
 BIN := $(VENV)/bin
 RUN := PYTHONWARNINGS=ignore $(BIN)/python
 # One thread a process and two processes: the tests are many small networks. A file's tests stay together.
@@ -37,6 +38,24 @@ $(ONEDL_VENV)/.developers: setup.cfg pyproject.toml
 	$(ONEDL_VENV)/bin/pip install --progress-bar off -e '.[onedl,export,test]'
 	touch $@
 
+# mmdet and mmseg need mmcv's compiled operators, which come as source. The wheel stays in $(DOWNSTREAM_VENV)/wheels.
+MMCV := onedl_mmcv-2.3.6
+$(DOWNSTREAM_VENV)/wheels/.$(MMCV):
+	$(PYTHON) -m venv $(DOWNSTREAM_VENV)
+	$(DOWNSTREAM_VENV)/bin/pip install --quiet --upgrade pip
+	$(DOWNSTREAM_VENV)/bin/pip install --progress-bar off 'setuptools<81' wheel ninja packaging torch torchvision
+	mkdir -p $(DOWNSTREAM_VENV)/build
+	cd $(DOWNSTREAM_VENV)/build && ../bin/pip download --no-deps --no-binary :all: --no-build-isolation onedl-mmcv==2.3.6 \
+	  && tar xzf $(MMCV).tar.gz && sed -i 's/-std=c++1[47]/-std=c++20/' $(MMCV)/setup.py
+	cd $(DOWNSTREAM_VENV)/build && PATH="$$PWD/../bin:$$PATH" MMCV_WITH_OPS=1 MAX_JOBS=$(JOBS) CFLAGS="-O1 -g0" \
+	  ../bin/pip wheel --no-build-isolation --no-deps -w ../wheels ./$(MMCV)
+	touch $@
+
+$(DOWNSTREAM_VENV)/.developers: setup.cfg pyproject.toml $(DOWNSTREAM_VENV)/wheels/.$(MMCV)
+	$(DOWNSTREAM_VENV)/bin/pip install --progress-bar off --no-deps $(DOWNSTREAM_VENV)/wheels/$(MMCV)-*.whl
+	$(DOWNSTREAM_VENV)/bin/pip install --progress-bar off --no-build-isolation -e '.[onedl,downstream,test]'
+	touch $@
+
 install: $(VENV)/.users ## the package with mmpretrain, into .venv
 
 data/mini_cub/mini_fgvc.json: | $(VENV)/.users
@@ -57,6 +76,9 @@ test-onedl: $(ONEDL_VENV)/.developers fashion-mnist ## the same tests on the mai
 
 test-timm: $(VENV)/.developers ## timm's own tests of models on our names: TIMM=a checkout of pytorch-image-models (half an hour)
 	PYTHONPATH=tests $(ONE_THREAD) $(RUN) -m pytest -q -p timm_names -p no:cacheprovider -k "$(TIMM_TESTS)" $(TIMM)/tests/test_models.py
+
+test-downstream: $(DOWNSTREAM_VENV)/.developers ## detectors and segmentors; builds mmcv's operators once (half an hour)
+	$(ONE_THREAD) PYTHONWARNINGS=ignore $(DOWNSTREAM_VENV)/bin/python -m pytest -q --durations=10 tests/downstream
 
 lint: $(VENV)/.developers ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -127,4 +149,4 @@ bench-export: $(VENV)/.developers data/mini_cub/mini_fgvc.json ## ONNX Runtime a
 	$(ONE_THREAD) $(RUN) benchmarks/export.py
 
 clean:
-	rm -rf $(VENV) $(ONEDL_VENV) build *.egg-info
+	rm -rf $(VENV) $(ONEDL_VENV) $(DOWNSTREAM_VENV) build *.egg-info

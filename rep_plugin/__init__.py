@@ -1,8 +1,7 @@
 """Structural re-parameterization for mmpretrain, mmengine and timm, every step proven equal."""
 
-from importlib.util import find_spec
-
 from rep_plugin.export import export_onnx
+from rep_plugin.missing import explain_missing, is_missing
 from rep_plugin.pruning import PrunePlan, apply_plan, plan_pruning
 from rep_plugin.reparam import expand, merge_sequence, reparameterize
 from rep_plugin.report import Report
@@ -22,7 +21,8 @@ __all__ = [
     "reparameterize",
 ]
 
-if find_spec("timm") is not None:  # registers our names with timm
+explain_missing()
+if not is_missing("timm"):  # registers our names with timm
     from rep_plugin import timm_artefact as timm_artefact
     from rep_plugin import timm_backbones as timm_backbones
     from rep_plugin import timm_bilinear as timm_bilinear

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from rep_plugin.running import run_model
+
 
 @contextmanager
 def torch_threads(count: int):
@@ -38,7 +40,7 @@ def eager_calls(models: Mapping[str, nn.Module], x: Tensor) -> dict[str, Callabl
     def call(model: nn.Module) -> Callable[[], object]:
         def run():
             with torch.inference_mode():
-                return model(x)
+                return run_model(model, x)
 
         return run
 

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,19 +15,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import rep_plugin
-from rep_plugin.backbones.loading import CheckpointMismatchError, require_fit
+from rep_plugin.backbones.loading import CheckpointMismatchError, describe_mismatch, require_fit
 from rep_plugin.checkpoint import load_checkpoint_file, save_checkpoint_file, write_atomic, write_together
 from rep_plugin.mm_convs import TYPES as CONV_TYPES
 from rep_plugin.registry import MODELS
 from rep_plugin.reparam import reparameterize
 from rep_plugin.report import Report
+from rep_plugin.running import run_model
 from rep_plugin.verify import EquivalenceError, compare_outputs, verify_equivalence
 
 # Hooks that have done their work on the way to a pruned model: they would do it again when it is fine-tuned.
 NARROWING_HOOKS = (
     "CentripetalHook", "DistillHook", "LinearizeHook", "PruneHook", "ResRepHook", "SoftPruneHook", "SparsityHook",
 )  # fmt: skip
-REAL_PICTURES = 8  # for the proof on real data: float64 is slow
+REAL_PICTURES, REAL_PIXELS = 8, 8 * 384 * 384  # for the proof on real data: float64 is slow
 
 
 def typed_dicts(node: object) -> Iterator[dict]:
@@ -79,17 +81,17 @@ def _as_stock(node: object) -> tuple[object, int]:
     return node, found
 
 
-def deploy_config(cfg: Config) -> Config:
+def deploy_config(cfg: Config, as_stock: bool = True) -> Config:
     """Return a copy of a config that builds the deployed network: the same file in all else.
 
     An ``Expanded`` model and ``conv_cfg`` look-alikes become the stock network they merge into; a pruned model is merged
-    when it is built, its plan being for the layers before. Raises ValueError where the model holds no rep_plugin type that
-    has a deployed form.
+    when it is built, its plan being for the layers before, and so is any model with ``as_stock=False``. Raises ValueError
+    where the model holds no rep_plugin type that has a deployed form.
     """
     cfg = copy.deepcopy(cfg)
     parts = []
-    if cfg.model.get("type") == "rep_plugin.Pruned":
-        cfg.model = dict(type="rep_plugin.Merged", model=cfg.model)
+    if cfg.model.get("type") == "rep_plugin.Pruned" or not as_stock:
+        cfg.model = dict(type="rep_plugin.Merged", model=cfg.model, backbone=dict())
         replaced = 1
     else:
         cfg.model, replaced = _as_stock(cfg.model)
@@ -157,12 +159,20 @@ def load_model(cfg: Config, checkpoint: str) -> tuple[nn.Module, dict]:
 
 
 def real_inputs(model: nn.Module, loader: DataLoader, count: int = REAL_PICTURES) -> Tensor:
-    """Return up to ``count`` pictures of a loader's data set, evenly spread, preprocessed as the model sees them."""
+    """Return up to ``count`` pictures of a loader's data set, evenly spread, preprocessed as the model sees them.
+
+    Pictures of several sizes do not make a batch: those of the most frequent size are taken, and of large ones fewer, but
+    two.
+    """
     dataset = loader.dataset
     step = max(1, len(dataset) // count)
-    batch = loader.collate_fn([dataset[i] for i in range(0, min(len(dataset), count * step), step)])
+    samples = [dataset[i] for i in range(0, min(len(dataset), count * step), step)]
+    shapes = [tuple(sample["inputs"].shape) for sample in samples]
+    common = max(shapes, key=shapes.count)
+    samples = [sample for sample, shape in zip(samples, shapes) if shape == common]
+    samples = samples[: max(2, REAL_PIXELS // math.prod(common[-2:]))]
     with torch.no_grad():
-        return model.data_preprocessor(copy.deepcopy(batch), False)["inputs"]
+        return model.data_preprocessor(copy.deepcopy(loader.collate_fn(samples)), False)["inputs"]
 
 
 def check_rebuilt(cfg: Config, merged: nn.Module, inputs: Tensor) -> None:
@@ -170,7 +180,7 @@ def check_rebuilt(cfg: Config, merged: nn.Module, inputs: Tensor) -> None:
     rebuilt = build_model(cfg)
     load_strictly(rebuilt, merged.state_dict(), "what was made of the model")
     with torch.no_grad():
-        difference = compare_outputs(merged.cpu()(inputs.cpu()), rebuilt(inputs.cpu()))
+        difference = compare_outputs(run_model(merged.cpu(), inputs.cpu()), run_model(rebuilt, inputs.cpu()))
     if difference.exceeds(1e-6):  # or is it rounding, of weights that lie otherwise in memory?
         try:
             verify_equivalence(merged, rebuilt, [inputs.cpu()])
@@ -189,8 +199,9 @@ def write_deployed(
     """Merge a copy of a trained model, prove it, and write ``deploy.pth``, ``deploy.py`` and ``deploy.json`` (the report).
 
     ``model`` is what ``cfg.model`` builds, in any mode; ``inputs`` are preprocessed pictures (N, C, H, W) for the proof
-    beside random ones. The files are what ``mmpretrain.apis.init_model`` and the stock ``tools/test.py`` load. Raises what
-    :func:`rep_plugin.reparameterize` raises, or OSError where a file cannot be written; older files then stay.
+    beside random ones. The files are what ``init_model`` of ``mmpretrain.apis`` and ``mmseg.apis``, ``init_detector`` of
+    ``mmdet.apis`` and the stock ``tools/test.py`` load. Raises what :func:`rep_plugin.reparameterize` raises, or OSError
+    where a file cannot be written; older files then stay.
     """
     out_dir = Path(out_dir)
     deployed = deploy_config(cfg)
@@ -198,6 +209,10 @@ def write_deployed(
     source.eval()
     merged, report = reparameterize(source, inputs, inplace=True, fold_bn=False)
     merged.cpu()
+    if describe_mismatch(build_model(deployed).state_dict(), merged.state_dict()):
+        deployed = deploy_config(
+            cfg, as_stock=False
+        )  # biases that the stock network has not: no batch norm took them up
     example = inputs if inputs is not None else torch.zeros(report.input_shape)
     check_rebuilt(deployed, merged, example)
 

@@ -43,6 +43,10 @@ class StagedBackbone(BaseModule):
         self.channels_last = channels_last
         if channels_last:  # the kernels too: a map of one channel does not tell its own format
             self.to(memory_format=torch.channels_last)
+        for part in (*self.stages, *filter(None, [getattr(self, "last_conv", None)]))[
+            max(self.out_indices, default=0) + 1 :
+        ]:
+            part.requires_grad_(False)  # not run, and DDP waits for every parameter that wants a gradient
         self._freeze_stages()
         refuse_misfits(self)
 

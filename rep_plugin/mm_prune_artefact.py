@@ -27,7 +27,7 @@ def pruned_config(cfg: Config, plan: PrunePlan, linear: bool = True) -> Config:
     cfg = copy.deepcopy(cfg)
     # As text, and without the scores: mmengine takes seconds to print thousands of indented numbers.
     text = json.dumps(asdict(replace(plan, scores={})), separators=(",", ":"))
-    cfg.model = dict(type="rep_plugin.Pruned", model=cfg.model, plan=text)
+    cfg.model = dict(type="rep_plugin.Pruned", model=cfg.model, plan=text, backbone=dict())
     finish_(cfg, [name for name in NARROWING_HOOKS if linear or name != "LinearizeHook"])
     return cfg
 
@@ -43,7 +43,7 @@ def write_pruned(
     """Prune a copy of a model by ``plan``, prove it, and write ``pruned.pth pruned.py pruned.plan.json pruned.json .png``.
 
     ``model`` is what ``cfg.model`` builds; ``inputs`` are preprocessed pictures (N, C, H, W) for the proof. The first two
-    files are what ``mmpretrain.apis.init_model``, the stock ``tools/test.py``, and ``load_from`` for fine-tuning load;
+    files are what stock ``init_model``, ``init_detector`` and ``tools/test.py`` load, and ``load_from`` for fine-tuning;
     pruning them again, or merging them, nests in the config. Raises what :func:`rep_plugin.apply_plan` raises, or OSError
     where a file cannot be written; older files then stay.
     """

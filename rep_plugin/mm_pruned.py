@@ -2,6 +2,10 @@
 
 ``dict(type='rep_plugin.Pruned', model=<config>, plan=<plan>)`` in the place of ``model``; they nest, innermost first, so a
 config tells the whole history.
+
+Stock code reaches into ``model`` as if it were the network's own config: mmdet's ``init_detector`` looks at
+``model.backbone``, mmseg's ``init_model`` sets ``model.pretrained`` and ``model.train_cfg`` to None. So both types take
+``backbone``, changes to the config of the network's own backbone, and those two as None.
 """
 
 import copy
@@ -19,10 +23,17 @@ from rep_plugin.rebuild import as_plan, rebuild_
 from rep_plugin.registry import MODELS
 
 
-def _build_inner(model: Mapping, data_preprocessor: Mapping | None) -> nn.Module:
+def _build_inner(
+    model: Mapping, data_preprocessor: Mapping | None, backbone: Mapping | None, pretrained: None, train_cfg: None
+) -> nn.Module:
     if not isinstance(model, Mapping) or "type" not in model:
         raise ValueError(f"model must be the config of a model with a 'type', got {model!r}")
+    for name, value in (("pretrained", pretrained), ("train_cfg", train_cfg)):
+        if value is not None:
+            raise ValueError(f"{name} belongs into the inner model's config, got {value!r}, expected None")
     inner = copy.deepcopy(dict(model))
+    if backbone:
+        inner["backbone"] = {**inner.get("backbone", {}), **copy.deepcopy(dict(backbone))}
     for part in typed_dicts(inner):
         drop_pretrained_(part)
     if data_preprocessor is not None and not isinstance(data_preprocessor, nn.Module):
@@ -30,8 +41,8 @@ def _build_inner(model: Mapping, data_preprocessor: Mapping | None) -> nn.Module
     return ROOT_MODELS.build(inner)
 
 
-def _rebuilt(model: Mapping, data_preprocessor: Mapping | None, steps: Sequence[dict]) -> nn.Module:
-    inner = _build_inner(model, data_preprocessor)
+def _rebuilt(steps: Sequence[dict], *inner_config: Mapping | None) -> nn.Module:
+    inner = _build_inner(*inner_config)
     before = history_of(inner)
     rebuilt = rebuild_(inner, steps)
     setattr(rebuilt, ATTRIBUTE, [*before, *steps])
@@ -41,7 +52,12 @@ def _rebuilt(model: Mapping, data_preprocessor: Mapping | None, steps: Sequence[
 
 @MODELS.register_module()
 def Pruned(
-    model: Mapping, plan: PrunePlan | Mapping | str | Sequence, data_preprocessor: Mapping | None = None
+    model: Mapping,
+    plan: PrunePlan | Mapping | str | Sequence,
+    data_preprocessor: Mapping | None = None,
+    backbone: Mapping | None = None,
+    pretrained: None = None,
+    train_cfg: None = None,
 ) -> nn.Module:
     """Build a stock model from its config and remove what ``plan`` removes; keys of the checkpoint stay the stock ones.
 
@@ -50,16 +66,22 @@ def Pruned(
     """
     plans = plan if isinstance(plan, (list, tuple)) else [plan]
     steps = [{"step": "prune", "plan": asdict(as_plan(one))} for one in plans]
-    return _rebuilt(model, data_preprocessor, steps)
+    return _rebuilt(steps, model, data_preprocessor, backbone, pretrained, train_cfg)
 
 
 @MODELS.register_module()
 def Merged(
-    model: Mapping, fold_bn: bool = False, merge_linear: bool = False, data_preprocessor: Mapping | None = None
+    model: Mapping,
+    fold_bn: bool = False,
+    merge_linear: bool = False,
+    data_preprocessor: Mapping | None = None,
+    backbone: Mapping | None = None,
+    pretrained: None = None,
+    train_cfg: None = None,
 ) -> nn.Module:
     """Build a model from its config and merge its blocks, as :func:`rep_plugin.reparameterize` does; load weights next.
 
     ``fold_bn`` and ``merge_linear`` must be what they were when the weights were merged.
     """
     step = {"step": "reparameterize", "fold_bn": fold_bn, "merge_linear": merge_linear}
-    return _rebuilt(model, data_preprocessor, [step])
+    return _rebuilt([step], model, data_preprocessor, backbone, pretrained, train_cfg)

@@ -1,7 +1,7 @@
 """Our own mmengine scope, so that ``type='rep_plugin.X'`` resolves in any config without ``custom_imports``.
 
 mmengine imports ``<scope>.registry`` when it meets an unknown scope, and each registry imports its ``locations`` on
-first use.
+first use. What is built on mmpretrain's own classes is refused by name where mmdet or mmseg are used without mmpretrain.
 """
 
 from mmengine.registry import HOOKS as ROOT_HOOKS
@@ -9,13 +9,28 @@ from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import OPTIM_WRAPPERS as ROOT_OPTIM_WRAPPERS
 from mmengine.registry import Registry
 
+from rep_plugin.missing import explain, is_missing
+
+BILINEAR = [] if is_missing("mmpretrain") else ["bilinear"]
 MODELS = Registry(
     "model",
     parent=ROOT_MODELS,
     scope="rep_plugin",
-    locations=[f"rep_plugin.mm_{name}" for name in ("models", "backbones", "bilinear", "convs", "expand", "pruned")],
+    locations=[f"rep_plugin.mm_{name}" for name in ("models", "backbones", "convs", "expand", "pruned", *BILINEAR)],
 )
 HOOKS = Registry("hook", parent=ROOT_HOOKS, scope="rep_plugin", locations=["rep_plugin.hooks"])
 OPTIM_WRAPPERS = Registry(
     "optim_wrapper", parent=ROOT_OPTIM_WRAPPERS, scope="rep_plugin", locations=["rep_plugin.mm_amp"]
 )
+
+
+def _refused(name: str):
+    def build(**_):
+        raise explain(f"rep_plugin.{name}", "mmpretrain", "openmmlab")
+
+    return build
+
+
+if not BILINEAR:
+    for _name in ("BilinearPooling", "BilinearClsHead", "TwoStreamBackbone"):
+        MODELS.register_module(_name, module=_refused(_name))

@@ -13,6 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from rep_plugin.running import run_model
+
 
 @dataclass
 class BlockReport:
@@ -142,7 +144,7 @@ def count_macs(model: nn.Module, example_input: torch.Tensor) -> int:
     shapes.eval()
     try:
         with _SkipNorm(), _MacCounter() as counter:
-            shapes(example_input.to("meta"))
+            run_model(shapes, example_input.to("meta"))
         return counter.total
     except Exception:
         # It reads values, or tensors that are not registered. If it is neither, the same error comes from this:
@@ -150,7 +152,7 @@ def count_macs(model: nn.Module, example_input: torch.Tensor) -> int:
         model.eval()
         try:
             with _MacCounter() as counter:
-                model(example_input)
+                run_model(model, example_input)
         finally:
             for module, training in modes.items():
                 module.training = training

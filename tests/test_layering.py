@@ -19,13 +19,14 @@ LAYERS = {
     "backbones": {"functional", "blocks", "backbones"},
     "necks": {"functional", "blocks", "backbones", "necks"},
     "heads": {"functional", "blocks", "backbones", "necks", "heads"},
-    "verify": set(),
-    "report": set(),
+    "running": set(),
+    "verify": {"running"},
+    "report": {"running"},
     "reparam": {"functional", "blocks", "heads", "reparam", "verify", "report", "history"},
     "convert": {"backbones", "reparam", "checkpoint"},
     "history": set(),
     "rebuild": {"history", "pruning", "reparam"},
-    "latency": set(),
+    "latency": {"running"},
     "runtimes": {"verify"},
     "onnx_graph": {"runtimes", "verify"},
     "preprocessing": set(),
@@ -41,7 +42,7 @@ LAYERS = {
         "runtimes",
         "verify",
     },
-    "pruning": {"functional", "blocks", "necks", "pruning", "verify", "report", "history", "latency"},
+    "pruning": {"functional", "blocks", "necks", "pruning", "verify", "report", "history", "latency", "running"},
 }
 TORCH_ONLY = {
     "functional",
@@ -59,6 +60,7 @@ TORCH_ONLY = {
     "preprocessing",
     "export_report",
     "export",
+    "running",
 }
 
 
@@ -99,17 +101,59 @@ def test_every_layer_is_seen():
     )
 
 
-def test_import_needs_no_openmmlab():
-    """In a real process in which mmengine, mmcv and mmpretrain cannot be imported."""
-    code = f"""
-import sys
-for name in {sorted(OPENMMLAB)}: sys.modules[name] = None
-import rep_plugin, timm
-timm.create_model("rep_mobilenetv2_035")
-try:
-    import rep_plugin.mm_models
-except ImportError as error:
-    print("refused:", error)
+def without(names: set[str], code: str) -> list[str]:
+    """The lines that ``code`` prints in a real process in which these packages cannot be imported."""
+    blocked = f"import sys\nfor name in {sorted(names)}: sys.modules[name] = None\n"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", blocked + code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+ASK = """
+import importlib
+for name in names:
+    try: importlib.import_module(name)
+    except ImportError as error: print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("refused:"), done.stderr
+
+
+def test_import_needs_no_openmmlab():
+    code = """
+import rep_plugin, timm, torch
+model = timm.create_model("rep_mobilenetv2_035", num_classes=3).eval()
+x = torch.randn(2, 3, 32, 32)
+print(rep_plugin.reparameterize(model, x)[1].max_rel_error < 1e-9)
+print(rep_plugin.apply_plan(model, rep_plugin.plan_pruning(model, x, "l1", 0.3)).params_after < 1e6)
+names = ["rep_plugin.mm_models", "rep_plugin.mm_bilinear", "rep_plugin.hooks.prune_hook", "rep_plugin.registry"]
+"""
+    how = "which is not installed: pip install 'rep-plugin[openmmlab]'"
+    assert without(OPENMMLAB, code + ASK) == [
+        "True",
+        "True",
+        f"rep_plugin.mm_models needs mmengine, {how}",
+        f"rep_plugin.mm_bilinear needs mmpretrain, {how}",
+        f"rep_plugin.hooks needs mmengine, {how}",
+        f"rep_plugin.registry needs mmengine, {how}",
+    ]
+
+
+def test_import_needs_no_timm():
+    code = "import rep_plugin\nprint(rep_plugin.reparameterize.__name__)\nnames = ['rep_plugin.timm_models']\n"
+    assert without({"timm"}, code + ASK) == [
+        "reparameterize",
+        "rep_plugin.timm_models needs timm, which is not installed: pip install 'rep-plugin[timm]'",
+    ]
+
+
+def test_backbones_need_no_mmpretrain():
+    """As mmdet and mmseg use them; what is a subclass of mmpretrain's says what it needs."""
+    code = """
+from mmengine.registry import MODELS
+print(type(MODELS.build(dict(type="rep_plugin.RepVGG", out_indices=(1, 3)))).__module__)
+try: MODELS.build(dict(type="rep_plugin.BilinearClsHead", in_channels=8, num_classes=2))
+except ImportError as error: print(error)
+"""
+    assert without({"mmpretrain"}, code)[-2:] == [
+        "rep_plugin.mm_backbones",
+        "rep_plugin.BilinearClsHead needs mmpretrain, which is not installed: pip install 'rep-plugin[openmmlab]'",
+    ]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Test a model on the data set of its config, with the flags of mmpretrain's own tool."""
+"""Test a model on the data set of its config (mmpretrain's, mmdet's or mmseg's), with the flags of mmpretrain's own tool."""
 
 import argparse
 from copy import deepcopy
@@ -77,7 +77,14 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
 
 
 def use_tta(cfg: Config) -> None:
-    """Wrap the model and the pipeline for test-time augmentation."""
+    """Wrap the model and the pipeline for test-time augmentation.
+
+    Raises:
+        UsageError: a config that is not mmpretrain's says not how.
+    """
+    scope = cfg.get("default_scope", "mmpretrain")
+    if scope != "mmpretrain" and not ("tta_model" in cfg and "tta_pipeline" in cfg):
+        raise UsageError(f"--tta needs tta_model and tta_pipeline in a config of {scope}, expected both")
     cfg.setdefault("tta_model", dict(type="mmpretrain.AverageClsScoreTTA"))
     if "tta_pipeline" not in cfg:
         *head, pack = deepcopy(cfg.test_dataloader.dataset.pipeline)

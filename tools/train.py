@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a model from a config, with the flags of mmpretrain's own tool.
+"""Train a model from a config of mmpretrain, mmdet or mmseg, with the flags of mmpretrain's own tool.
 
 Checkpoints are read without unpickling code and written in one step. On a machine without a graphics card ``--amp``
 trains in bfloat16.
@@ -93,13 +93,14 @@ def require_checkpoint(path: Any) -> None:
 
 
 def complete_dataloader(cfg: Config, name: str, **defaults: Any) -> None:
-    """Fill in the defaults of one dataloader where the config says nothing."""
+    """Fill in the defaults of one dataloader where the config says nothing: those of the stock tool of its scope.
+
+    mmpretrain's pictures are of one size and stacked here; mmdet's and mmseg's go to the data preprocessor as a list.
+    """
     if cfg.get(name) is not None:
-        for key, value in {
-            "pin_memory": get_device() != "cpu",
-            "collate_fn": dict(type="default_collate"),
-            **defaults,
-        }.items():
+        if cfg.get("default_scope", "mmpretrain") == "mmpretrain":
+            defaults["collate_fn"] = dict(type="default_collate")
+        for key, value in {"pin_memory": get_device() != "cpu", **defaults}.items():
             cfg[name].setdefault(key, value)
 
 

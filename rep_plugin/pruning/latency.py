@@ -13,6 +13,7 @@ from rep_plugin.latency import interleaved_medians, torch_threads
 from rep_plugin.pruning.graph import Trace
 from rep_plugin.pruning.kept import Kept
 from rep_plugin.pruning.surgery import remove_channels_
+from rep_plugin.running import run_model
 
 _SECONDS = 0.4  # spent on timing some layers
 
@@ -45,7 +46,7 @@ class EagerTimer:
 def _call(module: nn.Module, args: tuple) -> Callable[[], object]:
     def run() -> object:
         with torch.inference_mode():
-            return module(*args)
+            return run_model(module, *args) if len(args) == 1 else module(*args)
 
     return run
 
@@ -125,7 +126,7 @@ class LatencyTable:
         handles = [module.register_forward_pre_hook(note(name)) for name, module in _units(model).items()]
         try:
             with torch.inference_mode():
-                model(x)
+                run_model(model, x)
         finally:
             for handle in handles:
                 handle.remove()

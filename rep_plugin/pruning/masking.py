@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from rep_plugin.pruning.gains import keep_filters_, measure_filters
 from rep_plugin.pruning.graph import Trace
 from rep_plugin.pruning.kept import Kept, zero_gone_
+from rep_plugin.running import run_model
 from rep_plugin.verify import flatten_outputs
 
 
@@ -35,7 +36,7 @@ class KeptOutputs(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         maps = []
-        for tensor, labels in zip(flatten_outputs(self.model(x)), self.outputs, strict=True):
+        for tensor, labels in zip(flatten_outputs(run_model(self.model, x)), self.outputs, strict=True):
             channels = self.channels.along(labels, 1) if labels.dim() == 4 else None
             if channels is not None and self.kept.changes(channels):
                 tensor = tensor.index_select(1, self.kept.index(channels).to(tensor.device))

@@ -21,6 +21,7 @@ from rep_plugin.pruning.graph import Cost, Mark, Trace, TraceError, is_quiet, me
 from rep_plugin.pruning.labels import FIXED
 from rep_plugin.pruning.leaves import find_leaf
 from rep_plugin.pruning.rules import find_rule
+from rep_plugin.running import heads_not_run, run_auxiliary, run_model, run_to_maps
 
 
 def _location(error: BaseException) -> str:
@@ -50,16 +51,21 @@ class Tracer(TorchFunctionMode):
                 module.forward = self._leaf(rule, name, module)
 
     def run(self) -> Trace:
-        """Trace the forward pass in eval mode; once more in train mode where parameters were not used (auxiliary heads)."""
-        self.trace.outputs = self._outputs(self.trace.shape)
+        """Trace the forward pass in eval mode; once more in train mode where parameters were not used (auxiliary heads).
+
+        Where heads are left that no run reaches, as of some detectors, all maps that they may read stay as they are.
+        """
+        self.trace.outputs = self._outputs(run_model, self.trace.shape)
         if not self.trace.outputs:
             raise TraceError(f"{type(self.model).__name__} gives no tensor that depends on its input")
-        unused = [name for name, p in self.model.named_parameters() if p.requires_grad and name not in self._seen]
-        if unused:
+        if self._unused():
             costs = list(self.trace.costs)
+            shape = (max(2, self.trace.shape[0]), *self.trace.shape[1:])
             for module in self.model.modules():
                 module.training = True
-            self.trace.train_outputs = self._outputs((max(2, self.trace.shape[0]), *self.trace.shape[1:]))
+            self.trace.train_outputs = self._outputs(run_auxiliary, shape)
+            if heads_not_run(self.model, self._unused()):
+                self.trace.train_outputs += self._outputs(run_to_maps, shape)
             self.trace.costs = costs
         for norm, maps in self._normed.items():
             conv = next((name for name, made in self._made.items() if made == maps), None)
@@ -67,13 +73,16 @@ class Tracer(TorchFunctionMode):
                 self.trace.follows[norm] = conv
         return self.trace
 
-    def _outputs(self, shape: tuple[int, ...]) -> list[Tensor]:
+    def _unused(self) -> list[str]:
+        return [name for name, p in self.model.named_parameters() if p.requires_grad and name not in self._seen]
+
+    def _outputs(self, run: Callable[[nn.Module, Tensor], object], shape: tuple[int, ...]) -> list[Tensor]:
         dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
         x = torch.empty(shape, dtype=dtype, device="meta")
         self.mark(x, Mark(torch.tensor(FIXED).expand(x.shape), False))
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]), self:
-                output = self.model(x)
+                output = run(self.model, x)
         except TraceError:
             raise
         except Exception as error:  # whatever the model's own code raises

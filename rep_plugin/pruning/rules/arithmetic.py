@@ -72,8 +72,8 @@ def elementwise(name: str) -> Callable:
 
 
 def _keeps_zero(t: "Tracer", args, kwargs, tensor: Tensor) -> bool:
-    """Try the function on a zero."""
-    zero = torch.zeros(1)
+    """Try the function on a zero, of as many dimensions as the map."""
+    zero = torch.zeros((1,) * tensor.dim())
     args, kwargs = tree_map(lambda value: zero if value is tensor else value, (tuple(args), dict(kwargs)))
     result = t.function(*args, **kwargs)
     return bool((result == 0).all())
