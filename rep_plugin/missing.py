@@ -8,6 +8,7 @@ from importlib.util import find_spec
 NEEDS = {
     "rep_plugin.timm_": ("timm", "timm"),
     "rep_plugin.mm_bilinear": ("mmpretrain", "openmmlab"),
+    "rep_plugin.mm_mobilenet_v3": ("mmpretrain", "openmmlab"),
     "rep_plugin.mm_data": ("mmcv", "openmmlab"),
     "rep_plugin.mm_": ("mmengine", "openmmlab"),
     "rep_plugin.hooks": ("mmengine", "openmmlab"),

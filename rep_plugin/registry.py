@@ -11,12 +11,14 @@ from mmengine.registry import Registry
 
 from rep_plugin.missing import explain, is_missing
 
-BILINEAR = [] if is_missing("mmpretrain") else ["bilinear"]
+ON_MMPRETRAIN = [] if is_missing("mmpretrain") else ["bilinear", "mobilenet_v3"]
 MODELS = Registry(
     "model",
     parent=ROOT_MODELS,
     scope="rep_plugin",
-    locations=[f"rep_plugin.mm_{name}" for name in ("models", "backbones", "convs", "expand", "pruned", *BILINEAR)],
+    locations=[
+        f"rep_plugin.mm_{name}" for name in ("models", "backbones", "convs", "expand", "pruned", *ON_MMPRETRAIN)
+    ],
 )
 HOOKS = Registry("hook", parent=ROOT_HOOKS, scope="rep_plugin", locations=["rep_plugin.hooks"])
 OPTIM_WRAPPERS = Registry(
@@ -31,6 +33,6 @@ def _refused(name: str):
     return build
 
 
-if not BILINEAR:
-    for _name in ("BilinearPooling", "BilinearClsHead", "TwoStreamBackbone"):
+if not ON_MMPRETRAIN:
+    for _name in ("BilinearPooling", "BilinearClsHead", "TwoStreamBackbone", "MobileNetV3_CIFAR"):
         MODELS.register_module(_name, module=_refused(_name))

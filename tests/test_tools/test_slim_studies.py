@@ -137,7 +137,7 @@ def test_config_runs_and_removes_what_it_says(name, data, tmp_path):
 def test_stem_for_small_pictures_keeps_the_stock_keys():
     from mmpretrain.models.backbones import MobileNetV3
 
-    from rep_plugin.mm_backbones import MobileNetV3_CIFAR
+    from rep_plugin.mm_mobilenet_v3 import MobileNetV3_CIFAR
 
     ours, stock = MobileNetV3_CIFAR("small"), MobileNetV3("small")
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in stock.state_dict().items()}
