@@ -46,7 +46,7 @@ def blocks(draw):
         )
         if inputs == outputs and stride == 1:
             branches["identity"] = Chain({"bn": nn.BatchNorm2d(outputs)})
-    block = RepBlock(inputs, outputs, size, branches, *((stride, padding, dilation, groups)), act=nn.ReLU())
+    block = RepBlock(inputs, outputs, size, branches, *((stride, padding, dilation, groups)), act=nn.LeakyReLU())
     return block, draw(st.integers(0, 10**6))
 
 
@@ -55,6 +55,8 @@ def blocks(draw):
 def test_deploy_computes_the_same_function(case):
     block, seed = case
     torch.manual_seed(seed)
+    for conv in (m for m in block.modules() if isinstance(m, nn.Conv2d)):
+        conv.reset_parameters()  # a failure can be repeated
     block = randomise_bn_(block.double()).eval()
     x = torch.randn(2, block.in_channels, 17, 14, dtype=torch.float64)
     expected = block_by_hand(block, x)
