@@ -30,12 +30,3 @@ def clusters_of_net(model: nn.Module) -> Clusters:
     plan = plan_clusters(model, (1, 3, 8, 8), widths={"0": 3}, clusters="even").plan
     kept = dict.fromkeys(("0", "3"), tuple(sorted(set(places))))
     return Clusters(PrunePlan(**{**vars(plan), "kept": kept}), dict.fromkeys(kept, places))
-
-
-def batches(count: int, amp: bool = False) -> list:
-    generator = torch.Generator().manual_seed(5)
-    dtype = torch.float32 if amp else torch.float64
-    return [
-        (torch.randn(4, 3, 8, 8, generator=generator).to(dtype), torch.randint(0, 2, (4,), generator=generator))
-        for _ in range(count)
-    ]

@@ -23,7 +23,8 @@ from rep_plugin.pruning.clusters import Clusters, cluster_points, plan_clusters
 from rep_plugin.report import count_macs, count_params
 from rep_plugin.verify import calibrate_random_bn_
 from tests.helpers import relative_error
-from tests.test_pruning.clustered import CLUSTERS, DECAY, LR, STRENGTH, batches, clusters_of_net, net
+from tests.test_pruning.clustered import CLUSTERS, DECAY, LR, STRENGTH, clusters_of_net, net
+from tests.test_pruning.loops import batches, gradients_by_hand, new_scaler, run_training
 from tests.test_pruning.nets import Call, Concat, ConvBN, Flat, Gate, Normed, Pooled, Residual, ready
 from tests.test_pruning.test_random_nets import networks
 
@@ -34,28 +35,17 @@ def by_hand(dtype, accumulate: int, clip: float | None, scale: float) -> nn.Modu
     """SGD with momentum and weight decay; a filter's averaged, clipped gradient becomes the cluster's, and the pull."""
     model = net(amp=dtype is not None)
     momentum = {p: torch.zeros_like(p) for p in model.parameters()}
-    for i, (x, target) in enumerate(batches(8 if dtype is None else accumulate, dtype is not None)):
-        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-            loss = nn.functional.cross_entropy(model(x), target) / accumulate
-        (loss * scale).backward()
-        if (i + 1) % accumulate:
-            continue
-        with torch.no_grad():
-            grads = {p: p.grad / scale for p in model.parameters()}
-            if clip:
-                norm = torch.cat([g.flatten() for g in grads.values()]).norm()
-                grads = {p: g * min(1.0, clip / (norm + 1e-6)) for p, g in grads.items()}
-            for name, p in model.named_parameters():
-                grad = grads[p].clone()
-                for cluster in CLUSTERS if not name.startswith("8") else ():
-                    for j in cluster:
-                        mean_grad = sum(grads[p][k] for k in cluster) / len(cluster)
-                        mean = sum(p[k] for k in cluster) / len(cluster)
-                        grad[j] = mean_grad + STRENGTH * (p[j] - mean)
-                momentum[p] = 0.9 * momentum[p] + grad + DECAY * p
-            for p in model.parameters():
-                p -= LR * momentum[p]
-                p.grad = None
+    for grads in gradients_by_hand(model, dtype, accumulate, clip, scale):
+        for name, p in model.named_parameters():
+            grad = grads[p].clone()
+            for cluster in CLUSTERS if not name.startswith("8") else ():
+                for j in cluster:
+                    mean_grad = sum(grads[p][k] for k in cluster) / len(cluster)
+                    mean = sum(p[k] for k in cluster) / len(cluster)
+                    grad[j] = mean_grad + STRENGTH * (p[j] - mean)
+            momentum[p] = 0.9 * momentum[p] + grad + DECAY * p
+        for p in model.parameters():
+            p -= LR * momentum[p]
     return model
 
 
@@ -63,19 +53,7 @@ def by_optimizer(dtype, accumulate, clip, scaled, fused) -> nn.Module:
     model = net(amp=dtype is not None)
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9, weight_decay=DECAY, fused=fused)
     Centripetal(model, clusters_of_net(model), STRENGTH).attach([optimizer])
-    scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=scaled)
-    for i, (x, target) in enumerate(batches(8 if dtype is None else accumulate, dtype is not None)):
-        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-            loss = nn.functional.cross_entropy(model(x), target) / accumulate
-        scaler.scale(loss).backward()
-        if (i + 1) % accumulate:
-            continue
-        if clip:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+    run_training(model, optimizer, dtype, accumulate, clip, new_scaler() if scaled else None)
     return model
 
 
@@ -174,7 +152,8 @@ import sys
 import torch
 import torch.distributed as dist
 from torch import nn
-from tests.test_pruning.clustered import LR, STRENGTH, batches, clusters_of_net, net
+from tests.test_pruning.clustered import LR, STRENGTH, clusters_of_net, net
+from tests.test_pruning.loops import batches
 from rep_plugin.pruning.centripetal import Centripetal
 
 folder, rank = sys.argv[1], int(sys.argv[2])

@@ -5,7 +5,6 @@ import copy
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from mmpretrain.models import build_classifier
 from torch import nn
 
@@ -15,6 +14,7 @@ from rep_plugin.pruning.compactors import Compactor, compactors_of, find_sites, 
 from rep_plugin.pruning.resrep import Forgetting, ResRep
 from rep_plugin.verify import EquivalenceError, calibrate_random_bn_
 from tests.helpers import relative_error
+from tests.test_pruning.loops import gradients_by_hand, new_scaler, run_training
 from tests.test_pruning.nets import Call, Concat, ConvBN, Flat, Gate, Ghost, Halves, Last, Pooled, Residual, ready
 
 SHAPE = (1, 3, 15, 13)
@@ -297,57 +297,33 @@ def training_net(amp: bool) -> nn.Sequential:
 ROWS = {"a": torch.tensor([1, 4]), "b": torch.tensor([2])}
 
 
-def batches(count: int, amp: bool) -> list:
-    generator = torch.Generator().manual_seed(5)
-    dtype = torch.float32 if amp else torch.float64
-    return [
-        (torch.randn(4, 3, 8, 8, generator=generator, dtype=dtype), torch.randint(0, 2, (4,), generator=generator))
-        for _ in range(count)
-    ]
-
-
 def by_hand(dtype, accumulate: int, clip: float | None, scale: float) -> nn.Module:
     model = training_net(dtype is not None)
     marked = {model[1].weight: [1, 4], model[4].weight: [2]}
     momentum = {p: torch.zeros_like(p) for p in model.parameters()}
-    for i, (x, target) in enumerate(batches(8 if dtype is None else accumulate, dtype is not None)):
-        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-            loss = F.cross_entropy(model(x), target) / accumulate
-        (loss * scale).backward()
-        if (i + 1) % accumulate:
-            continue
-        with torch.no_grad():
-            grads = {p: p.grad / scale for p in model.parameters()}
-            if clip:
-                norm = torch.cat([g.flatten() for g in grads.values()]).norm()
-                grads = {p: g * min(1.0, clip / (norm + 1e-6)) for p, g in grads.items()}
-            for p, grad in grads.items():
-                for j, row in enumerate(p) if p in marked else ():
-                    if j in marked[p]:
-                        grad[j] = MARKED * row / row.square().sum().sqrt() if row.any() else 0
-                    else:
-                        grad[j] += STRENGTH * row / row.square().sum().sqrt()
-                momentum[p] = (MOMENTUM if p in marked else 0.9) * momentum[p] + grad
-                before = p.clone()
-                p -= LR * momentum[p]
-                for j in marked.get(p, ()):
-                    if (p[j] * before[j]).sum() <= 0:
-                        p[j], momentum[p][j] = 0, 0
-                p.grad = None
+    for grads in gradients_by_hand(model, dtype, accumulate, clip, scale):
+        for p, grad in grads.items():
+            for j, row in enumerate(p) if p in marked else ():
+                if j in marked[p]:
+                    grad[j] = MARKED * row / row.square().sum().sqrt() if row.any() else 0
+                else:
+                    grad[j] += STRENGTH * row / row.square().sum().sqrt()
+            momentum[p] = (MOMENTUM if p in marked else 0.9) * momentum[p] + grad
+            before = p.clone()
+            p -= LR * momentum[p]
+            for j in marked.get(p, ()):
+                if (p[j] * before[j]).sum() <= 0:
+                    p[j], momentum[p][j] = 0, 0
     return model
-
-
-def scaler() -> torch.amp.GradScaler:
-    return torch.amp.GradScaler("cpu", init_scale=256.0)
 
 
 CASES = {
     "fp32": (None, 1, None, None, False),
     "bf16": (torch.bfloat16, 1, None, None, False),
-    "fp16, scaled": (torch.float16, 1, None, scaler, False),
+    "fp16, scaled": (torch.float16, 1, None, new_scaler, False),
     "accumulated": (None, 4, None, None, False),
     "clipped": (None, 1, 0.05, None, False),
-    "fused, scaled, clipped, accumulated": (None, 4, 0.05, scaler, True),
+    "fused, scaled, clipped, accumulated": (None, 4, 0.05, new_scaler, True),
 }
 
 
@@ -363,19 +339,7 @@ def test_forgetting_equals_training_written_by_hand(case):
     forgetting = Forgetting(compactors, STRENGTH, MARKED)
     forgetting.mark(ROWS)
     forgetting.attach([optimizer])
-    grads = make_scaler() if make_scaler else torch.amp.GradScaler("cpu", enabled=False)
-    for i, (x, target) in enumerate(batches(8 if dtype is None else accumulate, dtype is not None)):
-        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-            loss = F.cross_entropy(model(x), target) / accumulate
-        grads.scale(loss).backward()
-        if (i + 1) % accumulate:
-            continue
-        if clip:
-            grads.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-        grads.step(optimizer)
-        grads.update()
-        optimizer.zero_grad()
+    run_training(model, optimizer, dtype, accumulate, clip, make_scaler and make_scaler())
     for (name, a), b in zip(expected.named_parameters(), model.parameters(), strict=True):
         assert relative_error(a, b) < (1e-9 if dtype is None else 1e-6), name
     settled = model[1].weight[[1, 4]].abs().sum(1) == 0

@@ -1,6 +1,5 @@
 """The terms of sparse training against the same training written out by hand."""
 
-import contextlib
 import copy
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from rep_plugin.pruning import plan_pruning
 from rep_plugin.pruning.apply import apply_plan
 from rep_plugin.pruning.sparsity import Sparsity, all_parts, prunable_parts, strengths_of
 from tests.helpers import relative_error
+from tests.test_pruning.loops import batches, gradients_by_hand, new_scaler, run_training
 
 L1, LASSO, LR = 0.03, 0.02, 0.1
 
@@ -34,103 +34,50 @@ def sparse(model: nn.Module, mode: str, lasso: float = 0.0) -> Sparsity:
     return Sparsity({model[1].weight: L1, model[4].weight: 10 * L1}, kernels, mode)
 
 
-def batches(count: int, amp: bool = False) -> list:
-    generator = torch.Generator().manual_seed(5)
-    return [
-        (
-            torch.randn(4, 3, 8, 8, generator=generator, dtype=torch.float32 if amp else torch.float64),
-            torch.randint(0, 2, (4,), generator=generator),
-        )
-        for _ in range(count)
-    ]
-
-
-def training(dtype, accumulate: int) -> tuple[int, bool]:
-    """Many steps in double precision; in mixed precision one, before rounding grows."""
-    return (8, False) if dtype is None else (accumulate, True)
-
-
 def by_hand(
     mode: str, lasso: float, dtype, accumulate: int, clip: float | None, scale: float, ranks: int = 1
 ) -> nn.Module:
-    """Plain SGD with momentum; the term is added to averaged, clipped gradients, or applied after the step.
-
-    ``ranks``: every batch comes in so many parts, each normalised alone, and gradients are their mean.
-    """
+    """Plain SGD with momentum; the term is added to averaged, clipped gradients, or applied after the step."""
     model = net(amp=dtype is not None)
     momentum = {p: torch.zeros_like(p) for p in model.parameters()}
     strengths = {model[1].weight: L1, model[4].weight: 10 * L1}
-    for i, (x, target) in enumerate(batches(*training(dtype, accumulate))):
-        for part, truth in zip(x.chunk(ranks), target.chunk(ranks)):
-            with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-                loss = nn.functional.cross_entropy(model(part), truth) / accumulate / ranks
-            (loss * scale).backward()
-        if (i + 1) % accumulate:
-            continue
-        with torch.no_grad():
-            grads = {p: p.grad / scale for p in model.parameters()}
-            if clip:
-                norm = torch.cat([g.flatten() for g in grads.values()]).norm()
-                grads = {p: g * min(1.0, clip / (norm + 1e-6)) for p, g in grads.items()}
-            for p, grad in grads.items():
-                if mode == "subgradient":
-                    for j, value in enumerate(p) if p in strengths else ():
-                        grad[j] += strengths[p] * (1 if value > 0 else -1 if value < 0 else 0)
-                    if lasso and p.dim() == 4:
-                        for j, row in enumerate(p):
-                            grad[j] += lasso * row / row.square().sum().sqrt()
-                momentum[p] = 0.9 * momentum[p] + grad
-                p -= LR * momentum[p]
-                if mode == "proximal":
-                    for j, value in enumerate(p) if p in strengths else ():
-                        t = LR * strengths[p]
-                        p[j] = value - t if value > t else value + t if value < -t else 0
-                    if lasso and p.dim() == 4:
-                        for j, row in enumerate(p):
-                            p[j] = row * max(0.0, 1 - LR * lasso / row.square().sum().sqrt().item())
-                p.grad = None
+    for grads in gradients_by_hand(model, dtype, accumulate, clip, scale, ranks):
+        for p, grad in grads.items():
+            if mode == "subgradient":
+                for j, value in enumerate(p) if p in strengths else ():
+                    grad[j] += strengths[p] * (1 if value > 0 else -1 if value < 0 else 0)
+                if lasso and p.dim() == 4:
+                    for j, row in enumerate(p):
+                        grad[j] += lasso * row / row.square().sum().sqrt()
+            momentum[p] = 0.9 * momentum[p] + grad
+            p -= LR * momentum[p]
+            if mode == "proximal":
+                for j, value in enumerate(p) if p in strengths else ():
+                    t = LR * strengths[p]
+                    p[j] = value - t if value > t else value + t if value < -t else 0
+                if lasso and p.dim() == 4:
+                    for j, row in enumerate(p):
+                        p[j] = row * max(0.0, 1 - LR * lasso / row.square().sum().sqrt().item())
     return model
 
 
 def by_optimizer(mode, lasso, dtype, accumulate, clip, scaler=None, fused=False, rank=None) -> nn.Module:
-    """The same with what users have; as one of two connected processes where ``rank`` says which."""
     model = net(amp=dtype is not None)
-    wrapped = model if rank is None else nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9, fused=fused)
     sparse(model, mode, lasso).attach([optimizer])
-    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
-    for i, (x, target) in enumerate(batches(*training(dtype, accumulate))):
-        if rank is not None:
-            x, target = x.chunk(2)[rank], target.chunk(2)[rank]
-        waits = (i + 1) % accumulate != 0
-        with wrapped.no_sync() if waits and rank is not None else contextlib.nullcontext():
-            with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-                loss = nn.functional.cross_entropy(wrapped(x), target) / accumulate
-            scaler.scale(loss).backward()
-        if waits:
-            continue
-        if clip:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+    run_training(model, optimizer, dtype, accumulate, clip, scaler, rank)
     return model
-
-
-def scaler() -> torch.amp.GradScaler:
-    return torch.amp.GradScaler("cpu", init_scale=256.0)
 
 
 CASES = {
     "fp32": (None, 1, None, None, False),
     "bf16": (torch.bfloat16, 1, None, None, False),
-    "fp16, scaled": (torch.float16, 1, None, scaler, False),
+    "fp16, scaled": (torch.float16, 1, None, new_scaler, False),
     "accumulated": (None, 4, None, None, False),
     "clipped": (None, 1, 0.05, None, False),
-    "all": (torch.float16, 4, 0.05, scaler, False),
-    "fused, scaled": (None, 4, None, scaler, True),
-    "fused, scaled, clipped": (None, 1, 0.05, scaler, True),
+    "all": (torch.float16, 4, 0.05, new_scaler, False),
+    "fused, scaled": (None, 4, None, new_scaler, True),
+    "fused, scaled, clipped": (None, 1, 0.05, new_scaler, True),
 }
 
 
@@ -187,7 +134,7 @@ def test_a_step_that_overflowed_leaves_everything(mode, fused):
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), LR, fused=fused)
     sparse(model, mode, LASSO).attach([optimizer])
-    grads = scaler()
+    grads = new_scaler()
     grads.scale(nn.functional.cross_entropy(model.eval()(batches(1)[0][0]), torch.zeros(4).long())).backward()
     model[0].weight.grad[0, 0, 0, 0] = torch.inf
     grads.step(optimizer)
