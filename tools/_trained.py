@@ -22,16 +22,29 @@ def add_arguments(parser: argparse.ArgumentParser, no_real_data: str) -> None:
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="changes to the config as key=value")
 
 
+def _check_outputs(args: argparse.Namespace, out_dir: Path, read: Sequence[str], outputs: Sequence[str]) -> None:
+    """Refuse to replace what is read; and, in a folder that was not asked for by name, what is already there."""
+    for path in (out_dir / name for name in outputs):
+        if path.resolve() in {Path(one).resolve() for one in read}:
+            raise ValueError(f"{path} is read and would be replaced: give another --out-dir")
+        if path.exists() and not args.out_dir:
+            raise ValueError(f"{path} exists already: give --out-dir, that folder to replace it, or another one")
+
+
 def open_trained(
-    args: argparse.Namespace, more_files: Sequence[str | None] = ()
+    args: argparse.Namespace, more_files: Sequence[str | None] = (), outputs: Sequence[str] = ()
 ) -> tuple[Config, nn.Module, Tensor | None, dict | None, Path]:
     """Return (config, model, validation pictures or None, the data set's meta data, folder for the files).
 
-    Raises FileNotFoundError for a file, of ``more_files`` too, that does not exist, and what loading raises.
+    Raises FileNotFoundError for a file, of ``more_files`` too, that does not exist, ValueError where one of ``outputs`` would
+    replace what it should not, and what loading raises.
     """
-    for path in filter(None, (args.config, args.checkpoint, *more_files)):
+    read = [path for path in (args.config, args.checkpoint, *more_files) if path]
+    for path in read:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path} does not exist, expected a file")
+    out_dir = Path(args.out_dir or Path(args.checkpoint).resolve().parent)
+    _check_outputs(args, out_dir, read, outputs)
     cfg = Config.fromfile(args.config)
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
@@ -42,4 +55,4 @@ def open_trained(
         with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmpretrain")):
             loader = Runner.build_dataloader(cfg.val_dataloader)
         inputs, dataset_meta = real_inputs(model, loader), dataset_meta or loader.dataset.metainfo
-    return cfg, model, inputs, dataset_meta, Path(args.out_dir or Path(args.checkpoint).resolve().parent)
+    return cfg, model, inputs, dataset_meta, out_dir

@@ -20,6 +20,7 @@ from train import run
 from rep_plugin.mm_prune_artefact import write_pruned
 from rep_plugin.pruning import PrunePlan, plan_pruning
 
+OUTPUTS = ("pruned.pth", "pruned.py")
 SCORES = ("bn_gamma", "l1", "l2", "fpgm", "random")
 
 
@@ -41,7 +42,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, no_real_data="prove on random pictures alone; needs --shape")
     how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument("--fraction", type=float, help="share of the prunable channels to remove, 0 <= x < 1")
+    how.add_argument(
+        "--fraction", "--prune-fraction", type=float, help="share of the prunable channels to remove, 0 <= x < 1"
+    )
     how.add_argument("--params", type=amount, help="parameters that may remain: a share (0.5) or a number")
     how.add_argument("--macs", type=amount, help="multiply-adds that may remain: a share (0.5) or a number")
     how.add_argument("--latency", type=float, help="share of the time on this machine, one thread, one picture")
@@ -100,7 +103,7 @@ def widths_table(plan: PrunePlan) -> Table:
 def main() -> None:
     """Load, plan, prune, prove, write, print the report."""
     args = parse_args()
-    cfg, model, inputs, dataset_meta, out_dir = open_trained(args, (args.widths, args.plan))
+    cfg, model, inputs, dataset_meta, out_dir = open_trained(args, (args.widths, args.plan), OUTPUTS)
     if args.shape and len(args.shape) != 3:
         raise ValueError(f"--shape takes three numbers, C H W, got {args.shape}")
     if inputs is None and not args.shape:

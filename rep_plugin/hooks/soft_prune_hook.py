@@ -94,7 +94,7 @@ class SoftPruneHook(PruningHook):
         after = evaluate(runner, model) if self.evaluate else {}
         entry = dict(epoch=runner.epoch + 1, units=list(self.plan.units), returned=returned, before=before, after=after)
         self.zeroings.append(entry)
-        back = "" if returned is None else "; of the last ones {} of {} came back".format(*returned)
+        back = "" if returned is None else "; of the rows zeroed last time, {} of {} came back".format(*returned)
         runner.logger.info(
             f"SoftPruneHook: {self.plan.units[1]} of {self.plan.units[0]} channels set to zero{back}; before: "
             f"{describe(before)}; after: {describe(after)}"

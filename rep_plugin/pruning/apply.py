@@ -86,6 +86,8 @@ def apply_plan(
         for name, layer in trace.layers.items()
         if kept.changes(layer.labels)
     ]
+    if trace.inner:
+        report.notes.append(f"merged, {plan.macs_before:,} multiply-adds are {plan.macs_after:,}: what budgets count")
     reasons: dict[str, list[str]] = {}
     for name, reason in plan.frozen.items():
         reasons.setdefault(reason, []).append(name)

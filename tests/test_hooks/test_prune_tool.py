@@ -191,3 +191,16 @@ def test_errors_are_one_line_and_write_nothing(pruned):
 def test_wrong_words_are_refused_by_name(pruned):
     done = run(TOOL, "config.py", "work/epoch_2.pth", "--fraction", 0.3, "--override", "stem", cwd=pruned)
     assert done.returncode == 2 and "expected PATTERN=FRACTION or PATTERN=frozen, got 'stem'" in done.stderr
+
+
+def test_it_replaces_neither_what_it_reads_nor_what_nobody_named(pruned):
+    """Its names are fixed, and without --out-dir it writes beside the checkpoint."""
+    before = {path: path.read_bytes() for path in (pruned / "pruned").glob("pruned.p*")}
+    read = ["pruned/pruned.py", "pruned/pruned.pth", "--prune-fraction", 0.1]
+    answers, _ = tried(pruned, [[*read], [*read, "--out-dir", "pruned"], ["config.py", "pruned/pruned.pth", *read[2:]]])
+    assert all("pruned.pth is read and would be replaced: give another --out-dir" in answer for answer in answers)
+    (pruned / "work/pruned.py").write_text("")
+    answers, _ = tried(pruned, [["config.py", "work/epoch_2.pth", *read[2:]]])
+    (pruned / "work/pruned.py").unlink()
+    assert "work/pruned.py exists already: give --out-dir" in answers[0]
+    assert before == {path: path.read_bytes() for path in (pruned / "pruned").glob("pruned.p*")}

@@ -6,6 +6,7 @@ import json
 import pickle
 import sys
 
+import mmengine.config.config
 import numpy as np
 import pytest
 import torch
@@ -55,7 +56,7 @@ def data(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """An eighth of VGG's widths, which it does not take as an argument; configs are written as they come, without yapf."""
-    monkeypatch.setattr("mmengine.config.config.FormatCode", lambda text, **_: (text, True))
+    monkeypatch.setattr(mmengine.config.config, "FormatCode", lambda text, **_: (text, True), raising=False)
     monkeypatch.setattr("rep_plugin.hooks.show.is_main_process", lambda: False)  # no pictures
     make = vgg.make_vgg_layer
 

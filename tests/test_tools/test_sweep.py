@@ -5,6 +5,7 @@ import json
 import subprocess
 from types import SimpleNamespace
 
+import mmengine.config.config
 import pytest
 
 from tests.test_hooks.conftest import ROOT
@@ -29,7 +30,9 @@ def tool(monkeypatch):
         return subprocess.CompletedProcess(words, 0)
 
     monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
-    monkeypatch.setattr("mmengine.config.config.FormatCode", lambda text, **_: (text, True))  # yapf takes its time
+    monkeypatch.setattr(
+        mmengine.config.config, "FormatCode", lambda text, **_: (text, True), raising=False
+    )  # yapf takes its time
     train.enable_safe_loading()
     return sweep
 
