@@ -114,6 +114,9 @@ bench-prune-zoo: $(VENV)/.developers ## prune 30 % of 17 networks, each proven e
 bench-prune-speed: $(VENV)/.developers ## seconds that pruning takes, against Torch-Pruning; a bilinear classifier
 	$(RUN) benchmarks/prune_speed.py
 
+bench-sparsity-cost: $(VENV)/.users ## a training step with and without the terms of sparse training
+	$(RUN) benchmarks/sparsity_cost.py
+
 bench-prune-latency: $(VENV)/.developers ## plans by measured latency against plans by multiply-adds (ten minutes)
 	$(RUN) benchmarks/prune_latency.py
 
