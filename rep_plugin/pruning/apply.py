@@ -18,7 +18,7 @@ from rep_plugin.pruning.plan import PrunePlan
 from rep_plugin.pruning.surgery import remove_channels_
 from rep_plugin.pruning.trace import trace_channels
 from rep_plugin.report import BlockReport, Report, count_macs, count_params
-from rep_plugin.verify import EquivalenceError, default_inputs, verify_equivalence
+from rep_plugin.verify import Equivalence, EquivalenceError, default_inputs, verify_equivalence
 
 TOLERANCE = 1e-9  # relative, in float64
 
@@ -73,7 +73,7 @@ def apply_plan(
     report = PruneReport("apply_plan", count_params(model), 0, input_shape=trace.shape)
     report.macs_before = _macs(model, trace, Kept(trace, nothing_gone(trace)))
     if verify:
-        _prove(model, trace, kept, _inputs(model, plan, example_input), report)
+        _prove(model, trace, kept, proof_inputs(model, plan.input_shape, example_input), report)
     remove_channels_(model, trace, kept, optimizers)
     if shadow is not None:
         remove_channels_(shadow, trace, kept)
@@ -178,11 +178,22 @@ def _refresh_table(ema: nn.Module, shadow: nn.Module) -> None:
             table[name] = parameters[name] if isinstance(old, nn.Parameter) else state[name]
 
 
-def _inputs(model: nn.Module, plan: PrunePlan, example_input: Tensor | None) -> list[Tensor]:
+def proof_inputs(model: nn.Module, shape: Sequence[int], example_input: Tensor | None) -> list[Tensor]:
+    """Return what a proof runs a model on: the example, or two random pictures of the traced shape, and another size."""
     if example_input is None:
-        shape = (max(2, plan.input_shape[0]), *plan.input_shape[1:])
+        shape = (max(2, shape[0]), *shape[1:])
         example_input = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return default_inputs(model, example_input)
+
+
+def note_proof(report: PruneReport, found: Equivalence) -> None:
+    """Write what a proof has found into a report."""
+    total = found.total
+    report.max_abs_error, report.max_rel_error = total.max_abs, total.max_rel
+    report.border_rel_error, report.interior_rel_error = total.border_rel, total.interior_rel
+    report.sensitivity = found.sensitivity
+    if not found.conclusive:
+        report.notes.append(f"inconclusive: sensitivity {found.sensitivity:.1e}")
 
 
 def _prove(model: nn.Module, trace: Trace, kept: Kept, inputs: list[Tensor], report: PruneReport) -> None:
@@ -197,12 +208,7 @@ def _prove(model: nn.Module, trace: Trace, kept: Kept, inputs: list[Tensor], rep
         if isinstance(error, EquivalenceError):
             raise EquivalenceError(f"removing channels does not equal setting them to zero: {error}") from error
         raise EquivalenceError(f"the model does not run without the removed channels: {_first_line(error)}") from error
-    total = found.total
-    report.max_abs_error, report.max_rel_error = total.max_abs, total.max_rel
-    report.border_rel_error, report.interior_rel_error = total.border_rel, total.interior_rel
-    report.sensitivity = found.sensitivity
-    if not found.conclusive:
-        report.notes.append(f"inconclusive: sensitivity {found.sensitivity:.1e}")
+    note_proof(report, found)
 
 
 def _first_line(error: Exception) -> str:

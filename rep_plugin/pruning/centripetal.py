@@ -5,12 +5,12 @@ Source: Ding et al., "Centripetal SGD for Pruning Very Deep Convolutional Networ
 
 import copy
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from rep_plugin.pruning.apply import TOLERANCE, PruneReport, apply_plan, kept_by
+from rep_plugin.pruning.apply import TOLERANCE, PruneReport, apply_plan, kept_by, note_proof, proof_inputs
 from rep_plugin.pruning.clusters import Alignment, Clusters, leads_of
 from rep_plugin.pruning.gains import keep_filters_, measure_filters
 from rep_plugin.pruning.graph import Trace
@@ -18,7 +18,7 @@ from rep_plugin.pruning.groups import find_groups
 from rep_plugin.pruning.kept import Kept, nothing_gone
 from rep_plugin.pruning.surgery import remove_channels_
 from rep_plugin.pruning.trace import trace_channels
-from rep_plugin.verify import default_inputs, verify_equivalence
+from rep_plugin.verify import verify_equivalence
 
 
 class Members:
@@ -200,24 +200,13 @@ def merge_clusters_(
     for name, tensor, dim, target in _cluster_tensors(model, members):
         if not torch.equal(tensor, tensor.index_select(dim, target)):
             raise ValueError(f"the filters of a cluster in {name!r} are not equal: call snap_clusters_ first")
-    found = _prove(model, members, _inputs(model, clusters.plan.input_shape, example_input)) if verify else None
+    found = _prove(model, members, proof_inputs(model, clusters.plan.input_shape, example_input)) if verify else None
     _sum_columns_(model, members)
     report = apply_plan(model, clusters.plan, verify=False)
     if found is not None:
-        report.max_abs_error, report.max_rel_error = found.total.max_abs, found.total.max_rel
-        report.border_rel_error, report.interior_rel_error = found.total.border_rel, found.total.interior_rel
-        report.sensitivity = found.sensitivity
-        if not found.conclusive:
-            report.notes.append(f"inconclusive: sensitivity {found.sensitivity:.1e}")
+        note_proof(report, found)
     report.seconds = time.perf_counter() - started
     return report
-
-
-def _inputs(model: nn.Module, shape: Sequence[int], example_input: Tensor | None) -> list[Tensor]:
-    if example_input is None:
-        shape = (max(2, shape[0]), *shape[1:])
-        example_input = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return default_inputs(model, example_input)
 
 
 def _prove(model: nn.Module, members: Members, inputs: list[Tensor]):
