@@ -20,6 +20,7 @@ from rep_plugin.mm_artefact import load_model
 from rep_plugin.mm_checkpoint import enable_safe_loading
 from rep_plugin.verify import calibrate_random_bn_
 from tests.helpers import relative_error
+from tests.test_hooks import tiny
 
 STEPS = 3  # iterations an epoch
 
@@ -40,37 +41,18 @@ class TinyPictures(Dataset):
 
 
 def config(work_dir, *hooks, backbone=None, **changes) -> Config:
-    loader = dict(
-        batch_size=4,
-        num_workers=0,
-        dataset=dict(type="TinyPictures"),
-        sampler=dict(type="DefaultSampler", shuffle=True),
-        collate_fn=dict(type="default_collate"),
+    """The tiny training with our backbone, larger pictures and a lower rate."""
+    model = dict(
+        type="ImageClassifier",
+        backbone=dict(type="rep_plugin.RepMobileNetV2", widen_factor=0.35, anneal=True) | (backbone or {}),
+        neck=dict(type="GlobalAveragePooling"),
+        head=dict(type="LinearClsHead", num_classes=2, in_channels=1280, topk=(1,)),
     )
-    cfg = dict(
-        default_scope="mmpretrain",
-        experiment_name=str(work_dir).replace("/", "_"),  # Runners of one name share their message hub
-        work_dir=str(work_dir),
-        model=dict(
-            type="ImageClassifier",
-            backbone=dict(type="rep_plugin.RepMobileNetV2", widen_factor=0.35, anneal=True) | (backbone or {}),
-            neck=dict(type="GlobalAveragePooling"),
-            head=dict(type="LinearClsHead", num_classes=2, in_channels=1280, topk=(1,)),
-        ),
-        data_preprocessor=dict(type="ClsDataPreprocessor", mean=[127.0] * 3, std=[64.0] * 3, num_classes=2),
-        train_dataloader=loader,
-        val_dataloader=loader | dict(sampler=dict(type="DefaultSampler", shuffle=False)),
-        val_evaluator=dict(type="Accuracy"),
-        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.01, momentum=0.9)),
-        train_cfg=dict(by_epoch=True, max_epochs=4, val_interval=2),
-        val_cfg=dict(),
-        default_hooks=dict(
-            checkpoint=dict(type="CheckpointHook", interval=1), logger=dict(type="LoggerHook", interval=1)
-        ),
-        custom_hooks=list(hooks),
-        randomness=dict(seed=0),
-    )
-    return Config(cfg | changes)
+    own = dict(model=model, optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.01, momentum=0.9)))
+    cfg = tiny.config(work_dir, *hooks, **(own | changes))
+    for loader in {"train_dataloader", "val_dataloader"} - set(changes):
+        cfg[loader].dataset.type = "TinyPictures"
+    return cfg
 
 
 def anneal(**arguments) -> dict:
