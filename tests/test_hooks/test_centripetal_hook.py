@@ -215,7 +215,7 @@ def test_a_merge_that_fails_is_known_before_the_training(tmp_path, monkeypatch):
 
 
 def test_config_halves_the_multiply_adds_without_loss(tmp_path):
-    """The config on real pictures, in short: a larger strength for fewer steps."""
+    """The config on real pictures, in short: 96 steps bring filters together at less momentum and a larger strength."""
     options = [
         "train_dataloader.dataset.indices=384",
         "train_dataloader.batch_size=16",
@@ -227,7 +227,8 @@ def test_config_halves_the_multiply_adds_without_loss(tmp_path):
         "model.head.in_channels=64",
         "train_cfg.max_epochs=4",
         "train_cfg.val_interval=4",
-        "custom_hooks.0.strength=0.05",
+        "optim_wrapper.optimizer.momentum=0.5",
+        "custom_hooks.0.strength=1.0",
         "custom_hooks.0.min_channels=2",
         "custom_hooks.0.round_to=2",
     ]
@@ -236,5 +237,5 @@ def test_config_halves_the_multiply_adds_without_loss(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     report, entry = json.loads((tmp_path / "pruned.json").read_text()), entry_of(tmp_path)
     assert report["max_rel_error"] < 1e-9 and report["macs_after"] <= 0.5 * report["macs_before"]
-    assert max(group["relative"] for group in entry["distances"].values()) < 0.05
-    assert entry["before"]["accuracy/top1"] - entry["after"]["accuracy/top1"] <= 1.0
+    assert max(group["relative"] for group in entry["distances"].values()) < 1e-5
+    assert abs(entry["before"]["accuracy/top1"] - entry["after"]["accuracy/top1"]) <= 0.5  # a picture of 200
