@@ -32,8 +32,9 @@ class RepVGG(PlainRepVGG, StagedBackbone):
         deploy: bool = False,
         init_cfg: dict | list | None = None,
         online: bool = False,
+        output_stride: int | None = None,
     ):
-        super().__init__(arch, out_indices, in_channels, strides, post_bn, deploy, online)
+        super().__init__(arch, out_indices, in_channels, strides, post_bn, deploy, online, output_stride)
         self._configure(frozen_stages, norm_eval, channels_last, init_cfg)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -58,8 +59,9 @@ class MobileOne(PlainMobileOne, StagedBackbone):
         deploy: bool = False,
         init_cfg: dict | list | None = None,
         online: bool = False,
+        output_stride: int | None = None,
     ):
-        super().__init__(arch, out_indices, in_channels, strides, deploy, online)
+        super().__init__(arch, out_indices, in_channels, strides, deploy, online, output_stride)
         self._configure(frozen_stages, norm_eval, channels_last, init_cfg)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -89,10 +91,12 @@ class RepLKNet(PlainRepLKNet, StagedBackbone):
         keep_bn: bool = False,
         init_cfg: dict | list | None = None,
         online: bool = False,
+        output_stride: int | None = None,
     ):
         super().__init__(
-            arch, out_indices, in_channels, small_kernel, ffn_ratio, drop_path_rate, norm_maps, deploy, keep_bn, online
-        )
+            arch, out_indices, in_channels, small_kernel, ffn_ratio, drop_path_rate, norm_maps, deploy, keep_bn, online,
+            output_stride,
+        )  # fmt: skip
         self._configure(frozen_stages, norm_eval, channels_last, init_cfg)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

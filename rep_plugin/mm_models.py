@@ -97,10 +97,11 @@ class RepMobileNetV2(PlainRepMobileNetV2, StagedBackbone):
         init_cfg: dict | list | None = None,
         online: bool = False,
         anneal: bool = False,
+        output_stride: int | None = None,
     ):
         super().__init__(
             widen_factor, branches, out_indices, in_channels, strides, activation_name(act_cfg), avg_shortcut, last_kernel,
-            deploy, online, anneal,
+            deploy, online, anneal, output_stride,
         )  # fmt: skip
         self._configure(frozen_stages, norm_eval, channels_last, init_cfg)
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class ClassifierMixin:
     """Give a :class:`rep_plugin.backbones.staged.StagedNetwork` timm's interface: write it before the network.
 
-    (N, in_chans, H, W) -> logits (N, num_classes). ``drop_rate`` is the dropout before the classifier; all other arguments
-    are the network's own.
+    (N, in_chans, H, W) -> logits (N, num_classes). ``drop_rate`` is the dropout before the classifier, ``output_stride``
+    (default 32) as timm's; all other arguments are the network's own.
     """
 
     def __init__(
@@ -26,13 +26,14 @@ class ClassifierMixin:
         super().__init__(in_channels=in_chans, **backbone_args)
         self.in_chans, self.drop_rate, self.grad_checkpointing = in_chans, drop_rate, False
         self.num_features = self.head_hidden_size = self.out_channels[-1]
-        # As timm's own networks: the last part at each reduction.
-        parts = {self.stem_reduction: (self.stem_channels, "stem")}
-        for index, reduction in enumerate(self.reductions[: len(self.stages)]):
-            parts[reduction] = (self.out_channels[index], f"stages.{index}")
+        # As timm's own networks: the last part before each step down, and of the network, dilated or not.
+        parts = [(self.stem_channels, self.stem_reduction, "stem")]
+        for index, step in enumerate(self.steps):
+            if step.stride == 1 and not step.unstrided:
+                parts.pop()
+            parts.append((self.out_channels[index], self.reductions[index], f"stages.{index}"))
         self.feature_info = [
-            {"num_chs": channels, "reduction": reduction, "module": module}
-            for reduction, (channels, module) in parts.items()
+            {"num_chs": channels, "reduction": reduction, "module": module} for channels, reduction, module in parts
         ]
         self.reset_classifier(num_classes, global_pool)
 

@@ -54,6 +54,18 @@ def test_unet_trains_deploys_and_is_pruned(name):
     assert report.max_rel_error < 1e-9 and relative_error(model(x), merged(x)) < 1e-4
 
 
+@pytest.mark.parametrize("name", ENCODERS)
+def test_dilated_deeplab_trains_and_deploys(name):
+    x, masks = torch.randn(2, 3, 64, 96), torch.randint(3, (2, 64, 96))
+    options = dict(decoder_channels=16, decoder_atrous_rates=(1, 2, 3), encoder_output_stride=16)
+    model = smp.DeepLabV3Plus(name, encoder_weights=None, classes=3, **options, **ENCODERS[name])
+    assert model.encoder(x)[-1].shape[2:] == (4, 6)
+    losses = train(model, lambda: nn.functional.cross_entropy(model(x), masks))
+    assert losses[-1] < losses[0]
+    merged, report = rep_plugin.reparameterize(model, x)
+    assert report.max_rel_error < 1e-9 and relative_error(model(x), merged(x)) < 1e-4
+
+
 class Pyramid(nn.Module):
     """Backbone and torchvision's FPN, as torchvision's detectors take them."""
 

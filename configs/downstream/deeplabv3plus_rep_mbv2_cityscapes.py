@@ -8,9 +8,7 @@ sync_bn = "torch"  # several processes share the statistics of the backbone too,
 
 model = dict(
     pretrained=None,
-    backbone=dict(
-        _delete_=True, type="rep_plugin.RepMobileNetV2", strides=(2, 1, 2, 2, 2, 1, 1, 1), out_indices=(1, 2, 4, 6)
-    ),
+    backbone=dict(_delete_=True, type="rep_plugin.RepMobileNetV2", output_stride=16, out_indices=(1, 2, 4, 6)),
     decode_head=dict(in_channels=320, c1_in_channels=24, dilations=(1, 6, 12, 18)),
     auxiliary_head=dict(in_channels=96),
 )

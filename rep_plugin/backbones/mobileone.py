@@ -47,7 +47,8 @@ class MobileOne(StagedNetwork):
 
     ``arch``: a name of ``ARCHS``, or a dict of :class:`MobileOneArch`'s fields. ``online=True`` merges the branches in
     every training step (see :class:`rep_plugin.blocks.base.RepBlock`). ``deploy=True`` builds the merged network directly.
-    Raises ValueError for an unknown arch, a bad stride list or index.
+    ``output_stride`` limits the stride, see :func:`rep_plugin.backbones.staged.plan_steps`. Raises ValueError for an
+    unknown arch, a bad stride list, output_stride or index.
     """
 
     def __init__(
@@ -58,24 +59,31 @@ class MobileOne(StagedNetwork):
         strides: Sequence[int] = (2, 2, 2, 2, 2),
         deploy: bool = False,
         online: bool = False,
+        output_stride: int | None = None,
     ):
         super().__init__()
-        settings: MobileOneArch = self._lay_out(arch, ARCHS, "MobileOne", out_indices, in_channels, strides)
+        settings: MobileOneArch = self._lay_out(
+            arch, ARCHS, "MobileOne", out_indices, in_channels, strides, output_stride
+        )
 
         width = self.stem_channels
         form = {"deploy": deploy, "online": online}
         self.stem = MobileOneBlock(in_channels, width, 3, strides[0], act=relu_after(width, False), **form)
         stages = []
-        for depth, attended, out, stride in zip(
-            settings.depths, settings.se_blocks, self.out_channels, strides[1:], strict=True
+        for depth, attended, out, step in zip(
+            settings.depths, settings.se_blocks, self.out_channels, self.steps, strict=True
         ):
             blocks = []
             for index in range(depth):
                 se = index >= depth - attended
                 options = {"copies": settings.copies, **form}
                 act = relu_after(width, se)
-                step = stride if index == 0 else 1
-                blocks.append(MobileOneBlock(width, width, 3, step, groups=width, act=act, **options))
+                shape = (1, None, step.dilation, width, act)
+                if index == 0:
+                    shape = (step.stride, None, step.first_dilation, width, act)
+                blocks.append(
+                    MobileOneBlock(width, width, 3, *shape, **options, unstrided=index == 0 and step.unstrided)
+                )
                 blocks.append(MobileOneBlock(width, out, 1, act=relu_after(out, se), **options))
                 width = out
             stages.append(nn.Sequential(*blocks))

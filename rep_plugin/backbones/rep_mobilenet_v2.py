@@ -1,7 +1,6 @@
 """Rep-MobileNetV2: MobileNetV2's seven stages, trained as linear branches and deployed as plain 3x3 convolutions."""
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
@@ -39,7 +38,8 @@ class RepMobileNetV2(StagedNetwork):
     last convolution, 3 gives an all-3x3 network. ``online=True`` merges the branches in every training step (see
     :class:`rep_plugin.blocks.base.RepBlock`). ``deploy=True`` builds the merged network directly. ``anneal=True`` starts
     as stock MobileNetV2 and loads its checkpoints, see :mod:`rep_plugin.backbones.warm_start`;
-    ``rep_plugin.LinearizeHook`` then leads to the mergeable form. Raises ValueError for a bad width, stride list, index,
+    ``rep_plugin.LinearizeHook`` then leads to the mergeable form. ``output_stride`` limits the stride, see
+    :func:`rep_plugin.backbones.staged.plan_steps`. Raises ValueError for a bad width, stride list, output_stride, index,
     kernel or branch name, or both ``online`` and ``anneal``.
     """
 
@@ -56,6 +56,7 @@ class RepMobileNetV2(StagedNetwork):
         deploy: bool = False,
         online: bool = False,
         anneal: bool = False,
+        output_stride: int | None = None,
     ):
         super().__init__()
         if not isinstance(widen_factor, (int, float)) or not 0 < widen_factor < 100:
@@ -69,9 +70,10 @@ class RepMobileNetV2(StagedNetwork):
 
         width = make_divisible(32 * widen_factor)
         self.stem = self._plain(in_channels, width, 3, strides[0], act, deploy)
-        self.stem_channels, self.stem_reduction = width, strides[0]
+        self.stem_channels = width
+        self._step(strides, output_stride)
         stages, self.out_channels = [], []
-        for (expand_ratio, channels, depth), stride in zip(STAGES, strides[1:]):
+        for (expand_ratio, channels, depth), step in zip(STAGES, self.steps):
             out = make_divisible(channels * widen_factor)
             blocks = []
             for index in range(depth):
@@ -79,7 +81,7 @@ class RepMobileNetV2(StagedNetwork):
                     RepInvertedResidual(
                         width,
                         out,
-                        stride if index == 0 else 1,
+                        step.stride if index == 0 else 1,
                         expand_ratio,
                         branches,
                         avg_shortcut,
@@ -87,6 +89,8 @@ class RepMobileNetV2(StagedNetwork):
                         deploy,
                         online,
                         anneal,
+                        step.first_dilation if index == 0 else step.dilation,
+                        step.unstrided and index == 0,
                     )
                 )
                 width = out
@@ -94,18 +98,22 @@ class RepMobileNetV2(StagedNetwork):
             self.out_channels.append(out)
         self.stages = nn.Sequential(*stages)
         last = make_divisible(1280 * max(1.0, widen_factor))
-        self.last_conv = self._plain(width, last, last_kernel, 1, act, deploy)
+        self.last_conv = self._plain(width, last, last_kernel, 1, act, deploy, self.steps[-1].dilation)
         self.out_channels.append(last)
-        self.reductions = [math.prod(strides[: i + 2]) for i in range(len(STAGES))] + [math.prod(strides)]
+        self.reductions.append(self.reductions[-1])
         self._init_parameters()
         self.register_load_state_dict_pre_hook(adapt_hook)
 
     @staticmethod
-    def _plain(in_channels: int, out_channels: int, kernel_size: int, stride: int, act: str, deploy: bool) -> RepBlock:
+    def _plain(
+        in_channels: int, out_channels: int, kernel_size: int, stride: int, act: str, deploy: bool, dilation: int = 1
+    ) -> RepBlock:
         """A block of a single conv-BN: the stem and the last feature convolution."""
-        chains = {} if deploy else {"conv": conv_bn(in_channels, out_channels, kernel_size, stride)}
+        chains = {} if deploy else {"conv": conv_bn(in_channels, out_channels, kernel_size, stride, dilation)}
         activation = build_activation(act, out_channels)
-        return RepBlock(in_channels, out_channels, kernel_size, chains, stride=stride, act=activation, deploy=deploy)
+        return RepBlock(
+            in_channels, out_channels, kernel_size, chains, stride, None, dilation, act=activation, deploy=deploy
+        )
 
     def finish(self, x: Tensor) -> Tensor:
         """Return the last convolution's map, given the last stage's."""

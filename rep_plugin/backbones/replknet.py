@@ -63,25 +63,43 @@ class _Parts:
     def __init__(self, deploy: bool, keep_bn: bool, online: bool):
         self.deploy, self.merge_plain, self.online = deploy, deploy and not keep_bn, online
 
-    def plain(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, relu: bool = True):
-        chains = {} if self.merge_plain else {"conv": conv_bn(inputs, outputs, kernel, stride, groups=groups)}
+    def plain(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        stride: int = 1,
+        groups: int = 1,
+        relu: bool = True,
+        dilation: int = 1,
+    ):
+        chains = {} if self.merge_plain else {"conv": conv_bn(inputs, outputs, kernel, stride, dilation, groups)}
         act = nn.ReLU(inplace=True) if relu else None
-        options = {"stride": stride, "groups": groups, "act": act, "deploy": self.merge_plain}
+        options = {"stride": stride, "dilation": dilation, "groups": groups, "act": act, "deploy": self.merge_plain}
         return RepBlock(inputs, outputs, kernel, chains, **options)
 
-    def large(self, channels: int, kernel: int, small_kernel: int | None) -> LargeKernelBlock:
+    def large(self, channels: int, kernel: int, small_kernel: int | None, dilation: int) -> LargeKernelBlock:
         options = {"groups": channels, "act": nn.ReLU(inplace=True), "deploy": self.deploy, "online": self.online}
-        return LargeKernelBlock(channels, channels, kernel, small_kernel=small_kernel, **options)
+        return LargeKernelBlock(channels, channels, kernel, dilation=dilation, small_kernel=small_kernel, **options)
 
 
 class LargeKernelUnit(nn.Module):
     """Residual BN, 1x1, large depthwise kernel, 1x1: (N, C, H, W) -> (N, C, H, W). Section 4.1, figure 4."""
 
-    def __init__(self, channels: int, inner: int, kernel: int, small: int | None, drop_path: float, parts: _Parts):
+    def __init__(
+        self,
+        channels: int,
+        inner: int,
+        kernel: int,
+        small: int | None,
+        drop_path: float,
+        parts: _Parts,
+        dilation: int = 1,
+    ):
         super().__init__()
         self.norm = nn.BatchNorm2d(channels)
         self.pw1 = parts.plain(channels, inner, 1)
-        self.large = parts.large(inner, kernel, small)
+        self.large = parts.large(inner, kernel, small, dilation)
         self.pw2 = parts.plain(inner, channels, 1, relu=False)
         self.drop_path = DropPath(drop_path)
 
@@ -117,8 +135,9 @@ class RepLKNet(StagedNetwork):
     ``online=True`` merges the large and the small kernel in every training step (see
     :class:`rep_plugin.blocks.base.RepBlock`). ``deploy=True`` builds the merged network directly: one convolution for
     each large kernel, and for each 1x1 or stem convolution with its BN. ``keep_bn=True`` leaves these BNs in it: the form
-    of the deployed files that the authors and mmpretrain publish. Raises ValueError for an unknown arch, a bad index,
-    kernel or rate.
+    of the deployed files that the authors and mmpretrain publish. ``output_stride`` limits the stride, see
+    :func:`rep_plugin.backbones.staged.plan_steps`. Raises ValueError for an unknown arch, a bad index, output_stride, kernel
+    or rate.
     """
 
     def __init__(
@@ -133,6 +152,7 @@ class RepLKNet(StagedNetwork):
         deploy: bool = False,
         keep_bn: bool = False,
         online: bool = False,
+        output_stride: int | None = None,
     ):
         super().__init__()
         settings: RepLKNetArch = pick_arch(arch, ARCHS, "RepLKNet")
@@ -143,8 +163,8 @@ class RepLKNet(StagedNetwork):
         if keep_bn and not deploy:
             raise ValueError("keep_bn is a choice of the deployed form, expected deploy=True with it")
         small = settings.small_kernel if small_kernel is None else small_kernel
-        self.out_channels, self.reductions = list(settings.channels), [4 * 2**i for i in range(count)]
-        self.stem_channels, self.stem_reduction = settings.channels[0], 4
+        self._step((4, 1) + (2,) * (count - 1), output_stride)
+        self.out_channels, self.stem_channels = list(settings.channels), settings.channels[0]
 
         parts, width = _Parts(deploy, keep_bn, online), settings.channels[0]
         self.stem = nn.Sequential(
@@ -155,16 +175,19 @@ class RepLKNet(StagedNetwork):
         )
         rates = iter(torch.linspace(0, drop_path_rate, sum(settings.depths), device="cpu").tolist())
         stages = []
-        for depth, out, kernel in zip(settings.depths, settings.channels, settings.kernels):
+        for depth, out, kernel, step in zip(settings.depths, settings.channels, settings.kernels, self.steps):
             blocks = OrderedDict()
             if stages:
                 blocks["transition"] = nn.Sequential(
-                    parts.plain(width, out, 1), parts.plain(out, out, 3, 2, groups=out)
+                    parts.plain(width, out, 1),
+                    parts.plain(out, out, 3, step.stride, groups=out, dilation=step.first_dilation),
                 )
             width, inner = out, int(out * settings.dw_ratio)
             for index in range(depth):
                 rate = next(rates)
-                blocks[f"{2 * index}"] = LargeKernelUnit(width, inner, kernel, small or None, rate, parts)
+                blocks[f"{2 * index}"] = LargeKernelUnit(
+                    width, inner, kernel, small or None, rate, parts, step.dilation
+                )
                 blocks[f"{2 * index + 1}"] = ConvFFN(width, int(width * ffn_ratio), rate, parts)
             stages.append(nn.Sequential(blocks))
         self.stages = nn.Sequential(*stages)

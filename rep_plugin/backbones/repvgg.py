@@ -45,8 +45,9 @@ class RepVGG(StagedNetwork):
 
     ``arch``: a name of ``ARCHS``, or a dict of :class:`RepVGGArch`'s fields. ``post_bn`` trains QARepVGG's blocks, whose
     merged weights quantise well. ``online=True`` merges the branches in every training step (see
-    :class:`rep_plugin.blocks.base.RepBlock`). ``deploy=True`` builds the merged network directly. Raises ValueError for an
-    unknown arch, a bad stride list or index.
+    :class:`rep_plugin.blocks.base.RepBlock`). ``deploy=True`` builds the merged network directly. ``output_stride`` limits
+    the stride, see :func:`rep_plugin.backbones.staged.plan_steps`. Raises ValueError for an unknown arch, a bad stride list,
+    output_stride or index.
     """
 
     def __init__(
@@ -58,23 +59,29 @@ class RepVGG(StagedNetwork):
         post_bn: bool = False,
         deploy: bool = False,
         online: bool = False,
+        output_stride: int | None = None,
     ):
         super().__init__()
-        settings: RepVGGArch = self._lay_out(arch, ARCHS, "RepVGG", out_indices, in_channels, strides)
+        settings: RepVGGArch = self._lay_out(arch, ARCHS, "RepVGG", out_indices, in_channels, strides, output_stride)
 
-        def block(inputs: int, outputs: int, stride: int, groups: int = 1) -> RepVGGBlock:
+        def block(
+            inputs: int, outputs: int, stride: int, dilation: int = 1, groups: int = 1, unstrided: bool = False
+        ) -> RepVGGBlock:
             act = relu_after(outputs, settings.se)
-            options = {"deploy": deploy, "post_bn": post_bn, "online": online}
-            return RepVGGBlock(inputs, outputs, 3, stride, groups=groups, act=act, **options)
+            options = {"deploy": deploy, "post_bn": post_bn, "online": online, "unstrided": unstrided}
+            return RepVGGBlock(inputs, outputs, 3, stride, None, dilation, groups, act, **options)
 
         self.stem = block(in_channels, self.stem_channels, strides[0])
         stages, width, layer = [], self.stem_channels, 0
-        for depth, out, stride in zip(settings.depths, self.out_channels, strides[1:]):
+        for depth, out, step in zip(settings.depths, self.out_channels, self.steps):
             blocks = []
             for index in range(depth):
                 layer += 1
                 groups = settings.groups if layer % 2 == 0 else 1
-                blocks.append(block(width, out, stride if index == 0 else 1, groups))
+                if index == 0:
+                    blocks.append(block(width, out, step.stride, step.first_dilation, groups, step.unstrided))
+                else:
+                    blocks.append(block(width, out, 1, step.dilation, groups))
                 width = out
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.Sequential(*stages)

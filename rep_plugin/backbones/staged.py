@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -29,6 +29,39 @@ def check_strides(strides: Sequence[int], stages: int) -> tuple[int, ...]:
     if len(strides) != stages + 1 or any(stride not in (1, 2) for stride in strides):
         raise ValueError(f"strides must be {stages + 1} numbers of 1 or 2 (stem, stages), got {tuple(strides)}")
     return tuple(strides)
+
+
+class Step(NamedTuple):
+    """How a stage begins: its first block's stride and dilation, the dilation of its other blocks, and whether the first
+    block has lost its stride to dilation.
+    """
+
+    stride: int
+    first_dilation: int
+    dilation: int
+    unstrided: bool
+
+
+def plan_steps(strides: Sequence[int], output_stride: int | None) -> list[Step]:
+    """Return the steps of the stages (``strides``: stem, stages) of a network that goes down by ``output_stride`` at most.
+
+    From there on dilation stands in for strides: parameters stay the same, and every 2nd (4th ...) pixel of a map is
+    exactly the pixel of the strided network (Chen et al., "Rethinking Atrous Convolution", 2017, section 3.1). None: no
+    limit. Raises ValueError for anything but a power of 2 from the stem's stride on.
+    """
+    powers = [strides[0] * 2**i for i in range(len(strides))]
+    if output_stride is not None and output_stride not in powers:
+        raise ValueError(f"output_stride must be one of {', '.join(map(str, powers))}, got {output_stride!r}")
+    reduction, dilation, steps = strides[0], 1, []
+    for stride in strides[1:]:
+        unstrided = output_stride is not None and reduction * stride > output_stride
+        before = dilation
+        if unstrided:
+            dilation *= stride
+        else:
+            reduction *= stride
+        steps.append(Step(1 if unstrided else stride, before, dilation, unstrided))
+    return steps
 
 
 def pick_arch(arch: str | Mapping, table: Mapping[str, Any], network: str) -> Any:
@@ -59,8 +92,8 @@ def check_stages(**fields: Sequence) -> None:
 class StagedNetwork(nn.Module):
     """A ``stem`` and a Sequential of ``stages``: (N, in_channels, H, W) -> the maps of ``out_indices``, as a tuple.
 
-    A subclass also sets ``out_channels`` and ``reductions``, one for each index, and the stem's ``stem_channels`` and
-    ``stem_reduction``.
+    A subclass also sets ``out_channels`` and ``reductions``, one for each index, the stem's ``stem_channels`` and
+    ``stem_reduction``, and ``steps``, one for each stage.
     """
 
     def _lay_out(
@@ -71,6 +104,7 @@ class StagedNetwork(nn.Module):
         out_indices: Sequence[int],
         in_channels: int,
         strides: Sequence[int],
+        output_stride: int | None,
     ) -> Any:
         """Check the arguments and set widths and strides of a network whose stages are 64, 128, ... times ``widths`` wide.
 
@@ -81,9 +115,15 @@ class StagedNetwork(nn.Module):
         self.out_indices = check_maps(in_channels, out_indices, count)
         self.arch, self.strides = arch, check_strides(strides, count)
         self.out_channels = [int(64 * 2**i * factor) for i, factor in enumerate(settings.widths)]
-        self.reductions = [math.prod(strides[: i + 2]) for i in range(count)]
-        self.stem_channels, self.stem_reduction = min(64, self.out_channels[0]), strides[0]
+        self._step(strides, output_stride)
+        self.stem_channels = min(64, self.out_channels[0])
         return settings
+
+    def _step(self, strides: Sequence[int], output_stride: int | None) -> None:
+        self.steps, self.stem_reduction = plan_steps(strides, output_stride), strides[0]
+        self.reductions = [
+            self.stem_reduction * math.prod(step.stride for step in self.steps[: i + 1]) for i in range(len(self.steps))
+        ]
 
     def _init_parameters(self) -> None:
         for module in self.modules():

@@ -76,17 +76,24 @@ def conv_average_bn(
     return Chain(ops)
 
 
-def average_conv_bn(in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1) -> Chain:
-    """Average over the window (``avg``), a 1x1 (``conv``) where the shape changes, ``bn``."""
-    ops = {"avg": nn.AvgPool2d(kernel_size, stride)}
-    if stride != 1 or in_channels != out_channels:
+def average_conv_bn(
+    in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1, dilation: Size = 1, mix: bool = False
+) -> Chain:
+    """Average over the window (``avg``), a 1x1 (``conv``) where the shape changes or ``mix`` asks for it, ``bn``."""
+    ops = {"avg": DilatedAvgPool2d(kernel_size, stride, dilation)}
+    if mix or stride != 1 or in_channels != out_channels:
         ops["conv"] = nn.Conv2d(in_channels, out_channels, 1, bias=False)
     ops["bn"] = nn.BatchNorm2d(out_channels)
     return Chain(ops)
 
 
 def linear_bottleneck(
-    in_channels: int, out_channels: int, stride: Size, expand_ratio: int, anneal_act: str | None = None
+    in_channels: int,
+    out_channels: int,
+    stride: Size,
+    expand_ratio: int,
+    anneal_act: str | None = None,
+    dilation: Size = 1,
 ) -> Chain:
     """1x1 expand, depthwise 3x3, 1x1 project, a BN after each and no activation; no expand at ratio 1.
 
@@ -97,7 +104,7 @@ def linear_bottleneck(
     if expand_ratio != 1:
         ops["expand"] = nn.Conv2d(in_channels, mid, 1, bias=False)
         ops["expand_bn"] = nn.BatchNorm2d(mid)
-    ops["depthwise"] = nn.Conv2d(mid, mid, 3, stride, groups=mid, bias=False)
+    ops["depthwise"] = nn.Conv2d(mid, mid, 3, stride, dilation=dilation, groups=mid, bias=False)
     ops["depthwise_bn"] = nn.BatchNorm2d(mid)
     ops["project"] = nn.Conv2d(mid, out_channels, 1, bias=False)
     ops["project_bn"] = nn.BatchNorm2d(out_channels)

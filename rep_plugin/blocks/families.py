@@ -26,7 +26,9 @@ class RepVGGBlock(RepBlock):
     """``conv`` KxK, ``point`` 1x1 and, where the shape is kept, ``identity``, each with its BN.
 
     ``post_bn=True`` is QARepVGG's form (Chu et al., AAAI 2024): 1x1 and identity without BN, and one BN after the sum, so
-    that the merged weights have no outliers and quantise well. Ding et al., "RepVGG" (CVPR 2021), section 3.
+    that the merged weights have no outliers and quantise well. ``unstrided=True`` leaves ``identity`` out: a block of
+    stride 2 whose stride became dilation, see :func:`rep_plugin.backbones.staged.plan_steps`. Ding et al., "RepVGG" (CVPR
+    2021), section 3.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class RepVGGBlock(RepBlock):
         deploy: bool = False,
         post_bn: bool = False,
         online: bool = False,
+        unstrided: bool = False,
     ):
         size = _odd(kernel_size, "RepVGGBlock")
         branches = {}
@@ -52,7 +55,7 @@ class RepVGGBlock(RepBlock):
                 branches["point"] = Chain({"conv": point})
             else:
                 branches["point"] = conv_bn(in_channels, out_channels, 1, stride, 1, groups)
-            if in_channels == out_channels and pair(stride) == (1, 1):
+            if in_channels == out_channels and pair(stride) == (1, 1) and not unstrided:
                 branches["identity"] = Chain({"copy": nn.Identity()}) if post_bn else identity_bn(out_channels)
         super().__init__(
             in_channels, out_channels, size, branches, stride, padding, dilation, groups, act, deploy, post_bn or online,
@@ -132,7 +135,8 @@ class DiverseBranchBlock(RepBlock):
 class MobileOneBlock(RepBlock):
     """``copies`` of a KxK (``conv0`` ...), ``scale`` 1x1 where K > 1, and ``identity`` where the shape is kept, with BNs.
 
-    Vasu et al., "MobileOne" (CVPR 2023), section 3.2. Raises ValueError for copies < 1.
+    ``unstrided`` as :class:`RepVGGBlock`'s. Vasu et al., "MobileOne" (CVPR 2023), section 3.2. Raises ValueError for
+    copies < 1.
     """
 
     def __init__(
@@ -148,6 +152,7 @@ class MobileOneBlock(RepBlock):
         deploy: bool = False,
         copies: int = 1,
         online: bool = False,
+        unstrided: bool = False,
     ):
         size = _odd(kernel_size, "MobileOneBlock")
         if copies < 1:
@@ -158,7 +163,7 @@ class MobileOneBlock(RepBlock):
                 branches[f"conv{index}"] = conv_bn(in_channels, out_channels, size, stride, dilation, groups)
             if size != (1, 1):
                 branches["scale"] = conv_bn(in_channels, out_channels, 1, stride, 1, groups)
-            if in_channels == out_channels and pair(stride) == (1, 1):
+            if in_channels == out_channels and pair(stride) == (1, 1) and not unstrided:
                 branches["identity"] = identity_bn(out_channels)
         super().__init__(
             in_channels, out_channels, size, branches, stride, padding, dilation, groups, act, deploy, online=online

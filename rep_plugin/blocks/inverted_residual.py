@@ -20,8 +20,10 @@ class RepInvertedResidual(RepBlock):
 
     ``branches`` is any of ``bottleneck identity avgpool conv1x1 conv3x3``; ``identity`` is left out where the shape
     changes. ``avg_shortcut`` gives a block of stride 2 the average-pool shortcut (avg3x3 -> 1x1 -> bn). ``anneal`` starts
-    the block as stock MobileNetV2's, see :mod:`rep_plugin.blocks.annealed`; it means nothing with ``deploy``. Raises
-    ValueError for an unknown branch name, where no branch remains, or for both ``online`` and ``anneal``.
+    the block as stock MobileNetV2's, see :mod:`rep_plugin.blocks.annealed`; it means nothing with ``deploy``.
+    ``unstrided`` gives a block of stride 1 the branches of one of stride 2: where dilation stands in for the stride, see
+    :func:`rep_plugin.backbones.staged.plan_steps`. Raises ValueError for an unknown branch name, where no branch remains,
+    or for both ``online`` and ``anneal``.
     """
 
     def __init__(
@@ -36,25 +38,28 @@ class RepInvertedResidual(RepBlock):
         deploy: bool = False,
         online: bool = False,
         anneal: bool = False,
+        dilation: int = 1,
+        unstrided: bool = False,
     ):
         unknown = [name for name in branches if name not in BRANCHES]
         if unknown:
             raise ValueError(f"unknown branch {unknown[0]!r}, expected any of {BRANCHES}")
         if online and anneal:
             raise ValueError("anneal=True starts from stock's BNs inside the branches, which online=True does not have")
-        keeps_shape = stride == 1 and in_channels == out_channels
+        strided = unstrided or stride != 1
+        keeps_shape = not strided and in_channels == out_channels
         chains = {}
         if not deploy:
             if "bottleneck" in branches:
                 chains["bottleneck"] = linear_bottleneck(
-                    in_channels, out_channels, stride, expand_ratio, act if anneal else None
+                    in_channels, out_channels, stride, expand_ratio, act if anneal else None, dilation
                 )
             if "conv3x3" in branches:
-                chains["conv3x3"] = conv_bn(in_channels, out_channels, 3, stride)
+                chains["conv3x3"] = conv_bn(in_channels, out_channels, 3, stride, dilation)
             if "conv1x1" in branches:
                 chains["conv1x1"] = conv_bn(in_channels, out_channels, 1, stride)
-            if "avgpool" in branches or (avg_shortcut and stride != 1):
-                chains["avgpool"] = average_conv_bn(in_channels, out_channels, 3, stride)
+            if "avgpool" in branches or (avg_shortcut and strided):
+                chains["avgpool"] = average_conv_bn(in_channels, out_channels, 3, stride, dilation, strided)
             if "identity" in branches and keeps_shape:
                 chains["identity"] = identity_bn(out_channels)
             if not chains:
@@ -64,7 +69,7 @@ class RepInvertedResidual(RepBlock):
                 )
         activation = AnnealedActivation(act) if anneal and not deploy else build_activation(act, out_channels)
         super().__init__(
-            in_channels, out_channels, 3, chains, stride=stride, act=activation, deploy=deploy, online=online
+            in_channels, out_channels, 3, chains, stride, None, dilation, act=activation, deploy=deploy, online=online
         )
 
     def switch_to_deploy(self) -> None:
