@@ -10,6 +10,7 @@ import importlib
 import os
 import pickle
 import sys
+import tempfile
 import types
 import zipfile
 from collections import Counter, OrderedDict
@@ -305,6 +306,15 @@ def load_checkpoint_file(path: str | os.PathLike | BinaryIO, map_location: Any =
         raise UnreadableCheckpointError(
             f"checkpoint {label} is not readable ({_first_line(error)}), expected a complete file written by torch.save"
         ) from None
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OSError, naming the folder, where files cannot be written: before minutes of work, not after them."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise OSError(f"cannot write into {folder}: {error.strerror} ({there})") from None
 
 
 def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rep_plugin.checkpoint import write_atomic
+from rep_plugin.checkpoint import check_writable, write_atomic
 from rep_plugin.export_report import ExportReport, RuntimeReport
 from rep_plugin.latency import eager_calls, interleaved_medians
 from rep_plugin.onnx_graph import name_outputs, open_dims, shapes_of, to_onnx
@@ -174,6 +174,7 @@ def _check(model: nn.Module, path: Path, x: Tensor, images: Tensor | None, dynam
     """Refuse what cannot end well before anything costly begins."""
     if path.suffix != ".onnx" or path.is_dir():
         raise ValueError(f"path must be that of a file ending in .onnx, got {path}")
+    check_writable(path.parent)
     for name, module in model.named_modules():
         if module.training:
             raise RuntimeError(f"{name or type(module).__name__!r} is in train mode: call model.eval() first")

@@ -1,5 +1,6 @@
 """timm models by name, with a checkpoint and pictures as timm itself reads them, written as ONNX."""
 
+import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -65,6 +66,9 @@ def load_timm(
     local = name.startswith("local-dir:")
     if local and not (folder := Path(name.removeprefix("local-dir:"))).is_dir():
         raise FileNotFoundError(f"{folder} does not exist, expected a folder with config.json")
+    if ":" not in name and not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name, timm.list_models(), 3, 0.3)
+        raise ValueError(f"timm has no model {name!r}, expected one as {', '.join(near) or 'rep_mobilenetv2_100'}")
     model = timm.create_model(name, pretrained=pretrained or local, **(model_args or {}))
     if checkpoint is not None:
         try:

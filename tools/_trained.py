@@ -9,6 +9,7 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from rep_plugin.checkpoint import check_writable
 from rep_plugin.mm_artefact import load_model, real_inputs
 from rep_plugin.mm_data import check_data
 
@@ -24,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser, no_real_data: str) -> None:
 
 def _check_outputs(args: argparse.Namespace, out_dir: Path, read: Sequence[str], outputs: Sequence[str]) -> None:
     """Refuse to replace what is read; and, in a folder that was not asked for by name, what is already there."""
+    if outputs:
+        check_writable(out_dir)
     for path in (out_dir / name for name in outputs):
         if path.resolve() in {Path(one).resolve() for one in read}:
             raise ValueError(f"{path} is read and would be replaced: give another --out-dir")
@@ -36,8 +39,8 @@ def open_trained(
 ) -> tuple[Config, nn.Module, Tensor | None, dict | None, Path]:
     """Return (config, model, validation pictures or None, the data set's meta data, folder for the files).
 
-    Raises FileNotFoundError for a file, of ``more_files`` too, that does not exist, ValueError where one of ``outputs`` would
-    replace what it should not, and what loading raises.
+    Raises FileNotFoundError for a file, of ``more_files`` too, that does not exist, OSError where ``outputs`` cannot be
+    written, ValueError where one of them would replace what it should not, and what loading raises.
     """
     read = [path for path in (args.config, args.checkpoint, *more_files) if path]
     for path in read:

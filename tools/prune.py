@@ -73,6 +73,8 @@ def read_widths(path: Path) -> dict[str, int]:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(widths, dict):
         raise ValueError(f"{path} must hold {{layer name: channels kept}}, got a {type(widths).__name__}")
+    if odd := [name for name, width in widths.items() if not isinstance(width, int)]:
+        raise ValueError(f"{path} must hold {{layer name: channels kept}}, got {odd[0]!r}: {widths[odd[0]]!r:.40}")
     return widths
 
 

@@ -183,6 +183,8 @@ def main(argv: list[str] | None = None) -> None:
     """Train what is missing, then one table, one file, one picture."""
     args = parse_args(argv)
     console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 120)  # a file has room for the table
     key = hook_key(args.config, PRUNING, "prune_fraction")
     out = Path(args.work_dir or f"work_dirs/sweep_{Path(args.config).stem}")
     starting, rows = starts(args, out, console), []

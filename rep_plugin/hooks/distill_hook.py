@@ -120,7 +120,10 @@ class DistillHook(Hook):
         cfg = Config.fromfile(self.source) if isinstance(self.source, str) else Config(copy.deepcopy(dict(self.source)))
         if "model" not in cfg:
             cfg = Config(dict(model=cfg, data_preprocessor=runner.cfg.get("data_preprocessor")))
-        teacher, _ = load_model(cfg, str(self.checkpoint))
+        try:
+            teacher, _ = load_model(cfg, str(self.checkpoint))
+        except (OSError, RuntimeError, ValueError) as error:
+            raise HookError(f"DistillHook: the teacher cannot be loaded: {' '.join(str(error).split())}") from error
         ours, theirs = (_normalisation(model) for model in (student, teacher))
         if ours != theirs:
             raise HookError(f"DistillHook: the teacher sees pictures with {theirs}, expected the student's {ours}")

@@ -1,6 +1,7 @@
 """Which units to remove: the lowest scores, as far as widths allow, by share, by budget, or to given widths."""
 
 import bisect
+import difflib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -174,7 +175,8 @@ def to_widths(choice: Choice, widths: Mapping[str, int]) -> list[Candidate]:
     taken: dict[Candidate, None] = {}
     for name, width in widths.items():
         if name not in left:
-            raise ValueError(f"the model has no layer {name!r} that makes channels")
+            near = difflib.get_close_matches(str(name), left, 3, 0) or list(left)[:3]
+            raise ValueError(f"the model has no layer {name!r} that makes channels, expected one as {', '.join(near)}")
         if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= choice.widths[name]:
             raise ValueError(f"width of {name!r} must lie in 1..{choice.widths[name]}, got {width!r}")
         index = next(i for i, layers in enumerate(choice.layers) if name in layers)

@@ -92,7 +92,8 @@ class Tracer(TorchFunctionMode):
                     "values decide which rows of a tensor go on, not shapes alone: plan the part in front of it by itself "
                     "(a detector's backbone, say)"
                 )
-            raise TraceError(f"cannot trace {type(self.model).__name__} at {_location(error)}: {text}") from error
+            what = f"{type(self.model).__name__} on an input {tuple(shape)}"
+            raise TraceError(f"cannot trace {what} at {_location(error)}: {text}") from error
         return [self.of(t).labels for t in _maps_of(output) if self.is_tracked(t)]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

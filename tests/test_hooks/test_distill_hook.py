@@ -248,6 +248,10 @@ def other(teacher: dict, **changes) -> dict:
 
 
 BAD_RUNS = {
+    "no teacher": (
+        lambda t: t | dict(checkpoint="none.pth"),
+        "^DistillHook: the teacher cannot be loaded: checkpoint none.pth is missing",
+    ),
     "nothing to copy": (lambda _: dict(), "no PruneHook with begin is there: give teacher"),
     "no module": (
         lambda t: t | dict(feature_weight=1.0, features=["backbone.bn9"]),

@@ -155,6 +155,7 @@ def test_options(pruned):
 def test_errors_are_one_line_and_write_nothing(pruned):
     (pruned / "list.json").write_text("[1, 2]")
     (pruned / "broken.json").write_text("{")
+    (pruned / "file").write_text("")
     (pruned / "nowhere.json").write_text('{"nowhere": 3}')
     start = ["config.py", "work/epoch_2.pth", "--out-dir", "refused", "--no-real-data", "--shape", 3, 64, 64]
     cases = {
@@ -166,8 +167,14 @@ def test_errors_are_one_line_and_write_nothing(pruned):
         "cannot be met": [*start, "--params", 10],
         "no layer is named like 'nothing'": [*start, "--fraction", 0.3, "--ignore", "nothing"],
         "no layer is named like 'none'": [*start, "--fraction", 0.3, "--override", "none=0.1"],
-        "no layer 'nowhere'": [*start, "--widths", "nowhere.json"],
+        "no layer 'nowhere' that makes channels, expected one as backbone.": [*start, "--widths", "nowhere.json"],
         "list.json must hold {layer name: channels kept}, got a list": [*start, "--widths", "list.json"],
+        "pruned.json must hold {layer name: channels kept}, got 'action': 'apply_plan'": [
+            *start, "--widths", "pruned/pruned.json",
+        ],
+        "cannot write into file/out: Not a directory": [
+            "config.py", "work/epoch_2.pth", "--fraction", 0.3, "--out-dir", "file/out",
+        ],
         "broken.json is not JSON: Expecting": [*start, "--widths", "broken.json"],
         "broken.json is not JSON": [*start, "--plan", "broken.json"],
         "plan is for another model": [
@@ -179,7 +186,7 @@ def test_errors_are_one_line_and_write_nothing(pruned):
         "does not fit ImageClassifier": ["config.py", "work/deploy.pth", "--fraction", 0.3, "--out-dir", "refused"],
         "--shape C H W": [*start[:5], "--fraction", 0.3],
         "--shape": [*start[:-1], "--fraction", 0.3],
-        "cannot trace": [*start[:5], "--shape", 5, 64, 64, "--fraction", 0.3],
+        "cannot trace ImageClassifier on an input (1, 5, 64, 64) at": [*start[:5], "--shape", 5, 64, 64, "--fraction", 0.3],
         "round_to must be a whole number >= 1, got 0": [*start, "--fraction", 0.3, "--round-to", 0],
     }  # fmt: skip
     ends, done = tried(pruned, list(cases.values()))

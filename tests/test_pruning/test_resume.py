@@ -268,9 +268,9 @@ ATTACKS = {
     "ignore must be a list of patterns, got '0.conv'": lambda n: plan_pruning(n, X, "l1", 0.3, ignore="0.conv"),
     "example_input must be a tensor .N, C, .... or its shape, got None": lambda n: plan_pruning(n, None, "l1", 0.3),
     "or its shape, got .1, 3, 13.5, 13.": lambda n: plan_pruning(n, (1, 3, 13.5, 13), "l1", 0.3),
-    "cannot trace Sequential at .*nets.py:[0-9]+: ": lambda n: plan_pruning(n, (1, 4, 13, 13), "l1", 0.3),
+    "cannot trace Sequential on an input .* at .*nets.py:[0-9]+: ": lambda n: plan_pruning(n, (1, 4, 13, 13), "l1", 0.3),
     "scores name a layer 'nowhere'": lambda n: plan_pruning(n, X, {"nowhere": [1.0]}, 0.3),
-    "cannot trace OnValues at .*test_resume.py:[0-9]+: ": lambda n: plan_pruning(OnValues(), X, "l1", 0.3),
+    "cannot trace OnValues on .* at .*test_resume.py:[0-9]+: ": lambda n: plan_pruning(OnValues(), X, "l1", 0.3),
     "nothing in Sequential can be pruned": lambda n: plan_pruning(nn.Sequential(), X, "l1", 0.3),
     "model must be a torch.nn.Module, got str": lambda n: plan_pruning("resnet18", X, "l1", 0.3),
 }  # fmt: skip

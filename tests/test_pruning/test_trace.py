@@ -249,7 +249,9 @@ def test_control_flow_on_shapes_resolves():
     "function", [lambda x: x if x.sum() > 0 else -x, lambda x: x * x.max().item(), lambda x: torch.tensor(x.tolist())]
 )
 def test_control_flow_on_values_is_an_error_with_its_place(function):
-    with pytest.raises(TraceError, match=r"cannot trace Sequential at \S*test_trace.py:\d+: ") as caught:
+    with pytest.raises(
+        TraceError, match=r"cannot trace Sequential on an input \(.*\) at \S*test_trace.py:\d+: "
+    ) as caught:
         trace_channels(nn.Sequential(ConvBN(3, 4), Call(function), Pooled(4)), SHAPE)
     assert "\n" not in str(caught.value)
 
