@@ -6,13 +6,9 @@ equality of the deployed model at 224 and 225 pixels, and the seconds of merging
 """
 
 import argparse
-import tempfile
 import time
-import warnings
-from pathlib import Path
+from functools import partial
 
-import onnxruntime
-import openvino
 import timm
 import torch
 from rich.console import Console
@@ -20,30 +16,21 @@ from rich.table import Table
 from torch import nn
 
 import rep_plugin
+from rep_plugin.export import OPSET
 from rep_plugin.latency import eager_calls, interleaved_medians, torch_threads
+from rep_plugin.onnx_graph import INPUT, to_onnx
 from rep_plugin.report import count_macs, count_params
+from rep_plugin.runtimes import open_model
 from rep_plugin.verify import calibrate_random_bn_, compare_outputs
 
 
-def export(model: nn.Module, x: torch.Tensor, path: Path) -> Path:
-    """Write a model as ONNX."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(model, (x,), str(path), dynamo=False, input_names=["input"])
-    return path
-
-
-def runtime_calls(paths: dict[str, Path], x: torch.Tensor) -> dict[str, dict]:
-    """Calls of every model in ONNX Runtime and OpenVINO, one thread each."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    core, feed = openvino.Core(), x.numpy()
-    calls: dict[str, dict] = {"ONNX Runtime": {}, "OpenVINO": {}}
-    for name, path in paths.items():
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        compiled = core.compile_model(str(path), "CPU", {"INFERENCE_NUM_THREADS": 1, "PERFORMANCE_HINT": "LATENCY"})
-        calls["ONNX Runtime"][name] = lambda session=session: session.run(None, {"input": feed})
-        calls["OpenVINO"][name] = lambda compiled=compiled: compiled(feed)
+def runtime_calls(models: dict[str, nn.Module], x: torch.Tensor) -> dict[str, dict]:
+    """Calls of every model in ONNX Runtime and OpenVINO, one thread and float32 each."""
+    graphs = {name: to_onnx(model, x, ["logits"], {INPUT: {}}, OPSET, False) for name, model in models.items()}
+    calls = {}
+    for runtime, title in (("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")):
+        sessions = {name: open_model(runtime, graph.SerializeToString(), 1) for name, graph in graphs.items()}
+        calls[title] = {name: partial(session, x) for name, session in sessions.items()}
     return calls
 
 
@@ -90,13 +77,12 @@ def main() -> None:
     latency = Table(title=f"milliseconds, one thread, batch 1, {size}x{size}, {args.rounds} interleaved rounds")
     for column in ("runtime", ours, f"{stock}, BN folded", "times faster"):
         latency.add_column(column, justify="right")
-    with tempfile.TemporaryDirectory() as folder, torch_threads(1):
-        paths = {name: export(model, x, Path(folder) / f"{name}.onnx") for name, model in models.items()}
+    with torch_threads(1):
         calls = {"eager PyTorch": eager_calls(models, x)}
         calls["eager, channels_last"] = eager_calls(
             {name: model for name, model in models.items()}, x.contiguous(memory_format=torch.channels_last)
         )
-        calls |= runtime_calls(paths, x)
+        calls |= runtime_calls(models, x)
         for runtime, contenders in calls.items():
             medians = interleaved_medians(contenders, args.rounds)
             ratio = medians[stock] / medians[ours]
