@@ -75,7 +75,7 @@ test-onedl: $(ONEDL_VENV)/.developers fashion-mnist ## the same tests on the mai
 	$(ONE_THREAD) $(ONEDL_VENV)/bin/python $(PYTEST) $(TESTS)
 
 test-timm: $(VENV)/.developers ## timm's own tests of models on our names: TIMM=a checkout of pytorch-image-models (half an hour)
-	PYTHONPATH=tests $(ONE_THREAD) $(RUN) -m pytest -q -p timm_names -p no:cacheprovider -k "$(TIMM_TESTS)" $(TIMM)/tests/test_models.py
+	PYTHONPATH=tests $(ONE_THREAD) $(RUN) -m pytest -q -rs -p timm_names -p no:cacheprovider -k "$(TIMM_TESTS)" $(TIMM)/tests/test_models.py
 
 test-downstream: $(DOWNSTREAM_VENV)/.developers ## detectors and segmentors; builds mmcv's operators once (half an hour)
 	$(ONE_THREAD) PYTHONWARNINGS=ignore $(DOWNSTREAM_VENV)/bin/python -m pytest -q --durations=10 tests/downstream

@@ -1,7 +1,8 @@
 """A pytest plugin for timm's own tests: they see our names, and no others. See `make test-timm`.
 
 Left out, as there is nothing to test: ``rep_rebuilt``, which is built from a folder; of the bilinear CNNs, which end in
-vectors, what is about pyramids of maps, and TorchScript, which they do not take (``torch.export`` and fx they do).
+vectors, what is about pyramids of maps, and TorchScript, which they do not take (``torch.export`` and fx they do); and
+what is about a network of timm's own (``with_features_fx``, ``naflexvit``, ``gemma4``). What timm itself skips is printed.
 """
 
 import timm

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from rep_plugin.pruning.apply import TOLERANCE, PruneReport, apply_plan
+from rep_plugin.pruning.apply import TOLERANCE, PruneReport, apply_plan, proof_inputs
 from rep_plugin.pruning.compactors import (
     Site,
     compactors_of,
@@ -34,7 +34,7 @@ from rep_plugin.pruning.select import (
 )
 from rep_plugin.pruning.sparsity import Sparsity, directions
 from rep_plugin.pruning.trace import trace_channels
-from rep_plugin.verify import default_inputs, verify_equivalence
+from rep_plugin.verify import verify_equivalence
 
 _WITHOUT = "no compactor can make its channels zero"
 
@@ -182,9 +182,8 @@ class ResRep:
         twin = copy.deepcopy(reference)
         merge_compactors_(twin, self.sites)
         report = apply_plan(twin, plan, example_input=example_input)
-        found = verify_equivalence(
-            reference, twin, default_inputs(model, example_input), tolerance=TOLERANCE, keep=False
-        )
+        inputs = proof_inputs(model, plan.input_shape, example_input)
+        found = verify_equivalence(reference, twin, inputs, tolerance=TOLERANCE, keep=False)
         report.max_abs_error = max(report.max_abs_error, found.total.max_abs)
         report.max_rel_error = max(report.max_rel_error, found.total.max_rel)
         merge_compactors_(model, self.sites)
