@@ -9,7 +9,6 @@ import sys
 
 import pytest
 import torch
-import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -23,7 +22,7 @@ from rep_plugin.pruning.clusters import Clusters
 from tests.helpers import relative_error
 from tests.test_hooks.conftest import ROOT
 from tests.test_hooks.conftest import run as run_tool
-from tests.test_hooks.tiny import STEPS, config, run
+from tests.test_hooks.tiny import STEPS, config, one_process, run
 
 X = torch.randn(2, 3, 17, 16)
 DRAW = dict(type="rep_plugin.CentripetalHook", macs=0.5, strength=1.0, begin=1)
@@ -131,16 +130,11 @@ def test_killed_and_resumed(finished, tmp_path):
     assert relative_error(artefact(folder)(X), artefact(tmp_path / "work")(X)) < 1e-5
 
 
-def test_wrapped_model_is_drawn_as_a_plain_one(finished, tmp_path, monkeypatch):
+def test_wrapped_model_is_drawn_as_a_plain_one(finished, tmp_path):
     _, whole, _ = finished
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        wrapper = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
-        ddp = run(config(tmp_path / "ddp", DRAW, **SLOW, launcher="pytorch", model_wrapper_cfg=wrapper))
-    finally:
-        dist.destroy_process_group()
-    theirs = plain_model(ddp).state_dict()
+    with one_process(tmp_path) as ddp:
+        wrapped = run(config(tmp_path / "ddp", DRAW, **SLOW, **ddp))
+    theirs = plain_model(wrapped).state_dict()
     for name, value in whole.model.state_dict().items():
         if value.is_floating_point() and value.any():
             assert relative_error(value, theirs[name]) < 1e-5, name

@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from mmengine.config import Config
 
@@ -14,7 +13,7 @@ from rep_plugin.hooks import DistillHook
 from rep_plugin.hooks.live import HookError, plain_model
 from rep_plugin.mm_artefact import load_model
 from tests.helpers import relative_error
-from tests.test_hooks.tiny import STEPS, config, run
+from tests.test_hooks.tiny import STEPS, config, one_process, run
 
 TYPE = "rep_plugin.DistillHook"
 ROUNDS = dict(type="rep_plugin.PruneHook", prune_fraction=0.5, rounds=2, begin=1, interval=2)
@@ -141,17 +140,12 @@ def test_accumulated_step_is_the_mean_of_its_batches(teacher, tmp_path):
         assert ours.abs().max() > 1e-6 and relative_error(ours, theirs) < 2e-2, name
 
 
-def test_wrapped_model(tmp_path, monkeypatch):
+def test_wrapped_model(tmp_path):
     """Before its channels go, and after, when it is wrapped anew."""
-    monkeypatch.setenv("LOCAL_RANK", "0")
     hooks = (ROUNDS, dict(type=TYPE, **SETTINGS))
     plain = run(config(tmp_path / "plain", *hooks))
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        wrapper = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
-        wrapped = run(config(tmp_path / "ddp", *hooks, launcher="pytorch", model_wrapper_cfg=wrapper))
-    finally:
-        dist.destroy_process_group()
+    with one_process(tmp_path) as ddp:
+        wrapped = run(config(tmp_path / "ddp", *hooks, **ddp))
     assert distance(plain_model(wrapped), plain.model) < 1e-5
     assert all("loss_distill" in line for line in scalars(tmp_path / "ddp")[STEPS:])
 

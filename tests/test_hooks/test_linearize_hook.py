@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
 from mmengine.registry import MODELS, DefaultScope
@@ -170,15 +169,10 @@ def test_first_step_is_stock_in_train_mode(stock, tmp_path, measure):
     assert (abs(found - expected) < 1e-4 * expected) == bool(measure), (found, expected)
 
 
-def test_wrapped_model_is_annealed(stock, tmp_path, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        wrapper = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=True)
-        changes = dict(launcher="pytorch", model_wrapper_cfg=wrapper, train_cfg=dict(by_epoch=True, max_epochs=1))
+def test_wrapped_model_is_annealed(stock, tmp_path):
+    with tiny.one_process(tmp_path, broadcast_buffers=True) as ddp:
+        changes = dict(ddp, train_cfg=dict(by_epoch=True, max_epochs=1))
         runner = run(config(tmp_path, anneal(end=3, by_epoch=False), load_from=str(stock[0]), **changes))
-    finally:
-        dist.destroy_process_group()
     assert type(runner.model).__name__ == "MMDistributedDataParallel"
     assert {m.alpha for m in annealed_modules(runner.model)} == {1.0} and logged(runner) == [1 / 3, 2 / 3, 1]
 

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
 from mmengine.runner import Runner
@@ -21,7 +20,7 @@ from rep_plugin.pruning import PrunePlan, apply_plan, plan_pruning
 from rep_plugin.pruning.compose import compose_plans
 from tests.helpers import relative_error
 from tests.test_hooks.conftest import ROOT
-from tests.test_hooks.tiny import STEPS, config, run
+from tests.test_hooks.tiny import STEPS, config, one_process, run
 
 X = torch.randn(2, 3, 17, 16)
 ROUNDS = dict(type="rep_plugin.PruneHook", prune_fraction=0.5, rounds=2, begin=1, interval=2)
@@ -157,19 +156,13 @@ def test_killed_between_removal_and_checkpoint_and_after_it_then_resumed(finishe
     assert relative_error(artefact(folder)(X), artefact(tmp_path / "work")(X)) < 1e-5
 
 
-def test_wrapped_model_is_wrapped_anew_trains_and_resumes(tmp_path, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "0")
+def test_wrapped_model_is_wrapped_anew_trains_and_resumes(tmp_path):
     plain = run(config(tmp_path / "plain", ROUNDS))
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        wrapper = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
-        ddp = dict(launcher="pytorch", model_wrapper_cfg=wrapper)
+    with one_process(tmp_path) as ddp:
         first = run(config(tmp_path / "ddp", ROUNDS, **ddp))
         state = dict(load_from=str(tmp_path / "ddp/epoch_2.pth"), resume=True)
         again = run(config(tmp_path / "again", ROUNDS, **ddp, **state))
         assert type(first.model).__name__ == type(again.model).__name__ == "MMDistributedDataParallel"
-    finally:
-        dist.destroy_process_group()
     for runner in (first, again):
         assert distance(plain.model, plain_model(runner)) < 1e-5
 

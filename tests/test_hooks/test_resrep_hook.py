@@ -9,7 +9,6 @@ import sys
 
 import pytest
 import torch
-import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
 from mmengine.runner import Runner
@@ -20,7 +19,7 @@ from rep_plugin.mm_artefact import load_model
 from rep_plugin.pruning.compactors import compactors_of
 from tests.helpers import relative_error
 from tests.test_hooks.conftest import ROOT
-from tests.test_hooks.tiny import STEPS, config, run
+from tests.test_hooks.tiny import STEPS, config, one_process, run
 
 X = torch.randn(2, 3, 17, 16)
 TYPE = "rep_plugin.ResRepHook"
@@ -217,13 +216,9 @@ def test_a_plain_checkpoint_begins_a_run_and_a_compacted_one_is_tested(finished,
     assert all(torch.equal(a, b) for a, b in zip(compactor_weights(tester.model), compactor_weights(average)))
 
 
-def test_wrapped_model(tmp_path, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "0")
+def test_wrapped_model(tmp_path):
     plain = run(config(tmp_path / "plain", HOOK))
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        wrapper = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
-        ddp = dict(launcher="pytorch", model_wrapper_cfg=wrapper)
+    with one_process(tmp_path) as ddp:
         first = run(config(tmp_path / "ddp", HOOK, **ddp))
         state = dict(load_from=str(tmp_path / "ddp/epoch_2.pth"), resume=True)
         again = run(config(tmp_path / "again", HOOK, **ddp, **state))
@@ -231,8 +226,6 @@ def test_wrapped_model(tmp_path, monkeypatch):
             assert type(runner.model).__name__ == "MMDistributedDataParallel"
             known = runner.model._get_ddp_logging_data()["num_parameter_tensors"]
             assert known == len(list(runner.model.parameters()))
-    finally:
-        dist.destroy_process_group()
     for runner in (first, again):
         theirs = plain_model(runner).state_dict()
         for name, value in plain.model.state_dict().items():

@@ -4,12 +4,11 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from rep_plugin.hooks import SparsityHook
 from rep_plugin.hooks.live import HookError, plain_model
 from tests.helpers import relative_error
-from tests.test_hooks.tiny import STEPS, config, run
+from tests.test_hooks.tiny import STEPS, config, one_process, run
 
 TYPE = "rep_plugin.SparsityHook"
 BACKBONE = "backbone.bn"
@@ -79,16 +78,11 @@ def test_resumed_run_goes_on_exactly(tmp_path):
     )
 
 
-def test_wrapped_model(tmp_path, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "0")
+def test_wrapped_model(tmp_path):
     hook = dict(type=TYPE, strength=0.01)
     plain = gammas(run(config(tmp_path / "plain", hook, **one_step())))
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        wrapper = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=True)
-        runner = run(config(tmp_path / "ddp", hook, **one_step(launcher="pytorch", model_wrapper_cfg=wrapper)))
-    finally:
-        dist.destroy_process_group()
+    with one_process(tmp_path, broadcast_buffers=True) as ddp:
+        runner = run(config(tmp_path / "ddp", hook, **one_step(**ddp)))
     assert all(relative_error(plain[name], value) < 1e-6 for name, value in gammas(runner).items())
 
 

@@ -1,11 +1,16 @@
 """A residual network and a data set that train in milliseconds; configs name them by ``custom_imports``."""
 
+import contextlib
 import hashlib
 import json
 import os
 import signal
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
@@ -54,6 +59,18 @@ class TinyResidual(nn.Module):
         y = self.bn2(self.conv2(x)).relu()
         x = (self.bn3(self.conv3(y)) + x).relu()
         return (self.bn4(self.conv4(x)).relu(),)
+
+
+@contextlib.contextmanager
+def one_process(folder: Path, broadcast_buffers: bool = False) -> Iterator[dict]:
+    """A process group of one; gives the changes to a config that wrap its model in DDP."""
+    with mock.patch.dict(os.environ, LOCAL_RANK="0"):
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            wrapper = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=broadcast_buffers)
+            yield dict(launcher="pytorch", model_wrapper_cfg=wrapper)
+        finally:
+            dist.destroy_process_group()
 
 
 @HOOKS.register_module()
