@@ -22,10 +22,32 @@ test_pipeline = [
     dict(type="CenterCrop", crop_size=96),
     dict(type="PackInputs"),
 ]
-train_dataloader = dict(batch_size=32, num_workers=1, dataset=dict(data_root="data/mini_cub", pipeline=train_pipeline))
-val_dataloader = dict(
-    batch_size=50, num_workers=1, dataset=dict(data_root="data/mini_cub", test_mode=True, pipeline=test_pipeline)
-)
+# The loader knows CUB's 200 names; these are the ones of the tool's 20 classes.
+classes = [
+    "Black_crested_Gold_barred_Streaked_White_tailed_Finch",
+    "Black_capped_Gold_barred_Streaked_White_tailed_Finch",
+    "Black_capped_One_barred_Streaked_White_tailed_Parrot",
+    "Black_capped_One_barred_Speckled_White_tailed_Parrot",
+    "One_barred_Speckled_White_tailed_Grosbeak",
+    "Two_barred_Speckled_White_tailed_Grosbeak",
+    "Black_crested_Gold_barred_Spotted_White_tailed_Kingfisher",
+    "Black_crested_Spectacled_Gold_barred_Spotted_White_tailed_Kingfisher",
+    "White_capped_Spectacled_Gold_barred_Spotted_Kingfisher",
+    "White_capped_Spectacled_Spotted_Kingfisher",
+    "White_capped_Spectacled_Wren",
+    "Red_crested_Spectacled_Wren",
+    "Red_crested_Spectacled_Two_barred_Shrike",
+    "Red_capped_Spectacled_Two_barred_Shrike",
+    "Red_capped_Spectacled_One_barred_Speckled_Shrike",
+    "Red_crested_Spectacled_Streaked_Wren",
+    "Red_capped_Two_barred_White_tailed_Grosbeak",
+    "Two_barred_Speckled_White_tailed_Finch",
+    "Spectacled_Streaked_Parrot",
+    "Red_capped_Spectacled_One_barred_Spotted_Shrike",
+]
+birds = dict(data_root="data/mini_cub", classes=classes)
+train_dataloader = dict(batch_size=32, num_workers=1, dataset=dict(**birds, pipeline=train_pipeline))
+val_dataloader = dict(batch_size=50, num_workers=1, dataset=dict(**birds, test_mode=True, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
 optim_wrapper = dict(

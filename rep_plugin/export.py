@@ -103,7 +103,9 @@ def export_onnx(
         report.notes.append(f"written as it stands: {len(left)} modules could be merged, first {left[0]!r}")
     report.params_after, report.macs_after = count_params(written), count_macs(written, single)
 
-    inputs = _inputs(x, images, dynamic_batch, dynamic_size)
+    inputs = _inputs(x, images, dynamic_batch)
+    if dynamic_size:
+        inputs += _other_sizes(written, inputs[0][:2] if dynamic_batch else inputs[0], report)
     expected = [_reference(written, one) for one in inputs]
     tensors = [flatten_outputs(one) for one in expected]
     report.compared = list(dict.fromkeys(tuple(one.shape) for one in inputs))
@@ -211,9 +213,12 @@ def _merged(model: nn.Module, x: Tensor, report: ExportReport) -> nn.Module:
     return merged
 
 
-def _inputs(x: Tensor, images: Tensor | None, dynamic_batch: bool, dynamic_size: bool) -> list[Tensor]:
-    """Return the batches to compare: all pictures, the first of them at other numbers and sizes where these are open."""
+def _inputs(x: Tensor, images: Tensor | None, dynamic_batch: bool) -> list[Tensor]:
+    """Return the batches to compare: all pictures, and the first of them at other numbers where these are open."""
     pictures = x if images is None else torch.cat((x, images.detach().cpu()))
+    if dynamic_batch and len(pictures) == 1:  # repeated, it would not tell whether the output depends on it
+        noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
+        pictures = torch.cat((pictures, pictures.mean() + noise * (pictures.std() if pictures.std() > 0 else 1)))
     count = min(len(pictures), PICTURES_AT_ONCE) if dynamic_batch else len(x)
 
     def take(start: int, number: int) -> Tensor:
@@ -222,12 +227,30 @@ def _inputs(x: Tensor, images: Tensor | None, dynamic_batch: bool, dynamic_size:
     batches = [take(start, count) for start in range(0, len(pictures), count)]
     if dynamic_batch:
         batches += [take(0, number) for number in (1, 3) if number != count]
-    if dynamic_size:
-        height, width = x.shape[2:]
-        for size in ((height - 1 - height % 2, width - 1 - width % 2), ((5 * height // 4) | 1, (9 * width // 8) | 1)):
-            few = take(0, 2 if dynamic_batch else count)
-            batches.append(F.interpolate(few, [max(1, side) for side in size], mode="bilinear"))
     return batches
+
+
+def _other_sizes(model: nn.Module, x: Tensor, report: ExportReport) -> list[Tensor]:
+    """Return pictures at two other sizes, odd ones where the model takes them, else multiples of 32, with a note.
+
+    Raises ValueError where it takes neither.
+    """
+    height, width = x.shape[2:]
+    odd = ((height - 1 - height % 2, width - 1 - width % 2), ((5 * height // 4) | 1, (9 * width // 8) | 1))
+    even = ((height // 32 * 32 + 32, width // 32 * 32 + 32), (height // 32 * 32 + 64, width // 32 * 32 + 32))
+    refused = None
+    for sizes in (odd, even):
+        batches = [F.interpolate(x, [max(1, side) for side in size], mode="bilinear") for size in sizes]
+        try:
+            for batch in batches:
+                _reference(model, batch)
+        except ValueError as error:
+            refused = refused or error
+            continue
+        if refused:
+            report.notes.append(f"compared at multiples of 32 alone: {refused}")
+        return batches
+    raise refused
 
 
 def _reference(model: nn.Module, x: Tensor) -> object:

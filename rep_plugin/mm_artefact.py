@@ -216,7 +216,7 @@ def write_deployed(
     example = inputs if inputs is not None else torch.zeros(report.input_shape)
     check_rebuilt(deployed, merged, example)
 
-    meta = {"rep_plugin_version": rep_plugin.__version__, "dataset_meta": plain_data(dataset_meta or {})}
+    meta = file_meta(merged, dataset_meta, report.notes)
     pretty = deployed.pretty_text.encode()
     write_together(
         out_dir,
@@ -227,6 +227,25 @@ def write_deployed(
         },
     )
     return report
+
+
+def file_meta(model: nn.Module, dataset_meta: dict | None, notes: list[str]) -> dict:
+    """Return the meta data of an artefact's file; class names that cannot be the classifier's are left out, with a note."""
+    told = plain_data(dataset_meta or {})
+    if "classes" in told and (misfit := misfit_of(told["classes"], model)):
+        del told["classes"]
+        notes.append(misfit)
+    return {"rep_plugin_version": rep_plugin.__version__, "dataset_meta": told}
+
+
+def misfit_of(class_names: Sequence[str] | None, model: nn.Module) -> str:
+    """Return why the names of a data set are not those of a classifier's outputs; empty where they may be."""
+    outputs = getattr(getattr(model, "head", None), "num_classes", None)
+    if not class_names or outputs in (None, len(class_names)):
+        return ""
+    return (
+        f"class names left out: the data set has {len(class_names)}, the head {outputs} (give the data set classes=...)"
+    )
 
 
 def plain_data(value: object) -> object:

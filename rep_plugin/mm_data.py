@@ -4,6 +4,7 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
+from urllib.error import URLError
 
 import mmcv.transforms
 
@@ -104,8 +105,12 @@ def check_data(cfg: Any, which: Sequence[str] = ("train_dataloader",)) -> None:
             for dataset in _leaves((loader or {}).get("dataset")):
                 problem = _problem(dataset)
                 if problem:
-                    hint = cfg.get("missing_data_hint")
-                    raise DataError(f"{name}: {problem}" + (f"; {' '.join(hint.split())}" if hint else ""))
+                    raise DataError(f"{name}: {problem}{_hint(cfg)}")
+
+
+def _hint(cfg: Any) -> str:
+    hint = cfg.get("missing_data_hint")
+    return f"; {' '.join(hint.split())}" if hint else ""
 
 
 def guard_dataloaders(runner: Any) -> None:
@@ -124,6 +129,9 @@ def guard_dataloaders(runner: Any) -> None:
             if _EMPTY_LIST_ERROR not in str(error):
                 raise
             raise DataError(_empty(dataloader.get("dataset"))) from None
+        except URLError as error:
+            names = ", ".join(map(_type_name, _leaves(dataloader.get("dataset"))))
+            raise DataError(f"{names} cannot be downloaded: {error.reason}{_hint(runner.cfg)}") from None
         if hasattr(loader.dataset, "__len__") and len(loader.dataset) == 0:
             raise DataError(_empty(dataloader.get("dataset") if isinstance(dataloader, dict) else loader.dataset))
         return loader

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rep_plugin.export import export_pictures
 from rep_plugin.export_report import ExportReport
-from rep_plugin.mm_artefact import REAL_PICTURES, plain_data
+from rep_plugin.mm_artefact import REAL_PICTURES, misfit_of, plain_data
 from rep_plugin.preprocessing import find_pictures
 from rep_plugin.verify import default_inputs
 
@@ -43,9 +43,13 @@ def write_onnx(
     told = {"preprocessing": preprocessing_of(model, cfg, shape)}
     if inputs is not None and shape != tuple(inputs.shape[1:]):
         told["preprocessing"]["then_resize"] = {"size": list(shape[1:]), "interpolation": "bilinear"}
-    if names and len(names) == getattr(getattr(model, "head", None), "num_classes", None):
+    misfit = misfit_of(names, model)
+    if names and not misfit and hasattr(getattr(model, "head", None), "num_classes"):
         told["class_names"] = list(names)
-    return export_pictures(model, path, inputs, shape, batch, size, **(told | options))
+    report = export_pictures(model, path, inputs, shape, batch, size, **(told | options))
+    if misfit and "class_names" not in options:
+        report.notes.append(misfit)
+    return report
 
 
 def read_pictures(model: nn.Module, cfg: Config, folder: str | Path, count: int = REAL_PICTURES) -> Tensor:

@@ -11,10 +11,9 @@ import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
-import rep_plugin
 from rep_plugin.blocks.annealed import annealed_modules
 from rep_plugin.checkpoint import save_checkpoint_file, write_atomic, write_together
-from rep_plugin.mm_artefact import NARROWING_HOOKS, check_rebuilt, finish_, plain_data
+from rep_plugin.mm_artefact import NARROWING_HOOKS, check_rebuilt, file_meta, finish_
 from rep_plugin.pictures import draw_widths
 from rep_plugin.pruning import PrunePlan, PruneReport, apply_plan
 
@@ -73,7 +72,7 @@ def write_pruned_model(
     pruned.cpu()
     check_rebuilt(written, pruned, inputs if inputs is not None else torch.zeros(1, *plan.input_shape[1:]))
 
-    meta = {"rep_plugin_version": rep_plugin.__version__, "dataset_meta": plain_data(dataset_meta or {})}
+    meta = file_meta(pruned, dataset_meta, report.notes)
     texts = {
         "pruned.py": written.pretty_text,
         "pruned.plan.json": plan.to_json() + "\n",

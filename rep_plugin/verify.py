@@ -44,12 +44,16 @@ class Difference:
 
 @dataclass
 class Equivalence:
-    """What :func:`verify_equivalence` measured: end to end, for each named block, and the output's sensitivity."""
+    """What :func:`verify_equivalence` measured: end to end, for each named block, and the output's sensitivity.
+
+    ``alone`` are blocks that no input runs and that were compared on random maps, ``not_run`` those that could not be.
+    """
 
     total: Difference = field(default_factory=Difference)
     blocks: dict[str, Difference] = field(default_factory=dict)
     sensitivity: float = 0.0
     not_run: list[str] = field(default_factory=list)
+    alone: list[str] = field(default_factory=list)
 
     @property
     def conclusive(self) -> bool:
@@ -233,8 +237,8 @@ def verify_equivalence(
 
     Both are copied to float64 first, so they are left as they are; ``keep=False`` saves the copies of models that are not
     needed any more. Each named block is also compared alone: the candidate's (or what ``parts`` holds under that name) is
-    given the reference's own input to it. An input that the *reference* cannot take (an odd size, say) is left out,
-    provided that the first one works.
+    given the reference's own input to it, or a random map where no input runs it. An input that the *reference* cannot take
+    (an odd size, say) is left out, provided that the first one works.
 
     Raises EquivalenceError over ``tolerance`` (relative) or on a non-finite value, naming the first block that is off;
     warns with InconclusiveWarning where another input changes the output by less than 1e-3.
@@ -276,6 +280,7 @@ def verify_equivalence(
         if len(x) < 2 and index == 0:
             continue  # one picture says nothing about another
         result.sensitivity = max(result.sensitivity, sensitivity_of(expected, len(x)))
+    _prove_alone(reference, candidate, parts, result, tolerance)
     if result.not_run:
         warnings.warn(
             f"inconclusive: no input runs block {result.not_run[0]!r} ({len(result.not_run)} such blocks)",
@@ -290,6 +295,29 @@ def verify_equivalence(
             stacklevel=2,
         )
     return result
+
+
+def _prove_alone(
+    reference: nn.Module, candidate: nn.Module, parts: Mapping[str, nn.Module], result: Equivalence, tolerance: float
+) -> None:
+    """Compare blocks that the model has but does not run (a classifier's last layer, in a detector) on random maps."""
+    for name in list(result.not_run):
+        block, other = reference.get_submodule(name), parts.get(name) or candidate.get_submodule(name)
+        first = next((module for module in other.modules() if isinstance(module, nn.Conv2d)), None)
+        if first is None:
+            continue
+        x = torch.randn(2, first.in_channels, 15, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        try:
+            expected = _run(block, x.to(first.weight.device))
+        except Exception:  # it takes something else than one map: what it does then stays unproven, and is said to be
+            continue
+        try:
+            result.blocks[name].include(compare_outputs(expected, _run(other, x.to(first.weight.device))))
+        except EquivalenceError as error:
+            raise EquivalenceError(f"block {name!r}: {error}") from None
+        result.not_run.remove(name)
+        result.alone.append(name)
+    _raise_if_off(result.blocks, tolerance)
 
 
 def _raise_if_off(blocks: dict[str, Difference], tolerance: float) -> None:

@@ -272,6 +272,33 @@ def test_what_is_constant_in_the_graph_but_not_in_the_model_is_found(tmp_path):
     export(FrozenSize(3).eval(), path)
 
 
+class Even(nn.Module):
+    """Goes down by 16 and up again, as U-shaped networks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, 16, 1)
+
+    def forward(self, x):
+        if x.shape[2] % 16 or x.shape[3] % 16:
+            raise RuntimeError("height and width must be multiples of 16")
+        return nn.functional.interpolate(self.conv(x), x.shape[2:])
+
+
+def test_sizes_that_a_network_does_not_take_are_told(tmp_path):
+    model, path = Even().eval(), tmp_path / "net.onnx"
+    report = export(model, path, torch.randn(2, 3, 48, 32), dynamic_size=True)
+    assert report.compared[-2:] == [(2, 3, 64, 64), (2, 3, 96, 64)]
+    told = "compared at multiples of 32 alone: the model does not take an input of shape (2, 3, 47, 31): height and"
+    assert told in report.notes[-1] and differs(path, model, torch.randn(1, 3, 48, 80)) < 1e-5
+
+
+@pytest.mark.filterwarnings("error::rep_plugin.InconclusiveWarning")
+def test_one_picture_is_enough_to_tell_what_the_output_depends_on(tmp_path):
+    report = export(trained(), tmp_path / "net.onnx", torch.randn(1, 3, 16, 16))
+    assert report.sensitivity > 0.1 and (2, 3, 16, 16) in report.compared and not report.notes
+
+
 class Fixed(nn.Module):
     """Takes one size alone."""
 

@@ -47,7 +47,11 @@ def test_deploy_config_changes_only_what_it_must():
 def test_files_load_and_the_model_is_left_alone(model, tmp_path):
     state, x = copy.deepcopy(model.state_dict()), torch.randn(2, 3, 65, 64)
     model.train()
+    report = write_deployed(model, CONFIG, tmp_path / "other", x, {"classes": ("a", "b"), "palette": [1]})
+    told = torch.load(tmp_path / "other/deploy.pth", weights_only=True)["meta"]["dataset_meta"]
+    assert told == {"palette": [1]} and "class names left out: the data set has 2, the head 3" in report.notes[-1]
     report = write_deployed(model, CONFIG, tmp_path / "new", x, {"classes": ("a", "b", "c")})
+    assert not any("class names" in note for note in report.notes)
     assert model.training and all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     model.eval()
     loaded, meta = load_model(Config.fromfile(tmp_path / "new/deploy.py"), tmp_path / "new/deploy.pth")

@@ -31,7 +31,7 @@ def _check_outputs(args: argparse.Namespace, out_dir: Path, read: Sequence[str],
         if path.resolve() in {Path(one).resolve() for one in read}:
             raise ValueError(f"{path} is read and would be replaced: give another --out-dir")
         if path.exists() and not args.out_dir:
-            raise ValueError(f"{path} exists already: give --out-dir, that folder to replace it, or another one")
+            raise ValueError(f"{path} exists already: give --out-dir, another folder, or this one to replace it")
 
 
 def open_trained(

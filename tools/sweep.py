@@ -112,7 +112,7 @@ def starts(args: argparse.Namespace, out: Path, console: Console) -> dict[str, s
         label = "" if strength is None else f"L1 {strength:g}"
         folder = out / ("sparse" if strength is None else f"sparse_{strength:g}")
         chosen = [] if strength is None else [f"{hook_key(args.sparse, ('SparsityHook',), 'strength')}={strength}"]
-        console.print(f"sparse training {label}: {folder}", markup=False)
+        console.print(f"{' '.join(['sparse training', label]).strip()}: {folder}", markup=False)
         train(args.sparse, folder, [*args.sparse_options, *chosen])
         found[label] = str(find_latest_checkpoint(str(folder)))
     return found

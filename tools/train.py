@@ -165,7 +165,10 @@ def connect_on_cpu(cfg: Config) -> None:
     """
     backend = (cfg.get("env_cfg") or {}).get("dist_cfg", {}).get("backend", "nccl")
     if backend == "nccl":
-        raise UsageError("env_cfg.dist_cfg.backend is nccl, expected gloo: this machine has no graphics card")
+        raise UsageError(
+            "env_cfg.dist_cfg.backend is nccl, expected gloo: this machine has no graphics card (--cfg-options "
+            "env_cfg.dist_cfg.backend=gloo)"
+        )
     torch.distributed.init_process_group(backend=backend)
     wrapper = cfg.get("model_wrapper_cfg") or dict(
         type="MMDistributedDataParallel",
@@ -219,6 +222,10 @@ def run(main: Callable[[], None], *also: type[Exception]) -> None:
             leave()
     except (UsageError, DataError, *CHECKPOINT_ERRORS, OSError, *also) as error:
         sys.exit(f"error: {one_line(error)}")
+    except IndexError as error:  # torch's cross entropy
+        if not str(error).startswith("Target"):
+            raise
+        sys.exit(f"error: {one_line(error)} Labels must be below the head's num_classes")
 
 
 def main() -> None:

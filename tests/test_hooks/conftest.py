@@ -27,8 +27,8 @@ def trained(tmp_path_factory) -> Path:
         f"""
 _base_ = ["{ROOT}/configs/rep_mbv2_mini_cub.py"]
 model = dict(backbone=dict(widen_factor=0.35), head=dict(num_classes=4))
-train_dataloader = dict(batch_size=8, num_workers=0, dataset=dict(data_root="{data}"))
-val_dataloader = dict(batch_size=8, num_workers=0, dataset=dict(data_root="{data}"))
+train_dataloader = dict(batch_size=8, num_workers=0, dataset=dict(data_root="{data}", classes=list("abcd")))
+val_dataloader = dict(batch_size=8, num_workers=0, dataset=dict(data_root="{data}", classes=list("abcd")))
 test_dataloader = val_dataloader
 train_cfg = dict(max_epochs=2, val_interval=1)
 default_hooks = dict(checkpoint=dict(interval=1))

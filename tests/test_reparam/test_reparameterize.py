@@ -14,7 +14,7 @@ from rep_plugin.blocks.chain import Chain
 from rep_plugin.blocks.inverted_residual import RepInvertedResidual
 from rep_plugin.reparam import adapters
 from rep_plugin.reparam.adapters import Adapter, register_adapter
-from rep_plugin.verify import calibrate_random_bn_
+from rep_plugin.verify import calibrate_random_bn_, verify_equivalence
 from tests.helpers import relative_error
 
 
@@ -217,16 +217,37 @@ def test_half_precision_merges_are_proven_in_half_precision():
     assert merged[2].reparam_conv.weight.dtype == torch.float16 and report.max_rel_error < 1e-10
 
 
-def test_a_block_that_no_input_runs_is_not_called_proven():
-    class Large(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.block, self.aux = RepInvertedResidual(3, 3), RepInvertedResidual(3, 3)
+class Large(nn.Module):
+    """Its second block is for large pictures alone."""
 
-        def forward(self, x):
-            return self.aux(self.block(x)) if x.shape[-1] >= 64 else self.block(x)
+    def __init__(self, aux: nn.Module):
+        super().__init__()
+        self.block, self.aux = RepInvertedResidual(3, 3), aux
 
-    model = calibrate_random_bn_(Large(), torch.randn(4, 3, 64, 64))
+    def forward(self, x):
+        return self.aux(self.block(x)) if x.shape[-1] >= 64 else self.block(x)
+
+
+def test_a_block_that_no_input_runs_is_proven_by_itself():
+    model = calibrate_random_bn_(Large(RepInvertedResidual(3, 3)), torch.randn(4, 3, 64, 64))
+    merged, report = rep_plugin.reparameterize(model, torch.randn(2, 3, 16, 16), fold_bn=False)
+    assert report.blocks[1].max_rel_error < 1e-12 and report.notes == [
+        "block 'aux' is not run by the model, and proven by itself"
+    ]
+    x = torch.randn(2, 3, 65, 64)
+    assert relative_error(model(x), merged(x)) < 1e-5
+    merged.aux.reparam_conv.weight.data[0, 0, 0, 0] += 1e-3
+    with pytest.raises(rep_plugin.EquivalenceError, match="block 'aux' differs by"):
+        verify_equivalence(model, merged, [torch.randn(2, 3, 16, 16)], ["block", "aux"], tolerance=1e-6)
+
+
+def test_a_block_that_no_input_runs_and_no_map_either_is_not_called_proven():
+    class Asked(RepInvertedResidual):
+        def forward(self, x, how):
+            return super().forward(x)
+
+    model = calibrate_random_bn_(Large(RepInvertedResidual(3, 3)), torch.randn(4, 3, 64, 64))
+    model.aux.__class__ = Asked
     with pytest.warns(rep_plugin.InconclusiveWarning, match="no input runs block 'aux'"):
         _, report = rep_plugin.reparameterize(model, torch.randn(2, 3, 16, 16), fold_bn=False)
     assert report.blocks[1].max_rel_error is None and "'aux' was not run" in report.notes[0]

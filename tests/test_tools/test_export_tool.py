@@ -183,6 +183,7 @@ def test_another_size_than_the_pipelines_is_told(folder, tmp_path):
     told = read_metadata(tmp_path / "net.onnx")
     assert told["preprocessing"]["then_resize"] == {"size": [24, 40], "interpolation": "bilinear"}
     assert report.inputs == {"input": ["batch", 3, 24, 40]} and "class_names" not in told
+    assert "class names left out: the data set has 1, the head 2" in report.notes[-1]
     with pytest.raises(ValueError, match="the input size is needed"):
         write_onnx(model, cfg, tmp_path / "net.onnx")
 
