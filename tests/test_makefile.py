@@ -21,6 +21,7 @@ def test_every_make_target_and_file_that_the_readme_names_exists():
 EXAMPLES = re.findall(r"```python\n(import (?:timm|seg).*?)```", (ROOT / "README.md").read_text(), re.S)
 
 
+@pytest.mark.filterwarnings("error::rep_plugin.InconclusiveWarning")
 @pytest.mark.parametrize("index", range(len(EXAMPLES)))
 def test_the_python_examples_of_the_readme_run(index, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

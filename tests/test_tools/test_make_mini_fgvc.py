@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mmengine.config import Config
+from mmpretrain.registry import DATASETS
 from PIL import Image
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "make_mini_fgvc.py"
@@ -29,6 +31,16 @@ def small(**changes) -> "tool.Params":
 def digest(folder: Path) -> dict:
     files = (p for p in folder.rglob("*") if p.is_file())
     return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def test_the_small_birds_config_names_the_default_classes(tmp_path):
+    assert tool.make(tmp_path / "birds", tool.Params(train_per_class=1, test_per_class=1, size=32))
+    names = [line.split(".", 1)[1] for line in (tmp_path / "birds/classes.txt").read_text().splitlines()]
+    cfg = Config.fromfile(TOOL.parents[1] / "configs/rep_mbv2_mini_cub.py")
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        loader.dataset.data_root = str(tmp_path / "birds")
+        assert list(DATASETS.build(loader.dataset).metainfo["classes"]) == names
+    assert len(names) == cfg.model.head.num_classes
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
+from urllib.error import URLError
 
 import cv2
 import numpy as np
@@ -15,6 +17,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 
 from rep_plugin.checkpoint import load_checkpoint_file
+from rep_plugin.mm_data import DataError, guard_dataloaders
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN, TEST = str(ROOT / "tools" / "train.py"), str(ROOT / "tools" / "test.py")
@@ -217,6 +220,8 @@ def test_user_errors_are_one_line(lab, whole):
     expected = "error: checkpoint none.pth does not exist, expected a file"
     assert lab.error(TRAIN, lab.config, "--resume", "none.pth") == expected
     assert lab.error(TEST, lab.config, "none.pth") == expected
+    few = lab.error(TRAIN, lab.config, "--work-dir", "few", "--cfg-options", "model.head.num_classes=1")
+    assert few == "error: Target 1 is out of bounds. Labels must be below the head's num_classes"
     torn = lab.folder / "torn.pth"
     torn.write_bytes((lab.folder / "whole" / "epoch_4.pth").read_bytes()[:-500])
     assert "torn.pth is not readable" in lab.error(TEST, lab.config, torn, "--work-dir", "tested")
@@ -256,6 +261,16 @@ def test_data_errors_are_one_line(lab, workers):
     for serialize in (True, False):
         options = ("dataset.ann_file=list.txt", "dataset.indices=0", f"dataset.serialize_data={serialize}")
         assert "holds 0 pictures after loading" in error(*options)
+
+
+def test_a_download_that_fails_is_told_with_the_hint():
+    def refuse(dataloader):
+        raise URLError("no way there")
+
+    runner = SimpleNamespace(cfg=dict(missing_data_hint="fetch\n  it"), build_dataloader=refuse)
+    guard_dataloaders(runner)
+    with pytest.raises(DataError, match=r"^FashionMNIST cannot be downloaded: no way there; fetch it$"):
+        runner.build_dataloader(dict(dataset=dict(type="FashionMNIST", data_root="x")))
 
 
 def test_launch_scripts(lab, whole):
