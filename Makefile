@@ -74,10 +74,10 @@ fuzz: $(VENV)/.developers ## 2,000 random configurations for each property test 
 test-onedl: $(ONEDL_VENV)/.developers fashion-mnist ## the same tests on the maintained fork
 	$(ONE_THREAD) $(ONEDL_VENV)/bin/python $(PYTEST) $(TESTS)
 
-test-timm: $(VENV)/.developers ## timm's own tests of models on our names: TIMM=a checkout of pytorch-image-models (half an hour)
+test-timm: $(VENV)/.developers ## timm's own tests of models on our names: TIMM=a checkout of pytorch-image-models (15 minutes)
 	PYTHONPATH=tests $(ONE_THREAD) $(RUN) -m pytest -q -rs -p timm_names -p no:cacheprovider -k "$(TIMM_TESTS)" $(TIMM)/tests/test_models.py
 
-test-downstream: $(DOWNSTREAM_VENV)/.developers ## detectors and segmentors; builds mmcv's operators once (half an hour)
+test-downstream: $(DOWNSTREAM_VENV)/.developers ## detectors and segmentors; builds mmcv's operators once (12 to 30 minutes)
 	$(ONE_THREAD) PYTHONWARNINGS=ignore $(DOWNSTREAM_VENV)/bin/python -m pytest -q --durations=10 tests/downstream
 
 lint: $(VENV)/.developers ## ruff: rules and format
@@ -148,7 +148,7 @@ kill-loop: $(VENV)/.developers ## kill -9 trainings that prune, 20 times each, r
 bench-foreign: $(VENV)/.developers ## every multi-branch model of timm and mmpretrain, merged and proven (20 minutes)
 	$(ONE_THREAD) $(RUN) benchmarks/foreign_models.py
 
-bench-export: $(VENV)/.developers data/mini_cub/mini_fgvc.json ## ONNX Runtime and OpenVINO against PyTorch, on pictures (five minutes)
+bench-export: $(VENV)/.developers data/mini_cub/mini_fgvc.json ## ONNX Runtime and OpenVINO against PyTorch, on pictures (two minutes)
 	$(ONE_THREAD) $(RUN) benchmarks/export.py
 
 clean:
