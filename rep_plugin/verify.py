@@ -59,6 +59,12 @@ class Equivalence:
     def conclusive(self) -> bool:
         return self.sensitivity >= MIN_SENSITIVITY
 
+    @property
+    def notes(self) -> list[str]:
+        """What a report says about blocks that the model does not run."""
+        notes = [f"block {name!r} is not run by the model, and proven by itself" for name in self.alone]
+        return notes + [f"block {name!r} was not run by any input and is not proven" for name in self.not_run]
+
 
 def flatten_outputs(output: object) -> list[Tensor]:
     """Return the floating-point tensors of a nested output, in order."""

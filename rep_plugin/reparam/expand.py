@@ -163,7 +163,7 @@ def expand(
     report.border_rel_error = max(difference.border_rel for difference in maps)
     report.interior_rel_error = max(difference.interior_rel for difference in maps)
     report.sensitivity = found.sensitivity
-    notes += [f"block {name!r} was not run by any input and is not proven" for name in found.not_run]
+    notes += found.notes
     if not found.conclusive:
         notes.append(f"inconclusive: sensitivity {found.sensitivity:.1e}")
 

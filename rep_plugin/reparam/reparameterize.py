@@ -235,6 +235,4 @@ def _prove(model: nn.Module, twin: _Conversion, inputs: list[Tensor], report: Re
     report.border_rel_error = max(difference.border_rel for difference in maps)
     report.interior_rel_error = max(difference.interior_rel for difference in maps)
     report.sensitivity = found.sensitivity
-    notes = [f"block {name!r} is not run by the model, and proven by itself" for name in found.alone]
-    notes += [f"block {name!r} was not run by any input and is not proven" for name in found.not_run]
-    return notes if found.conclusive else [*notes, f"inconclusive: sensitivity {found.sensitivity:.1e}"]
+    return found.notes if found.conclusive else [*found.notes, f"inconclusive: sensitivity {found.sensitivity:.1e}"]
