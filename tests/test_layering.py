@@ -137,6 +137,19 @@ names = ["rep_plugin.mm_models", "rep_plugin.mm_bilinear", "rep_plugin.hooks.pru
     ]
 
 
+@pytest.mark.parametrize("tool", ["compare_deployed", "prune", "reparameterize", "sweep", "test", "train"])
+def test_tools_say_that_they_need_openmmlab(tool):
+    code = f"""
+import runpy
+sys.path.insert(0, "{ROOT.parent}/tools")
+sys.argv = ["{tool}.py", "config.py", "epoch_1.pth"]
+try: runpy.run_path("{ROOT.parent}/tools/{tool}.py", run_name="__main__")
+except SystemExit as end: print(end)
+"""
+    needs = f"error: {tool}.py needs mmengine, which is not installed: pip install 'rep-plugin[openmmlab]'"
+    assert without(OPENMMLAB, code) == [needs]
+
+
 def test_import_needs_no_timm():
     code = "import rep_plugin\nprint(rep_plugin.reparameterize.__name__)\nnames = ['rep_plugin.timm_models']\n"
     assert without({"timm"}, code + ASK) == [

@@ -10,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import _needs as _needs
 import timm
 import torch
 from mmengine.config import Config

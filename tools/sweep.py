@@ -16,6 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import _needs as _needs
 import torch
 from mmengine.config import Config
 from rich.console import Console

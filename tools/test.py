@@ -4,6 +4,7 @@
 import argparse
 from copy import deepcopy
 
+import _needs as _needs
 import mmengine
 from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _needs as _needs
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
