@@ -1,7 +1,14 @@
 """Shared parts of the tests."""
 
+import os
+
 import pytest
 import torch
+from hypothesis import settings
+
+# The same cases in every run, so that a run says something about a change; `make fuzz` tries others, and more of them.
+settings.register_profile("same", derandomize=True)
+settings.load_profile("default" if os.environ.get("FUZZ") else "same")
 
 
 @pytest.fixture(autouse=True)

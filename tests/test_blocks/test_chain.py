@@ -70,7 +70,7 @@ def test_training_step_equals_layers_on_a_padded_map(case):
         ring = (0, 0)
     torch.manual_seed(seed)
     chain = randomise_bn_(Chain(ops).double()).train()
-    x = torch.randn(3, width, 11, 13, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, width, 17, 15, dtype=torch.float64, requires_grad=True)  # two windows reach over 13
     has_window = chain.kernel_size != (1, 1)
     if not has_window:
         ring = (0, 0)
