@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rep_plugin.checkpoint import check_writable, write_atomic
 from rep_plugin.export_report import ExportReport, RuntimeReport
 from rep_plugin.latency import eager_calls, interleaved_medians
-from rep_plugin.onnx_graph import name_outputs, open_dims, shapes_of, to_onnx
+from rep_plugin.onnx_graph import INPUT, name_outputs, open_dims, shapes_of, to_onnx
 from rep_plugin.preprocessing import metadata_of
 from rep_plugin.reparam import NothingToMergeError, find_adapter
 from rep_plugin.reparam import reparameterize as merge
@@ -108,11 +108,14 @@ def export_onnx(
         inputs += _other_sizes(written, inputs[0][:2] if dynamic_batch else inputs[0], report)
     expected = [_reference(written, one) for one in inputs]
     tensors = [flatten_outputs(one) for one in expected]
+    if not tensors[0] or not all(tensor.dim() for tensor in tensors[0]):
+        got = [tuple(tensor.shape) for tensor in tensors[0]]
+        raise ValueError(f"the model must give floating-point tensors (N, ...), got shapes {got}")
     report.compared = list(dict.fromkeys(tuple(one.shape) for one in inputs))
     _note_sensitivity(expected, report)
     names = list(output_names or name_outputs(model, expected[0]))
-    if len(names) != len(tensors[0]) or len(set(names)) != len(names):
-        raise ValueError(f"output_names must be {len(tensors[0])} different names, got {names}")
+    if len(names) != len(tensors[0]) or len(set(names)) != len(names) or {"", INPUT} & set(names):
+        raise ValueError(f"output_names must be {len(tensors[0])} different names (not {INPUT!r}), got {names}")
     proto = to_onnx(written, x, names, open_dims(inputs, tensors, names), opset, dynamo)
     report.inputs, report.outputs = shapes_of(proto.graph.input), shapes_of(proto.graph.output)
     report.metadata = metadata_of(model, x.shape[1:], tensors[0], class_names, preprocessing)
@@ -257,7 +260,7 @@ def _reference(model: nn.Module, x: Tensor) -> object:
     """Return PyTorch's output, copied: some models hand out the tensors they work on."""
     try:
         with torch.no_grad():
-            output = copy.deepcopy(model(x))
+            output = copy.deepcopy(model(x.clone()))  # a model may work in place
     except Exception as error:  # a size that a network does not take is refused in as many ways as there are networks
         raise ValueError(f"the model does not take an input of shape {tuple(x.shape)}: {first_line(error)}") from error
     if not all(torch.isfinite(out).all() for out in flatten_outputs(output)):

@@ -82,10 +82,10 @@ def to_onnx(
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of shapes that become constants: the comparison finds those that matter
-            output = model(x)
-            plain = isinstance(output, Tensor) or (
-                isinstance(output, (tuple, list)) and all(isinstance(one, Tensor) for one in output)
-            )
+            output = model(x.clone())
+            several = list(output) if isinstance(output, (tuple, list)) else [output]
+            # What is not floating point is not compared, and so not written.
+            plain = all(isinstance(one, Tensor) and one.is_floating_point() for one in several)
             written = model if plain else _Flat(model)
             if dynamo:
                 shapes = {dim: torch.export.Dim.DYNAMIC for dim in dims[INPUT]}
@@ -93,7 +93,7 @@ def to_onnx(
                 proto = program.model_proto
             else:
                 buffer = BytesIO()
-                torch.onnx.export(written, (x,), buffer, dynamo=False, dynamic_axes=dims, **common)
+                torch.onnx.export(written, (x.clone(),), buffer, dynamo=False, dynamic_axes=dims, **common)
                 proto = onnx.load_from_string(buffer.getvalue())
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:  # torch, onnxscript and onnx have dozens of kinds

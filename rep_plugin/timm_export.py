@@ -69,7 +69,10 @@ def load_timm(
     if ":" not in name and not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name, timm.list_models(), 3, 0.3)
         raise ValueError(f"timm has no model {name!r}, expected one as {', '.join(near) or 'rep_mobilenetv2_100'}")
-    model = timm.create_model(name, pretrained=pretrained or local, **(model_args or {}))
+    try:
+        model = timm.create_model(name, pretrained=pretrained or local, **(model_args or {}))
+    except Exception as error:  # what a network does not take it refuses in a way of its own
+        raise ValueError(f"{name} cannot be built with {dict(model_args or {})}: {first_line(error)}") from error
     if checkpoint is not None:
         try:
             state = load_state_dict(str(checkpoint))

@@ -151,7 +151,7 @@ def default_inputs(model: nn.Module, example_input: Tensor | None = None) -> lis
     generator = torch.Generator().manual_seed(0)
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     first = example_input if example_input is not None else torch.randn(shape, generator=generator)
-    first = first.to(device, dtype)
+    first = first.to(device, dtype, copy=True)  # a model may work in place
     other = (2, *shape[1:])
     if len(shape) == 4:
         other = (2, shape[1], shape[2] - 1 + shape[2] % 2, shape[3] - 1 + shape[3] % 2)
@@ -238,6 +238,7 @@ def verify_equivalence(
     tolerance: float = 1e-9,
     parts: Mapping[str, nn.Module] | None = None,
     keep: bool = True,
+    run_names: Sequence[str] = (),
 ) -> Equivalence:
     """Check that two eval-mode models compute the same function on every input.
 
@@ -245,6 +246,8 @@ def verify_equivalence(
     needed any more. Each named block is also compared alone: the candidate's (or what ``parts`` holds under that name) is
     given the reference's own input to it, or a random map where no input runs it. An input that the *reference* cannot take
     (an odd size, say) is left out, provided that the first one works.
+
+    ``run_names`` are layers of the reference that are proven end to end alone, and so only if an input runs them.
 
     Raises EquivalenceError over ``tolerance`` (relative) or on a non-finite value, naming the first block that is off;
     warns with InconclusiveWarning where another input changes the output by less than 1e-3.
@@ -255,10 +258,13 @@ def verify_equivalence(
     for model in (reference.double(), candidate.double(), *parts.values()):
         model.eval()  # not chained: mmpretrain's return None
     result = Equivalence(blocks={name: Difference() for name in block_names}, not_run=list(block_names))
+    idle = set(run_names)
+    for name in run_names:
+        reference.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: idle.discard(name))
     for index, x in enumerate(inputs):
         recorder = _Recorder(reference, block_names)
         try:
-            expected = _run_whole(reference, x.double())
+            expected = _run_whole(reference, x.to(torch.float64, copy=True))
         except Exception:  # a size that a network does not take is refused in as many ways as there are networks
             if index == 0:
                 raise
@@ -276,7 +282,7 @@ def verify_equivalence(
             if name in result.not_run:
                 result.not_run.remove(name)
         _raise_if_off(result.blocks, tolerance)
-        total = compare_outputs(expected, _run_whole(candidate, x.double()))
+        total = compare_outputs(expected, _run_whole(candidate, x.to(torch.float64, copy=True)))
         result.total.include(total)
         if total.exceeds(tolerance):
             raise EquivalenceError(
@@ -287,6 +293,7 @@ def verify_equivalence(
             continue  # one picture says nothing about another
         result.sensitivity = max(result.sensitivity, sensitivity_of(expected, len(x)))
     _prove_alone(reference, candidate, parts, result, tolerance)
+    result.not_run += [name for name in run_names if name in idle]
     if result.not_run:
         warnings.warn(
             f"inconclusive: no input runs block {result.not_run[0]!r} ({len(result.not_run)} such blocks)",

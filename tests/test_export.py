@@ -299,6 +299,23 @@ def test_one_picture_is_enough_to_tell_what_the_output_depends_on(tmp_path):
     assert report.sensitivity > 0.1 and (2, 3, 16, 16) in report.compared and not report.notes
 
 
+def test_what_is_not_compared_is_not_written(tmp_path):
+    class Voting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = trained()
+
+        def forward(self, x):
+            logits = self.net(x.relu_())
+            return logits, logits.argmax(1)
+
+    x = torch.randn(2, 3, 16, 16)
+    before = x.clone()
+    report = export(Voting().eval(), tmp_path / "net.onnx", x)
+    assert list(report.outputs) == ["logits"] and torch.equal(x, before)
+    assert [entry.name for entry in onnx.load(tmp_path / "net.onnx").graph.output] == ["logits"]
+
+
 class Fixed(nn.Module):
     """Takes one size alone."""
 
@@ -308,6 +325,18 @@ class Fixed(nn.Module):
 
     def forward(self, x):
         return self.fc(x.flatten(1))
+
+
+class Gives(nn.Module):
+    """Gives the same, whatever it gets."""
+
+    def __init__(self, output):
+        super().__init__()
+        self.output, self.conv = output, nn.Conv2d(3, 3, 1)
+        self.eval()
+
+    def forward(self, x):
+        return self.output
 
 
 def test_refusals_come_before_any_file(tmp_path):
@@ -334,6 +363,13 @@ def test_refusals_come_before_any_file(tmp_path):
         (lambda: export(model, path, runtimes=[]), ValueError, "runtimes must be some of"),
         (lambda: export(model, path, x[:, :2]), Exception, "2 channels"),
         (lambda: export(model, path, dinamic_batch=True), TypeError, "dinamic_batch"),
+        (lambda: export(model, path, output_names=["input"]), ValueError, "1 different names .not 'input'., got"),
+        (
+            lambda: export(Gives(None), path),
+            ValueError,
+            r"must give floating-point tensors \(N, ...\), got shapes \[\]",
+        ),
+        (lambda: export(Gives(torch.ones(())), path), ValueError, r"got shapes \[\(\)\]"),
         (lambda: export(Fixed().eval(), path, dynamic_size=True), ValueError, r"not take .* \(2, 3, 15, 15\): mat1"),
         (lambda: export(nn.Flatten().eval(), path, x[:, 0, 0], dynamic_size=True), ValueError, "dynamic_size needs"),
     ):

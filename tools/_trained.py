@@ -24,21 +24,26 @@ def add_arguments(parser: argparse.ArgumentParser, no_real_data: str) -> None:
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="changes to the config as key=value")
 
 
-def _check_outputs(args: argparse.Namespace, out_dir: Path, read: Sequence[str], outputs: Sequence[str]) -> None:
-    """Refuse to replace what is read; and, in a folder that was not asked for by name, what is already there."""
+def _check_outputs(
+    args: argparse.Namespace, out_dir: Path, read: Sequence[str], outputs: Sequence[str], precious: Sequence[str]
+) -> None:
+    """Refuse to replace what is read; and, in a folder that was not asked for by name, ``precious`` ones of before."""
     if outputs:
         check_writable(out_dir)
     for path in (out_dir / name for name in outputs):
         if path.resolve() in {Path(one).resolve() for one in read}:
             raise ValueError(f"{path} is read and would be replaced: give another --out-dir")
-        if path.exists() and not args.out_dir:
+        if path.exists() and not args.out_dir and path.name in precious:
             raise ValueError(f"{path} exists already: give --out-dir, another folder, or this one to replace it")
 
 
 def open_trained(
-    args: argparse.Namespace, more_files: Sequence[str | None] = (), outputs: Sequence[str] = ()
+    args: argparse.Namespace,
+    more_files: Sequence[str | None] = (),
+    outputs: Sequence[str] = (),
+    precious: Sequence[str] = (),
 ) -> tuple[Config, nn.Module, Tensor | None, dict | None, Path]:
-    """Return (config, model, validation pictures or None, the data set's meta data, folder for the files).
+    """Return (config, model, validation pictures or None, the data set's meta data, folder for the ``outputs``).
 
     Raises FileNotFoundError for a file, of ``more_files`` too, that does not exist, OSError where ``outputs`` cannot be
     written, ValueError where one of them would replace what it should not, and what loading raises.
@@ -48,7 +53,7 @@ def open_trained(
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path} does not exist, expected a file")
     out_dir = Path(args.out_dir or Path(args.checkpoint).resolve().parent)
-    _check_outputs(args, out_dir, read, outputs)
+    _check_outputs(args, out_dir, read, outputs, precious)
     cfg = Config.fromfile(args.config)
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)

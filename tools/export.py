@@ -6,7 +6,7 @@ python tools/export.py rep_repvgg_a0 OUT.onnx --checkpoint last.pth.tar --images
 python tools/export.py local-dir:FOLDER OUT.onnx --images pictures  # what save_timm wrote
 
 Branches are merged first, and the outputs are logits, without softmax. A config's validation pictures are compared, or
-those of --images; a timm model without --images is compared on random ones. The report is written to OUT.json as well.
+those of --images; a timm model without --images is compared on random ones. The report is written to OUT.onnx.json as well.
 """
 
 import argparse
@@ -125,7 +125,7 @@ def main() -> None:
     def export() -> None:
         report = (from_config if args.model.endswith(".py") else from_timm)(args)
         report.print()
-        beside = Path(args.files[-1]).with_suffix(".json")
+        beside = Path(f"{args.files[-1]}.json")
         report.to_json(beside)
         print(f"written: {args.files[-1]} and {beside.name}")
 

@@ -20,7 +20,8 @@ from train import run
 from rep_plugin.mm_prune_artefact import write_pruned
 from rep_plugin.pruning import PrunePlan, plan_pruning
 
-OUTPUTS = ("pruned.pth", "pruned.py")
+PRECIOUS = ("pruned.pth", "pruned.py")
+OUTPUTS = (*PRECIOUS, "pruned.plan.json", "pruned.json", "pruned.png")
 SCORES = ("bn_gamma", "l1", "l2", "fpgm", "random")
 
 
@@ -105,7 +106,7 @@ def widths_table(plan: PrunePlan) -> Table:
 def main() -> None:
     """Load, plan, prune, prove, write, print the report."""
     args = parse_args()
-    cfg, model, inputs, dataset_meta, out_dir = open_trained(args, (args.widths, args.plan), OUTPUTS)
+    cfg, model, inputs, dataset_meta, out_dir = open_trained(args, (args.widths, args.plan), OUTPUTS, PRECIOUS)
     if args.shape and len(args.shape) != 3:
         raise ValueError(f"--shape takes three numbers, C H W, got {args.shape}")
     if inputs is None and not args.shape:

@@ -8,6 +8,8 @@ from train import run
 
 from rep_plugin.mm_artefact import write_deployed
 
+OUTPUTS = ("deploy.pth", "deploy.py", "deploy.json")
+
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
@@ -19,7 +21,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Load, merge, prove, write, print the report."""
     args = parse_args()
-    cfg, model, inputs, dataset_meta, out_dir = open_trained(args)
+    cfg, model, inputs, dataset_meta, out_dir = open_trained(args, outputs=OUTPUTS)
     report = write_deployed(model, cfg, out_dir, inputs, dataset_meta)
     report.print()
     print(f"written: {out_dir / 'deploy.pth'} and deploy.py")

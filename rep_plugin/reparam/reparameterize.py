@@ -111,11 +111,11 @@ def _note_unknown(model: nn.Module, able: dict[str, str], blocks: list[BlockRepo
 
 @dataclass
 class _Conversion:
-    """``convs`` are the merged convolutions as they were before the network's own BNs were folded or moved."""
+    """``parts`` are the merged blocks as they were before the network's own BNs were folded or moved."""
 
     model: nn.Module
     blocks: list[BlockReport]
-    convs: dict[str, nn.Module]
+    parts: dict[str, nn.Module]
     notes: list[str]
 
 
@@ -124,7 +124,7 @@ def _convert(model: nn.Module, fold_bn: bool, merge_linear: bool = False) -> _Co
     bias_free = [name for name, m in model.named_modules() if name and isinstance(m, ConvLike) and m.bias_free]
     model, blocks = _merge_blocks(model)
     merged = {block.name: model.get_submodule(block.name) for block in blocks}
-    convs = {name: copy.deepcopy(m) for name, m in merged.items() if isinstance(m, nn.Conv2d)}
+    parts = {name: copy.deepcopy(m) for name, m in merged.items()}
     merged_blocks, notes = list(blocks), []
     if not fold_bn and (biased := absorb_biases_(model, bias_free)):
         notes.append(f"{len(biased)} convolutions keep a bias, as no BN alone reads them: {', '.join(biased)}")
@@ -141,7 +141,7 @@ def _convert(model: nn.Module, fold_bn: bool, merge_linear: bool = False) -> _Co
         raise NothingToMergeError(held + "".join(f"; {note}" for note in notes))
     for module in set(model.modules()) - before:
         module.training = False  # nothing was in train mode, and what stands there now must not be
-    return _Conversion(model, blocks, convs, notes)
+    return _Conversion(model, blocks, parts, notes)
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -222,7 +222,9 @@ def _prove(model: nn.Module, twin: _Conversion, inputs: list[Tensor], report: Re
     proven_whole = (CONV_BN, BN_CONV, SEQUENCE)
     blocks = twin.blocks
     names = [block.name for block in blocks if block.name and not block.kind.startswith(proven_whole)]
-    found = verify_equivalence(model, twin.model, inputs, names, TOLERANCE, twin.convs)
+    own = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    folded = [block.name for block in blocks if block.kind.startswith(proven_whole) and block.name in own]
+    found = verify_equivalence(model, twin.model, inputs, names, TOLERANCE, twin.parts, run_names=folded)
     for block in blocks:
         if block.name in found.not_run:
             continue

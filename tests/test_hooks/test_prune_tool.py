@@ -210,4 +210,7 @@ def test_it_replaces_neither_what_it_reads_nor_what_nobody_named(pruned):
     answers, _ = tried(pruned, [["config.py", "work/epoch_2.pth", *read[2:]]])
     (pruned / "work/pruned.py").unlink()
     assert "work/pruned.py exists already: give --out-dir" in answers[0]
+    widths = ["config.py", "work/epoch_2.pth", "--widths", "pruned/pruned.json", "--out-dir", "pruned"]
+    answers, _ = tried(pruned, [widths])
+    assert "pruned/pruned.json is read and would be replaced" in answers[0]
     assert before == {path: path.read_bytes() for path in (pruned / "pruned").glob("pruned.p*")}

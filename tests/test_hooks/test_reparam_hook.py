@@ -79,6 +79,10 @@ def test_tool_refuses_in_one_line(trained):
         assert done.returncode == 1 and message in done.stderr, (config, checkpoint, done.stderr)
         assert done.stderr.strip().splitlines()[-1].startswith("error:") and "Traceback" not in done.stderr
     assert not (trained / "refused").exists()
+    before = (trained / "work/deploy.pth").read_bytes()
+    done = run(tool, "config.py", "work/deploy.pth", cwd=trained)  # by default beside the checkpoint, which it is
+    assert done.returncode == 1 and "deploy.pth is read and would be replaced: give another" in done.stderr
+    assert (trained / "work/deploy.pth").read_bytes() == before
 
 
 def test_deployed_model_can_be_fine_tuned(trained):

@@ -253,6 +253,58 @@ def test_a_block_that_no_input_runs_and_no_map_either_is_not_called_proven():
     assert report.blocks[1].max_rel_error is None and "'aux' was not run" in report.notes[0]
 
 
+class Idle(nn.Module):
+    """Has a part that it runs on large batches alone, and not to be traced."""
+
+    def __init__(self, idle: nn.Module):
+        super().__init__()
+        self.live, self.idle = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), idle
+
+    def forward(self, x):
+        y = self.live(x)
+        return self.idle(y) if x.shape[0] > 4 else y
+
+
+def test_folds_in_parts_that_no_input_runs_are_not_called_proven():
+    idle = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    model = calibrate_random_bn_(Idle(idle), torch.randn(8, 3, 16, 16))
+    with pytest.warns(rep_plugin.InconclusiveWarning, match="no input runs block 'idle.0'"):
+        _, report = rep_plugin.reparameterize(model, torch.randn(2, 3, 16, 16))
+    assert "block 'idle.0' was not run by any input and is not proven" in report.notes
+
+
+@pytest.mark.parametrize("batch", [2, 8])
+def test_blocks_whose_neighbours_are_folded_into_them_are_proven_as_they_were_before(batch):
+    def block(**options):
+        return timm.models.fastvit.MobileOneBlock(8, 8, use_act=False, **options)
+
+    behind = nn.Sequential(block(kernel_size=3), nn.BatchNorm2d(8))
+    ahead = nn.Sequential(nn.BatchNorm2d(8), block(kernel_size=1))
+    for idle in (behind, ahead):
+        model = calibrate_random_bn_(Idle(idle), torch.randn(8, 3, 16, 16))
+        merged, report = rep_plugin.reparameterize(model, torch.randn(batch, 3, 16, 16))
+        assert report.max_rel_error < 1e-9 and max(block.max_rel_error or 0 for block in report.blocks) < 1e-9
+        x = torch.randn(8, 3, 16, 16)
+        assert relative_error(model(x), merged(x)) < 1e-4
+
+
+def test_models_that_work_in_place_are_not_blamed_and_the_example_stays():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = RepInvertedResidual(3, 4)
+
+        def forward(self, x):
+            return self.block(x.sub_(1).mul_(2))
+
+    model = calibrate_random_bn_(InPlace(), torch.randn(2, 3, 16, 16))
+    for dtype in (torch.float32, torch.float64):
+        model, example = model.to(dtype), torch.randn(2, 3, 16, 16, dtype=dtype)
+        before = example.clone()
+        _, report = rep_plugin.reparameterize(model, example)
+        assert report.max_rel_error < 1e-9 and torch.equal(example, before)
+
+
 def test_a_model_that_is_not_finite_itself_is_told_apart_from_a_wrong_merge():
     model = net()
     model[0].weight.data[0] = float("nan")
