@@ -104,9 +104,10 @@ def export_onnx(
     report.params_after, report.macs_after = count_params(written), count_macs(written, single)
 
     inputs = _inputs(x, images, dynamic_batch)
-    if dynamic_size:
-        inputs += _other_sizes(written, inputs[0][:2] if dynamic_batch else inputs[0], report)
     expected = [_reference(written, one) for one in inputs]
+    if dynamic_size:
+        others, found = _other_sizes(written, inputs[0][:2] if dynamic_batch else inputs[0], report)
+        inputs, expected = inputs + others, expected + found
     tensors = [flatten_outputs(one) for one in expected]
     if not tensors[0] or not all(tensor.dim() for tensor in tensors[0]):
         got = [tuple(tensor.shape) for tensor in tensors[0]]
@@ -233,8 +234,9 @@ def _inputs(x: Tensor, images: Tensor | None, dynamic_batch: bool) -> list[Tenso
     return batches
 
 
-def _other_sizes(model: nn.Module, x: Tensor, report: ExportReport) -> list[Tensor]:
-    """Return pictures at two other sizes, odd ones where the model takes them, else multiples of 32, with a note.
+def _other_sizes(model: nn.Module, x: Tensor, report: ExportReport) -> tuple[list[Tensor], list]:
+    """Return pictures at two other sizes, odd ones where the model takes them, else multiples of 32, with a note; and the
+    model's outputs for them.
 
     Raises ValueError where it takes neither.
     """
@@ -245,14 +247,13 @@ def _other_sizes(model: nn.Module, x: Tensor, report: ExportReport) -> list[Tens
     for sizes in (odd, even):
         batches = [F.interpolate(x, [max(1, side) for side in size], mode="bilinear") for size in sizes]
         try:
-            for batch in batches:
-                _reference(model, batch)
+            found = [_reference(model, batch) for batch in batches]
         except ValueError as error:
             refused = refused or error
             continue
         if refused:
             report.notes.append(f"compared at multiples of 32 alone: {refused}")
-        return batches
+        return batches, found
     raise refused
 
 

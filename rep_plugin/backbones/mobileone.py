@@ -78,12 +78,9 @@ class MobileOne(StagedNetwork):
                 se = index >= depth - attended
                 options = {"copies": settings.copies, **form}
                 act = relu_after(width, se)
-                shape = (1, None, step.dilation, width, act)
-                if index == 0:
-                    shape = (step.stride, None, step.first_dilation, width, act)
-                blocks.append(
-                    MobileOneBlock(width, width, 3, *shape, **options, unstrided=index == 0 and step.unstrided)
-                )
+                stride, dilation, unstrided = step.of_block(index)
+                shape = (stride, None, dilation, width, act)
+                blocks.append(MobileOneBlock(width, width, 3, *shape, **options, unstrided=unstrided))
                 blocks.append(MobileOneBlock(width, out, 1, act=relu_after(out, se), **options))
                 width = out
             stages.append(nn.Sequential(*blocks))

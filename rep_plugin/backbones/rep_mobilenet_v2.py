@@ -77,11 +77,12 @@ class RepMobileNetV2(StagedNetwork):
             out = make_divisible(channels * widen_factor)
             blocks = []
             for index in range(depth):
+                stride, dilation, unstrided = step.of_block(index)
                 blocks.append(
                     RepInvertedResidual(
                         width,
                         out,
-                        step.stride if index == 0 else 1,
+                        stride,
                         expand_ratio,
                         branches,
                         avg_shortcut,
@@ -89,8 +90,8 @@ class RepMobileNetV2(StagedNetwork):
                         deploy,
                         online,
                         anneal,
-                        step.first_dilation if index == 0 else step.dilation,
-                        step.unstrided and index == 0,
+                        dilation,
+                        unstrided,
                     )
                 )
                 width = out

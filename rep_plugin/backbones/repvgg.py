@@ -78,10 +78,8 @@ class RepVGG(StagedNetwork):
             for index in range(depth):
                 layer += 1
                 groups = settings.groups if layer % 2 == 0 else 1
-                if index == 0:
-                    blocks.append(block(width, out, step.stride, step.first_dilation, groups, step.unstrided))
-                else:
-                    blocks.append(block(width, out, 1, step.dilation, groups))
+                stride, dilation, unstrided = step.of_block(index)
+                blocks.append(block(width, out, stride, dilation, groups, unstrided))
                 width = out
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.Sequential(*stages)

@@ -41,6 +41,10 @@ class Step(NamedTuple):
     dilation: int
     unstrided: bool
 
+    def of_block(self, index: int) -> tuple[int, int, bool]:
+        """Return stride, dilation and ``unstrided`` of a block of the stage."""
+        return (self.stride, self.first_dilation, self.unstrided) if index == 0 else (1, self.dilation, False)
+
 
 def plan_steps(strides: Sequence[int], output_stride: int | None) -> list[Step]:
     """Return the steps of the stages (``strides``: stem, stages) of a network that goes down by ``output_stride`` at most.

@@ -111,7 +111,7 @@ def _note_unknown(model: nn.Module, able: dict[str, str], blocks: list[BlockRepo
 
 @dataclass
 class _Conversion:
-    """``parts`` are the merged blocks as they were before the network's own BNs were folded or moved."""
+    """``parts``, kept for a proof, are the merged blocks before the network's own BNs were folded or moved."""
 
     model: nn.Module
     blocks: list[BlockReport]
@@ -119,12 +119,11 @@ class _Conversion:
     notes: list[str]
 
 
-def _convert(model: nn.Module, fold_bn: bool, merge_linear: bool = False) -> _Conversion:
+def _convert(model: nn.Module, fold_bn: bool, merge_linear: bool = False, keep_parts: bool = False) -> _Conversion:
     able, before = _find_self_merging(model), set(model.modules())
     bias_free = [name for name, m in model.named_modules() if name and isinstance(m, ConvLike) and m.bias_free]
     model, blocks = _merge_blocks(model)
-    merged = {block.name: model.get_submodule(block.name) for block in blocks}
-    parts = {name: copy.deepcopy(m) for name, m in merged.items()}
+    parts = {block.name: copy.deepcopy(model.get_submodule(block.name)) for block in blocks} if keep_parts else {}
     merged_blocks, notes = list(blocks), []
     if not fold_bn and (biased := absorb_biases_(model, bias_free)):
         notes.append(f"{len(biased)} convolutions keep a bias, as no BN alone reads them: {', '.join(biased)}")
@@ -200,7 +199,7 @@ def reparameterize(
     report.macs_before = count_macs(model, counted)
     twin = None
     if verify:
-        twin = _convert(_copy(model).double(), fold_bn, merge_linear)
+        twin = _convert(_copy(model).double(), fold_bn, merge_linear, keep_parts=True)
         report.notes += _prove(model, twin, inputs, report)
     elif inplace:
         _convert(_copy(model), fold_bn, merge_linear)  # an unmergeable block must not leave others merged
