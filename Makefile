@@ -128,13 +128,13 @@ bench-warm-start: $(VENV)/.users fashion-mnist ## stock MobileNetV2 annealed int
 
 # An estimate from 4 ms a picture and step: three sparse trainings of 5 minutes, 27 times fine-tuned for 3.
 bench-slim-mobilenet: $(VENV)/.users fashion-mnist ## MobileNetV3 slimmed: nine rates, three L1 strengths (two hours)
-	$(RUN) tools/sweep.py configs/slim_mobilenetv3_fashion_mnist_oneshot.py --strengths 1e-4 1e-3 1e-2 \
-	  --sparse configs/slim_mobilenetv3_fashion_mnist.py \
+	$(RUN) tools/sweep.py configs/pruning/slim_mobilenetv3_fashion_mnist_oneshot.py --strengths 1e-4 1e-3 1e-2 \
+	  --sparse configs/pruning/slim_mobilenetv3_fashion_mnist.py \
 	  --sparse-options $(FEWER) --cfg-options $(FEWER)
 
 bench-slim-bcnn: $(VENV)/.users data/mini_cub/mini_fgvc.json ## a bilinear CNN slimmed on the rendered birds: one-shot rates
-	$(RUN) tools/sweep.py configs/slim_bcnn_rep_mbv2_mini_cub_oneshot.py --rates 0.2 0.4 0.6 0.8 \
-	  --sparse configs/slim_bcnn_rep_mbv2_mini_cub.py
+	$(RUN) tools/sweep.py configs/pruning/slim_bcnn_rep_mbv2_mini_cub_oneshot.py --rates 0.2 0.4 0.6 0.8 \
+	  --sparse configs/pruning/slim_bcnn_rep_mbv2_mini_cub.py
 
 bench-training-cost: $(VENV)/.users ## a training step of multi-branch networks: time and memory, ours and others'
 	$(ONE_THREAD) $(RUN) benchmarks/training_cost.py
@@ -143,7 +143,7 @@ bench-expand: $(VENV)/.users ## expand, train, merge back: equality at every ste
 	$(ONE_THREAD) $(RUN) benchmarks/expand.py
 
 kill-loop: $(VENV)/.developers ## kill -9 trainings that prune, 20 times each, resume, compare with trainings nobody killed (ten minutes)
-	$(ONE_THREAD) $(RUN) -m tests.test_hooks.kill_loop --kills 20
+	$(ONE_THREAD) $(RUN) -m tests.test_openmmlab.test_hooks.kill_loop --kills 20
 
 bench-foreign: $(VENV)/.developers ## every multi-branch model of timm and mmpretrain, merged and proven (20 minutes)
 	$(ONE_THREAD) $(RUN) benchmarks/foreign_models.py

@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from rep_plugin.bilinear.methods import METHODS
+from rep_plugin.bilinear.pooling import BilinearPooling
 from rep_plugin.functional.bilinear import SQRT_EPS, draw_signs
-from rep_plugin.necks.bilinear_pooling import BilinearPooling
-from rep_plugin.necks.pools import METHODS
 
 TIME_TARGET, MEMORY_TARGET = 1.1, 0.25
 

@@ -2,7 +2,7 @@
 """Bilinear pooling against global average pooling on the rendered birds: same backbone, schedule and seeds.
 
 As published, both start from a backbone that was trained on other pictures: here with average pooling on 40 other rendered
-species. Then every run is `tools/train.py configs/bcnn_rep_mbv2_mini_cub.py` with options; the arms differ in neck and head
+species. Then every run is `tools/train.py configs/bcnn/bcnn_rep_mbv2_mini_cub.py` with options; the arms differ in neck and head
 (and its learning rate) alone.
 
     python benchmarks/bilinear_against_gap.py                  # about an hour on two cores
@@ -16,10 +16,11 @@ from pathlib import Path
 
 from training_runs import Job, folder_of, print_scores, run, run_all
 
-from rep_plugin.checkpoint import load_checkpoint_file, save_checkpoint_file
+from rep_plugin.checkpoints.files import save_checkpoint_file
+from rep_plugin.checkpoints.safe_load import load_checkpoint_file
 
 ROOT = Path(__file__).resolve().parents[1]
-BILINEAR, GAP = ROOT / "configs/bcnn_rep_mbv2_mini_cub.py", ROOT / "benchmarks/configs/gap_rep_mbv2_mini_cub.py"
+BILINEAR, GAP = ROOT / "configs/bcnn/bcnn_rep_mbv2_mini_cub.py", ROOT / "benchmarks/configs/gap_rep_mbv2_mini_cub.py"
 CONTENDERS = {
     "bilinear": (BILINEAR, []),
     "global average": (GAP, []),

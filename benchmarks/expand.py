@@ -17,7 +17,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import rep_plugin
-from rep_plugin.verify import calibrate_random_bn_, compare_outputs
+from rep_plugin.measure.verify import compare_outputs
+from rep_plugin.testing import calibrate_random_bn_
 
 
 def difference(a: nn.Module, b: nn.Module, x: Tensor) -> float:

@@ -26,9 +26,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import rep_plugin
-from rep_plugin.necks.pools import METHODS
-from rep_plugin.timm_export import read_pictures
-from rep_plugin.verify import MIN_SENSITIVITY, calibrate_random_bn_, rounding_error
+from rep_plugin.bilinear.methods import METHODS
+from rep_plugin.measure.verify import MIN_SENSITIVITY, rounding_error
+from rep_plugin.testing import calibrate_random_bn_
+from rep_plugin.timm.export import read_pictures
 
 TARGET = 1e-4
 PICTURES = Path(__file__).resolve().parents[1] / "data/mini_cub/images"

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import rep_plugin
-from rep_plugin.verify import MIN_SENSITIVITY
+from rep_plugin.measure.verify import MIN_SENSITIVITY
 
 PATTERNS = ["*rep*", "mobileone*", "fastvit*", "ghostnetv3*"]
 REPVGG = [
@@ -56,7 +56,7 @@ MMPRETRAIN = [  # type, arch, the size it needs (None: any)
 def randomise_(model: nn.Module, x: torch.Tensor) -> None:
     """Random BNs with the statistics of ``x``, and random layer scales; the rest of the network stays in eval mode.
 
-    As rep_plugin.verify.calibrate_random_bn_, but for one distribution: statistics that do not quite fit let attention
+    As rep_plugin.testing.calibrate_random_bn_, but for one distribution: statistics that do not quite fit let attention
     networks of random weights grow block by block, until they turn a rounding error of 1e-16 into 1e-8.
     """
     generator = torch.Generator().manual_seed(0)

@@ -16,12 +16,13 @@ from rich.table import Table
 from torch import nn
 
 import rep_plugin
-from rep_plugin.export import OPSET
-from rep_plugin.latency import eager_calls, interleaved_medians, torch_threads
-from rep_plugin.onnx_graph import INPUT, to_onnx
-from rep_plugin.report import count_macs, count_params
-from rep_plugin.runtimes import open_model
-from rep_plugin.verify import calibrate_random_bn_, compare_outputs
+from rep_plugin.export.export_onnx import OPSET
+from rep_plugin.export.graph import INPUT, to_onnx
+from rep_plugin.export.runtimes import open_model
+from rep_plugin.measure.costs import count_macs, count_params
+from rep_plugin.measure.latency import eager_calls, interleaved_medians, torch_threads
+from rep_plugin.measure.verify import compare_outputs
+from rep_plugin.testing import calibrate_random_bn_
 
 
 def runtime_calls(models: dict[str, nn.Module], x: torch.Tensor) -> dict[str, dict]:

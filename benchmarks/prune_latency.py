@@ -22,8 +22,8 @@ from rich.table import Table
 from torch import nn
 
 from rep_plugin import PrunePlan, apply_plan, plan_pruning
-from rep_plugin.latency import eager_calls, interleaved_medians, torch_threads
-from rep_plugin.verify import calibrate_random_bn_
+from rep_plugin.measure.latency import eager_calls, interleaved_medians, torch_threads
+from rep_plugin.testing import calibrate_random_bn_
 
 TOLERANCE = 0.10
 

@@ -26,8 +26,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import rep_plugin
-from rep_plugin.necks.bilinear_pooling import BilinearPooling
-from rep_plugin.report import count_params
+from rep_plugin.bilinear.pooling import BilinearPooling
+from rep_plugin.measure.costs import count_params
 
 SECONDS, SECONDS_HEAD, FRACTION = 3.0, 0.5, 0.3
 CHANNELS, CLASSES = 512, 200

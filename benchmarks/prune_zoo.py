@@ -33,10 +33,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from rep_plugin import PrunePlan, apply_plan, plan_pruning, reparameterize
-from rep_plugin.history import history_of
-from rep_plugin.rebuild import rebuild_
-from rep_plugin.timm_artefact import save_timm
-from rep_plugin.verify import calibrate_random_bn_
+from rep_plugin.history import history_of, rebuild_
+from rep_plugin.testing import calibrate_random_bn_
+from rep_plugin.timm.artefacts import save_timm
 
 TOLERANCE, SECONDS_RESNET50, SIDE, CLASSES = 1e-9, 3.0, 64, 10
 

@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.table import Table
 from training_runs import Job, folder_of, run_all
 
-from rep_plugin.latency import eager_calls, interleaved_medians, torch_threads
-from rep_plugin.mm_artefact import build_model, load_model
-from rep_plugin.report import count_macs, count_params
+from rep_plugin.measure.costs import count_macs, count_params
+from rep_plugin.measure.latency import eager_calls, interleaved_medians, torch_threads
+from rep_plugin.openmmlab.load import build_model, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from rep_plugin.pruning.sparsity import Sparsity
+from rep_plugin.pruning.methods.sparsity import Sparsity
 
 LIMIT, STRENGTH = 1.01, 1e-4
 

@@ -8,11 +8,11 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
-from rep_plugin.hooks.live import evaluate, optimizers_of, pictures_of, plain_model
-from rep_plugin.hooks.pruning_live import PruningHook
-from rep_plugin.mm_artefact import build_model
+from rep_plugin.measure.costs import count_macs, count_params
+from rep_plugin.openmmlab.hooks.pruning_hook import PruningHook
+from rep_plugin.openmmlab.hooks.runner_utils import evaluate, optimizers_of, pictures_of, plain_model
+from rep_plugin.openmmlab.load import build_model
 from rep_plugin.pruning import PrunePlan, PruneReport
-from rep_plugin.report import count_macs, count_params
 
 STEPS = 400  # in which its pruners go from nothing to everything; we stop where the budget is met
 KINDS = {

@@ -13,13 +13,7 @@ from matplotlib.patches import FancyBboxPatch
 from torch import nn
 
 from rep_plugin.blocks.base import RepBlock
-from rep_plugin.blocks.families import (
-    ACBlock,
-    DiverseBranchBlock,
-    LargeKernelBlock,
-    MobileOneBlock,
-    RepVGGBlock,
-)
+from rep_plugin.blocks.families import ACBlock, DiverseBranchBlock, LargeKernelBlock, MobileOneBlock, RepVGGBlock
 from rep_plugin.blocks.inverted_residual import RepInvertedResidual
 
 BLOCKS = {

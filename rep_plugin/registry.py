@@ -1,38 +1,45 @@
 """Our own mmengine scope, so that ``type='rep_plugin.X'`` resolves in any config without ``custom_imports``.
 
 mmengine imports ``<scope>.registry`` when it meets an unknown scope, and each registry imports its ``locations`` on
-first use. What is built on mmpretrain's own classes is refused by name where mmdet or mmseg are used without mmpretrain.
+first use.
 """
 
-from mmengine.registry import HOOKS as ROOT_HOOKS
-from mmengine.registry import MODELS as ROOT_MODELS
-from mmengine.registry import OPTIM_WRAPPERS as ROOT_OPTIM_WRAPPERS
+from rep_plugin.optional import is_missing, require
+
+require("mmengine", "openmmlab", "rep_plugin.registry")
+
+from mmengine import registry as root
 from mmengine.registry import Registry
 
-from rep_plugin.missing import explain, is_missing
+ROOMS = ("backbones", "convs", "builders")
+# What is built on classes of mmpretrain: mmdet and mmseg are also used without it.
+ON_MMPRETRAIN = {
+    "BilinearPooling": "bilinear",
+    "BilinearClsHead": "bilinear",
+    "TwoStreamBackbone": "bilinear",
+    "MobileNetV3_CIFAR": "mobilenet_v3",
+}
 
-ON_MMPRETRAIN = [] if is_missing("mmpretrain") else ["bilinear", "mobilenet_v3"]
-MODELS = Registry(
+
+class ModelRegistry(Registry):
+    """A registry that says which package a type needs, where mmengine would say that there is no such type."""
+
+    def get(self, key: str) -> type | None:
+        if key in ON_MMPRETRAIN:
+            require("mmpretrain", "openmmlab", f"rep_plugin.{key}")
+        return super().get(key)
+
+
+MODELS = ModelRegistry(
     "model",
-    parent=ROOT_MODELS,
+    parent=root.MODELS,
     scope="rep_plugin",
     locations=[
-        f"rep_plugin.mm_{name}" for name in ("models", "backbones", "convs", "expand", "pruned", *ON_MMPRETRAIN)
+        f"rep_plugin.openmmlab.{room}"
+        for room in (*ROOMS, *(() if is_missing("mmpretrain") else sorted(set(ON_MMPRETRAIN.values()))))
     ],
 )
-HOOKS = Registry("hook", parent=ROOT_HOOKS, scope="rep_plugin", locations=["rep_plugin.hooks"])
+HOOKS = Registry("hook", parent=root.HOOKS, scope="rep_plugin", locations=["rep_plugin.openmmlab.hooks"])
 OPTIM_WRAPPERS = Registry(
-    "optim_wrapper", parent=ROOT_OPTIM_WRAPPERS, scope="rep_plugin", locations=["rep_plugin.mm_amp"]
+    "optim_wrapper", parent=root.OPTIM_WRAPPERS, scope="rep_plugin", locations=["rep_plugin.openmmlab.amp"]
 )
-
-
-def _refused(name: str):
-    def build(**_):
-        raise explain(f"rep_plugin.{name}", "mmpretrain", "openmmlab")
-
-    return build
-
-
-if not ON_MMPRETRAIN:
-    for _name in ("BilinearPooling", "BilinearClsHead", "TwoStreamBackbone", "MobileNetV3_CIFAR"):
-        MODELS.register_module(_name, module=_refused(_name))

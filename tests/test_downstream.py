@@ -10,8 +10,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
 import rep_plugin
-from rep_plugin.pruning.graph import TraceError
-from rep_plugin.verify import InconclusiveWarning
+from rep_plugin.errors import InconclusiveWarning, TraceError
 from tests.helpers import relative_error
 
 SMALL_REPVGG = dict(arch=dict(depths=(1, 1, 2, 1), widths=(0.25,) * 4))

@@ -1,8 +1,9 @@
-"""Imports point one way, and the light packages import torch alone."""
+"""Imports point one way, and only the rooms of a framework import it."""
 
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -10,95 +11,93 @@ import pytest
 import rep_plugin
 
 ROOT = Path(rep_plugin.__file__).parent
-MODULES = sorted(ROOT.rglob("*.py"))
 OPENMMLAB = {"mmengine", "mmcv", "mmpretrain", "mmdet", "mmseg"}
-# What each layer may import of our own; None: anything.
-LAYERS = {
-    "functional": {"functional"},
-    "blocks": {"functional", "blocks"},
-    "backbones": {"functional", "blocks", "backbones"},
-    "necks": {"functional", "blocks", "backbones", "necks"},
-    "heads": {"functional", "blocks", "backbones", "necks", "heads"},
-    "running": set(),
-    "verify": {"running"},
-    "report": {"running"},
-    "reparam": {"functional", "blocks", "heads", "reparam", "verify", "report", "history"},
-    "convert": {"backbones", "reparam", "checkpoint"},
-    "history": set(),
-    "rebuild": {"history", "pruning", "reparam"},
-    "latency": {"running"},
-    "runtimes": {"verify"},
-    "onnx_graph": {"runtimes", "verify"},
-    "preprocessing": set(),
-    "export_report": {"report"},
-    "export": {
-        "checkpoint",
-        "export_report",
-        "latency",
-        "onnx_graph",
-        "preprocessing",
-        "reparam",
-        "report",
-        "runtimes",
-        "verify",
-    },
-    "pruning": {"functional", "blocks", "necks", "pruning", "verify", "report", "history", "latency", "running"},
-}
-TORCH_ONLY = {
-    "functional",
-    "blocks",
-    "backbones",
-    "pruning",
-    "verify",
-    "report",
-    "reparam",
-    "necks",
-    "heads",
-    "latency",
-    "runtimes",
-    "onnx_graph",
-    "preprocessing",
-    "export_report",
-    "export",
-    "running",
-}
+# Rooms from the bottom to the top: each may import those in rows above its own.
+ROWS = (
+    ("errors", "version", "functional"),
+    ("optional", "history", "blocks", "checkpoints", "measure"),
+    ("registry", "testing", "backbones", "bilinear"),
+    ("reparam",),
+    ("conversion", "pruning", "export"),
+    ("timm", "openmmlab"),
+    ("__init__",),
+    ("__main__",),
+)
+PRUNING_ROWS = (("tracing",), ("surgery", "planning"), ("apply",), ("methods",), ("__init__",))
+TORCH_ONLY = {"functional", "blocks", "backbones", "bilinear", "measure", "checkpoints", "conversion", "reparam"}
+TORCH_ONLY |= {"pruning", "export", "history", "testing"}
+# matplotlib draws plots and safetensors reads files where they are installed; scipy is a requirement.
+LIBRARIES = {"torch", "rich", "scipy", "matplotlib", "safetensors", "numpy", "PIL", "onnx", "onnxruntime", "openvino"}
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+PATHS = {name_of(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 
 def imports_of(path: Path) -> set[str]:
+    """Full names of all that a file imports anywhere, under TYPE_CHECKING and in functions too."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
-            found.add(node.module)
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in PATHS else node.module for name in names}
     return found
 
 
-def layer_of(path: Path) -> str:
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+IMPORTS = {name: imports_of(path) for name, path in PATHS.items()}
+OURS = {name: found & PATHS.keys() - {name} for name, found in IMPORTS.items()}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports(path):
-    layer, imports = layer_of(path), imports_of(path)
-    outside = {name.split(".")[0] for name in imports} - {"rep_plugin"} - set(sys.stdlib_module_names)
-    ours = {name.split(".")[1] for name in imports if name.startswith("rep_plugin.")}
-    if layer in TORCH_ONLY:
-        assert outside <= {"torch", "rich", "scipy"}, f"{layer} imports {outside}"
-    if layer in LAYERS:
-        assert ours <= LAYERS[layer], f"{layer} imports {ours - LAYERS[layer]}"
-    if outside & OPENMMLAB:
-        assert layer.startswith("mm_") or layer in {"hooks", "registry"}, f"{layer} imports {outside & OPENMMLAB}"
-    if "timm" in outside:
-        assert layer.startswith("timm_"), f"{layer} imports timm"
-    assert not {"tools", "tests"} & {name.split(".")[0] for name in imports}
+def room_of(name: str, under: str = "rep_plugin") -> str:
+    """The room of a module inside a package; the package's own face is __init__."""
+    return name[len(under) + 1 :].split(".")[0] or "__init__"
 
 
-def test_every_layer_is_seen():
-    assert {"functional", "blocks", "backbones", "reparam", "hooks", "timm_models", "mm_models"} <= set(
-        map(layer_of, MODULES)
-    )
+def levels_of(graph: dict[str, set[str]]) -> dict[str, int]:
+    """Raises graphlib.CycleError, with the names, where the arrows run in a circle."""
+    levels: dict[str, int] = {}
+    for node in TopologicalSorter(graph).static_order():
+        levels[node] = 1 + max((levels[other] for other in graph.get(node, ())), default=0)
+    return levels
+
+
+def test_no_two_files_import_each_other():
+    levels_of(OURS)
+
+
+@pytest.mark.parametrize(("under", "rows"), [("rep_plugin", ROWS), ("rep_plugin.pruning", PRUNING_ROWS)])
+def test_rooms_import_downwards(under, rows):
+    place = {room: row for row, rooms in enumerate(rows) for room in rooms}
+    members = {name: room_of(name, under) for name in PATHS if name == under or name.startswith(f"{under}.")}
+    assert set(members.values()) == set(place), "a room without a row, or a row without a room"
+    for name, room in members.items():
+        for other in OURS[name] & members.keys():
+            if members[other] != room:
+                assert place[members[other]] < place[room], f"{name} imports {other}"
+
+
+def test_sub_rooms_do_not_import_the_face_of_their_room():
+    for name, found in OURS.items():
+        faces = {".".join(name.split(".")[:depth]) for depth in range(1, name.count(".") + 1)}
+        assert not found & faces, f"{name} imports {found & faces}, which imports it"
+        assert "rep_plugin" not in found or name == "rep_plugin.__main__", f"{name} imports the package's face"
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_frameworks_have_their_rooms(name):
+    room = room_of(name)
+    outside = {found.split(".")[0] for found in IMPORTS[name]} - {"rep_plugin"} - set(sys.stdlib_module_names)
+    if room in TORCH_ONLY:
+        assert outside <= LIBRARIES
+    assert not outside & OPENMMLAB or room in {"openmmlab", "registry"}
+    assert "timm" not in outside or room == "timm"
+    assert not outside & {"tools", "tests"}
 
 
 def without(names: set[str], code: str) -> list[str]:
@@ -124,15 +123,15 @@ model = timm.create_model("rep_mobilenetv2_035", num_classes=3).eval()
 x = torch.randn(2, 3, 32, 32)
 print(rep_plugin.reparameterize(model, x)[1].max_rel_error < 1e-9)
 print(rep_plugin.apply_plan(model, rep_plugin.plan_pruning(model, x, "l1", 0.3)).params_after < 1e6)
-names = ["rep_plugin.mm_models", "rep_plugin.mm_bilinear", "rep_plugin.hooks.prune_hook", "rep_plugin.registry"]
+names = ["rep_plugin.openmmlab.backbones", "rep_plugin.openmmlab.bilinear", "rep_plugin.openmmlab.hooks.prune_hook", "rep_plugin.registry"]
 """
     how = "which is not installed: pip install 'rep-plugin[openmmlab]'"
     assert without(OPENMMLAB, code + ASK) == [
         "True",
         "True",
-        f"rep_plugin.mm_models needs mmengine, {how}",
-        f"rep_plugin.mm_bilinear needs mmpretrain, {how}",
-        f"rep_plugin.hooks needs mmengine, {how}",
+        f"rep_plugin.openmmlab.backbones needs mmengine, {how}",
+        f"rep_plugin.openmmlab.bilinear needs mmpretrain, {how}",
+        f"rep_plugin.openmmlab.hooks needs mmengine, {how}",
         f"rep_plugin.registry needs mmengine, {how}",
     ]
 
@@ -153,10 +152,10 @@ for tool in {tools}:
 
 
 def test_import_needs_no_timm():
-    code = "import rep_plugin\nprint(rep_plugin.reparameterize.__name__)\nnames = ['rep_plugin.timm_models']\n"
+    code = "import rep_plugin\nprint(rep_plugin.reparameterize.__name__)\nnames = ['rep_plugin.timm.models']\n"
     assert without({"timm"}, code + ASK) == [
         "reparameterize",
-        "rep_plugin.timm_models needs timm, which is not installed: pip install 'rep-plugin[timm]'",
+        "rep_plugin.timm.models needs timm, which is not installed: pip install 'rep-plugin[timm]'",
     ]
 
 
@@ -169,6 +168,6 @@ try: MODELS.build(dict(type="rep_plugin.BilinearClsHead", in_channels=8, num_cla
 except ImportError as error: print(error)
 """
     assert without({"mmpretrain"}, code)[-2:] == [
-        "rep_plugin.mm_backbones",
+        "rep_plugin.openmmlab.backbones",
         "rep_plugin.BilinearClsHead needs mmpretrain, which is not installed: pip install 'rep-plugin[openmmlab]'",
     ]

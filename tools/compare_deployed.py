@@ -10,7 +10,10 @@ import argparse
 import sys
 from pathlib import Path
 
-import _needs as _needs
+from rep_plugin.optional import require_or_exit
+
+require_or_exit("mmengine", "mmcv", "mmpretrain", extra="openmmlab")
+
 import timm
 import torch
 from mmengine.config import Config
@@ -20,15 +23,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
-from train import run
 
 from rep_plugin import reparameterize
-from rep_plugin.latency import eager_calls, interleaved_medians, torch_threads
-from rep_plugin.mm_artefact import load_model, real_inputs
-from rep_plugin.mm_checkpoint import find_latest_checkpoint
-from rep_plugin.mm_data import check_data
-from rep_plugin.report import count_macs, count_params
-from rep_plugin.verify import compare_outputs
+from rep_plugin.measure.costs import count_macs, count_params
+from rep_plugin.measure.latency import eager_calls, interleaved_medians, torch_threads
+from rep_plugin.measure.verify import compare_outputs
+from rep_plugin.openmmlab.checkpoint import find_latest_checkpoint
+from rep_plugin.openmmlab.cli import run
+from rep_plugin.openmmlab.data import check_data
+from rep_plugin.openmmlab.load import load_model, real_inputs
 
 
 def predict(models: dict[str, nn.Module], loader) -> tuple[dict[str, Tensor], Tensor]:

@@ -9,8 +9,8 @@ import argparse
 import pickle
 import sys
 
-from rep_plugin.convert import convert_file
-from rep_plugin.reparam.key_maps import FORMATS
+from rep_plugin.conversion.convert import convert_file
+from rep_plugin.conversion.key_maps import FORMATS
 
 
 def parse_args() -> argparse.Namespace:

@@ -14,9 +14,9 @@ import ast
 import sys
 from pathlib import Path
 
-from rep_plugin.export import OPSET, TOLERANCE
-from rep_plugin.export_report import ExportReport
-from rep_plugin.runtimes import RUNTIMES
+from rep_plugin.export.export_onnx import OPSET, TOLERANCE
+from rep_plugin.export.report import ExportReport
+from rep_plugin.export.runtimes import RUNTIMES
 
 
 def model_arg(text: str) -> tuple[str, object]:
@@ -82,10 +82,10 @@ def options_of(args: argparse.Namespace) -> dict:
 
 def from_config(args: argparse.Namespace) -> ExportReport:
     """Export the model of a config."""
-    from _trained import open_trained
     from mmengine.config import DictAction
 
-    from rep_plugin.mm_export import read_pictures, write_onnx
+    from rep_plugin.openmmlab.cli import open_trained
+    from rep_plugin.openmmlab.export import read_pictures, write_onnx
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--cfg-options", nargs="+", action=DictAction)
@@ -105,7 +105,7 @@ def from_config(args: argparse.Namespace) -> ExportReport:
 
 def from_timm(args: argparse.Namespace) -> ExportReport:
     """Export the model of a timm name."""
-    from rep_plugin.timm_export import export_timm
+    from rep_plugin.timm.export import export_timm
 
     return export_timm(
         args.model,
@@ -132,7 +132,7 @@ def main() -> None:
     known = (RuntimeError, ValueError, TypeError, ImportError)
     try:
         if args.model.endswith(".py"):
-            from train import run
+            from rep_plugin.openmmlab.cli import run
 
             run(export, *known)
         else:

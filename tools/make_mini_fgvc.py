@@ -37,6 +37,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 # Loaded by path (tests) as well as run as a script, and worker processes must find the drawing module in both cases.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from rep_plugin.errors import ArgumentError
 import _birds
 
 MARKER = "mini_fgvc.json"
@@ -84,7 +85,7 @@ class Params:
 
     def __post_init__(self):
         if self.layout not in LAYOUTS:
-            raise ValueError(f"layout is {self.layout!r}, expected one of {', '.join(LAYOUTS)}")
+            raise ArgumentError(f"layout is {self.layout!r}, expected one of {', '.join(LAYOUTS)}")
         # The aircraft layout splits the training pictures into train and val, and its loader needs both non-empty.
         least_train = 2 if self.layout == "aircraft" else 1
         for name, low, high in (
@@ -97,7 +98,7 @@ class Params:
             value = getattr(self, name)
             if value < low or (high is not None and value > high):
                 limits = f"at least {low}" if high is None else f"{low} to {high} (maximum {high})"
-                raise ValueError(f"{name} is {value}, expected {limits}")
+                raise ArgumentError(f"{name} is {value}, expected {limits}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,23 +180,27 @@ def _is_complete(out: Path, params: Params, overwrite: bool) -> bool:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     if not out.is_dir():
-        raise ValueError(f"--out {out} is a file, expected a folder or a new name")
+        raise ArgumentError(f"--out {out} is a file, expected a folder or a new name")
     try:
         held = Params(**json.loads((out / MARKER).read_text())["params"])
     except (OSError, ValueError, TypeError, KeyError):
-        raise ValueError(f"--out {out} holds files but no readable {MARKER}, expected a new or empty folder") from None
+        raise ArgumentError(
+            f"--out {out} holds files but no readable {MARKER}, expected a new or empty folder"
+        ) from None
     expected = {p.path for p in pictures(held)} | set(ANNOTATIONS[held.layout]) | {MARKER}
     present = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_symlink() or not p.is_dir()}
     if overwrite:
         if foreign := sorted(present - expected):
-            raise ValueError(f"--out {out} also holds {foreign[0]}, which this tool did not make; move it away first")
+            raise ArgumentError(
+                f"--out {out} also holds {foreign[0]}, which this tool did not make; move it away first"
+            )
         return False
     if held != params:
         new = dataclasses.asdict(params)
         other = ", ".join(f"{k} {v} (asked {new[k]})" for k, v in dataclasses.asdict(held).items() if v != new[k])
-        raise ValueError(f"--out {out} holds a set with {other}; expected another folder or --overwrite")
+        raise ArgumentError(f"--out {out} holds a set with {other}; expected another folder or --overwrite")
     if missing := sorted(expected - present):
-        raise ValueError(f"--out {out} lacks {missing[0]} of its {len(expected)} files; use --overwrite to redo it")
+        raise ArgumentError(f"--out {out} lacks {missing[0]} of its {len(expected)} files; use --overwrite to redo it")
     return True
 
 
@@ -234,7 +239,7 @@ def make(
     if ``out`` holds anything else or ``workers`` is below 1; ``overwrite`` replaces only sets made by this tool.
     """
     if workers < 1:
-        raise ValueError(f"workers is {workers}, expected at least 1")
+        raise ArgumentError(f"workers is {workers}, expected at least 1")
     out = Path(out).resolve()
     if _is_complete(out, params, overwrite):
         return False
@@ -308,9 +313,9 @@ def main(argv: list | None = None) -> int:
     try:
         params = Params(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Params) if f.name != "drawing"})
         if args.contact_sheet and args.contact_sheet.suffix.lower() != ".png":
-            raise ValueError(f"--contact-sheet is {args.contact_sheet}, expected a name ending in .png")
+            raise ArgumentError(f"--contact-sheet is {args.contact_sheet}, expected a name ending in .png")
         if args.samples < 1:
-            raise ValueError(f"--samples is {args.samples}, expected at least 1")
+            raise ArgumentError(f"--samples is {args.samples}, expected at least 1")
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             made = make(out, params, args.workers, args.overwrite, progress)

@@ -19,6 +19,7 @@ import uuid
 from pathlib import Path
 
 import cv2
+from rep_plugin.errors import ArgumentError
 import numpy as np
 
 CLASSES = ("disk", "box", "triangle")
@@ -83,7 +84,7 @@ def make(out: Path, train: int = 200, val: int = 40, size: int = 128, seed: int 
         raise FileExistsError(f"{out} exists, expected a new folder")
     for name, value, least in (("train", train, 1), ("val", val, 1), ("size", size, 32), ("seed", seed, 0)):
         if value < least:
-            raise ValueError(f"{name} must be >= {least}, got {value}")
+            raise ArgumentError(f"{name} must be >= {least}, got {value}")
     work = out.parent / f".{out.name}.{uuid.uuid4().hex}"
     try:
         make_split(work, "train", train, size, seed)

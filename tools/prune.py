@@ -12,12 +12,12 @@ import json
 from pathlib import Path
 
 import torch
-from _trained import add_arguments, open_trained
 from rich.console import Console
 from rich.table import Table
-from train import run
 
-from rep_plugin.mm_prune_artefact import write_pruned
+from rep_plugin.openmmlab.artefacts import write_pruned
+from rep_plugin.openmmlab.cli import add_arguments, open_trained, run
+from rep_plugin.errors import ArgumentError
 from rep_plugin.pruning import PrunePlan, plan_pruning
 
 PRECIOUS = ("pruned.pth", "pruned.py")
@@ -71,11 +71,11 @@ def read_widths(path: Path) -> dict[str, int]:
     try:
         widths = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise ArgumentError(f"{path} is not JSON: {error}") from None
     if not isinstance(widths, dict):
-        raise ValueError(f"{path} must hold {{layer name: channels kept}}, got a {type(widths).__name__}")
+        raise ArgumentError(f"{path} must hold {{layer name: channels kept}}, got a {type(widths).__name__}")
     if odd := [name for name, width in widths.items() if not isinstance(width, int)]:
-        raise ValueError(f"{path} must hold {{layer name: channels kept}}, got {odd[0]!r}: {widths[odd[0]]!r:.40}")
+        raise ArgumentError(f"{path} must hold {{layer name: channels kept}}, got {odd[0]!r}: {widths[odd[0]]!r:.40}")
     return widths
 
 
@@ -108,9 +108,9 @@ def main() -> None:
     args = parse_args()
     cfg, model, inputs, dataset_meta, out_dir = open_trained(args, (args.widths, args.plan), OUTPUTS, PRECIOUS)
     if args.shape and len(args.shape) != 3:
-        raise ValueError(f"--shape takes three numbers, C H W, got {args.shape}")
+        raise ArgumentError(f"--shape takes three numbers, C H W, got {args.shape}")
     if inputs is None and not args.shape:
-        raise ValueError("without validation pictures the input size is needed: --shape C H W")
+        raise ArgumentError("without validation pictures the input size is needed: --shape C H W")
     shape = (1, *(args.shape or inputs.shape[1:]))  # costs are those of one picture
     plan = make_plan(model, shape, args)
     report = write_pruned(model, cfg, plan, out_dir, inputs, dataset_meta)

@@ -3,10 +3,8 @@
 
 import argparse
 
-from _trained import add_arguments, open_trained
-from train import run
-
-from rep_plugin.mm_artefact import write_deployed
+from rep_plugin.openmmlab.artefacts import write_deployed
+from rep_plugin.openmmlab.cli import add_arguments, open_trained, run
 
 OUTPUTS = ("deploy.pth", "deploy.py", "deploy.json")
 

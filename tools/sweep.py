@@ -16,19 +16,23 @@ import subprocess
 import sys
 from pathlib import Path
 
-import _needs as _needs
+from rep_plugin.optional import require_or_exit
+
+require_or_exit("mmengine", "mmcv", "mmpretrain", extra="openmmlab")
+
 import torch
 from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
-from train import UsageError, load_config, run
 
-from rep_plugin.checkpoint import write_atomic
-from rep_plugin.hooks.live import main_figure
-from rep_plugin.latency import eager_calls, interleaved_medians, torch_threads
-from rep_plugin.mm_artefact import load_model
-from rep_plugin.mm_checkpoint import find_latest_checkpoint
-from rep_plugin.pictures import accuracy_figure, save_figure
+from rep_plugin.checkpoints.files import write_atomic
+from rep_plugin.errors import ArgumentError
+from rep_plugin.measure.latency import eager_calls, interleaved_medians, torch_threads
+from rep_plugin.measure.plots import accuracy_figure, save_figure
+from rep_plugin.openmmlab.checkpoint import find_latest_checkpoint
+from rep_plugin.openmmlab.cli import load_config, run
+from rep_plugin.openmmlab.hooks.runner_utils import main_figure
+from rep_plugin.openmmlab.load import load_model
 
 TOOL = Path(__file__).with_name("train.py")
 RATES = [round(0.1 * n, 1) for n in range(1, 10)]
@@ -63,27 +67,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def hook_key(path: str, names: tuple[str, ...], argument: str) -> str:
-    """Return ``custom_hooks.N.argument`` of the first hook that is one of ``names``. Raises UsageError for none."""
+    """Return ``custom_hooks.N.argument`` of the first hook that is one of ``names``. Raises ArgumentError for none."""
     cfg = load_config(argparse.Namespace(config=path, launcher="none", work_dir=None, local_rank=0))
     hooks = cfg.get("custom_hooks") or []
     for index, hook in enumerate(hooks):
         if str(hook["type"]).rpartition(".")[2] in names:
             if argument not in hook:
-                raise UsageError(f"the {hook['type']} of {path} has no {argument!r}, got {sorted(hook)}")
+                raise ArgumentError(f"the {hook['type']} of {path} has no {argument!r}, got {sorted(hook)}")
             return f"custom_hooks.{index}.{argument}"
-    raise UsageError(f"{path} has no {' or '.join(names)} in custom_hooks, got {[str(hook['type']) for hook in hooks]}")
+    raise ArgumentError(
+        f"{path} has no {' or '.join(names)} in custom_hooks, got {[str(hook['type']) for hook in hooks]}"
+    )
 
 
 def train(config: str, folder: Path, options: list[str], load_from: str | None = None) -> None:
     """Run tools/train.py into a folder to its end, unless done before; go on where it was cut off.
 
-    Raises UsageError where the folder holds a run with other options, and RuntimeError, with the log's path, where the
+    Raises ArgumentError where the folder holds a run with other options, and RuntimeError, with the log's path, where the
     training fails.
     """
     asked = {"config": config, "options": options, "load_from": load_from}
     record, done = folder / "asked.json", folder / "done"
     if record.is_file() and json.loads(record.read_text()) != asked:
-        raise UsageError(f"{folder} holds a run with other options ({record}), expected a work folder of its own")
+        raise ArgumentError(f"{folder} holds a run with other options ({record}), expected a work folder of its own")
     if done.is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +112,7 @@ def starts(args: argparse.Namespace, out: Path, console: Console) -> dict[str, s
     if not args.sparse:
         path = args.checkpoint or Config.fromfile(args.config).get("load_from")
         if not path or not Path(path).is_file():
-            raise UsageError(f"checkpoint {path} does not exist: give --checkpoint, or --sparse to train it")
+            raise ArgumentError(f"checkpoint {path} does not exist: give --checkpoint, or --sparse to train it")
         return {"": str(path)}
     found = {}
     for strength in args.strengths or [None]:

@@ -4,12 +4,16 @@
 import argparse
 from copy import deepcopy
 
-import _needs as _needs
+from rep_plugin.optional import require_or_exit
+
+require_or_exit("mmengine", "mmcv", "mmpretrain", extra="openmmlab")
+
 import mmengine
 from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
-from train import (
-    UsageError,
+
+from rep_plugin.errors import ArgumentError
+from rep_plugin.openmmlab.cli import (
     add_common_arguments,
     build_runner,
     complete_dataloader,
@@ -18,8 +22,7 @@ from train import (
     require_whole_checkpoint,
     run,
 )
-
-from rep_plugin.mm_data import check_data
+from rep_plugin.openmmlab.data import check_data
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -50,20 +53,22 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
     """Work the command line into the config.
 
     Raises:
-        UsageError: the config lacks what a flag needs.
+        ArgumentError: the config lacks what a flag needs.
     """
     cfg.load_from = args.checkpoint
     if cfg.get("test_dataloader") is None or cfg.get("test_cfg") is None:
-        raise UsageError(f"config {args.config} has no test_dataloader or test_cfg, expected both")
+        raise ArgumentError(f"config {args.config} has no test_dataloader or test_cfg, expected both")
     if args.amp:
         cfg.test_cfg.fp16 = True
     if args.show or args.show_dir is not None:
         if args.tta:
             # VisualizationHook takes the list of augmented pictures for one picture and fails.
-            raise UsageError("--tta does not go with --show or --show-dir, expected one of them")
+            raise ArgumentError("--tta does not go with --show or --show-dir, expected one of them")
         hook = (cfg.get("default_hooks") or {}).get("visualization")
         if hook is None:
-            raise UsageError("--show and --show-dir need default_hooks.visualization in the config, which is not set")
+            raise ArgumentError(
+                "--show and --show-dir need default_hooks.visualization in the config, which is not set"
+            )
         hook.update(
             enable=True, show=args.show, wait_time=args.wait_time, out_dir=args.show_dir, interval=args.interval
         )
@@ -81,11 +86,11 @@ def use_tta(cfg: Config) -> None:
     """Wrap the model and the pipeline for test-time augmentation.
 
     Raises:
-        UsageError: a config that is not mmpretrain's says not how.
+        ArgumentError: a config that is not mmpretrain's says not how.
     """
     scope = cfg.get("default_scope", "mmpretrain")
     if scope != "mmpretrain" and not ("tta_model" in cfg and "tta_pipeline" in cfg):
-        raise UsageError(f"--tta needs tta_model and tta_pipeline in a config of {scope}, expected both")
+        raise ArgumentError(f"--tta needs tta_model and tta_pipeline in a config of {scope}, expected both")
     cfg.setdefault("tta_model", dict(type="mmpretrain.AverageClsScoreTTA"))
     if "tta_pipeline" not in cfg:
         *head, pack = deepcopy(cfg.test_dataloader.dataset.pipeline)

@@ -1,5 +1,5 @@
 # Global average pooling of the last convolution in place of bilinear pooling; all else as in the bilinear config.
-_base_ = ["../../configs/bcnn_rep_mbv2_mini_cub.py"]
+_base_ = ["../../configs/bcnn/bcnn_rep_mbv2_mini_cub.py"]
 
 model = dict(
     backbone=dict(out_indices=(7,)),  # average pooling profits from the 1280 channels of the last convolution

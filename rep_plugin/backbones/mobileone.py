@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from rep_plugin.backbones.staged import StagedNetwork, check_stages
+from rep_plugin.blocks.activations import relu_after
 from rep_plugin.blocks.families import MobileOneBlock
-from rep_plugin.blocks.squeeze_excite import relu_after
+from rep_plugin.errors import ArgumentError
 
 _DEPTHS = (2, 8, 10, 1)
 
@@ -26,7 +27,7 @@ class MobileOneArch:
     def __post_init__(self):
         check_stages(widths=self.widths, depths=self.depths)
         if len(self.se_blocks) != len(self.depths) or any(not 0 <= n <= d for n, d in zip(self.se_blocks, self.depths)):
-            raise ValueError(f"se_blocks must be 0 to {tuple(self.depths)} (depths), got {tuple(self.se_blocks)}")
+            raise ArgumentError(f"se_blocks must be 0 to {tuple(self.depths)} (depths), got {tuple(self.se_blocks)}")
 
 
 # Table 2 of the paper.

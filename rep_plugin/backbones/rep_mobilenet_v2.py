@@ -11,6 +11,7 @@ from rep_plugin.blocks.activations import build_activation
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.branches import conv_bn
 from rep_plugin.blocks.inverted_residual import RepInvertedResidual
+from rep_plugin.errors import ArgumentError
 
 # (expand ratio, channels at width 1.0, blocks) of the seven stages: MobileNetV2 (CVPR 2018), table 2.
 STAGES = ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1))
@@ -60,11 +61,11 @@ class RepMobileNetV2(StagedNetwork):
     ):
         super().__init__()
         if not isinstance(widen_factor, (int, float)) or not 0 < widen_factor < 100:
-            raise ValueError(f"widen_factor must be a number > 0 (and < 100), got {widen_factor!r}")
+            raise ArgumentError(f"widen_factor must be a number > 0 (and < 100), got {widen_factor!r}")
         if isinstance(branches, (str, int)) or branches is None:
-            raise ValueError(f"branches must be a tuple, got {branches!r}")
+            raise ArgumentError(f"branches must be a tuple, got {branches!r}")
         if last_kernel not in (1, 3):
-            raise ValueError(f"last_kernel must be 1 or 3, got {last_kernel}")
+            raise ArgumentError(f"last_kernel must be 1 or 3, got {last_kernel}")
         self.out_indices = check_maps(in_channels, out_indices, len(STAGES) + 1)
         self.widen_factor, self.strides = widen_factor, check_strides(strides, len(STAGES))
 

@@ -11,6 +11,7 @@ from rep_plugin.backbones.staged import StagedNetwork, check_maps, check_stages,
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.branches import conv_bn
 from rep_plugin.blocks.families import LargeKernelBlock
+from rep_plugin.errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -159,9 +160,9 @@ class RepLKNet(StagedNetwork):
         count = len(settings.channels)
         self.arch, self.out_indices = arch, check_maps(in_channels, out_indices, count)
         if not 0 <= drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate must lie in [0, 1), got {drop_path_rate}")
+            raise ArgumentError(f"drop_path_rate must lie in [0, 1), got {drop_path_rate}")
         if keep_bn and not deploy:
-            raise ValueError("keep_bn is a choice of the deployed form, expected deploy=True with it")
+            raise ArgumentError("keep_bn is a choice of the deployed form, expected deploy=True with it")
         small = settings.small_kernel if small_kernel is None else small_kernel
         self._step((4, 1) + (2,) * (count - 1), output_stride)
         self.out_channels, self.stem_channels = list(settings.channels), settings.channels[0]

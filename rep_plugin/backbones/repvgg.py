@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from rep_plugin.backbones.staged import StagedNetwork, check_stages
+from rep_plugin.blocks.activations import relu_after
 from rep_plugin.blocks.families import RepVGGBlock
-from rep_plugin.blocks.squeeze_excite import relu_after
 
 
 @dataclass(frozen=True)

@@ -6,28 +6,29 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from rep_plugin.backbones.loading import load_whole
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.branches import he_normal_
+from rep_plugin.checkpoints.strict import load_whole
+from rep_plugin.errors import ArgumentError
 
 
 def check_maps(in_channels: int, out_indices: Sequence[int], count: int) -> tuple[int, ...]:
     """Return ``out_indices`` as a tuple. Raises ValueError for an index over ``count - 1``, or no channels."""
     if isinstance(out_indices, (str, int)) or out_indices is None:
-        raise ValueError(f"out_indices must be a tuple, got {out_indices!r}")
+        raise ArgumentError(f"out_indices must be a tuple, got {out_indices!r}")
     if not isinstance(in_channels, int) or in_channels < 1:
-        raise ValueError(f"in_channels must be a whole number >= 1, got {in_channels!r}")
+        raise ArgumentError(f"in_channels must be a whole number >= 1, got {in_channels!r}")
     if bad := [index for index in out_indices if index not in range(count)]:
-        raise ValueError(f"out_indices must lie in 0..{count - 1}, got {bad[0]}")
+        raise ArgumentError(f"out_indices must lie in 0..{count - 1}, got {bad[0]}")
     return tuple(out_indices)
 
 
 def check_strides(strides: Sequence[int], stages: int) -> tuple[int, ...]:
     """Return ``strides`` (stem, then stages) as a tuple. Raises ValueError for another number of them, or not 1 or 2."""
     if isinstance(strides, (str, int)) or strides is None:
-        raise ValueError(f"strides must be a tuple, got {strides!r}")
+        raise ArgumentError(f"strides must be a tuple, got {strides!r}")
     if len(strides) != stages + 1 or any(stride not in (1, 2) for stride in strides):
-        raise ValueError(f"strides must be {stages + 1} numbers of 1 or 2 (stem, stages), got {tuple(strides)}")
+        raise ArgumentError(f"strides must be {stages + 1} numbers of 1 or 2 (stem, stages), got {tuple(strides)}")
     return tuple(strides)
 
 
@@ -55,7 +56,7 @@ def plan_steps(strides: Sequence[int], output_stride: int | None) -> list[Step]:
     """
     powers = [strides[0] * 2**i for i in range(len(strides))]
     if output_stride is not None and output_stride not in powers:
-        raise ValueError(f"output_stride must be one of {', '.join(map(str, powers))}, got {output_stride!r}")
+        raise ArgumentError(f"output_stride must be one of {', '.join(map(str, powers))}, got {output_stride!r}")
     reduction, dilation, steps = strides[0], 1, []
     for stride in strides[1:]:
         unstrided = output_stride is not None and reduction * stride > output_stride
@@ -76,21 +77,21 @@ def pick_arch(arch: str | Mapping, table: Mapping[str, Any], network: str) -> An
     if isinstance(arch, str) and arch in table:
         return table[arch]
     if not isinstance(arch, Mapping):
-        raise ValueError(f"unknown arch {arch!r} of {network}, expected one of {', '.join(table)} or a dict")
+        raise ArgumentError(f"unknown arch {arch!r} of {network}, expected one of {', '.join(table)} or a dict")
     try:
         return type(next(iter(table.values())))(**arch)
     except TypeError as error:
-        raise ValueError(f"arch {dict(arch)} of {network}: {str(error).split('() ')[-1]}") from None
+        raise ArgumentError(f"arch {dict(arch)} of {network}: {str(error).split('() ')[-1]}") from None
 
 
 def check_stages(**fields: Sequence) -> None:
     """Raise ValueError unless all are sequences of one length whose values are numbers > 0."""
     lengths = {name: len(value) for name, value in fields.items()}
     if len(set(lengths.values())) != 1 or not min(lengths.values()):
-        raise ValueError(f"an arch needs one value a stage in each of its lists, got {lengths}")
+        raise ArgumentError(f"an arch needs one value a stage in each of its lists, got {lengths}")
     for name, values in fields.items():
         if bad := [v for v in values if not isinstance(v, (int, float)) or v <= 0]:
-            raise ValueError(f"{name} of an arch must be numbers > 0, got {bad[0]!r}")
+            raise ArgumentError(f"{name} of an arch must be numbers > 0, got {bad[0]!r}")
 
 
 class StagedNetwork(nn.Module):

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rep_plugin.backbones.loading import CheckpointMismatchError
 from rep_plugin.blocks.annealed import ALPHA, annealed_modules
 from rep_plugin.blocks.base import RepBlock
+from rep_plugin.errors import ArgumentError, CheckpointMismatchError
 from rep_plugin.functional.kernels import bn_scale_shift, pad_kernel
 
 STEM_OF = {"timm": "conv_stem", "mmpretrain": "conv1.conv", "torchvision": "features.0.0"}
@@ -238,7 +238,7 @@ def measure_identities_(model: nn.Module, batches: Iterable[Tensor]) -> int:
         for bn in live:
             bn.track_running_stats = True
     if not seen:
-        raise ValueError("measure_identities_ needs at least one batch, got none")
+        raise ArgumentError("measure_identities_ needs at least one batch, got none")
     for bn, total in zip(bns, sums):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(total)

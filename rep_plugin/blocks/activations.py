@@ -1,7 +1,11 @@
 """The activations a block may end in, by name."""
 
+from collections import OrderedDict
+
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+
+from rep_plugin.errors import ArgumentError
 
 ACTIVATIONS = {
     "relu": lambda channels: nn.ReLU(inplace=True),
@@ -22,4 +26,29 @@ def build_activation(name: str, channels: int) -> nn.Module:
     try:
         return ACTIVATIONS[name](channels)
     except KeyError:
-        raise ValueError(f"unknown activation {name!r}, expected one of {sorted(ACTIVATIONS)}") from None
+        raise ArgumentError(f"unknown activation {name!r}, expected one of {sorted(ACTIVATIONS)}") from None
+
+
+class SqueezeExcite(nn.Module):
+    """Scale each channel by a gate that its own mean and all others' decide: (N, C, H, W) -> (N, C, H, W).
+
+    Two 1x1 convolutions, ``reduce`` to C // ``ratio`` and ``expand``. Hu et al., "Squeeze-and-Excitation Networks"
+    (CVPR 2018). Raises ValueError for fewer channels than ``ratio``.
+    """
+
+    def __init__(self, channels: int, ratio: int = 16):
+        super().__init__()
+        if channels < ratio:
+            raise ArgumentError(f"squeeze-and-excitation needs channels (={channels}) >= ratio (={ratio})")
+        self.reduce = nn.Conv2d(channels, channels // ratio, 1)
+        self.expand = nn.Conv2d(channels // ratio, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.expand(self.reduce(x.mean((2, 3), keepdim=True)).relu())
+        return x * gate.sigmoid()
+
+
+def relu_after(channels: int, se: bool) -> nn.Module:
+    """Return the ``act`` of a block: ReLU, with squeeze-and-excitation (``se``) before it where asked for."""
+    relu = nn.ReLU(inplace=True)
+    return nn.Sequential(OrderedDict(se=SqueezeExcite(channels), relu=relu)) if se else relu

@@ -18,14 +18,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rep_plugin.blocks.activations import FUNCTIONS, build_activation
-from rep_plugin.blocks.chain import Chain, _run_bn, _run_conv
+from rep_plugin.blocks.batch_norm import _run_bn
+from rep_plugin.blocks.chain import Chain, _run_conv
+from rep_plugin.errors import AnnealError, ArgumentError
 from rep_plugin.functional.kernels import ConvParams
 
 ALPHA = "anneal_alpha"  # the buffer's name: how checkpoints tell where an anneal stands
-
-
-class AnnealError(RuntimeError):
-    """An anneal is not over, cannot begin, or there is nothing to anneal."""
 
 
 class Annealed(nn.Module):
@@ -33,7 +31,7 @@ class Annealed(nn.Module):
 
     def _start(self, act: str) -> None:
         if act not in FUNCTIONS:
-            raise ValueError(f"activation {act!r} cannot be annealed, expected one of {sorted(FUNCTIONS)}")
+            raise ArgumentError(f"activation {act!r} cannot be annealed, expected one of {sorted(FUNCTIONS)}")
         self.act_name = act
         self.register_buffer(ALPHA, torch.zeros(()))
         self.linear = False  # alpha == 1, known without asking the device
@@ -47,7 +45,7 @@ class Annealed(nn.Module):
     def set_alpha(self, alpha: float) -> None:
         """Set the share, 0 to 1. Raises ValueError for any other number."""
         if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must lie in 0..1, got {alpha}")
+            raise ArgumentError(f"alpha must lie in 0..1, got {alpha}")
         self.anneal_alpha.fill_(alpha)
         self.linear = alpha == 1
 

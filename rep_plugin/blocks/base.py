@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 
 from rep_plugin.blocks.chain import Chain
 from rep_plugin.blocks.online import init_gains_, merge_macs, run_macs, without_bns
+from rep_plugin.errors import ArgumentError, NotMergeableError, TrainModeError
 from rep_plugin.functional.kernels import ConvParams, fold_bn, merge_sum, pad_kernel, pair, regroup_kernel
 
 
@@ -51,7 +52,7 @@ class RepBlock(nn.Module):
         self.online = online
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
             if channels % groups:
-                raise ValueError(f"{name} (={channels}) must be divisible by groups (={groups})")
+                raise ArgumentError(f"{name} (={channels}) must be divisible by groups (={groups})")
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride, self.dilation = pair(kernel_size), pair(stride), pair(dilation)
         same = tuple(d * (k - 1) // 2 for k, d in zip(self.kernel_size, self.dilation))
@@ -60,7 +61,7 @@ class RepBlock(nn.Module):
             self.reparam_conv = self._new_conv(in_channels, out_channels, groups)
         else:
             if not branches:
-                raise ValueError(f"a block ({in_channels} -> {out_channels}) needs at least one branch, got none")
+                raise ArgumentError(f"a block ({in_channels} -> {out_channels}) needs at least one branch, got none")
             self.branches = nn.ModuleDict({n: without_bns(chain) if online else chain for n, chain in branches.items()})
             self.rings = {name: self._ring_of(name, chain) for name, chain in self.branches.items()}
             if online if post_bn is None else post_bn:
@@ -89,7 +90,7 @@ class RepBlock(nn.Module):
         ring = []
         for big, small, dilation, padding in zip(self.kernel_size, chain.kernel_size, self.dilation, self.padding):
             if small > big or (big - small) % 2:
-                raise ValueError(
+                raise ArgumentError(
                     f"branch {name!r} of size {chain.kernel_size} cannot be centred in the block's {self.kernel_size}"
                 )
             ring.append(padding - dilation * (big - small) // 2)
@@ -107,7 +108,7 @@ class RepBlock(nn.Module):
             kinds = {type(chain).__name__ for chain in self.branches.values() if type(chain).run is not Chain.run}
             if self.online or kinds:
                 kind = "the online form" if self.online else kinds.pop()
-                raise TypeError(f"TorchScript does not take {kind}: call rep_plugin.reparameterize first")
+                raise NotMergeableError(f"TorchScript does not take {kind}: call rep_plugin.reparameterize first")
         return self
 
     def _run_scripted(self, x: Tensor) -> Tensor:
@@ -194,9 +195,9 @@ class RepBlock(nn.Module):
             if m.kernel.shape[2:] != (1, 1) and any(
                 k > 1 and d != want for k, d, want in zip(m.kernel.shape[2:], m.dilation, self.dilation)
             ):
-                raise ValueError(f"branch {name!r} has dilation {m.dilation}, the block {self.dilation}")
+                raise ArgumentError(f"branch {name!r} has dilation {m.dilation}, the block {self.dilation}")
             if m.stride != self.stride:
-                raise ValueError(f"branch {name!r} has stride {m.stride}, the block {self.stride}")
+                raise ArgumentError(f"branch {name!r} has stride {m.stride}, the block {self.stride}")
             pairs.append((regroup_kernel(m.kernel, m.groups, groups), m.bias))
         with torch.autocast(pairs[0][0].device.type, enabled=False):
             kernel, bias = merge_sum(pairs)
@@ -208,7 +209,7 @@ class RepBlock(nn.Module):
         kernel, bias = merged.kernel, merged.bias
         if hasattr(self, "post_bn"):
             if self.post_bn.training:
-                raise RuntimeError(
+                raise TrainModeError(
                     "post_bn is in train mode (batch statistics cannot be merged): call model.eval() first"
                 )
             kernel, bias = fold_bn(kernel, self.post_bn, bias)

@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from rep_plugin.blocks.annealed import AnnealedBottleneck
-from rep_plugin.blocks.chain import Chain, DilatedAvgPool2d
+from rep_plugin.blocks.chain import Chain
+from rep_plugin.blocks.layers import DilatedAvgPool2d
+from rep_plugin.errors import ArgumentError
 
 Size = int | tuple[int, int]
 
@@ -52,7 +54,7 @@ def conv_conv_bn(
     """
     mid = in_channels if mid_channels is None else mid_channels
     if mid % groups:
-        raise ValueError(f"mid_channels (={mid}) must be divisible by groups (={groups})")
+        raise ArgumentError(f"mid_channels (={mid}) must be divisible by groups (={groups})")
     return Chain(
         {
             "reduce": nn.Conv2d(in_channels, mid, 1, groups=groups, bias=False),

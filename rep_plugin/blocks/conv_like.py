@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.branches import Size, he_normal_
 from rep_plugin.blocks.families import ACBlock, DiverseBranchBlock, MobileOneBlock, RepVGGBlock
+from rep_plugin.errors import ArgumentError, ArgumentTypeError
 from rep_plugin.functional.kernels import pair
 
 
@@ -40,7 +41,9 @@ def _same_padding(padding: Size | str, kernel_size: Size, dilation: Size, stride
     if padding == "valid":
         return 0, 0
     if padding != "same" or pair(stride) != (1, 1):
-        raise ValueError(f"padding must be numbers, 'valid', or 'same' at stride 1, got {padding!r}, stride {stride}")
+        raise ArgumentError(
+            f"padding must be numbers, 'valid', or 'same' at stride 1, got {padding!r}, stride {stride}"
+        )
     return tuple(d * (k - 1) // 2 for k, d in zip(pair(kernel_size), pair(dilation)))
 
 
@@ -72,11 +75,11 @@ class ConvLike(RepBlock):
         **options,
     ):
         if unknown := sorted(set(options) - set(self.own_options)):
-            raise TypeError(
+            raise ArgumentTypeError(
                 f"{type(self).__name__} takes no {unknown[0]!r}, expected one of {sorted(self.own_options)}"
             )
         if padding_mode != "zeros":
-            raise ValueError(f"padding_mode must be 'zeros' in {type(self).__name__}, got {padding_mode!r}")
+            raise ArgumentError(f"padding_mode must be 'zeros' in {type(self).__name__}, got {padding_mode!r}")
         ring = _same_padding(padding, kernel_size, dilation, stride)
         shape = (in_channels, out_channels, kernel_size, stride, ring, dilation, groups)
         super().__init__(*shape, deploy=deploy, **{**self.own_options, **options})
@@ -143,7 +146,7 @@ CONV_LIKES: dict[str, Callable[..., ConvLike]] = {
 def look_alike(block: str) -> type[ConvLike]:
     """Return the look-alike of a family's name. Raises ValueError for one that is not in CONV_LIKES."""
     if block not in CONV_LIKES:
-        raise ValueError(f"unknown block {block!r}, expected one of {sorted(CONV_LIKES)}")
+        raise ArgumentError(f"unknown block {block!r}, expected one of {sorted(CONV_LIKES)}")
     return CONV_LIKES[block]
 
 

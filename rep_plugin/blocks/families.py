@@ -11,6 +11,7 @@ from torch import nn
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.branches import Size, conv_average_bn, conv_bn, conv_conv_bn, identity_bn
 from rep_plugin.blocks.chain import Chain
+from rep_plugin.errors import ArgumentError
 from rep_plugin.functional.kernels import pair
 
 
@@ -18,7 +19,7 @@ def _odd(kernel_size: Size, block: str) -> tuple[int, int]:
     """Raise ValueError for a window that has no centre tap: smaller branches could not be put there."""
     size = pair(kernel_size)
     if size[0] % 2 == 0 or size[1] % 2 == 0:
-        raise ValueError(f"{block} needs odd kernel sides, got {size}")
+        raise ArgumentError(f"{block} needs odd kernel sides, got {size}")
     return size
 
 
@@ -156,7 +157,7 @@ class MobileOneBlock(RepBlock):
     ):
         size = _odd(kernel_size, "MobileOneBlock")
         if copies < 1:
-            raise ValueError(f"copies must be >= 1, got {copies}")
+            raise ArgumentError(f"copies must be >= 1, got {copies}")
         branches = {}
         if not deploy:
             for index in range(copies):

@@ -9,6 +9,7 @@ from rep_plugin.blocks.activations import build_activation
 from rep_plugin.blocks.annealed import AnnealedActivation
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.branches import average_conv_bn, conv_bn, identity_bn, linear_bottleneck
+from rep_plugin.errors import ArgumentError
 
 BRANCHES = ("bottleneck", "identity", "avgpool", "conv1x1", "conv3x3")
 
@@ -43,9 +44,11 @@ class RepInvertedResidual(RepBlock):
     ):
         unknown = [name for name in branches if name not in BRANCHES]
         if unknown:
-            raise ValueError(f"unknown branch {unknown[0]!r}, expected any of {BRANCHES}")
+            raise ArgumentError(f"unknown branch {unknown[0]!r}, expected any of {BRANCHES}")
         if online and anneal:
-            raise ValueError("anneal=True starts from stock's BNs inside the branches, which online=True does not have")
+            raise ArgumentError(
+                "anneal=True starts from stock's BNs inside the branches, which online=True does not have"
+            )
         strided = unstrided or stride != 1
         keeps_shape = not strided and in_channels == out_channels
         chains = {}
@@ -63,7 +66,7 @@ class RepInvertedResidual(RepBlock):
             if "identity" in branches and keeps_shape:
                 chains["identity"] = identity_bn(out_channels)
             if not chains:
-                raise ValueError(
+                raise ArgumentError(
                     f"branches {tuple(branches)} leave a block ({in_channels} -> {out_channels}, stride {stride}) without "
                     "any branch: 'identity' needs equal channels and stride 1"
                 )

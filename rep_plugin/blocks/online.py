@@ -2,7 +2,7 @@
 
 Hu et al., "Online Convolutional Re-parameterization" (CVPR 2022), section 3.2: inside a branch a linear scaling layer stands
 for BN, and one BN follows the sum of the branches. Theirs is a bare factor a channel. Here the filters are normalised
-beside it (see :class:`rep_plugin.blocks.chain.NormedConv2d`): with the bare factors our Fashion-MNIST run blew up at the
+beside it (see :class:`rep_plugin.blocks.layers.NormedConv2d`): with the bare factors our Fashion-MNIST run blew up at the
 learning rate that BN takes, even after a warm-up (make bench-fashion-mnist, ``--warm-up``).
 """
 
@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rep_plugin.blocks.chain import Chain, NormedConv2d, Scale, merge_ops, spatial_of
+from rep_plugin.blocks.chain import Chain
+from rep_plugin.blocks.layers import NormedConv2d, Scale, spatial_of
+from rep_plugin.blocks.merge import merge_ops
 
 # Multiply-adds in the time that a convolution takes to write an element and read it again (measured on CPU).
 MOVE = 32

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rep_plugin.errors import ArgumentError
 from rep_plugin.functional.kernels import plain_ops
 
 SQRT_EPS = 1e-5  # bounds the gradient of the signed square root by 1 / (2 sqrt(eps)) = 158
@@ -53,9 +54,9 @@ def check_maps(x: Tensor, y: Tensor | None = None) -> None:
     """Raise ValueError unless ``x``, and ``y`` where given, are (N, C, L) maps of equal N and L, L >= 1."""
     for z in (x,) if y is None else (x, y):
         if z.dim() != 3 or z.shape[2] < 1:
-            raise ValueError(f"a map must be (N, C, L) with at least one position, got shape {tuple(z.shape)}")
+            raise ArgumentError(f"a map must be (N, C, L) with at least one position, got shape {tuple(z.shape)}")
     if y is not None and (x.shape[0] != y.shape[0] or x.shape[2] != y.shape[2]):
-        raise ValueError(
+        raise ArgumentError(
             f"both streams must have the same batch and positions, got {tuple(x.shape)} and {tuple(y.shape)} (N, C, L)"
         )
 
@@ -156,7 +157,7 @@ def triangle_size(channels: int) -> int:
 def triangle_offset(i: int, j: int, channels: int) -> int:
     """Place of entry (i, j), i <= j, in the flattened triangle. Raises ValueError outside of it."""
     if not 0 <= i <= j < channels:
-        raise ValueError(f"entry ({i}, {j}) is not in the upper triangle of {channels} channels")
+        raise ArgumentError(f"entry ({i}, {j}) is not in the upper triangle of {channels} channels")
     return i * channels - i * (i - 1) // 2 + (j - i)
 
 
@@ -185,7 +186,7 @@ def fold_to_triangle(weight: Tensor, channels: int) -> Tensor:
     off-diagonals twice (:func:`triangle_multiplicity`). Raises ValueError where the columns are not C * C.
     """
     if weight.dim() != 2 or weight.shape[1] != channels * channels:
-        raise ValueError(
+        raise ArgumentError(
             f"a full head on {channels} channels has {channels * channels} columns, got weight {tuple(weight.shape)}"
         )
     rows, cols = torch.triu_indices(channels, channels, device=weight.device)
@@ -222,7 +223,7 @@ def tensor_sketch(matrix: Tensor, hash1: Tensor, hash2: Tensor, sign1: Tensor, s
     for dim < 1.
     """
     if dim < 1:
-        raise ValueError(f"dim must be >= 1, got {dim}")
+        raise ArgumentError(f"dim must be >= 1, got {dim}")
     place = (hash1[:, None] + hash2).remainder(dim).flatten()
     values = (matrix * (sign1[:, None] * sign2).to(matrix.dtype)).flatten(1)
     return values.new_zeros(values.shape[0], dim).scatter_add(1, place.expand(values.shape[0], -1), values)
@@ -277,7 +278,7 @@ def newton_schulz_sqrt(matrix: Tensor, iterations: int = 5) -> Tensor:
     Raises ValueError for iterations < 1.
     """
     if iterations < 1:
-        raise ValueError(f"iterations must be >= 1, got {iterations}")
+        raise ArgumentError(f"iterations must be >= 1, got {iterations}")
     trace = matrix.diagonal(dim1=1, dim2=2).sum(1).clamp_min(NORM_EPS).view(-1, 1, 1)
     three = 3 * torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
     y = matrix / trace

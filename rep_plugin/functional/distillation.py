@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rep_plugin.errors import ArgumentError
+
 
 def _wide(x: Tensor) -> Tensor:
     """Half precision is too coarse for the sums below."""
@@ -18,7 +20,7 @@ def soft_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Ten
     logits of different shapes.
     """
     if student.shape != teacher.shape or student.dim() != 2:
-        raise ValueError(
+        raise ArgumentError(
             f"logits must both be (N, classes), got {tuple(student.shape)} of the student and {tuple(teacher.shape)} of "
             "the teacher"
         )
@@ -46,6 +48,6 @@ def attention_distance(student: Tensor, teacher: Tensor) -> Tensor:
     maps of equally many pictures.
     """
     if student.dim() != 4 or teacher.dim() != 4 or len(student) != len(teacher):
-        raise ValueError(f"expected maps (N, C, H, W), got {tuple(student.shape)} and {tuple(teacher.shape)}")
+        raise ArgumentError(f"expected maps (N, C, H, W), got {tuple(student.shape)} and {tuple(teacher.shape)}")
     size = tuple(map(min, student.shape[2:], teacher.shape[2:]))
     return (attention_map(student, size) - attention_map(teacher, size)).square().sum(1).mean()

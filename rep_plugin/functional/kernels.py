@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rep_plugin.errors import ArgumentError
+
 
 class ConvParams(NamedTuple):
     """One zero-padded convolution as plain tensors.
@@ -66,7 +68,7 @@ def bn_scale_shift(bn: nn.Module, dtype: torch.dtype | None = None) -> tuple[Ten
     Raises ValueError where the layer keeps no running statistics: it then never is an affine map.
     """
     if bn.running_mean is None or bn.running_var is None:
-        raise ValueError(f"{type(bn).__name__}({bn.num_features}) keeps no running statistics and cannot be folded")
+        raise ArgumentError(f"{type(bn).__name__}({bn.num_features}) keeps no running statistics and cannot be folded")
     dtype = dtype or bn.running_var.dtype
     mean, var = bn.running_mean.to(dtype), bn.running_var.to(dtype)
     scale = torch.rsqrt(var + bn.eps)
@@ -85,7 +87,7 @@ def fold_bn(kernel: Tensor, bn: nn.Module, bias: Tensor | None = None) -> tuple[
     Raises ValueError where the channels differ or the BN keeps no running statistics.
     """
     if bn.num_features != kernel.shape[0]:
-        raise ValueError(f"BN channels (={bn.num_features}) must equal the kernel's outputs (={kernel.shape[0]})")
+        raise ArgumentError(f"BN channels (={bn.num_features}) must equal the kernel's outputs (={kernel.shape[0]})")
     scale, shift = bn_scale_shift(bn, kernel.dtype)
     folded = shift if bias is None else shift + bias * scale
     return kernel * scale.view(-1, 1, 1, 1), folded
@@ -97,7 +99,7 @@ def identity_kernel(channels: int, groups: int = 1, **tensor_options) -> Tensor:
     Raises ValueError where ``groups`` does not divide ``channels``.
     """
     if channels % groups:
-        raise ValueError(f"channels (={channels}) must be divisible by groups (={groups})")
+        raise ArgumentError(f"channels (={channels}) must be divisible by groups (={groups})")
     width = channels // groups
     return torch.eye(width, **tensor_options).repeat(groups, 1).view(channels, width, 1, 1)
 
@@ -116,7 +118,7 @@ def pad_kernel(kernel: Tensor, size: tuple[int, int]) -> Tensor:
     have = tuple(kernel.shape[2:])
     dh, dw = size[0] - have[0], size[1] - have[1]
     if dh < 0 or dw < 0 or dh % 2 or dw % 2:
-        raise ValueError(f"kernel of size {have} cannot be centred in {tuple(size)}")
+        raise ArgumentError(f"kernel of size {have} cannot be centred in {tuple(size)}")
     if dh == dw == 0:  # F.pad would copy
         return kernel
     return F.pad(kernel, (dw // 2, dw // 2, dh // 2, dh // 2))
@@ -138,7 +140,7 @@ def regroup_kernel(kernel: Tensor, groups: int, new_groups: int) -> Tensor:
     Raises ValueError where ``new_groups`` does not divide ``groups``: a kernel cannot be split further.
     """
     if groups % new_groups:
-        raise ValueError(f"groups (={groups}) must be a multiple of the new groups (={new_groups})")
+        raise ArgumentError(f"groups (={groups}) must be a multiple of the new groups (={new_groups})")
     ratio = groups // new_groups
     if ratio == 1:
         return kernel
@@ -221,7 +223,7 @@ def compose(first: ConvParams, second: ConvParams) -> ConvParams:
     are written out into a larger kernel. Raises ValueError where the channels do not fit.
     """
     if first.out_channels != second.in_channels:
-        raise ValueError(
+        raise ArgumentError(
             f"outputs of the first convolution (={first.out_channels}) must equal the inputs of the second "
             f"(={second.in_channels})"
         )
@@ -277,7 +279,7 @@ def compose_all(convolutions: Iterable[ConvParams]) -> ConvParams:
     """
     rest = list(convolutions)
     if not rest:
-        raise ValueError("compose_all needs at least one convolution, got none")
+        raise ArgumentError("compose_all needs at least one convolution, got none")
     while len(rest) > 1:
         at = min(range(len(rest) - 1), key=lambda i: _product_size(rest[i], rest[i + 1]))
         rest[at : at + 2] = [compose(rest[at], rest[at + 1])]
@@ -309,7 +311,7 @@ def _add_centred(large: Tensor, small: Tensor) -> Tensor:
     if plain_ops():
         return large + pad_kernel(small, tuple(large.shape[2:]))
     if any((a - b) % 2 for a, b in zip(large.shape[2:], small.shape[2:])):
-        raise ValueError(f"kernel of size {tuple(small.shape[2:])} cannot be centred in {tuple(large.shape[2:])}")
+        raise ArgumentError(f"kernel of size {tuple(small.shape[2:])} cannot be centred in {tuple(large.shape[2:])}")
     return _AddCentred.apply(large, small)
 
 
@@ -322,10 +324,10 @@ def merge_sum(kernels: Iterable[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, 
     """
     pairs = list(kernels)
     if not pairs:
-        raise ValueError("merge_sum needs at least one (kernel, bias) pair, got none")
+        raise ArgumentError("merge_sum needs at least one (kernel, bias) pair, got none")
     shapes = {tuple(kernel.shape[:2]) for kernel, _ in pairs}
     if len(shapes) > 1:
-        raise ValueError(f"parallel kernels must agree in (outputs, inputs / groups), got {sorted(shapes)}")
+        raise ArgumentError(f"parallel kernels must agree in (outputs, inputs / groups), got {sorted(shapes)}")
     size = (max(k.shape[2] for k, _ in pairs), max(k.shape[3] for k, _ in pairs))
     pairs.sort(key=lambda pair: -_taps(pair[0]))  # the largest first: the others are added into it
     total, fresh = pad_kernel(pairs[0][0], size), pairs[0][0].shape[2:] != size

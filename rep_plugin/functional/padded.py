@@ -14,13 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rep_plugin.functional.kernels import (
-    ConvParams,
-    compose,
-    dilate_kernel,
-    pad_kernel,
-    regroup_kernel,
-)
+from rep_plugin.errors import ArgumentError
+from rep_plugin.functional.kernels import ConvParams, compose, dilate_kernel, pad_kernel, regroup_kernel
 
 
 class PaddedConv(NamedTuple):
@@ -47,7 +42,7 @@ def _constant_ring(conv: PaddedConv, value: Tensor, axes: Sequence[bool]) -> Ten
     kernel_size, dilation = conv.kernel_size, conv.params.dilation
     for side, d, padding, needed in zip(kernel_size, dilation, conv.padding, axes):
         if needed and (side % 2 == 0 or 2 * padding != d * (side - 1)):
-            raise ValueError(
+            raise ArgumentError(
                 f"a bias behind a window of side {side} with padding {padding} cannot be placed before a second padding: "
                 f"'same' padding (={d * (side - 1) // 2}) is needed"
             )
@@ -66,7 +61,7 @@ def compose_padded(first: PaddedConv, second: PaddedConv) -> PaddedConv:
     for axis, name in enumerate(("height", "width")):
         inner, outer = first.padding[axis], second.padding[axis]
         if outer != 0 and (inner != 0 or first.kernel_size[axis] != 1):
-            raise ValueError(
+            raise ArgumentError(
                 f"the map between a window of {first.kernel_size} (padding {first.padding}) and one that pads its "
                 f"{name} by {outer} is cut off at the border: the two are not one convolution"
             )
@@ -110,11 +105,13 @@ def add_padded(convs: Sequence[PaddedConv]) -> PaddedConv:
     for unequal strides or channels, or where the windows are not centred on each other.
     """
     if not convs:
-        raise ValueError("a sum needs at least one convolution, got none")
+        raise ArgumentError("a sum needs at least one convolution, got none")
     strides = {conv.params.stride for conv in convs}
     channels = {(conv.params.in_channels, conv.params.out_channels) for conv in convs}
     if len(strides) > 1 or len(channels) > 1:
-        raise ValueError(f"parallel layers must agree, got strides {sorted(strides)} and channels {sorted(channels)}")
+        raise ArgumentError(
+            f"parallel layers must agree, got strides {sorted(strides)} and channels {sorted(channels)}"
+        )
     dilation = [1, 1]
     for axis in (0, 1):  # a side of 1 has no dilation of its own
         found = {conv.params.dilation[axis] for conv in convs if conv.kernel_size[axis] > 1}
@@ -128,7 +125,7 @@ def add_padded(convs: Sequence[PaddedConv]) -> PaddedConv:
     for conv in convs:
         for side, p, whole, want, d in zip(conv.kernel_size, conv.padding, size, padding, dilation):
             if 2 * (want - p) != d * (whole - side):
-                raise ValueError(
+                raise ArgumentError(
                     f"a window of {conv.kernel_size} with padding {conv.padding} is not centred in one of {size} with "
                     f"padding {padding}"
                 )

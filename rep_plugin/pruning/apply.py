@@ -2,23 +2,25 @@
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from rep_plugin.history import history_of, record_
-from rep_plugin.pruning.graph import Trace
-from rep_plugin.pruning.groups import frozen_roots
-from rep_plugin.pruning.kept import Kept, count_costs, nothing_gone
-from rep_plugin.pruning.masking import KeptOutputs, mask_channels_
-from rep_plugin.pruning.plan import PrunePlan
-from rep_plugin.pruning.surgery import remove_channels_
-from rep_plugin.pruning.trace import trace_channels
-from rep_plugin.report import BlockReport, Report, count_macs, count_params
-from rep_plugin.verify import Equivalence, EquivalenceError, default_inputs, verify_equivalence
+from rep_plugin.errors import ArgumentError, EquivalenceError
+from rep_plugin.history import history_of, record_, replays
+from rep_plugin.measure.costs import count_macs, count_params
+from rep_plugin.measure.report import BlockReport, Report
+from rep_plugin.measure.verify import Equivalence, default_inputs, verify_equivalence
+from rep_plugin.pruning.planning.plan import PrunePlan, as_plan
+from rep_plugin.pruning.surgery.mask import KeptOutputs, mask_channels_
+from rep_plugin.pruning.surgery.remove import remove_channels_
+from rep_plugin.pruning.tracing.graph import Trace
+from rep_plugin.pruning.tracing.groups import frozen_roots
+from rep_plugin.pruning.tracing.kept import Kept, count_costs, nothing_gone
+from rep_plugin.pruning.tracing.tracer import trace_channels
 
 TOLERANCE = 1e-9  # relative, in float64
 
@@ -57,15 +59,15 @@ def apply_plan(
     Parameters stay the same objects, with their gradients; the state of ``optimizer`` (or several; a wrapper with an
     ``optimizer`` inside will do) is sliced along. ``ema`` is a second copy of the model (or a wrapper with one as
     ``module``), pruned alike. ``verify`` first compares, in float64 and on copies, the model with removed channels set to
-    zero (:func:`rep_plugin.pruning.masking.mask_channels_`) and the one without them, on ``example_input`` (default:
+    zero (:func:`rep_plugin.pruning.surgery.mask.mask_channels_`) and the one without them, on ``example_input`` (default:
     random, of the plan's shape) and on another size; relative tolerance 1e-9.
 
     Raises ValueError where the plan is not for this model, or the model is wrapped (DDP: pass ``.module``, wrap again
-    after), :class:`rep_plugin.verify.EquivalenceError` where the proof fails. Everything is then as it was.
+    after), :class:`rep_plugin.errors.EquivalenceError` where the proof fails. Everything is then as it was.
     """
     started = time.perf_counter()
     if not isinstance(plan, PrunePlan):
-        raise ValueError(f"plan must be a PrunePlan (see PrunePlan.from_json), got {type(plan).__name__}")
+        raise ArgumentError(f"plan must be a PrunePlan (see PrunePlan.from_json), got {type(plan).__name__}")
     trace = trace_channels(model, plan.input_shape, plan.prune_outputs)
     kept = kept_by(plan, model, trace)
     optimizers = _optimizers(optimizer, model)
@@ -98,6 +100,12 @@ def apply_plan(
     return report
 
 
+@replays("prune", "plan")
+def _replay(model: nn.Module, plan: Mapping | str) -> nn.Module:
+    apply_plan(model, as_plan(plan), verify=False)
+    return model
+
+
 def _macs(model: nn.Module, trace: Trace, kept: Kept) -> int:
     """Multiply-adds of one forward pass of the model as it is; the trace knows them where it counts no merged form."""
     if not trace.inner:
@@ -115,35 +123,35 @@ def kept_by(plan: PrunePlan, model: nn.Module, trace: Trace) -> Kept:
     """Return what a plan keeps of a traced model. Raises ValueError, naming the layer, where the two do not fit."""
     for name, (before, _) in plan.widths.items():
         if name not in trace.layers:
-            raise ValueError(
+            raise ArgumentError(
                 f"the plan is for another model ({plan.model}): {type(model).__name__} has no layer {name!r}"
             )
         if (have := len(trace.layers[name].labels)) != before:
-            raise ValueError(
+            raise ArgumentError(
                 f"the plan is for another model: layer {name!r} has {have} channels, the plan says {before}"
             )
     if missing := set(trace.layers) - set(plan.widths):
-        raise ValueError(f"the plan is for another model: it does not know layer {sorted(missing)[0]!r}")
+        raise ArgumentError(f"the plan is for another model: it does not know layer {sorted(missing)[0]!r}")
     roots, frozen = trace.channels.roots(), frozen_roots(trace)
     gone = nothing_gone(trace)
     for name, indices in plan.kept.items():
         if name not in trace.layers:
-            raise ValueError(f"the plan keeps channels of {name!r}, for which it has no width")
+            raise ArgumentError(f"the plan keeps channels of {name!r}, for which it has no width")
         stays = torch.zeros(len(trace.layers[name].labels), dtype=torch.bool)
         stays[list(indices)] = True
         gone[roots[trace.layers[name].labels[~stays]]] = True
     kept = Kept(trace, gone)
     for name, layer in trace.layers.items():
         if (frozen & gone)[roots[layer.labels]].any():
-            raise ValueError(f"the plan removes channels of {name!r}, which cannot be removed")
+            raise ArgumentError(f"the plan removes channels of {name!r}, which cannot be removed")
         want = plan.kept.get(name, tuple(range(len(layer.labels))))
         if tuple(kept.index(layer.labels).tolist()) != tuple(want):
-            raise ValueError(f"the plan keeps channels of {name!r} that go with removed ones of a coupled layer")
+            raise ArgumentError(f"the plan keeps channels of {name!r} that go with removed ones of a coupled layer")
         if kept.count(layer.labels) < 1:
-            raise ValueError(f"the plan leaves {name!r} without channels")
+            raise ArgumentError(f"the plan leaves {name!r} without channels")
     for rows in trace.channels.balanced:
         if len(set(kept.mask[rows].sum(1).tolist())) > 1:
-            raise ValueError("the plan keeps unequally many channels in the groups of a convolution")
+            raise ArgumentError("the plan keeps unequally many channels in the groups of a convolution")
     return kept
 
 
@@ -153,20 +161,20 @@ def _optimizers(optimizer, model: nn.Module) -> list[torch.optim.Optimizer]:
     own = set(model.parameters())
     for one in inner:
         if not isinstance(one, torch.optim.Optimizer):
-            raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(one).__name__}")
+            raise ArgumentError(f"optimizer must be a torch.optim.Optimizer, got {type(one).__name__}")
         if not any(p in own for group in one.param_groups for p in group["params"]):
-            raise ValueError(f"the {type(one).__name__} holds no parameter of this {type(model).__name__}")
+            raise ArgumentError(f"the {type(one).__name__} holds no parameter of this {type(model).__name__}")
     return inner
 
 
 def _shadow(ema: nn.Module, model: nn.Module) -> nn.Module:
     if set(ema.parameters()) & set(model.parameters()):
-        raise ValueError(f"ema ({type(ema).__name__}) shares parameters with the model, expected a copy of it")
+        raise ArgumentError(f"ema ({type(ema).__name__}) shares parameters with the model, expected a copy of it")
     shapes = {name: p.shape for name, p in model.named_parameters()}
     for candidate in (ema, getattr(ema, "module", None)):
         if isinstance(candidate, nn.Module) and {n: p.shape for n, p in candidate.named_parameters()} == shapes:
             return candidate
-    raise ValueError(f"ema ({type(ema).__name__}) does not hold the parameters of {type(model).__name__}")
+    raise ArgumentError(f"ema ({type(ema).__name__}) does not hold the parameters of {type(model).__name__}")
 
 
 def _refresh_table(ema: nn.Module, shadow: nn.Module) -> None:
@@ -207,9 +215,9 @@ def _prove(model: nn.Module, trace: Trace, kept: Kept, inputs: list[Tensor], rep
     except (RuntimeError, IndexError) as error:
         if isinstance(error, EquivalenceError):
             raise EquivalenceError(f"removing channels does not equal setting them to zero: {error}") from error
-        raise EquivalenceError(f"the model does not run without the removed channels: {_first_line(error)}") from error
+        raise EquivalenceError(f"the model does not run without the removed channels: {first_line(error)}") from error
     note_proof(report, found)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from rep_plugin.bilinear.head import BilinearHead
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.conv_like import ConvLike
-from rep_plugin.heads.bilinear import BilinearHead
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.conv_like import ConvLike, can_stand_for, like_conv, look_alike
-from rep_plugin.reparam.conv_bn import find_pairs_by_parts, replace_module_
-from rep_plugin.report import BlockReport, Report, count_macs, count_params
-from rep_plugin.verify import default_inputs, verify_equivalence
+from rep_plugin.errors import ArgumentError, ArgumentTypeError
+from rep_plugin.measure.costs import count_macs, count_params
+from rep_plugin.measure.report import BlockReport, Report
+from rep_plugin.measure.verify import default_inputs, verify_equivalence
+from rep_plugin.reparam.fold_bn import find_pairs_by_parts, replace_module_
 
 TOLERANCE = 1e-9  # relative, in float64
 Where = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
@@ -44,9 +46,9 @@ def _selector(where: Where, names: Sequence[str]) -> Callable[[str, nn.Module], 
     patterns = [where] if isinstance(where, str) else list(where)
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise TypeError(f"where must be a pattern, a list of patterns or a function, got {pattern!r}")
+            raise ArgumentTypeError(f"where must be a pattern, a list of patterns or a function, got {pattern!r}")
         if not fnmatch.filter(names, pattern):
-            raise ValueError(
+            raise ArgumentError(
                 f"where={pattern!r} fits none of {len(names)} convolutions (first: {', '.join(names[:3])})"
             )
     return lambda name, module: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
@@ -76,7 +78,7 @@ def _choose(model: nn.Module, where: Where, twin: nn.Module) -> tuple[list[tuple
     notes = [f"{len(names)} left as they are, {reason}: {', '.join(names)}" for reason, names in reasons.items()]
     notes += [f"not traced, only the parts inside: {failure}" for failure in untraced]
     if not take:
-        raise ValueError(
+        raise ArgumentError(
             f"where={where!r} selects nothing of {len(convs)} convolutions to expand"
             + "".join(f"; {n}" for n in notes[:2])
         )
@@ -142,7 +144,7 @@ def expand(
     Train it, then :func:`rep_plugin.reparameterize` gives the stock network back, with ``fold_bn=False`` key by key.
 
     Raises ValueError for an unknown block, a pattern that fits nothing, or nothing to expand, and
-    :class:`rep_plugin.verify.EquivalenceError` where the proof fails. The model is then as it was.
+    :class:`rep_plugin.errors.EquivalenceError` where the proof fails. The model is then as it was.
     """
     started = time.perf_counter()
     look_alike(block)

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rep_plugin.blocks.conv_like import ConvLike
-from rep_plugin.history import history_of, record_
+from rep_plugin.errors import EquivalenceError, NothingToMergeError, TrainModeError
+from rep_plugin.history import history_of, record_, replays
+from rep_plugin.measure.costs import count_macs, count_params
+from rep_plugin.measure.report import BlockReport, Report
+from rep_plugin.measure.verify import default_inputs, verify_equivalence
 from rep_plugin.reparam.adapters import find_adapter
-from rep_plugin.reparam.conv_bn import absorb_biases_, fold_conv_bn_
-from rep_plugin.reparam.reading import CONV_NORM_CLASSES
-from rep_plugin.reparam.sequences import merge_linear_
-from rep_plugin.report import BlockReport, Report, count_macs, count_params
-from rep_plugin.verify import EquivalenceError, default_inputs, verify_equivalence
+from rep_plugin.reparam.fold_bn import absorb_biases_, fold_conv_bn_
+from rep_plugin.reparam.linear_layers import CONV_NORM_CLASSES
+from rep_plugin.reparam.merge_sequence import merge_linear_
 
 TOLERANCE = 1e-9  # relative, in float64
 # These are proven end to end: under the block's own name stands another part of the whole than before.
@@ -23,14 +25,10 @@ CONV_BN, BN_CONV, SEQUENCE = "Conv-BN", "BN-Conv", "linear sequence"
 MERGE_METHODS = ("fuse", "reparameterize", "switch_to_deploy", "merge_kernel", "local_inject", "fuse_convs")
 
 
-class NothingToMergeError(ValueError):
-    """A model holds no block that can be merged, and no BN that can be folded: it may be merged already."""
-
-
 def _refuse_train_mode(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.training:
-            raise RuntimeError(
+            raise TrainModeError(
                 f"{name or type(module).__name__!r} is in train mode (batch statistics cannot be merged): call "
                 "model.eval() first"
             )
@@ -183,11 +181,11 @@ def reparameterize(
     that were trained as separate, zero-padded layers, exact at the border, where that costs no more multiply-adds.
 
     Multi-branch blocks of timm, mmpretrain and the official repositories are known
-    (:mod:`rep_plugin.reparam.foreign`). The root itself may be replaced: use the returned model. Modules that can merge
+    (:mod:`rep_plugin.reparam.foreign.sums`). The root itself may be replaced: use the returned model. Modules that can merge
     themselves but are not known here are named in ``report.notes``.
 
     Raises RuntimeError in train mode, NothingToMergeError (a ValueError) where the model holds nothing to merge, and
-    :class:`rep_plugin.verify.EquivalenceError` where the proof fails, with the first block that is off. The model is
+    :class:`rep_plugin.errors.EquivalenceError` where the proof fails, with the first block that is off. The model is
     then as it was.
     """
     started = time.perf_counter()
@@ -214,6 +212,11 @@ def reparameterize(
     record_(merged, history, step="reparameterize", fold_bn=fold_bn, merge_linear=merge_linear)
     report.seconds = time.perf_counter() - started
     return merged, report
+
+
+@replays("reparameterize", "fold_bn", "merge_linear")
+def _replay(model: nn.Module, fold_bn: bool, merge_linear: bool) -> nn.Module:
+    return reparameterize(model, inplace=True, verify=False, fold_bn=fold_bn, merge_linear=merge_linear)[0]
 
 
 def _prove(model: nn.Module, twin: _Conversion, inputs: list[Tensor], report: Report) -> list[str]:

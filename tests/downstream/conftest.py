@@ -10,8 +10,8 @@ import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 
-from rep_plugin.mm_artefact import build_model
-from rep_plugin.verify import calibrate_random_bn_
+from rep_plugin.openmmlab.load import build_model
+from rep_plugin.testing import calibrate_random_bn_
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs/downstream").glob("*.py"))

@@ -18,8 +18,8 @@ from mmseg.structures import SegDataSample
 
 import rep_plugin
 from rep_plugin.blocks.base import RepBlock
-from rep_plugin.mm_artefact import build_model, load_model, write_deployed
-from rep_plugin.mm_prune_artefact import write_pruned
+from rep_plugin.openmmlab.artefacts import write_deployed, write_pruned
+from rep_plugin.openmmlab.load import build_model, load_model
 from tests.downstream.conftest import CONFIGS, ROOT, SIDE, assert_same, lively, pictures, shipped
 
 NARROW_HEADS = {
@@ -114,7 +114,7 @@ def test_every_shipped_config_builds_as_listed(name):
     listed = {model["Name"]: model for model in yaml.safe_load((ROOT / "model-index.yml").read_text())["Models"]}
     model = build_model(cfg)
     assert sum(p.numel() for p in model.parameters()) == listed[name]["Metadata"]["Parameters"]
-    assert type(model.backbone).__module__ == "rep_plugin.mm_models" or "repvgg" in name
+    assert type(model.backbone).__module__ == "rep_plugin.openmmlab.backbones" or "repvgg" in name
     assert [hook["type"] for hook in cfg.custom_hooks] == ["rep_plugin.ReparamHook"]
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         maps = model.eval().backbone(torch.zeros(1, 3, 64, 64))

@@ -11,7 +11,7 @@ from rep_plugin.backbones.replknet import RepLKNet
 from rep_plugin.backbones.repvgg import RepVGG
 from rep_plugin.backbones.staged import plan_steps
 from rep_plugin.blocks.annealed import set_alpha_
-from rep_plugin.verify import _FastDepthwise
+from rep_plugin.measure.verify import _FastDepthwise
 from tests.helpers import randomise_bn_, relative_error
 
 X = torch.randn(1, 3, 75, 66, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

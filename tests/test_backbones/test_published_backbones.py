@@ -12,8 +12,8 @@ from rep_plugin.backbones.replknet import DropPath, RepLKNet
 from rep_plugin.backbones.repvgg import ARCHS as REPVGGS
 from rep_plugin.backbones.repvgg import RepVGG
 from rep_plugin.blocks.base import RepBlock
-from rep_plugin.report import count_params
-from rep_plugin.verify import calibrate_random_bn_
+from rep_plugin.measure.costs import count_params
+from rep_plugin.testing import calibrate_random_bn_
 from tests.helpers import relative_error
 
 LARGE = dict(channels=(8, 8, 16, 16), kernels=(13, 9, 7, 7), depths=(1, 1, 2, 1))

@@ -6,8 +6,8 @@ from torch import nn
 
 from rep_plugin import reparameterize
 from rep_plugin.backbones.rep_mobilenet_v2 import RepMobileNetV2, make_divisible
-from rep_plugin.report import count_macs, count_params
-from rep_plugin.verify import calibrate_random_bn_
+from rep_plugin.measure.costs import count_macs, count_params
+from rep_plugin.testing import calibrate_random_bn_
 from tests.helpers import relative_error
 
 ALL_BRANCHES = ("bottleneck", "identity", "avgpool", "conv1x1", "conv3x3")

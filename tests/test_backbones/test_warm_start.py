@@ -12,12 +12,14 @@ from mmpretrain.models.backbones import MobileNetV2 as MMMobileNetV2
 from torch import nn
 
 import rep_plugin
-from rep_plugin.backbones.loading import CheckpointMismatchError, describe_mismatch
 from rep_plugin.backbones.rep_mobilenet_v2 import RepMobileNetV2
 from rep_plugin.backbones.warm_start import from_stock, measure_identities_, stock_format
 from rep_plugin.blocks.annealed import annealed_modules, set_alpha_
-from rep_plugin.mm_models import RepMobileNetV2 as MMRepMobileNetV2
-from rep_plugin.verify import _FastDepthwise, calibrate_random_bn_
+from rep_plugin.checkpoints.strict import describe_mismatch
+from rep_plugin.errors import CheckpointMismatchError
+from rep_plugin.measure.verify import _FastDepthwise
+from rep_plugin.openmmlab.backbones import RepMobileNetV2 as MMRepMobileNetV2
+from rep_plugin.testing import calibrate_random_bn_
 from tests.helpers import relative_error
 
 

@@ -9,8 +9,9 @@ from torch import nn
 
 import rep_plugin
 from rep_plugin.blocks.activations import FUNCTIONS
-from rep_plugin.blocks.annealed import AnnealedBottleneck, AnnealError, set_alpha_
+from rep_plugin.blocks.annealed import AnnealedBottleneck, set_alpha_
 from rep_plugin.blocks.inverted_residual import RepInvertedResidual
+from rep_plugin.errors import AnnealError
 from tests.helpers import block_by_hand, randomise_bn_, relative_error
 
 SHAPES = [(8, 8, 1, 6), (6, 10, 1, 2), (6, 10, 2, 6), (8, 8, 1, 1), (6, 4, 2, 1)]  # in, out, stride, expand ratio

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rep_plugin.blocks.base import RepBlock
-from rep_plugin.blocks.chain import Chain, DilatedAvgPool2d
+from rep_plugin.blocks.chain import Chain
 from rep_plugin.blocks.inverted_residual import BRANCHES, RepInvertedResidual
-from rep_plugin.verify import calibrate_random_bn_
+from rep_plugin.blocks.layers import DilatedAvgPool2d
+from rep_plugin.testing import calibrate_random_bn_
 from tests.helpers import block_by_hand, examples, randomise_bn_, relative_error
 
 

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from rep_plugin.blocks.chain import Chain, DilatedAvgPool2d, Scale, merge_chain, merge_ops
+from rep_plugin.blocks.chain import Chain
+from rep_plugin.blocks.layers import DilatedAvgPool2d, Scale
+from rep_plugin.blocks.merge import merge_chain, merge_ops
 from tests.helpers import chain_by_hand, examples, randomise_bn_, relative_error
 
 

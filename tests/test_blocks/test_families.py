@@ -6,13 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from rep_plugin.blocks.families import (
-    ACBlock,
-    DiverseBranchBlock,
-    LargeKernelBlock,
-    MobileOneBlock,
-    RepVGGBlock,
-)
+from rep_plugin.blocks.families import ACBlock, DiverseBranchBlock, LargeKernelBlock, MobileOneBlock, RepVGGBlock
 from tests.helpers import block_by_hand, examples, randomise_bn_, relative_error
 
 FAMILIES = [RepVGGBlock, ACBlock, DiverseBranchBlock, MobileOneBlock, LargeKernelBlock]

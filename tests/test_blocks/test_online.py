@@ -8,18 +8,12 @@ from torch import nn
 
 from rep_plugin.backbones.rep_mobilenet_v2 import RepMobileNetV2
 from rep_plugin.blocks.base import RepBlock
-from rep_plugin.blocks.chain import NormedConv2d, Scale
-from rep_plugin.blocks.families import (
-    ACBlock,
-    DiverseBranchBlock,
-    LargeKernelBlock,
-    MobileOneBlock,
-    RepVGGBlock,
-)
+from rep_plugin.blocks.families import ACBlock, DiverseBranchBlock, LargeKernelBlock, MobileOneBlock, RepVGGBlock
 from rep_plugin.blocks.inverted_residual import RepInvertedResidual
+from rep_plugin.blocks.layers import NormedConv2d, Scale
 from rep_plugin.functional.kernels import merge_sum
 from rep_plugin.reparam import reparameterize
-from rep_plugin.verify import calibrate_random_bn_
+from rep_plugin.testing import calibrate_random_bn_
 from tests.helpers import examples, relative_error
 
 FAMILIES = (RepVGGBlock, ACBlock, DiverseBranchBlock, MobileOneBlock, LargeKernelBlock)

@@ -8,10 +8,11 @@ from torch import fx, nn
 
 from rep_plugin.backbones.repvgg import RepVGG
 from rep_plugin.blocks.base import RepBlock
-from rep_plugin.blocks.chain import Chain, DilatedAvgPool2d, Scale
+from rep_plugin.blocks.chain import Chain
 from rep_plugin.blocks.families import DiverseBranchBlock, LargeKernelBlock, MobileOneBlock, RepVGGBlock
 from rep_plugin.blocks.inverted_residual import RepInvertedResidual
-from rep_plugin.verify import calibrate_random_bn_
+from rep_plugin.blocks.layers import DilatedAvgPool2d, Scale
+from rep_plugin.testing import calibrate_random_bn_
 from tests.helpers import relative_error
 
 X = torch.randn(3, 4, 9, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rep_plugin.verify import calibrate_random_bn_
+from rep_plugin.testing import calibrate_random_bn_
 
 
 class ConvBN(nn.Module):

@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from rep_plugin import EquivalenceError, PrunePlan, apply_plan, plan_pruning, reparameterize
+from rep_plugin.bilinear.head import BilinearHead
 from rep_plugin.blocks.families import DiverseBranchBlock, MobileOneBlock, RepVGGBlock
 from rep_plugin.blocks.inverted_residual import RepInvertedResidual
-from rep_plugin.heads.bilinear import BilinearHead
-from rep_plugin.pruning import masking, surgery
-from rep_plugin.report import count_params
-from rep_plugin.verify import calibrate_random_bn_
+from rep_plugin.measure.costs import count_params
+from rep_plugin.pruning.surgery import mask as masking
+from rep_plugin.pruning.surgery import remove as surgery
+from rep_plugin.testing import calibrate_random_bn_
 from tests.helpers import relative_error
 from tests.test_pruning.nets import (
     Call,

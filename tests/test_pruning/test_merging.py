@@ -9,17 +9,19 @@ from mmpretrain.models import build_classifier
 from torch import nn
 
 from rep_plugin import apply_plan, expand, plan_pruning, reparameterize
-from rep_plugin.blocks.annealed import AnnealError, set_alpha_
-from rep_plugin.blocks.border_conv import BorderConv2d
-from rep_plugin.blocks.chain import NormedConv2d
+from rep_plugin.blocks.annealed import set_alpha_
 from rep_plugin.blocks.conv_like import ConvLike
 from rep_plugin.blocks.families import ACBlock, DiverseBranchBlock, MobileOneBlock, RepVGGBlock
 from rep_plugin.blocks.inverted_residual import RepInvertedResidual
+from rep_plugin.blocks.layers import NormedConv2d
+from rep_plugin.errors import AnnealError, EquivalenceError
 from rep_plugin.history import history_of
-from rep_plugin.pruning import gains, trace_channels
+from rep_plugin.pruning import trace_channels
 from rep_plugin.pruning.apply import kept_by
-from rep_plugin.pruning.masking import mask_channels_
-from rep_plugin.verify import EquivalenceError, calibrate_random_bn_
+from rep_plugin.pruning.surgery import remove as gains
+from rep_plugin.pruning.surgery.mask import mask_channels_
+from rep_plugin.reparam.border_conv import BorderConv2d
+from rep_plugin.testing import calibrate_random_bn_
 from tests.helpers import relative_error
 from tests.test_pruning.nets import Call, ConvBN, Pooled, ready
 
@@ -108,7 +110,7 @@ def test_online_blocks_keep_their_filters(method, monkeypatch):
 
 
 def test_a_forgotten_gain_is_seen(monkeypatch):
-    monkeypatch.setattr("rep_plugin.pruning.surgery.keep_filters_", lambda *args: None)
+    monkeypatch.setattr("rep_plugin.pruning.surgery.remove.keep_filters_", lambda *args: None)
     net = online_net()
     with pytest.raises(EquivalenceError, match="does not equal setting them to zero"):
         apply_plan(net, plan_pruning(net, X, "l1", 0.4))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rep_plugin import PrunePlan, apply_plan, plan_pruning
-from rep_plugin.report import count_macs, count_params
+from rep_plugin.measure.costs import count_macs, count_params
 from tests.helpers import relative_error
 from tests.test_pruning.nets import (
     Concat,

@@ -13,7 +13,7 @@ from torch import nn
 
 from rep_plugin import apply_plan, plan_pruning
 from rep_plugin.history import history_of
-from rep_plugin.mm_amp import CpuAmpOptimWrapper
+from rep_plugin.openmmlab.amp import CpuAmpOptimWrapper
 from tests.test_pruning.nets import ConvBN, Flat, Gate, Residual, ready
 
 X = torch.randn(4, 3, 13, 13, generator=torch.Generator().manual_seed(0))

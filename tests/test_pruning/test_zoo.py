@@ -14,10 +14,10 @@ from timm.models import byobnet
 from torch import nn
 
 from rep_plugin import PrunePlan, apply_plan, plan_pruning, reparameterize
+from rep_plugin.measure.costs import count_params
 from rep_plugin.pruning import trace_channels
-from rep_plugin.pruning.groups import find_groups
-from rep_plugin.report import count_params
-from rep_plugin.verify import calibrate_random_bn_
+from rep_plugin.pruning.tracing.groups import find_groups
+from rep_plugin.testing import calibrate_random_bn_
 from tests.helpers import relative_error
 from tests.test_pruning.nets import ConvBN
 

@@ -9,7 +9,8 @@ from torch import nn
 
 import rep_plugin
 from rep_plugin.blocks.conv_like import ConvLike, SilentBatchNorm2d
-from rep_plugin.verify import EquivalenceError, calibrate_random_bn_
+from rep_plugin.errors import EquivalenceError
+from rep_plugin.testing import calibrate_random_bn_
 from tests.helpers import relative_error
 
 X = torch.randn(8, 3, 48, 40, generator=torch.Generator().manual_seed(1))

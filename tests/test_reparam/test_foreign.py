@@ -11,7 +11,7 @@ from torch import nn
 
 import rep_plugin
 from rep_plugin.reparam.adapters import find_adapter
-from rep_plugin.verify import calibrate_random_bn_
+from rep_plugin.testing import calibrate_random_bn_
 from tests import official_layouts as official
 from tests.helpers import randomise_bn_, relative_error
 

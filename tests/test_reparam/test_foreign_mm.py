@@ -14,7 +14,7 @@ from mmpretrain.registry import MODELS
 from torch import nn
 
 import rep_plugin
-from rep_plugin.verify import calibrate_random_bn_
+from rep_plugin.testing import calibrate_random_bn_
 from tests.helpers import relative_error
 
 SE = {"ratio": 4}

@@ -12,9 +12,10 @@ import rep_plugin
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.chain import Chain
 from rep_plugin.blocks.inverted_residual import RepInvertedResidual
+from rep_plugin.measure.verify import verify_equivalence
 from rep_plugin.reparam import adapters
 from rep_plugin.reparam.adapters import Adapter, register_adapter
-from rep_plugin.verify import calibrate_random_bn_, verify_equivalence
+from rep_plugin.testing import calibrate_random_bn_
 from tests.helpers import relative_error
 
 

@@ -14,14 +14,14 @@ from mmengine.config import Config
 from PIL import Image
 
 import rep_plugin
-from rep_plugin.checkpoint import save_checkpoint_file
-from rep_plugin.mm_artefact import build_model, load_model, write_deployed
-from rep_plugin.mm_export import pipeline_of, preprocessing_of, read_pictures, write_onnx
-from rep_plugin.mm_prune_artefact import write_pruned
-from rep_plugin.onnx_graph import read_metadata
-from rep_plugin.timm_artefact import save_timm
-from rep_plugin.verify import calibrate_random_bn_
-from tests.test_hooks.conftest import ROOT
+from rep_plugin.checkpoints.files import save_checkpoint_file
+from rep_plugin.export.graph import read_metadata
+from rep_plugin.openmmlab.artefacts import write_deployed, write_pruned
+from rep_plugin.openmmlab.export import pipeline_of, preprocessing_of, read_pictures, write_onnx
+from rep_plugin.openmmlab.load import build_model, load_model
+from rep_plugin.testing import calibrate_random_bn_
+from rep_plugin.timm.artefacts import save_timm
+from tests.test_openmmlab.test_hooks.conftest import ROOT
 
 CONFIG = """
 default_scope = "mmpretrain"

@@ -5,7 +5,7 @@ import json
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 
-from tests.test_hooks.conftest import ROOT, run
+from tests.test_openmmlab.test_hooks.conftest import ROOT, run
 
 
 def test_config_trains_and_deploys_on_real_pictures(tmp_path):

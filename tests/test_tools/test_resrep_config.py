@@ -2,7 +2,7 @@
 
 import json
 
-from tests.test_hooks.conftest import ROOT, run
+from tests.test_openmmlab.test_hooks.conftest import ROOT, run
 
 
 def test_config_forgets_half_of_the_multiply_adds_and_merges(tmp_path):
@@ -22,7 +22,7 @@ def test_config_forgets_half_of_the_multiply_adds_and_merges(tmp_path):
         "custom_hooks.0.min_channels=2",
         "custom_hooks.0.round_to=2",
     ]
-    config = ROOT / "configs/resrep_resnet18_fashion_mnist.py"
+    config = ROOT / "configs/pruning/resrep_resnet18_fashion_mnist.py"
     done = run(ROOT / "tools/train.py", config, "--work-dir", tmp_path, "--cfg-options", *options, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads((tmp_path / "pruned.json").read_text())

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.test_hooks.conftest import ROOT
+from tests.test_openmmlab.test_hooks.conftest import ROOT
 
 SHORT = [
     "train_dataloader.dataset.indices=256",
@@ -30,7 +30,7 @@ EPOCHS = {name: epochs for name, epochs in zip(CASES, ([2], [1, 2], [3]))}
 CODE = """
 import json, sys
 from pathlib import Path
-from tests.test_hooks.forked import fork, load_tool, wait
+from tests.test_openmmlab.test_hooks.forked import fork, load_tool, wait
 tool, folder = load_tool(), Path(sys.argv[1])
 for name, options in json.loads(sys.argv[2]).items():
     arguments = [f"configs/{name}.py", "--work-dir", str(folder / name), "--cfg-options", *options]

@@ -14,10 +14,10 @@ from mmengine.config import Config
 from mmpretrain.datasets import CIFAR10
 from mmpretrain.models.backbones import vgg
 
-from rep_plugin.hooks import AccuracyLrHook, SparsityHook
-from rep_plugin.mm_artefact import load_model
-from tests.test_hooks.conftest import ROOT
-from tests.test_hooks.tiny import run
+from rep_plugin.openmmlab.hooks import AccuracyLrHook, SparsityHook
+from rep_plugin.openmmlab.load import load_model
+from tests.test_openmmlab.test_hooks.conftest import ROOT
+from tests.test_openmmlab.test_hooks.tiny import run
 
 CONFIGS = sorted(
     path.stem for pattern in ("slim_bcnn_*", "slim_mobilenetv3_*") for path in (ROOT / "configs").glob(f"{pattern}.py")
@@ -57,7 +57,7 @@ def data(tmp_path_factory):
 def quick(monkeypatch):
     """An eighth of VGG's widths, which it does not take as an argument; configs are written as they come, without yapf."""
     monkeypatch.setattr(mmengine.config.config, "FormatCode", lambda text, **_: (text, True), raising=False)
-    monkeypatch.setattr("rep_plugin.hooks.show.is_main_process", lambda: False)  # no pictures
+    monkeypatch.setattr("rep_plugin.openmmlab.hooks.runner_utils.is_main_process", lambda: False)  # no pictures
     make = vgg.make_vgg_layer
 
     def make_thin(in_channels, out_channels, *args, **kwargs):
@@ -138,7 +138,7 @@ def test_config_runs_and_removes_what_it_says(name, data, tmp_path):
 def test_stem_for_small_pictures_keeps_the_stock_keys():
     from mmpretrain.models.backbones import MobileNetV3
 
-    from rep_plugin.mm_mobilenet_v3 import MobileNetV3_CIFAR
+    from rep_plugin.openmmlab.mobilenet_v3 import MobileNetV3_CIFAR
 
     ours, stock = MobileNetV3_CIFAR("small"), MobileNetV3("small")
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in stock.state_dict().items()}

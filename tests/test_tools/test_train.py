@@ -16,8 +16,9 @@ import pytest
 import torch
 from mmengine.logging import HistoryBuffer
 
-from rep_plugin.checkpoint import load_checkpoint_file
-from rep_plugin.mm_data import DataError, guard_dataloaders
+from rep_plugin.checkpoints.safe_load import load_checkpoint_file
+from rep_plugin.errors import DataError
+from rep_plugin.openmmlab.data import guard_dataloaders
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN, TEST = str(ROOT / "tools" / "train.py"), str(ROOT / "tools" / "test.py")

@@ -1,0 +1,10 @@
+# The sparse MobileNetV3 of slim_mobilenetv3_cifar10.py, pruned once and fine-tuned. The nine rates of the study:
+#   python tools/sweep.py configs/pruning/slim_mobilenetv3_cifar10_oneshot.py --sparse configs/pruning/slim_mobilenetv3_cifar10.py
+_base_ = ["./slim_mobilenetv3_cifar10.py"]
+
+load_from = "work_dirs/slim_mobilenetv3_cifar10/epoch_30.pth"
+
+custom_hooks = [
+    dict(type="rep_plugin.AccuracyLrHook", thresholds=(80.0, 87.0, 90.0), factor=0.5),
+    dict(type="rep_plugin.PruneHook", prune_fraction=0.5, begin=0),
+]

@@ -1,0 +1,1 @@
+"""Bilinear pooling: its methods, and the head that ends a bilinear CNN."""

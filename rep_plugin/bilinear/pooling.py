@@ -1,0 +1,198 @@
+"""Bilinear pooling as a module: a map (or two) becomes one vector of second-order statistics a picture."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rep_plugin.bilinear.methods import Triangle, build_pool
+from rep_plugin.errors import ArgumentError, ArgumentTypeError
+from rep_plugin.functional.bilinear import autocast_enabled, fold_to_triangle, signed_sqrt_l2
+
+LAYOUTS = {"NCHW": 4, "NHWC": 4, "NLC": 3}
+
+# Leaves to torch.fx, like the functions below: their checks on shapes would stop a symbolic trace.
+torch.fx.wrap("signed_sqrt_l2")
+
+
+@torch.fx.wrap
+def _pick(feats: Sequence[Tensor], index: int) -> Tensor:
+    if not isinstance(feats, (tuple, list)):
+        raise ArgumentTypeError(f"bilinear pooling takes a tuple of maps, got {type(feats).__name__}")
+    if not -len(feats) <= index < len(feats):
+        raise ArgumentError(f"in_index (={index}) is outside of the tuple of {len(feats)} maps")
+    return feats[index]
+
+
+@torch.fx.wrap
+def _to_nchw(x: Tensor, layout: str, channels: int) -> Tensor:
+    """View a map of any layout as (N, C, H, W), or (N, C, L, 1) where it has no rows and columns."""
+    if x.dim() != LAYOUTS[layout]:
+        raise ArgumentError(f"a {layout} map has {LAYOUTS[layout]} dimensions, got shape {tuple(x.shape)}")
+    if layout == "NHWC":
+        x = x.permute(0, 3, 1, 2)
+    elif layout == "NLC":
+        x = x.transpose(1, 2).unsqueeze(3)
+    if not torch.jit.is_tracing() and x.shape[1] != channels:
+        raise ArgumentError(f"map has {x.shape[1]} channels, expected in_channels (={channels}), layout {layout}")
+    return x
+
+
+@torch.fx.wrap
+def _flatten(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, C, H * W), as a view where channels come last in memory too."""
+    if x.is_contiguous():
+        return x.flatten(2)
+    return x.permute(0, 2, 3, 1).flatten(1, 2).transpose(1, 2)
+
+
+@torch.fx.wrap
+def _cast_back(pooled: Tensor, like: Tensor) -> Tensor:
+    """A model in half precision goes on in it; under autocast the features stay float32."""
+    half = like.dtype in (torch.float16, torch.bfloat16) and not autocast_enabled(like)
+    return pooled.to(like.dtype) if half else pooled
+
+
+def _projection(in_channels: int, out_channels: int) -> nn.Sequential:
+    layers = nn.Sequential()
+    layers.add_module("conv", nn.Conv2d(in_channels, out_channels, 1, bias=False))
+    layers.add_module("bn", nn.BatchNorm2d(out_channels))
+    layers.add_module("act", nn.ReLU(inplace=True))
+    nn.init.kaiming_normal_(layers.conv.weight, mode="fan_out", nonlinearity="relu")
+    return layers
+
+
+class BilinearPooling(nn.Module):
+    """Pool one map with itself, or two maps with each other, into a vector: tuple of maps -> tuple of one (N, D).
+
+    ``in_channels``: channels C of the map, or a pair for two streams or two layers (equal N, H, W). ``in_index``: which
+    map(s) of the tuple; by default the last one, of a pair the last two. ``layout`` of the maps: ``NCHW``, ``NHWC`` or
+    ``NLC``. ``out_channels`` is D:
+
+    * ``full``              C1 * C2
+    * ``triu``              C (C + 1) / 2: ``full`` without the mirrored half, its norm counting off-diagonals twice
+    * ``tensor_sketch``, ``random_maclaurin``  ``dim``; random tables are buffers, drawn from ``seed``
+    * ``low_rank``          ``rank`` (default: the channels), two learned factors
+    * ``isqrt_cov``         C (C + 1) / 2, ``iterations`` Newton-Schulz steps
+
+    All but ``isqrt_cov`` end in the zero-preserving signed square root and L2 norm; ``normalize`` overrides that.
+    ``projection`` puts a 1x1 convolution, BN and ReLU to so many channels before the pooling (a pair: one each), as wide
+    backbones need (Li et al., CVPR 2018, use 256). ``deploy=True`` builds what folding a trained symmetric ``full``
+    head leaves, ``triu``; other forms have nothing to fold. A channel that is zero everywhere adds nothing in any
+    method, so that removing it (:meth:`keep_channels_`) changes nothing.
+
+    Raises ValueError for unknown methods and layouts, numbers out of range, a pair where one map is needed, and in the
+    forward pass for maps of another shape; TypeError where it is not given a tuple.
+    """
+
+    def __init__(
+        self,
+        in_channels: int | Sequence[int],
+        method: str = "full",
+        dim: int = 8192,
+        rank: int | None = None,
+        iterations: int = 5,
+        projection: int | Sequence[int] | None = None,
+        in_index: int | Sequence[int] | None = None,
+        layout: str = "NCHW",
+        normalize: bool | None = None,
+        seed: int = 0,
+        deploy: bool = False,
+    ):
+        super().__init__()
+        channels = (in_channels,) if isinstance(in_channels, int) else tuple(in_channels)
+        if len(channels) not in (1, 2) or min(channels) < 1:
+            raise ArgumentError(f"in_channels must be one or two numbers >= 1, got {in_channels}")
+        if layout not in LAYOUTS:
+            raise ArgumentError(f"unknown layout {layout!r}, expected one of {tuple(LAYOUTS)}")
+        if in_index is None:
+            in_index = (-2, -1) if len(channels) == 2 else (-1,)
+        self.in_index = (in_index,) if isinstance(in_index, int) else tuple(in_index)
+        if len(self.in_index) != len(channels):
+            raise ArgumentError(f"in_index (={in_index}) must name one map for each of in_channels (={in_channels})")
+        self.in_channels = in_channels if isinstance(in_channels, int) else channels
+        self.layout = layout
+
+        widths = channels
+        if projection is not None:
+            widths = (projection,) * len(channels) if isinstance(projection, int) else tuple(projection)
+            if len(widths) != len(channels) or min(widths) < 1:
+                raise ArgumentError(
+                    f"projection (={projection}) must be >= 1, one for each of in_channels (={in_channels})"
+                )
+            self.projection = _projection(channels[0], widths[0])
+            if len(channels) == 2:
+                self.projection_second = _projection(channels[1], widths[1])
+        second = widths[1] if len(channels) == 2 else None
+        self.method = "triu" if deploy and method == "full" and second is None else method
+        self.pool = build_pool(self.method, widths[0], second, dim, rank, iterations, seed)
+        self.normalize = method != "isqrt_cov" if normalize is None else normalize
+
+    @property
+    def symmetric(self) -> bool:
+        """True where one map is pooled with itself."""
+        return len(self.in_index) == 1
+
+    @property
+    def out_channels(self) -> int:
+        """Length D of the pooled vector."""
+        return self.pool.out_channels
+
+    def _map(self, feats: Sequence[Tensor], stream: int) -> Tensor:
+        channels = self.in_channels if self.symmetric else self.in_channels[stream]
+        x = _to_nchw(_pick(feats, self.in_index[stream]), self.layout, channels)
+        name = ("projection", "projection_second")[stream]
+        if hasattr(self, name):
+            x = getattr(self, name)(x)
+        return x
+
+    def forward(self, feats: Sequence[Tensor]) -> tuple[Tensor]:
+        x = self._map(feats, 0)
+        y = None if self.symmetric else _flatten(self._map(feats, 1))
+        pooled = self.pool(_flatten(x), y)
+        if self.normalize:
+            pooled = signed_sqrt_l2(pooled, self.pool.multiplicity if self.method == "triu" else None)
+        return (_cast_back(pooled, x),)
+
+    @torch.no_grad()
+    def keep_channels_(self, keep: Sequence[int], keep_second: Sequence[int] | None = None) -> Tensor:
+        """Go on with these channels of the map(s) alone; return which of the D outputs stay, for the classifier.
+
+        ``keep``, ``keep_second``: ascending indices (None: all). Where there is a projection, its inputs go and D stays.
+        Raises ValueError for no or unknown indices.
+        """
+        old = (self.in_channels,) if self.symmetric else self.in_channels
+        kept = []
+        for channels, wanted in zip(old, (keep, keep_second)):
+            index = torch.arange(channels) if wanted is None else torch.as_tensor(wanted, dtype=torch.long)
+            if not len(index) or index.min() < 0 or index.max() >= channels or (index.diff() <= 0).any():
+                raise ArgumentError(f"channels to keep must ascend within 0..{channels - 1}, got {index.tolist()}")
+            kept.append(index)
+        self.in_channels = len(kept[0]) if self.symmetric else tuple(len(index) for index in kept)
+        if not hasattr(self, "projection"):
+            device = next((t.device for t in (*self.parameters(), *self.buffers())), None)
+            return self.pool.keep_(kept[0].to(device), kept[-1].to(device))
+        for index, name in zip(kept, ("projection", "projection_second")):
+            conv = getattr(self, name).conv
+            conv.weight.data = conv.weight.data[:, index.to(conv.weight.device)]
+            conv.weight.grad, conv.in_channels = None, len(index)
+        return torch.arange(self.out_channels)
+
+    @torch.no_grad()
+    def fold_to_triangle_(self, classifier: nn.Linear) -> None:
+        """Fold this full symmetric pooling and the linear layer on it to the upper triangle, losslessly, in place.
+
+        Not ``switch_to_deploy``: converters call that on every module alone, and a pooling must not change without its
+        classifier. Raises ValueError where the pooling is of another kind, or the layer does not fit.
+        """
+        if self.method != "full" or not self.symmetric:
+            kind = self.method if self.symmetric else f"two-stream {self.method}"
+            raise ArgumentError(f"only a symmetric 'full' pooling folds to its triangle, got {kind!r}")
+        weight = fold_to_triangle(classifier.weight, self.pool.channels2)
+        classifier.weight = nn.Parameter(weight, requires_grad=classifier.weight.requires_grad)
+        classifier.in_features = weight.shape[1]
+        self.pool = Triangle(self.pool.channels2, None).to(weight.device, weight.dtype).train(self.training)
+        self.method = "triu"
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, method={self.method!r}, out_channels={self.out_channels}, layout={self.layout!r}"

@@ -1,0 +1,1 @@
+"""Checkpoint files: read without unpickling code, written whole, loaded strictly."""

@@ -1,0 +1,1 @@
+"""Checkpoints of other projects, brought to our keys and back."""

@@ -1,0 +1,152 @@
+"""Checkpoints of RepVGG, MobileOne and RepLKNet from one project's keys to another's: the same tensors, nothing lost."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rep_plugin.backbones import mobileone, replknet, repvgg
+from rep_plugin.checkpoints.files import save_checkpoint_file, write_atomic
+from rep_plugin.checkpoints.safe_load import load_checkpoint_file
+from rep_plugin.checkpoints.strict import describe_mismatch
+from rep_plugin.conversion.key_layout import CLASSIFIER
+from rep_plugin.conversion.key_maps import from_own, to_own
+from rep_plugin.errors import KeyMapError, UnreadableCheckpointError
+
+ARCHS = {"repvgg": repvgg.ARCHS, "mobileone": mobileone.ARCHS, "replknet": replknet.ARCHS}
+ANY_ARCH = "any"  # converts what fits none of the published archs
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was converted: family, formats, published arch (None: not one), form, number of tensors, classifier or not."""
+
+    family: str
+    source: str
+    target: str
+    arch: str | None
+    deployed: bool
+    tensors: int
+    classifier: bool
+
+    def __str__(self) -> str:
+        form = "merged" if self.deployed else "training"
+        head = "with its classifier" if self.classifier else "without a classifier"
+        name = f"{self.family} {self.arch or 'of no published arch (not checked to be whole)'}"
+        return f"{name} in {form} form {head}: {self.tensors} tensors, {self.source} -> {self.target}"
+
+
+def _family_of(arch: str | None) -> str | None:
+    if arch in (None, ANY_ARCH):
+        return None
+    for family, archs in ARCHS.items():
+        if arch in archs:
+            return family
+    names = [name for archs in ARCHS.values() for name in archs]
+    raise KeyMapError(f"unknown arch {arch!r}, expected one of {', '.join(names)} or {ANY_ARCH}")
+
+
+def build_like(family: str, arch: str, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Return the plain backbone, without memory (meta device), whose form a checkpoint of ours has."""
+    deploy = any(".reparam_conv." in key for key in tensors)
+    stem = "stem.0." if family == "replknet" else "stem."
+    first = next((t for key, t in tensors.items() if key.startswith(stem) and t.dim() == 4), None)
+    options = {"deploy": deploy, "in_channels": 3 if first is None else first.shape[1]}
+    with torch.device("meta"):
+        if family == "repvgg":
+            return repvgg.RepVGG(arch, post_bn=any(".post_bn." in key for key in tensors), **options)
+        if family == "mobileone":
+            return mobileone.MobileOne(arch, **options)
+        normed = sorted({int(key.split(".")[1]) for key in tensors if key.startswith("norms.")} & set(range(4)))
+        small = next((t.shape[-1] for key, t in tensors.items() if ".branches.small.conv." in key), 0)
+        keep_bn = deploy and any(".branches." in key for key in tensors)
+        return replknet.RepLKNet(
+            arch, normed or (3,), small_kernel=small, norm_maps=bool(normed), keep_bn=keep_bn, **options
+        )
+
+
+def _check_arch(family: str, arch: str | None, tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the published arch that a checkpoint of ours is, whole; None with ``any``. Raises KeyMapError otherwise."""
+    if arch == ANY_ARCH:
+        return None
+    backbone = {key: tensor for key, tensor in tensors.items() if not key.startswith(CLASSIFIER)}
+    misfits = {}
+    for name in [arch] if arch else ARCHS[family]:
+        own = build_like(family, name, backbone).state_dict()
+        mismatch = describe_mismatch(own, backbone)
+        if not mismatch:
+            return name
+        same = sum(key in own and own[key].shape == tensor.shape for key, tensor in backbone.items())
+        misfits[name] = (same - len(own), mismatch)
+    nearest = max(misfits, key=lambda name: misfits[name][0])
+    hint = "" if arch else f"; --arch {ANY_ARCH} converts it all the same"
+    raise KeyMapError(f"the checkpoint is no whole {family} {nearest}: {misfits[nearest][1]}{hint}")
+
+
+def convert_state_dict(
+    tensors: Mapping[str, Tensor], to: str = "rep_plugin", arch: str | None = None
+) -> tuple[dict[str, Tensor], Conversion]:
+    """Return the same tensors under the keys of format ``to``, and what was found out about them.
+
+    ``to``: ``rep_plugin`` (our timm names and plain backbones), ``rep_plugin_mm`` (our types in an ImageClassifier),
+    ``official``, ``timm`` or ``mmpretrain``. The source's format is told by its keys. Without ``arch`` the checkpoint must be
+    one of the published ones, whole; ``any`` lifts that. Raises KeyMapError for unknown, ambiguous or incomplete ones.
+    """
+    own, layout = to_own(tensors, _family_of(arch))
+    found = _check_arch(layout.family, arch, own)
+    new = from_own(own, layout.family, to)
+    deployed = any(".reparam_conv." in key for key in own)
+    classifier = any(key.startswith(CLASSIFIER) for key in own)
+    return new, Conversion(layout.family, layout.format, to, found, deployed, len(new), classifier)
+
+
+def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Read a checkpoint's named tensors, safely: ``.safetensors``, or what ``torch.save`` wrote.
+
+    Looks under ``state_dict`` or ``model`` where there is one, and drops a ``module.`` that all keys start with. Raises
+    UnreadableCheckpointError for a torn file, or one without named tensors.
+    """
+    if Path(path).suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            content = load_file(path)
+        except SafetensorError as error:
+            raise UnreadableCheckpointError(f"checkpoint {path} is not readable ({error})") from None
+    else:
+        content = load_checkpoint_file(path)
+    for name in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+    if not isinstance(content, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    ):
+        raise UnreadableCheckpointError(f"checkpoint {path} holds no state dict, expected names and tensors")
+    prefix = "module." if all(key.startswith("module.") for key in content) else ""
+    return {key[len(prefix) :]: tensor for key, tensor in content.items()}
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:
+    """Write named tensors, ``.safetensors`` or with ``torch.save``; ``path`` is at every moment the old or the new file."""
+    if Path(path).suffix == ".safetensors":
+        from safetensors.torch import save
+
+        content = save({key: tensor.contiguous() for key, tensor in tensors.items()}, {"format": "pt"})
+        write_atomic(path, lambda file: file.write(content))
+    else:
+        save_checkpoint_file(dict(tensors), path)
+
+
+def convert_file(
+    source: str | os.PathLike, target: str | os.PathLike, to: str = "rep_plugin", arch: str | None = None
+) -> Conversion:
+    """Convert a checkpoint file, see :func:`convert_state_dict`; nothing is written where that raises."""
+    if Path(target).exists() and os.path.samefile(source, target):
+        raise KeyMapError(f"{target} is the checkpoint to convert, expected another file to write")
+    tensors, conversion = convert_state_dict(read_tensors(source), to, arch)
+    write_tensors(tensors, target)
+    return conversion

@@ -1,0 +1,86 @@
+"""One family of errors: what a user can mend. Messages are one line."""
+
+import pickle
+
+
+class RepPluginError(Exception):
+    """What every error of ours derives from."""
+
+
+class ArgumentError(RepPluginError, ValueError):
+    """An argument, a flag, a config or a plan does not fit. The message names the value and what was expected."""
+
+
+class ArgumentTypeError(RepPluginError, TypeError):
+    """An argument is of another type than expected."""
+
+
+class MissingPackageError(RepPluginError, ModuleNotFoundError):
+    """A package that is needed here is not installed. The message holds the command that installs it."""
+
+
+class NotMergeableError(RepPluginError, TypeError):
+    """A layer is not linear, or computes something else than its class says: it cannot be merged."""
+
+
+class TrainModeError(RepPluginError, RuntimeError):
+    """A model is in train mode: batch statistics cannot be merged."""
+
+
+class EquivalenceError(RepPluginError, RuntimeError):
+    """Two models that must compute the same function do not."""
+
+
+class InconclusiveWarning(UserWarning):
+    """The output hardly depends on the input, so equality proves little (an untrained net can be like that)."""
+
+
+class ExportError(RepPluginError, RuntimeError):
+    """A model cannot be written as ONNX, or a runtime cannot run what was written. The message is one line."""
+
+
+class UnsafeCheckpointError(RepPluginError, pickle.UnpicklingError):
+    """A checkpoint asks for something outside the allow-list; nothing of it was executed."""
+
+
+class UnreadableCheckpointError(RepPluginError, RuntimeError):
+    """A file is torn or is no checkpoint at all."""
+
+
+class DataError(RepPluginError, RuntimeError):
+    """A data set or one of its files is missing, empty or broken. The message is one line."""
+
+
+class HookError(RepPluginError, ValueError):
+    """A hook's settings do not fit the training; the message is one line."""
+
+
+class CheckpointMismatchError(RepPluginError, RuntimeError):
+    """A checkpoint is not exactly the model's; nothing of it was loaded."""
+
+
+class TraceError(RepPluginError, RuntimeError):
+    """The model cannot be traced: its path depends on values, or leaves torch."""
+
+
+class NothingToMergeError(RepPluginError, ValueError):
+    """A model holds no block that can be merged, and no BN that can be folded: it may be merged already."""
+
+
+class KeyMapError(RepPluginError, ValueError):
+    """A checkpoint is of no known layout, of several, or has no counterpart in the wanted one."""
+
+
+class AnnealError(RepPluginError, RuntimeError):
+    """An anneal is not over, cannot begin, or there is nothing to anneal."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error's first line, or its class where it has none; of a dataloader worker's traceback the message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if "Original Traceback" not in str(error):
+        return lines[0]
+    _, found, message = lines[-1].partition(f"{type(error).__name__}: ")
+    return message if found else lines[-1]

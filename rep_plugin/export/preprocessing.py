@@ -1,0 +1,74 @@
+"""How pictures become a network's input, as plain data that an exported file can carry, and where to find pictures."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from rep_plugin.errors import ArgumentError
+
+PICTURES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+def find_pictures(folder: str | Path, count: int) -> list[Path]:
+    """Return up to ``count`` pictures in a folder and the folders below it, evenly spread over their sorted names.
+
+    Raises FileNotFoundError where there is no such folder, or no picture in it.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder} does not exist, expected a folder of pictures")
+    found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
+    if not found:
+        raise FileNotFoundError(f"{folder} holds 0 pictures, expected files ending in {', '.join(PICTURES)}")
+    return found[:: max(1, len(found) // count)][:count]
+
+
+def timm_preprocessing(cfg: Mapping, input_size: tuple[int, int, int]) -> dict:
+    """Return what timm's evaluation transform does to a picture for an ``input_size`` (C, H, W), from a ``pretrained_cfg``.
+
+    In this order: resize ``resize.edge`` (short, long or both) to ``resize.size`` (H, W) by ``interpolation``, crop (or
+    pad, where the edge is the long one) the centre to ``crop``, scale so that white is ``white``, subtract ``mean``,
+    divide by ``std``.
+    """
+    channels, height, width = input_size
+    share = cfg.get("crop_pct") or 0.875
+    edge = {"squash": "both", "border": "long"}.get(cfg.get("crop_mode"), "short")
+    return {
+        "input_size": [channels, height, width],
+        "channel_order": {1: "GRAY", 3: "RGB"}.get(channels),
+        "interpolation": cfg.get("interpolation", "bilinear"),
+        "resize": {"edge": edge, "size": [math.floor(height / share), math.floor(width / share)]},
+        "crop": [height, width],
+        "white": 1.0,
+        "mean": list(cfg["mean"]),
+        "std": list(cfg["std"]),
+    }
+
+
+def metadata_of(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    outputs: Sequence[Tensor],
+    class_names: Sequence[str] | None = None,
+    preprocessing: Mapping | None = None,
+) -> dict:
+    """Return what a file is to say of itself: what is given, else what a timm model's ``pretrained_cfg`` says.
+
+    ``input_shape`` is that of one picture. Raises ValueError where the names are not as many as the logits.
+    """
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    classes = outputs[0].shape[1] if len(outputs) == 1 and outputs[0].dim() == 2 else None
+    if class_names is not None and len(class_names) != classes:
+        raise ArgumentError(
+            f"class_names holds {len(class_names)} names, expected one for each of the {classes} logits"
+        )
+    metadata = {}
+    names = class_names if class_names is not None else cfg.get("label_names")
+    if names and len(names) == classes:
+        metadata["class_names"] = [str(name) for name in names]
+    if preprocessing is None and len(input_shape) == 3 and len(cfg.get("mean") or ()) == input_shape[0]:
+        preprocessing = timm_preprocessing(cfg, tuple(input_shape))
+    if preprocessing is not None:
+        metadata["preprocessing"] = dict(preprocessing)
+    return metadata

@@ -1,0 +1,90 @@
+"""The report of an export: what the file holds, how equal each runtime was measured to be, and how fast."""
+
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.table import Table
+
+from rep_plugin.measure.report import Report
+
+
+@dataclass
+class RuntimeReport:
+    """One runtime: its largest differences from PyTorch in float32, and the median milliseconds of one call."""
+
+    name: str
+    version: str
+    max_abs_error: float
+    max_rel_error: float
+    milliseconds: float | None = None
+
+
+@dataclass
+class ExportReport(Report):
+    """A report that also holds the file's facts. ``max_*_error`` are the largest over the runtimes, in float32.
+
+    ``params_*`` and ``macs_*`` are of the given model and of the one in the file (None of ``macs_*``: not countable);
+    ``input_shape`` is that of one call that was counted and timed. ``inputs`` and ``outputs``: name -> shape, with names
+    for dimensions that vary. ``compared``: the shapes of the inputs that were compared. ``merge_rel_error`` is the merge's
+    own error, in float64 (None: nothing was merged).
+    """
+
+    path: str = ""
+    size_bytes: int = 0
+    opset: int = 0
+    tolerance: float = 0.0
+    inputs: dict[str, list[int | str]] = field(default_factory=dict)
+    outputs: dict[str, list[int | str]] = field(default_factory=dict)
+    metadata: dict = field(default_factory=dict)
+    compared: list[tuple[int, ...]] = field(default_factory=list)
+    runtimes: list[RuntimeReport] = field(default_factory=list)
+    pytorch_milliseconds: float | None = None
+    merge_rel_error: float | None = None
+
+    def table(self) -> Table:
+        """Return the costs and the file's facts as a rich table."""
+        table = Table(title=f"{self.action}: {self.path}, {self.size_bytes / 1e6:.1f} MB, opset {self.opset}")
+        table.add_column("figure")
+        for column in ("before", "after"):
+            table.add_column(column, justify="right")
+        table.add_row("parameters", f"{self.params_before:,}", f"{self.params_after:,}")
+        table.add_row(f"multiply-adds at {_times(self.input_shape)}", f"{self.macs_before:,}", f"{self.macs_after:,}")
+        for kind, entries in (("input", self.inputs), ("output", self.outputs)):
+            for name, shape in entries.items():
+                table.add_row(f"{kind} {name}", "", " x ".join(map(str, shape)))
+        if self.merge_rel_error is not None:
+            table.add_row(
+                f"{len(self.blocks)} modules merged, max relative error (float64)", "", f"{self.merge_rel_error:.2e}"
+            )
+        if self.sensitivity is not None:
+            table.add_row("sensitivity to another input", "", f"{self.sensitivity:.2e}")
+        table.add_row("seconds", "", f"{self.seconds:.2f}")
+        return table
+
+    def runtimes_table(self) -> Table:
+        """Return errors and times of the runtimes as a rich table."""
+        compared = ", ".join(map(_times, self.compared))
+        table = Table(title=f"against PyTorch in float32, inputs {compared}")
+        for column in ("runtime", "max absolute", "max relative", "tolerance", "ms"):
+            table.add_column(column, justify="left" if column == "runtime" else "right")
+        table.add_row("PyTorch", "", "", "", _milliseconds(self.pytorch_milliseconds))
+        for one in self.runtimes:
+            errors = (f"{one.max_abs_error:.2e}", f"{one.max_rel_error:.2e}", f"{self.tolerance:.0e}")
+            table.add_row(f"{one.name} {one.version}", *errors, _milliseconds(one.milliseconds))
+        return table
+
+    def print(self, console: Console | None = None) -> None:
+        """Print both tables and the notes."""
+        console = console or Console()
+        console.print(self.table())
+        console.print(self.runtimes_table())
+        for note in self.notes:
+            console.print(f"note: {note}", markup=False)
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _milliseconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"

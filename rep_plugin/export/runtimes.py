@@ -1,0 +1,108 @@
+"""Runtimes that run ONNX models: each opens a model's bytes and gives back a function from one array to all outputs.
+
+They are imported when they are asked for: the package works without them.
+"""
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+
+from torch import Tensor, from_numpy, nn
+
+from rep_plugin.errors import ArgumentError, EquivalenceError, ExportError, MissingPackageError, first_line
+from rep_plugin.measure.verify import Difference, compare_outputs, rounding_error
+
+Session = Callable[[Tensor], list[Tensor]]
+
+
+def require(*modules: str) -> None:
+    """Raise ImportError, naming the extra to install, where a module that exporting needs is missing."""
+    for name in modules:
+        if find_spec(name) is None:
+            raise MissingPackageError(
+                f"exporting needs {name}, which is not installed: pip install 'rep-plugin[export]'"
+            )
+
+
+def _open_onnxruntime(model: bytes, threads: int) -> Session:
+    onnxruntime = import_module("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3  # errors: what the graph could be is no user's business
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    (entry,) = session.get_inputs()
+    return lambda x: [from_numpy(out) for out in session.run(None, {entry.name: x.contiguous().numpy()})]
+
+
+def _open_openvino(model: bytes, threads: int) -> Session:
+    openvino = import_module("openvino")
+    core = openvino.Core()
+    # Left alone it computes in bfloat16 where the processor has it: another function, by 1e-2.
+    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    compiled = core.compile_model(core.read_model(model=model), "CPU", options)
+
+    def run(x: Tensor) -> list[Tensor]:
+        found = compiled(x.contiguous().numpy())
+        return [from_numpy(found[port].copy()) for port in compiled.outputs]  # its buffers are used again
+
+    return run
+
+
+OPENERS = {"onnxruntime": _open_onnxruntime, "openvino": _open_openvino}
+RUNTIMES = tuple(OPENERS)
+
+
+def check_runtimes(names: Sequence[str]) -> None:
+    """Raise ValueError for no runtime, one named twice, or an unknown one."""
+    if isinstance(names, str) or not names or len(set(names)) != len(names) or not set(names) <= set(RUNTIMES):
+        raise ArgumentError(f"runtimes must be some of {RUNTIMES}, got {names!r}")
+
+
+def open_model(runtime: str, model: bytes, threads: int) -> Session:
+    """Return a function (N, ...) -> list of outputs that runs an ONNX model on the CPU, in float32.
+
+    Raises ExportError where the runtime refuses it.
+    """
+    try:
+        return OPENERS[runtime](model, threads)
+    except Exception as error:  # each runtime has kinds of its own
+        raise ExportError(f"{runtime} cannot open the graph: {first_line(error)}") from error
+
+
+def compare_runtime(
+    runtime: str,
+    session: Session,
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    expected: Sequence[object],
+    tolerance: float,
+) -> Difference:
+    """Return the largest differences between what ``model`` put out for some inputs (``expected``) and a session does.
+
+    Raises EquivalenceError over ``tolerance`` (relative), on a non-finite value or other shapes, ExportError where the
+    runtime fails; both name runtime and input.
+    """
+    total = Difference()
+    for x, wanted in zip(inputs, expected, strict=True):
+        where = f"{runtime} on an input of shape {tuple(x.shape)}"
+        try:
+            got = session(x)
+        except Exception as error:
+            raise ExportError(f"{where}: {first_line(error)}") from error
+        try:
+            found = compare_outputs(wanted, got)
+        except EquivalenceError as error:
+            raise EquivalenceError(f"{where}: {error}") from None
+        total.include(found)
+        if found.exceeds(tolerance):
+            raise EquivalenceError(
+                f"{where} differs from PyTorch by {found.max_rel:.2e} relative (tolerance {tolerance:.0e}); PyTorch's own "
+                f"float32 differs from its float64 by {rounding_error(model, x):.2e}"
+            )
+    return total
+
+
+def version_of(runtime: str) -> str:
+    """Return the installed version."""
+    return version(runtime)

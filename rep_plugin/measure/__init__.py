@@ -1,0 +1,1 @@
+"""What every verb measures: the proof of equality, costs, latency, reports and plots."""

@@ -1,0 +1,73 @@
+"""Parameters and multiply-adds of a model."""
+
+import copy
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from rep_plugin.measure.forward import run_model
+
+
+def count_params(model: nn.Module) -> int:
+    """Return the number of parameters, shared ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+class _MacCounter(TorchDispatchMode):
+    """Adds up the multiply-adds of the operators that torch has a formula for."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out) // 2
+        return out
+
+
+class _SkipNorm(TorchFunctionMode):
+    """BatchNorm keeps the shape: nothing to compute where only shapes are asked for (torch's own way takes 0.4 ms)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.batch_norm:
+            return torch.empty_like(args[0] if args else kwargs["input"])
+        return func(*args, **(kwargs or {}))
+
+
+def _shapes_of(model: nn.Module) -> nn.Module:
+    """Return a copy of the model that holds no data: its parameters and buffers are on the meta device."""
+    memo: dict[int, object] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
+    memo |= {id(b): b.to("meta") for b in model.buffers()}
+    return copy.deepcopy(model, memo)
+
+
+@torch.no_grad()
+def count_macs(model: nn.Module, example_input: torch.Tensor) -> int:
+    """Return the multiply-adds of all convolutions and matrix products of one forward pass on ``example_input``.
+
+    Elementwise work, normalisation and pooling are not counted. The model is left as it is. Only shapes are computed, on
+    a copy, unless the forward needs values.
+    """
+    shapes = _shapes_of(model)
+    shapes.eval()
+    try:
+        with _SkipNorm(), _MacCounter() as counter:
+            run_model(shapes, example_input.to("meta"))
+        return counter.total
+    except Exception:
+        # It reads values, or tensors that are not registered. If it is neither, the same error comes from this:
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        try:
+            with _MacCounter() as counter:
+                run_model(model, example_input)
+        finally:
+            for module, training in modes.items():
+                module.training = training
+        return counter.total

@@ -1,0 +1,47 @@
+"""Latency of models side by side: interleaved in one run, so that a noisy machine is noisy for all of them."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from rep_plugin.measure.forward import run_model
+
+
+@contextmanager
+def torch_threads(count: int):
+    """Run with ``count`` threads inside an operator."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def interleaved_medians(contenders: Mapping[str, Callable[[], object]], rounds: int = 50) -> dict[str, float]:
+    """Return the median seconds of each call; every round times each contender once, after three rounds of warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for index in range(rounds + 3):
+        for name, call in contenders.items():
+            started = time.perf_counter()
+            call()
+            if index >= 3:
+                times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def eager_calls(models: Mapping[str, nn.Module], x: Tensor) -> dict[str, Callable[[], object]]:
+    """Return a call for each eval-mode model on ``x``, without gradients."""
+
+    def call(model: nn.Module) -> Callable[[], object]:
+        def run():
+            with torch.inference_mode():
+                return run_model(model, x)
+
+        return run
+
+    return {name: call(model.eval()) for name, model in models.items()}

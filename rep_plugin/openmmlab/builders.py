@@ -1,0 +1,120 @@
+"""Pruned and merged models as config types: structure is built from the stock model's own config and what was done to it.
+
+``dict(type='rep_plugin.Pruned', model=<config>, plan=<plan>)`` in the place of ``model``; they nest, innermost first, so a
+config tells the whole history.
+
+Stock code reaches into ``model`` as if it were the network's own config: mmdet's ``init_detector`` looks at
+``model.backbone``, mmseg's ``init_model`` sets ``model.pretrained`` and ``model.train_cfg`` to None. So both types take
+``backbone``, changes to the config of the network's own backbone, and those two as None.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+from mmengine.logging import print_log
+from mmengine.registry import MODELS as ROOT_MODELS
+from torch import nn
+
+from rep_plugin.checkpoints.strict import refuse_misfits
+from rep_plugin.errors import ArgumentError
+from rep_plugin.history import ATTRIBUTE, history_of, rebuild_
+from rep_plugin.openmmlab.configs import drop_pretrained_, typed_dicts
+from rep_plugin.openmmlab.load import load_strictly, read_state_dict
+from rep_plugin.pruning import PrunePlan
+from rep_plugin.pruning.planning.plan import as_plan
+from rep_plugin.registry import MODELS
+from rep_plugin.reparam import expand
+
+
+def _build_inner(
+    model: Mapping, data_preprocessor: Mapping | None, backbone: Mapping | None, pretrained: None, train_cfg: None
+) -> nn.Module:
+    if not isinstance(model, Mapping) or "type" not in model:
+        raise ArgumentError(f"model must be the config of a model with a 'type', got {model!r}")
+    for name, value in (("pretrained", pretrained), ("train_cfg", train_cfg)):
+        if value is not None:
+            raise ArgumentError(f"{name} belongs into the inner model's config, got {value!r}, expected None")
+    inner = copy.deepcopy(dict(model))
+    if backbone:
+        inner["backbone"] = {**inner.get("backbone", {}), **copy.deepcopy(dict(backbone))}
+    for part in typed_dicts(inner):
+        drop_pretrained_(part)
+    if data_preprocessor is not None and not isinstance(data_preprocessor, nn.Module):
+        inner.setdefault("data_preprocessor", data_preprocessor)
+    return ROOT_MODELS.build(inner)
+
+
+def _rebuilt(steps: Sequence[dict], *inner_config: Mapping | None) -> nn.Module:
+    inner = _build_inner(*inner_config)
+    before = history_of(inner)
+    rebuilt = rebuild_(inner, steps)
+    setattr(rebuilt, ATTRIBUTE, [*before, *steps])
+    refuse_misfits(rebuilt)
+    return rebuilt
+
+
+@MODELS.register_module()
+def Pruned(
+    model: Mapping,
+    plan: PrunePlan | Mapping | str | Sequence,
+    data_preprocessor: Mapping | None = None,
+    backbone: Mapping | None = None,
+    pretrained: None = None,
+    train_cfg: None = None,
+) -> nn.Module:
+    """Build a stock model from its config and remove what ``plan`` removes; keys of the checkpoint stay the stock ones.
+
+    ``plan``: a plan's JSON text, its data, or the path of its file; or several, applied one after the other. A checkpoint
+    that does not fit is refused whole. Raises ValueError where a plan is not for this model.
+    """
+    plans = plan if isinstance(plan, (list, tuple)) else [plan]
+    steps = [{"step": "prune", "plan": asdict(as_plan(one))} for one in plans]
+    return _rebuilt(steps, model, data_preprocessor, backbone, pretrained, train_cfg)
+
+
+@MODELS.register_module()
+def Merged(
+    model: Mapping,
+    fold_bn: bool = False,
+    merge_linear: bool = False,
+    data_preprocessor: Mapping | None = None,
+    backbone: Mapping | None = None,
+    pretrained: None = None,
+    train_cfg: None = None,
+) -> nn.Module:
+    """Build a model from its config and merge its blocks, as :func:`rep_plugin.reparameterize` does; load weights next.
+
+    ``fold_bn`` and ``merge_linear`` must be what they were when the weights were merged.
+    """
+    step = {"step": "reparameterize", "fold_bn": fold_bn, "merge_linear": merge_linear}
+    return _rebuilt([step], model, data_preprocessor, backbone, pretrained, train_cfg)
+
+
+@MODELS.register_module()
+def Expanded(
+    model: dict,
+    block: str = "dbb",
+    where: str | Sequence[str] | None = None,
+    checkpoint: str | None = None,
+    data_preprocessor: dict | None = None,
+) -> nn.Module:
+    """Build a stock model, initialise it, load ``checkpoint`` into it where one is given, and expand it.
+
+    ``model`` is any stock model config; a ``Pretrained`` init_cfg in it is honoured. ``checkpoint`` is one of that very
+    model, in full. ``block`` and ``where`` as in :func:`rep_plugin.expand`. The Runner's ``init_weights()`` then changes
+    nothing, and a checkpoint that does not fit the expanded network is refused. To test or resume, the checkpoint of the
+    run itself is loaded afterwards, as ever. ``deploy.py`` holds the stock config alone.
+    """
+    stock = copy.deepcopy(model)
+    if data_preprocessor is not None:
+        stock.setdefault("data_preprocessor", copy.deepcopy(data_preprocessor))
+    net = ROOT_MODELS.build(stock)
+    if hasattr(net, "init_weights"):
+        net.init_weights()
+    if checkpoint is not None:
+        load_strictly(net, read_state_dict(checkpoint)[0], str(checkpoint))
+    net, report = expand(net, block, inplace=True, where=where)
+    print_log(f"{len(report.blocks)} convolutions expanded\n{report}", logger="current")
+    refuse_misfits(net)
+    return net

@@ -1,0 +1,107 @@
+"""Makes mmengine read checkpoints safely, write them in one step, and resume from one that is really there."""
+
+import logging
+import os
+import re
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from mmengine.fileio import LocalBackend
+from mmengine.logging import print_log
+from mmengine.runner import CheckpointLoader
+
+from rep_plugin.checkpoints.files import write_atomic
+from rep_plugin.checkpoints.safe_load import load_checkpoint_file
+from rep_plugin.errors import UnreadableCheckpointError
+
+# Every module that imported the function by name has to get the replacement.
+_LATEST_USERS = (
+    "mmengine.runner",
+    "mmengine.runner.runner",
+    "mmengine.runner._flexible_runner",
+    "mmengine.runner.checkpoint",
+)
+
+
+def load_from_local(filename: str, map_location: Any = None) -> Any:
+    """Loader for checkpoints on this machine, in place of mmengine's own of this name.
+
+    Raises:
+        FileNotFoundError: ``filename`` is no file.
+        UnsafeCheckpointError: the file asks for something outside the allow-list.
+        UnreadableCheckpointError: the file is torn, or is no checkpoint.
+    """
+    content = load_checkpoint_file(os.path.expanduser(filename), map_location)
+    state_dict = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state_dict, dict) or not all(isinstance(key, str) for key in state_dict):
+        raise UnreadableCheckpointError(f"checkpoint {filename} holds no state dict, expected names and tensors")
+    return content
+
+
+def _load_any(file: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
+    """In place of the fork's ``_safe_torch_load``, which falls back on the normal pickle module."""
+    return load_checkpoint_file(file, map_location)
+
+
+def _put_atomic(self: LocalBackend, obj: bytes, filepath: str | Path) -> None:
+    """``LocalBackend.put``, but the file under ``filepath`` is at every moment complete.
+
+    Raises:
+        OSError: the disk refused; ``filepath`` still holds what it held before.
+    """
+    write_atomic(filepath, lambda file: file.write(obj))
+
+
+def is_complete(path: str | os.PathLike) -> bool:
+    """Whether ``path`` is a file which is not cut off: the directory of a zip file stands at its end."""
+    if not os.path.isfile(path) or os.path.getsize(path) == 0:
+        return False
+    with open(path, "rb") as file:
+        is_zip = file.read(2) == b"PK"
+    return not is_zip or zipfile.is_zipfile(path)
+
+
+def find_latest_checkpoint(path: str) -> str | None:
+    """The checkpoint to resume from in the work directory ``path``, or None.
+
+    It is the one which ``last_checkpoint`` names. Where that text is cut off, or names a file which is gone or cut
+    off, it is the most recently written complete ``epoch_N.pth`` or ``iter_N.pth``.
+    """
+    record = Path(path) / "last_checkpoint"
+    if not record.is_file():
+        print_log("Did not find last_checkpoint to be resumed.", logger="current")
+        return None
+    named = record.read_text(errors="replace").strip()
+    # deepspeed's checkpoints are folders; without the ending, a cut off text may name the work directory itself.
+    is_folder = "\0" not in named and named.endswith(".pth") and os.path.isdir(named)
+    if is_folder or "://" in named or ("\0" not in named and is_complete(named)):
+        return named
+    found = [file for file in Path(path).iterdir() if re.fullmatch(r"(epoch|iter)_\d+\.pth", file.name)]
+    found = sorted((file for file in found if is_complete(file)), key=lambda file: file.stat().st_mtime_ns)
+    latest = str(found[-1]) if found else None
+    print_log(
+        f"{record} names {named!r}, which is no complete checkpoint; resuming from {latest or 'nothing'} instead.",
+        logger="current",
+        level=logging.WARNING,
+    )
+    return latest
+
+
+def enable_safe_loading() -> None:
+    """Route mmengine's local checkpoint reading and writing through :mod:`rep_plugin.checkpoints.safe_load`.
+
+    Calling it again changes nothing. The loaders for addresses such as ``https://`` stay as they are.
+    """
+    import mmengine.runner.checkpoint as mm
+
+    CheckpointLoader.register_scheme(prefixes="", loader=load_from_local, force=True)
+    mm.load_from_local = load_from_local
+    if hasattr(mm, "_safe_torch_load"):
+        mm._safe_torch_load = _load_any
+    # The class and not a newly registered backend: instances may exist, and HardDiskBackend inherits from it.
+    LocalBackend.put = _put_atomic
+    for name in _LATEST_USERS:
+        if hasattr(sys.modules.get(name), "find_latest_checkpoint"):
+            sys.modules[name].find_latest_checkpoint = find_latest_checkpoint

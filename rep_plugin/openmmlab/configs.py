@@ -1,0 +1,124 @@
+"""Configs of deployed and pruned models, made from the configs they were trained with."""
+
+import copy
+import inspect
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+
+from mmengine.config import Config
+
+from rep_plugin.errors import ArgumentError
+from rep_plugin.openmmlab.convs import TYPES as CONV_TYPES
+from rep_plugin.pruning import PrunePlan
+from rep_plugin.registry import MODELS
+
+# Hooks that have done their work on the way to a pruned model: they would do it again when it is fine-tuned.
+NARROWING_HOOKS = (
+    "CentripetalHook", "DistillHook", "LinearizeHook", "PruneHook", "ResRepHook", "SoftPruneHook", "SparsityHook",
+)  # fmt: skip
+
+
+def typed_dicts(node: object) -> Iterator[dict]:
+    if isinstance(node, dict):
+        if "type" in node:
+            yield node
+        for value in node.values():
+            yield from typed_dicts(value)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            yield from typed_dicts(value)
+
+
+def _takes_deploy(type_name: object) -> bool:
+    if not isinstance(type_name, str) or not type_name.startswith("rep_plugin."):
+        return False
+    found = MODELS.get(type_name.split(".", 1)[1])
+    return found is not None and "deploy" in inspect.signature(found).parameters
+
+
+def drop_pretrained_(part: dict) -> None:
+    """Drop what loads other weights when a part is built or initialised: an artefact's come from its own file."""
+    init = part.get("init_cfg")
+    kept = [one for one in (init if isinstance(init, (list, tuple)) else [init]) if one and one["type"] != "Pretrained"]
+    if init is not None:
+        part["init_cfg"] = kept or None
+    part.pop("pretrained", None)
+    if part["type"] == "rep_plugin.Expanded":
+        part["checkpoint"] = None
+
+
+def _as_stock(node: object) -> tuple[object, int]:
+    """Return a config with the stock parts that our look-alikes and ``Expanded`` merge into, and how many there were."""
+    found = 0
+    if isinstance(node, dict):
+        if node.get("type") == "rep_plugin.Expanded":
+            outer, node, found = node, node["model"], 1
+            if outer.get("data_preprocessor") is not None:
+                node.setdefault("data_preprocessor", outer["data_preprocessor"])
+            for part in typed_dicts(node):
+                drop_pretrained_(part)
+        elif node.get("type") in CONV_TYPES:
+            return type(node)(type="Conv2d"), 1
+        for key, value in node.items():
+            node[key], count = _as_stock(value)
+            found += count
+    elif isinstance(node, (list, tuple)):
+        pairs = [_as_stock(value) for value in node]
+        return type(node)(value for value, _ in pairs), sum(count for _, count in pairs)
+    return node, found
+
+
+def deploy_config(cfg: Config, as_stock: bool = True) -> Config:
+    """Return a copy of a config that builds the deployed network: the same file in all else.
+
+    An ``Expanded`` model and ``conv_cfg`` look-alikes become the stock network they merge into; a pruned model is merged
+    when it is built, its plan being for the layers before, and so is any model with ``as_stock=False``. Raises ValueError
+    where the model holds no rep_plugin type that has a deployed form.
+    """
+    cfg = copy.deepcopy(cfg)
+    parts = []
+    if cfg.model.get("type") == "rep_plugin.Pruned" or not as_stock:
+        cfg.model = dict(type="rep_plugin.Merged", model=cfg.model, backbone=dict())
+        replaced = 1
+    else:
+        cfg.model, replaced = _as_stock(cfg.model)
+        parts = [part for part in typed_dicts(cfg.model) if _takes_deploy(part["type"])]
+    if not parts and not replaced:
+        raise ArgumentError(f"the model {cfg.model.get('type')!r} holds no rep_plugin part that has a deployed form")
+    for part in parts:
+        part["deploy"] = True
+        part.pop("init_cfg", None)  # the weights come from deploy.pth
+    finish_(cfg, ("ReparamHook", *NARROWING_HOOKS))
+    return cfg
+
+
+def finish_(cfg: Config, hooks_over: Sequence[str]) -> None:
+    """Take out of a config what belongs to the training that is over, its own hooks (by name) among it."""
+    cfg.load_from, cfg.resume = None, False
+    for key in ("work_dir", "launcher"):  # a Runner writes its config into work_dir, over this very file
+        cfg.pop(key, None)
+    over = [f"rep_plugin.{name}" for name in hooks_over]
+    cfg.custom_hooks = [hook for hook in cfg.get("custom_hooks") or [] if str(hook.get("type")) not in over]
+
+
+def plain_data(value: object) -> object:
+    """Lists, dicts, strings and numbers only, so that a checkpoint loads with ``weights_only=True``."""
+    if isinstance(value, dict):
+        return {str(key): plain_data(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain_data(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def pruned_config(cfg: Config, plan: PrunePlan, linear: bool = True) -> Config:
+    """Return a copy of a config whose model is the pruned one, with its structure inside: the same file in all else.
+
+    ``linear``: no anneal is under way, so that ``LinearizeHook`` has nothing to do.
+    """
+    cfg = copy.deepcopy(cfg)
+    # As text, and without the scores: mmengine takes seconds to print thousands of indented numbers.
+    text = json.dumps(asdict(replace(plan, scores={})), separators=(",", ":"))
+    cfg.model = dict(type="rep_plugin.Pruned", model=cfg.model, plan=text, backbone=dict())
+    finish_(cfg, [name for name in NARROWING_HOOKS if linear or name != "LinearizeHook"])
+    return cfg

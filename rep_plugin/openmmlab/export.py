@@ -1,0 +1,132 @@
+"""mmpretrain models written as ONNX: pictures through the config's own pipeline, and what it tells as metadata."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.dataset import Compose, pseudo_collate
+from mmengine.registry import DefaultScope
+from torch import Tensor, nn
+
+from rep_plugin.errors import ArgumentError
+from rep_plugin.export.export_onnx import export_pictures
+from rep_plugin.export.preprocessing import find_pictures
+from rep_plugin.export.report import ExportReport
+from rep_plugin.measure.verify import default_inputs
+from rep_plugin.openmmlab.artefacts import misfit_of
+from rep_plugin.openmmlab.configs import plain_data
+from rep_plugin.openmmlab.load import REAL_PICTURES
+
+LOADER = "LoadImageFromFile"
+
+
+def write_onnx(
+    model: nn.Module,
+    cfg: Config,
+    path: str | Path,
+    inputs: Tensor | None = None,
+    dataset_meta: Mapping | None = None,
+    batch: int | None = None,
+    size: Sequence[int] | None = None,
+    **options,
+) -> ExportReport:
+    """Write the model that ``cfg.model`` builds, in eval mode, as :func:`rep_plugin.export_onnx` does: logits, no softmax.
+
+    ``inputs`` are preprocessed pictures (N, C, H, W) to compare on (None: random ones, of ``size``). ``batch`` fixes the
+    number of pictures (None: open); ``size`` (H, W) is the input's, by default that of the pictures. Class names come from
+    ``dataset_meta``, preprocessing from the pipeline and the model's data_preprocessor. ``options`` are those of
+    :func:`rep_plugin.export_onnx`. Raises ValueError where neither pictures nor size are given, and what the export raises.
+    """
+    if inputs is None and size is None:
+        raise ArgumentError("without validation pictures the input size is needed: size=(H, W)")
+    channels = inputs.shape[1] if inputs is not None else default_inputs(model)[0].shape[1]
+    shape = (channels, *(size or inputs.shape[2:]))
+    names = (dataset_meta or {}).get("classes")
+    told = {"preprocessing": preprocessing_of(model, cfg, shape)}
+    if inputs is not None and shape != tuple(inputs.shape[1:]):
+        told["preprocessing"]["then_resize"] = {"size": list(shape[1:]), "interpolation": "bilinear"}
+    misfit = misfit_of(names, model)
+    if names and not misfit and hasattr(getattr(model, "head", None), "num_classes"):
+        told["class_names"] = list(names)
+    report = export_pictures(model, path, inputs, shape, batch, size, **(told | options))
+    if misfit and "class_names" not in options:
+        report.notes.append(misfit)
+    return report
+
+
+def read_pictures(model: nn.Module, cfg: Config, folder: str | Path, count: int = REAL_PICTURES) -> Tensor:
+    """Return up to ``count`` pictures of a folder as the model sees them: through the config's pipeline, preprocessed.
+
+    A pipeline that expects loaded pictures gets a loader in front. Raises FileNotFoundError where there are none.
+    """
+    steps = pipeline_of(cfg)
+    if not any(_kind(step) == LOADER for step in steps):
+        grey = default_inputs(model)[0].shape[1] == 1
+        steps = [dict(type=LOADER, color_type="grayscale" if grey else "color"), *steps]
+    with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmpretrain")):
+        pipeline = Compose(steps)
+    batch = pseudo_collate([pipeline({"img_path": str(path)}) for path in find_pictures(folder, count)])
+    with torch.no_grad():
+        return model.data_preprocessor(batch, False)["inputs"]
+
+
+def pipeline_of(cfg: Config) -> list[dict]:
+    """Return the steps of the config's test pipeline, else of its validation pipeline. Raises ValueError for neither."""
+    for name in ("test_dataloader", "val_dataloader"):
+        dataset = (cfg.get(name) or {}).get("dataset")
+        while isinstance(dataset, Mapping) and "dataset" in dataset:  # RepeatDataset and its like
+            dataset = dataset["dataset"]
+        if isinstance(dataset, Mapping) and dataset.get("pipeline"):
+            return list(dataset["pipeline"])
+    raise ArgumentError("the config has no test_dataloader or val_dataloader with a pipeline")
+
+
+def preprocessing_of(model: nn.Module, cfg: Config, input_size: tuple[int, int, int]) -> dict:
+    """Return what is done to a picture on its way into the model, as plain data.
+
+    In this order: ``resize`` its ``edge`` (short, long, both; ``fit``: the largest that fits) to ``size`` (H, W), ``crop``
+    the centre (H, W), bring the channels in order, subtract ``mean``, divide by ``std``, white being ``white``.
+    ``pipeline`` holds the config's own steps, also those that have no place in this list.
+    """
+    try:
+        steps = pipeline_of(cfg)
+    except ValueError:
+        steps = []
+    data = getattr(model, "data_preprocessor", None)
+    to_rgb = getattr(data, "to_rgb", False)
+    found = {
+        "input_size": list(input_size),
+        "channel_order": {1: "GRAY", 3: "RGB" if to_rgb else "BGR"}.get(input_size[0]),
+        "white": 255.0,
+        "pipeline": plain_data(steps),
+    }
+    if getattr(data, "_enable_normalize", False):
+        found |= {name: _numbers(getattr(data, name)) for name in ("mean", "std")}
+    for step in steps:
+        kind = _kind(step)
+        if kind == "ResizeEdge":
+            found["resize"] = {"edge": step.get("edge", "short"), "size": [step["scale"]] * 2}
+        elif kind == "Resize" and step.get("scale") is not None:
+            edge = "fit" if step.get("keep_ratio") else "both"
+            found["resize"] = {"edge": edge, "size": _height_width(step["scale"])}
+        elif kind == "CenterCrop":
+            found["crop"] = _height_width(step["crop_size"])
+        if kind in ("ResizeEdge", "Resize"):
+            found["interpolation"] = step.get("interpolation", "bilinear")
+    return found
+
+
+def _numbers(tensor: Tensor) -> list[float]:
+    """The numbers of the config, 72.94, where float32 holds 72.94000244140625."""
+    return [float(f"{value:.7g}") for value in tensor.flatten().tolist()]
+
+
+def _height_width(value: int | Sequence[int]) -> list[int]:
+    """mmcv writes sizes as one number or (width, height)."""
+    return [value, value] if isinstance(value, int) else [value[1], value[0]]
+
+
+def _kind(step: Mapping) -> str:
+    kind = step.get("type", "")
+    return (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]

@@ -1,0 +1,261 @@
+"""DistillHook: a dense model teaches the one in training, by its class probabilities and by where its maps look."""
+
+import copy
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from mmpretrain.models.heads import MultiLabelClsHead
+from torch import Tensor, nn
+
+from rep_plugin.checkpoints.files import save_checkpoint_file
+from rep_plugin.errors import ArgumentError, HookError
+from rep_plugin.functional.distillation import attention_distance, soft_divergence
+from rep_plugin.history import history_of
+from rep_plugin.measure.costs import count_params
+from rep_plugin.openmmlab.hooks.prune_hook import PruneHook
+from rep_plugin.openmmlab.hooks.runner_utils import final_model, plain_model
+from rep_plugin.openmmlab.load import load_model
+from rep_plugin.registry import HOOKS
+
+FILE = "teacher.pth"
+META = "rep_teacher"  # in a checkpoint's meta data: which teacher it was trained with
+
+
+@HOOKS.register_module()
+class DistillHook(Hook):
+    """Knowledge distillation (Hinton et al., 2015) in stock training: fine-tuning follows a dense teacher.
+
+    The loss becomes ``(1 - weight) * labels + weight * T^2 * KL(teacher || student) + feature_weight * attention``; the log
+    has the terms as ``loss_label``, ``loss_distill`` and ``loss_feature``. ``attention``: maps of the modules ``features``
+    (the same names in both; default: the backbone's outputs) compared by where their energy is (Zagoruyko and Komodakis,
+    ICLR 2017), which needs no projection between wide and narrow maps. Pictures are those the student sees, after
+    augmentation; any optimizer wrapper, accumulation and DDP stay as they are.
+
+    ``teacher``: a config (file or data) with its ``checkpoint``, of any network with the same classes and the same
+    normalisation of pictures. Or None: a copy of the model (of the EMA weights, where there are) as it is right before a
+    PruneHook with ``begin`` removes its first channels; it teaches from then on, and is kept in ``teacher.pth`` for
+    resuming. The teacher is in eval mode, has no gradients, and is in no checkpoint and no optimizer.
+
+    Raises ValueError for bad arguments, and :class:`rep_plugin.errors.HookError` where teacher and training do not fit.
+    """
+
+    priority = "HIGH"
+
+    def __init__(
+        self,
+        teacher: str | Mapping | None = None,
+        checkpoint: str | None = None,
+        temperature: float = 4.0,
+        weight: float = 0.9,
+        feature_weight: float = 0.0,
+        features: Sequence[str] = ("backbone",),
+    ):
+        if (teacher is None) != (checkpoint is None):
+            raise ArgumentError(
+                f"DistillHook takes teacher and checkpoint, or neither, got {teacher!r} and {checkpoint!r}"
+            )
+        if not temperature > 0:
+            raise ArgumentError(f"temperature must be > 0, got {temperature!r}")
+        if not 0 <= weight <= 1 or not feature_weight >= 0 or not weight + feature_weight > 0:
+            raise ArgumentError(
+                f"DistillHook needs weight in 0..1 and feature_weight >= 0, one of them above 0, got {weight!r} and "
+                f"{feature_weight!r}"
+            )
+        if isinstance(features, str) or not features:
+            raise ArgumentError(f"features must be a list of module names, got {features!r}")
+        self.source, self.checkpoint, self.temperature = teacher, checkpoint, temperature
+        self.weight, self.feature_weight = weight, feature_weight
+        self.features = tuple(features) if feature_weight else ()
+        self.teacher: nn.Module | None = None
+        self._steps_before, self._expected = 0, None
+        self._taps, self._handles = ExitStack(), []
+
+    def before_run(self, runner: Runner) -> None:
+        self._steps_before = len(history_of(plain_model(runner)))
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        if runner._resume:
+            self._expected = (checkpoint.get("meta") or {}).get(META)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        if self.source is None and self.teacher is not None:
+            checkpoint["meta"][META] = self._expected
+
+    def before_train(self, runner: Runner) -> None:
+        model = plain_model(runner)
+        if self.source is not None:
+            self._teach(runner, self._from_config(runner, model), str(self.checkpoint))
+        elif runner._resume and len(history_of(model)) > self._steps_before:
+            self._teach(runner, *self._from_file(runner))
+        elif not any(isinstance(hook, PruneHook) and hook.begin is not None for hook in runner.hooks):
+            raise HookError(
+                "DistillHook without teacher copies the model before PruneHook's first removal, but no PruneHook with begin "
+                "is there: give teacher (a config) and checkpoint"
+            )
+        self._attach(model)
+
+    def before_removal(self, runner: Runner) -> None:
+        """Called by hooks that are about to remove channels from the model in training."""
+        if self.teacher is not None:
+            return
+        teacher = copy.deepcopy(final_model(runner))
+        state = teacher.state_dict()
+        self._expected = _digest(state)
+        if is_main_process():
+            save_checkpoint_file({"meta": {META: self._expected}, "state_dict": state}, Path(runner.work_dir) / FILE)
+        self._teach(runner, teacher, "this training, before the first removal")
+
+    def after_train(self, runner: Runner) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _from_config(self, runner: Runner, student: nn.Module) -> nn.Module:
+        cfg = Config.fromfile(self.source) if isinstance(self.source, str) else Config(copy.deepcopy(dict(self.source)))
+        if "model" not in cfg:
+            cfg = Config(dict(model=cfg, data_preprocessor=runner.cfg.get("data_preprocessor")))
+        try:
+            teacher, _ = load_model(cfg, str(self.checkpoint))
+        except (OSError, RuntimeError, ValueError) as error:
+            raise HookError(f"DistillHook: the teacher cannot be loaded: {' '.join(str(error).split())}") from error
+        ours, theirs = (_normalisation(model) for model in (student, teacher))
+        if ours != theirs:
+            raise HookError(f"DistillHook: the teacher sees pictures with {theirs}, expected the student's {ours}")
+        return teacher
+
+    def _from_file(self, runner: Runner) -> tuple[nn.Module, str]:
+        folders = (Path(runner.work_dir), Path(str(runner._load_from or "")).parent)
+        path = next((folder / FILE for folder in folders if (folder / FILE).is_file()), None)
+        if path is None:
+            raise HookError(f"DistillHook resumes after a removal and needs {folders[0] / FILE}, which is not there")
+        teacher, meta = load_model(runner.cfg, str(path))
+        if meta.get(META) != self._expected:
+            raise HookError(f"DistillHook: {path} is not the teacher that the checkpoint was trained with")
+        return teacher, str(path)
+
+    def _teach(self, runner: Runner, teacher: nn.Module, source: str) -> None:
+        teacher.eval()  # not chained: mmpretrain's return None
+        teacher.requires_grad_(False)
+        self.teacher = teacher.to(next(plain_model(runner).parameters()).device)
+        for name in self.features:
+            _module(self.teacher, name, "teacher")
+        runner.logger.info(f"DistillHook: the teacher has {count_params(teacher):,} parameters, from {source}")
+
+    def _attach(self, student: nn.Module) -> None:
+        """Hooks on the model itself act inside DDP's forward too; copies of the model take them along, and are not meant."""
+        if isinstance(getattr(student, "head", None), MultiLabelClsHead):
+            raise HookError(f"DistillHook softens one label a picture, got a {type(student.head).__name__}")
+        logits = "head" if hasattr(student, "head") else "model"  # of a stock network, of a wrapped timm network
+        names = (logits, *self.features)
+        for name in names:
+            _module(student, name, "model")
+        found: dict[str, object] = {}
+
+        def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            self._taps.close()  # of a pass that did not come to its end
+            if module is student and self.teacher is not None and _mode(args, kwargs) == "loss":
+                found.clear()
+                found.update(inputs=kwargs["inputs"] if "inputs" in kwargs else args[0])
+                self._taps.enter_context(_outputs(student, names, found))
+
+        def after(module: nn.Module, args: tuple, kwargs: dict, losses: dict) -> dict | None:
+            if module is not student or "inputs" not in found:
+                return None
+            self._taps.close()
+            if logits not in found:
+                raise HookError(f"DistillHook: {type(student).__name__}'s loss does not call its {logits!r}")
+            mixed = self._mix(found, logits, losses)
+            found.clear()
+            return mixed
+
+        self._handles = [
+            student.register_forward_pre_hook(before, with_kwargs=True),
+            student.register_forward_hook(after, with_kwargs=True),
+        ]
+
+    def _mix(self, found: dict, logits: str, losses: dict) -> dict:
+        with torch.no_grad(), ExitStack() as taps:
+            told: dict[str, object] = {}
+            taps.enter_context(_outputs(self.teacher, self.features, told))
+            answer = self.teacher(found["inputs"], mode="tensor")
+        mixed = {}
+        for name, value in losses.items():
+            if "loss" in name:  # of these mmengine logs the sum as ``loss``, unless one of them has that very name
+                name, share = "loss_label" if name == "loss" else name, 1 - self.weight
+                value = [one * share for one in value] if isinstance(value, list) else value * share
+            mixed[name] = value
+        try:
+            if self.weight:
+                ours, theirs = _logits(found[logits], "student"), _logits(answer, "teacher")
+                mixed["loss_distill"] = self.weight * soft_divergence(ours, theirs, self.temperature)
+            if self.feature_weight:
+                pairs = [pair for name in self.features for pair in _pairs(name, found.get(name), told.get(name))]
+                distance = sum(attention_distance(*pair) for pair in pairs) / len(pairs)
+                mixed["loss_feature"] = self.feature_weight * distance
+        except ValueError as error:
+            raise HookError(f"DistillHook: {error}") from None
+        return mixed
+
+
+@contextmanager
+def _outputs(model: nn.Module, names: Sequence[str], into: dict[str, object]) -> Iterator[None]:
+    """Keep what the modules of these names put out while the context lasts."""
+    with ExitStack() as stack:
+        for name in names:
+            keep = model.get_submodule(name).register_forward_hook(
+                lambda module, args, out, name=name: into.__setitem__(name, out)
+            )
+            stack.callback(keep.remove)
+        yield
+
+
+def _mode(args: tuple, kwargs: dict) -> str:
+    return kwargs.get("mode", args[2] if len(args) > 2 else "tensor")
+
+
+def _module(model: nn.Module, name: str, who: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise HookError(f"DistillHook: the {who}, {type(model).__name__}, has no module {name!r}") from None
+
+
+def _logits(out: object, who: str) -> Tensor:
+    if not isinstance(out, Tensor):
+        raise ArgumentError(f"the {who} gives {type(out).__name__}, expected logits (N, classes)")
+    return out
+
+
+def _pairs(name: str, ours: object, theirs: object) -> list[tuple[Tensor, Tensor]]:
+    """The maps of one module, student's and teacher's: both one, or equally many."""
+    pair = [list(maps) if isinstance(maps, (tuple, list)) else [maps] for maps in (ours, theirs)]
+    if any(not isinstance(one, Tensor) for maps in pair for one in maps) or len(pair[0]) != len(pair[1]):
+        described = (f"{len(maps)} of {type(maps[0]).__name__}" for maps in pair)
+        raise ArgumentError(
+            "{!r} must give equally many maps in student and teacher, got {} and {}".format(name, *described)
+        )
+    return list(zip(*pair))
+
+
+def _normalisation(model: nn.Module) -> str:
+    part = getattr(model, "data_preprocessor", None)
+    values = {}
+    for name in ("mean", "std"):
+        value = getattr(part, name, None)
+        values[name] = None if value is None else [round(v, 3) for v in value.flatten().tolist()]
+    return "mean {mean}, std {std}".format(**values) + f", to_rgb {getattr(part, 'to_rgb', False)}"
+
+
+def _digest(state: dict[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name, tensor in state.items():
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()

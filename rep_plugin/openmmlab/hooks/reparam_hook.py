@@ -1,0 +1,50 @@
+"""ReparamHook: write the deployed model when training is over."""
+
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from rep_plugin.blocks.annealed import annealed_modules
+from rep_plugin.errors import AnnealError
+from rep_plugin.openmmlab.artefacts import write_deployed
+from rep_plugin.openmmlab.hooks.linearize_hook import LinearizeHook
+from rep_plugin.openmmlab.hooks.pruning_hook import config_of
+from rep_plugin.openmmlab.hooks.runner_utils import final_model
+from rep_plugin.openmmlab.load import real_inputs
+from rep_plugin.registry import HOOKS
+
+
+@HOOKS.register_module()
+class ReparamHook(Hook):
+    """After training, merge a copy of the model, prove it on random and real pictures, and write the artefact.
+
+    Writes ``deploy.pth``, ``deploy.py`` and ``deploy.json`` into ``out_dir`` (default: the work directory) and logs the
+    report. The trained model itself is not changed. What a PruneHook has narrowed in training is merged in that form.
+    Raises :class:`rep_plugin.EquivalenceError` where the proof fails, and before training AnnealError for annealed blocks
+    (``anneal=True``) that no LinearizeHook leads to their end.
+    """
+
+    priority = "VERY_LOW"  # after the last checkpoint
+
+    def __init__(self, out_dir: str | None = None):
+        self.out_dir = out_dir
+
+    def before_train(self, runner: Runner) -> None:
+        lowest = min((module.alpha for module in annealed_modules(runner.model)), default=1.0)
+        if lowest < 1 and not any(isinstance(hook, LinearizeHook) for hook in runner.hooks):
+            raise AnnealError(
+                f"the model ends at alpha {lowest:.4g} and could not be merged: add dict(type='rep_plugin.LinearizeHook', "
+                "end=...) to custom_hooks"
+            )
+
+    def after_train(self, runner: Runner) -> None:
+        if not is_main_process():
+            return
+        model = final_model(runner)
+        loop = runner.val_loop or runner.train_loop
+        loader = loop.dataloader
+        out_dir = self.out_dir or runner.work_dir
+        report = write_deployed(
+            model, config_of(runner), out_dir, real_inputs(model, loader), getattr(loader.dataset, "metainfo", None)
+        )
+        runner.logger.info(f"deployed model written to {out_dir}/deploy.pth and deploy.py\n{report}")

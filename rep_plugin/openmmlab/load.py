@@ -1,0 +1,96 @@
+"""Models built from configs, and checkpoints loaded into them strictly."""
+
+import copy
+import math
+import os
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS as ROOT_MODELS
+from mmengine.registry import DefaultScope
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from rep_plugin.checkpoints.safe_load import load_checkpoint_file
+from rep_plugin.checkpoints.strict import require_fit
+from rep_plugin.errors import CheckpointMismatchError, EquivalenceError
+from rep_plugin.measure.forward import run_model
+from rep_plugin.measure.verify import compare_outputs, verify_equivalence
+from rep_plugin.openmmlab.configs import drop_pretrained_, typed_dicts
+
+REAL_PICTURES, REAL_PIXELS = 8, 8 * 384 * 384  # for the proof on real data: float64 is slow
+
+
+def build_model(cfg: Config) -> nn.Module:
+    """Build ``cfg.model`` as mmengine's Runner does, in eval mode."""
+    model_cfg = copy.deepcopy(cfg.model)
+    model_cfg.setdefault("data_preprocessor", cfg.get("data_preprocessor"))
+    with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmpretrain")):
+        model = ROOT_MODELS.build(model_cfg)
+    model.eval()  # not chained: mmpretrain's return None
+    return model
+
+
+def load_strictly(model: nn.Module, state_dict: dict, source: str) -> None:
+    """Load a state dict that must fit exactly; on a mismatch nothing is loaded.
+
+    Raises RuntimeError with the first missing, unexpected and differently shaped keys.
+    """
+    require_fit(model, state_dict, source)
+    model.load_state_dict(state_dict)
+
+
+def read_state_dict(checkpoint: str | os.PathLike) -> tuple[dict, dict]:
+    """Return the state dict and the meta data of a checkpoint file. Raises CheckpointMismatchError where it has none."""
+    content = load_checkpoint_file(checkpoint)
+    state_dict = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state_dict, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state_dict.items()
+    ):
+        raise CheckpointMismatchError(f"{checkpoint} holds no state dict (names and tensors)")
+    meta = content.get("meta")
+    return state_dict, meta if isinstance(meta, dict) else {}
+
+
+def load_model(cfg: Config, checkpoint: str) -> tuple[nn.Module, dict]:
+    """Build a config's model and load a checkpoint into it strictly; return it in eval mode, with the file's meta data."""
+    state_dict, meta = read_state_dict(checkpoint)
+    cfg = copy.deepcopy(cfg)
+    for part in typed_dicts(cfg.model):
+        if part["type"] == "rep_plugin.Expanded":  # the weights it was expanded from may be gone by now
+            for inner in typed_dicts(part):
+                drop_pretrained_(inner)
+    model = build_model(cfg)
+    load_strictly(model, state_dict, str(checkpoint))
+    return model, meta
+
+
+def real_inputs(model: nn.Module, loader: DataLoader, count: int = REAL_PICTURES) -> Tensor:
+    """Return up to ``count`` pictures of a loader's data set, evenly spread, preprocessed as the model sees them.
+
+    Pictures of several sizes do not make a batch: those of the most frequent size are taken, and of large ones fewer, but
+    two.
+    """
+    dataset = loader.dataset
+    step = max(1, len(dataset) // count)
+    samples = [dataset[i] for i in range(0, min(len(dataset), count * step), step)]
+    shapes = [tuple(sample["inputs"].shape) for sample in samples]
+    common = max(shapes, key=shapes.count)
+    samples = [sample for sample, shape in zip(samples, shapes) if shape == common]
+    samples = samples[: max(2, REAL_PIXELS // math.prod(common[-2:]))]
+    with torch.no_grad():
+        return model.data_preprocessor(copy.deepcopy(loader.collate_fn(samples)), False)["inputs"]
+
+
+def check_rebuilt(cfg: Config, merged: nn.Module, inputs: Tensor) -> None:
+    """What stock code will build from the written config must load the weights and say the same as the given model."""
+    rebuilt = build_model(cfg)
+    load_strictly(rebuilt, merged.state_dict(), "what was made of the model")
+    with torch.no_grad():
+        difference = compare_outputs(run_model(merged.cpu(), inputs.cpu()), run_model(rebuilt, inputs.cpu()))
+    if difference.exceeds(1e-6):  # or is it rounding, of weights that lie otherwise in memory?
+        try:
+            verify_equivalence(merged, rebuilt, [inputs.cpu()])
+        except EquivalenceError:
+            found = f"{difference.max_rel:.2e} relative"
+            raise EquivalenceError(f"the model built from the written config differs by {found}") from None

@@ -1,0 +1,274 @@
+"""Clusters of channels that training draws together until each is one channel, found on a trace: coupled layers share them.
+
+Source: Ding et al., "Centripetal SGD for Pruning Very Deep Convolutional Networks with Complicated Structure" (CVPR 2019).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from rep_plugin.errors import ArgumentError
+from rep_plugin.pruning.apply import kept_by
+from rep_plugin.pruning.planning.plan import PrunePlan
+from rep_plugin.pruning.planning.planner import plan_pruning
+from rep_plugin.pruning.tracing.graph import Trace
+from rep_plugin.pruning.tracing.groups import find_groups
+from rep_plugin.pruning.tracing.kept import Kept
+from rep_plugin.pruning.tracing.labels import squeeze_constant
+from rep_plugin.pruning.tracing.tracer import trace_channels
+
+METHODS = ("kmeans", "even")
+_LAST = 2.0  # the score of units that stay, above any rank
+_ROUNDS = 30
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """``plan`` keeps the first channel of every cluster; ``stands_for``: layer -> for each channel, which stays for it."""
+
+    plan: PrunePlan
+    stands_for: dict[str, tuple[int, ...]]
+
+    def to_json(self) -> str:
+        return json.dumps({"plan": asdict(self.plan), "stands_for": self.stands_for})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Clusters":
+        """Raises ValueError, in one line, for what is none."""
+        data = json.loads(text)
+        if not isinstance(data, dict) or set(data) != {"plan", "stands_for"}:
+            raise ArgumentError(f"the text holds no clusters, expected plan and stands_for, got {text[:40]!r}")
+        plan = PrunePlan.from_json(json.dumps(data["plan"]))
+        stands_for = {name: tuple(places) for name, places in data["stands_for"].items()}
+        for name in {**plan.kept, **stands_for}:
+            if tuple(sorted(set(stands_for.get(name, ())))) != plan.kept.get(name):
+                raise ArgumentError(f"the clusters of {name!r} do not stand for the channels that the plan keeps")
+        return cls(plan, stands_for)
+
+
+class Alignment:
+    """Which place of a unit answers to which place of another one, in every tensor.
+
+    The *kind* of a label is where it occurs: in which dimensions of which tensors, in which groups of convolutions, how
+    often. Units whose labels are of the same kinds, each kind once, are of one class: what the network does to one it does
+    to the other, with other numbers. Only such units can become equal, and then be one.
+    """
+
+    def __init__(self, trace: Trace):
+        self.trace, self.roots = trace, trace.channels.roots().tolist()
+        cuts = [(f"{name}.{dim}", labels) for name, dims in trace.cuts.items() for dim, labels in dims.items()]
+        balanced = [(f"balance {place}", rows) for place, rows in enumerate(trace.channels.balanced)]
+        found: list[list] = [[] for _ in self.roots]
+        for key, labels in (*cuts, *balanced):
+            for row, own in enumerate(labels.view(-1, labels.shape[-1])):
+                for label, number in zip(*(t.tolist() for t in own.unique(return_counts=True))):
+                    found[label].append((key, row, number))
+        book: dict[tuple, int] = {}
+        self._kinds = [book.setdefault(tuple(places), len(book)) if places else None for places in found]
+
+    def classes(self) -> tuple[list[tuple[str, list[int]]], dict[str, str]]:
+        """Return [(a layer, its units of one class)], at least two each, and {layer: why none of its channels merge}."""
+        kinds: dict[int, list[int]] = {}
+        for root, kind in zip(self.roots, self._kinds):
+            if kind is not None:
+                kinds.setdefault(root, []).append(kind)
+        counted = {
+            self.roots[label]: what
+            for labels, what in self._counted()
+            for label in squeeze_constant(labels)[0].unique().tolist()
+        }
+        classes, reasons = [], {}
+        for group in find_groups(self.trace):
+            found: dict[tuple, list[int]] = {}
+            reason = group.reason or "no two of its channels do the same work"
+            for unit in group.units.tolist():
+                if unit in counted:
+                    reason = counted[unit]
+                elif len(set(kinds[unit])) < len(kinds[unit]):
+                    reason = "channels of one layer go together, none answers to another"
+                else:
+                    found.setdefault(tuple(sorted(kinds[unit])), []).append(unit)
+            alike = [(group.layers[0], units) for units in found.values() if len(units) > 1]
+            classes += alike
+            if not alike:
+                reasons |= dict.fromkeys(group.layers, reason)
+        return classes, reasons
+
+    def _counted(self) -> list[tuple[Tensor, str]]:
+        """Channels whose number matters: two equal ones are not one of twice the weight."""
+        pools = [(labels, f"{name} multiplies it") for name, (_, ends) in self.trace.pools.items() for labels in ends]
+        return [*self.trace.counted, *pools]
+
+    def places(self, labels: Tensor) -> dict[int, list[int]]:
+        """Return {unit: its places among ``labels`` (C,)}, in an order that all units of a class have."""
+        found: dict[int, list[int]] = {}
+        labels = labels.tolist()
+        for place in sorted(range(len(labels)), key=lambda p: (self._kinds[labels[p]] or 0, p)):
+            found.setdefault(self.roots[labels[place]], []).append(place)
+        return found
+
+    def targets(self, labels: Tensor, leads: Mapping[int, int]) -> Tensor:
+        """Return the place that stays for each place, like ``labels`` ((C,), or (groups, width)); ``leads``: unit -> unit."""
+        rows = []
+        for own in labels.view(-1, labels.shape[-1]):
+            places, row = self.places(own), list(range(len(own)))
+            for unit in places.keys() & leads.keys():
+                for place, target in zip(places[unit], places[leads[unit]], strict=True):
+                    row[place] = target
+            rows.append(row)
+        return torch.tensor(rows).view(labels.shape)
+
+    def is_input(self, name: str, dim: int) -> bool:
+        """True for the columns of a kernel, which read channels; all else makes them or goes along."""
+        return (name, dim) not in self.trace.makers and len(self.trace.sizes.get(name, ())) > 1
+
+
+def leads_of(clusters: Clusters, trace: Trace) -> dict[int, int]:
+    """Return {unit: the unit that stays for it} for the units that go."""
+    roots, leads = trace.channels.roots(), {}
+    for name, stands_for in clusters.stands_for.items():
+        units = roots[trace.layers[name].labels]
+        leads |= {u: t for u, t in zip(units.tolist(), units[list(stands_for)].tolist()) if u != t}
+    return leads
+
+
+def cluster_points(points: Tensor, number: int, method: str, seed: int = 0) -> list[int]:
+    """Return the cluster of each point (N, D): exactly ``number`` of them, none empty.
+
+    ``even``: runs of equal length. ``kmeans``: Lloyd's rounds from k-means++ starts (Arthur and Vassilvitskii, SODA 2007),
+    drawn by a generator of their own.
+    """
+    if method == "even":
+        return [place * number // len(points) for place in range(len(points))]
+    if points.shape[1] > len(points):
+        points = torch.linalg.qr(points.T, mode="r").R.T  # fewer numbers, the same distances
+    generator = torch.Generator().manual_seed(seed)
+    chosen = [int(torch.randint(len(points), (1,), generator=generator))]
+    gaps = torch.full((len(points),), torch.inf, dtype=points.dtype)
+    while len(chosen) < number:
+        gaps = torch.minimum(gaps, (points - points[chosen[-1]]).square().sum(1))
+        gaps[chosen] = 0
+        # Where none is left the others are equal to chosen ones.
+        weights = gaps if gaps.any() else torch.ones_like(gaps).index_fill_(0, torch.tensor(chosen), 0)
+        chosen.append(int(torch.multinomial(weights, 1, generator=generator)))
+    centres, found = points[chosen], None
+    for _ in range(_ROUNDS):
+        distances = torch.cdist(points, centres)
+        nearest = _fill_empty(distances.argmin(1), distances, number)
+        if found is not None and torch.equal(found, nearest):
+            break
+        found = nearest
+        sizes = torch.bincount(found, minlength=number)[:, None]
+        centres = torch.zeros_like(centres).index_add_(0, found, points) / sizes
+    return found.tolist()
+
+
+def _fill_empty(nearest: Tensor, distances: Tensor, number: int) -> Tensor:
+    """Give every empty cluster the point that lies farthest from its own centre, of those that are not alone."""
+    for empty in (torch.bincount(nearest, minlength=number) == 0).nonzero().flatten().tolist():
+        own = distances.gather(1, nearest[:, None])[:, 0].clone()
+        own[torch.bincount(nearest, minlength=number)[nearest] == 1] = -1
+        nearest[own.argmax()] = empty
+    return nearest
+
+
+def _kernels(model: nn.Module, aligned: Alignment, units: list[int]) -> Tensor:
+    """Return the kernels that make the channels of units of one class, all layers side by side: (U, K)."""
+    parts = []
+    for name, dims in aligned.trace.cuts.items():
+        if len(aligned.trace.sizes.get(name, ())) < 2:
+            continue
+        for dim, labels in dims.items():
+            if aligned.is_input(name, dim):
+                continue
+            found = aligned.places(labels)
+            if units[0] in found:
+                places = torch.tensor([found[unit] for unit in units])
+                rows = model.get_parameter(name).detach().movedim(dim, 0).cpu().float()
+                parts.append(rows[places].reshape(len(units), -1))
+    return torch.cat(parts, 1)
+
+
+def plan_clusters(
+    model: nn.Module,
+    example_input: Tensor | Sequence[int],
+    prune_fraction: float | None = None,
+    *,
+    params: int | float | None = None,
+    macs: int | float | None = None,
+    widths: Mapping[str, int] | None = None,
+    clusters: str = "kmeans",
+    min_channels: int = 1,
+    round_to: int = 1,
+    overrides: Mapping[str, float | str] | None = None,
+    ignore: Sequence[str] = (),
+    seed: int = 0,
+) -> Clusters:
+    """Return the clusters that each shall become one channel. The model is not touched.
+
+    How many, one of: ``prune_fraction``, ``params``, ``macs``, ``min_channels``, ``round_to``, ``overrides`` and ``ignore``
+    as in :func:`rep_plugin.plan_pruning`, every group of coupled layers giving an equal share; or ``widths``, layer -> the
+    number of its clusters. Which, by ``clusters``: ``kmeans`` of the kernels, those of coupled layers side by side, or
+    ``even``. Layers that feed a bilinear pooling, or a norm over channels, stay as they are: there two equal channels are
+    not the same as one with summed weights.
+
+    Raises what plan_pruning raises, and ValueError for an unknown method.
+    """
+    if clusters not in METHODS:
+        raise ArgumentError(f"clusters must be one of {METHODS}, got {clusters!r}")
+    given = dict(prune_fraction=prune_fraction, params=params, macs=macs, widths=widths)
+    amount = {name: value for name, value in given.items() if value is not None}
+    if len(amount) != 1:
+        raise ArgumentError(f"give exactly one of {', '.join(given)}, got {list(amount) or 'none'}")
+    trace = trace_channels(model, example_input)
+    aligned = Alignment(trace)
+    classes, reasons = aligned.classes()
+    if not classes:
+        name, reason = next(iter(reasons.items()), ("it", "it has no layer that makes channels"))
+        raise ArgumentError(f"nothing in {type(model).__name__} can be merged: {name!r}: {reason}")
+    scores = _ranks(trace, classes, reasons)
+    if widths is not None:
+        for name, width in widths.items():
+            if name in reasons and width != len(trace.layers[name].labels):
+                raise ArgumentError(f"{name!r} cannot be merged to {width} channels: {reasons[name]}")
+        plan = PrunePlan.from_widths(model, example_input, widths, scores)
+    else:
+        options = dict(min_channels=min_channels, round_to=round_to, overrides=overrides, ignore=ignore)
+        plan = plan_pruning(model, example_input, scores, scope="layer", **amount, **options)
+
+    mask, leads = kept_by(plan, model, trace).mask, {}
+    for layer, units in classes:
+        number = int(mask[units].sum())
+        if number == 0:
+            raise ArgumentError(f"{plan.why} leaves no channel of a kind that {layer!r} has: remove less")
+        if number == len(units):
+            continue
+        points = _kernels(model, aligned, units) if clusters == "kmeans" else torch.empty(len(units), 0)
+        first: dict[int, int] = {}
+        for unit, cluster in zip(units, cluster_points(points, number, clusters, seed)):
+            leads[unit] = first.setdefault(cluster, unit)
+    gone = torch.zeros(trace.channels.count, dtype=torch.bool)
+    gone[[unit for unit, lead in leads.items() if unit != lead]] = True
+    kept = Kept(trace, gone)
+    changed = {name: layer.labels for name, layer in trace.layers.items() if kept.changes(layer.labels)}
+    what = f"widths of {len(widths)} layers" if widths is not None else "{}={}".format(*next(iter(amount.items())))
+    plan = replace(
+        plan,
+        kept={name: tuple(kept.index(labels).tolist()) for name, labels in changed.items()},
+        frozen={name: reasons.get(name, reason) for name, reason in plan.frozen.items()},
+        scores={},
+        why=f"{what}, in {clusters} clusters, min_channels {min_channels}, round_to {round_to}",
+    )
+    return Clusters(plan, {name: tuple(aligned.targets(labels, leads).tolist()) for name, labels in changed.items()})
+
+
+def _ranks(trace: Trace, classes: list[tuple[str, list[int]]], reasons: Mapping[str, str]) -> dict[str, list[float]]:
+    """Return scores by which every class loses an equal share; one unit of each, and those of no class, come last."""
+    scores = torch.full((trace.channels.count,), _LAST, dtype=torch.float64)
+    for _, units in classes:
+        scores[units[:-1]] = (torch.arange(len(units) - 1) + 0.5).double() / len(units)
+    roots = trace.channels.roots()
+    return {name: scores[roots[la.labels]].tolist() for name, la in trace.layers.items() if name not in reasons}

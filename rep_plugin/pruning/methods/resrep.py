@@ -1,0 +1,264 @@
+"""ResRep: a network learns in compactors what it can forget, while its own weights go on remembering.
+
+Source: Ding et al., "ResRep: Lossless CNN Pruning via Decoupling Remembering and Forgetting" (ICCV 2021).
+"""
+
+import copy
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rep_plugin.errors import ArgumentError
+from rep_plugin.measure.verify import verify_equivalence
+from rep_plugin.pruning.apply import TOLERANCE, PruneReport, apply_plan, proof_inputs
+from rep_plugin.pruning.methods.compactors import (
+    Site,
+    compactors_of,
+    find_sites,
+    insert_compactors_,
+    merge_compactors_,
+    require_running,
+)
+from rep_plugin.pruning.methods.sparsity import Sparsity, directions
+from rep_plugin.pruning.planning.plan import PrunePlan, make_plan
+from rep_plugin.pruning.planning.select import (
+    BUDGETS,
+    Candidate,
+    Choice,
+    allowed,
+    check_options,
+    find_candidates,
+    gone_of,
+    in_order,
+    round_widths,
+    to_budget,
+)
+from rep_plugin.pruning.tracing.groups import frozen_roots
+from rep_plugin.pruning.tracing.kept import Kept, count_costs, nothing_gone
+from rep_plugin.pruning.tracing.tracer import trace_channels
+
+_WITHOUT = "no compactor can make its channels zero"
+
+
+def check_target(macs: object, min_channels: object, round_to: object, ignore: object) -> None:
+    """Raise ValueError unless what :class:`ResRep` takes has the right type and lies in its range."""
+    if isinstance(ignore, str) or not isinstance(ignore, Sequence):
+        raise ArgumentError(f"ignore must be a list of patterns, got {ignore!r}")
+    check_options(dict.fromkeys(BUDGETS) | {"macs": 0 if macs is None else macs}, min_channels, round_to)
+
+
+class ResRep:
+    """Where a model's compactors stand, which channels are to be forgotten, and how the narrow network comes out.
+
+    ``shape`` (N, C, H, W) of an input; ``macs``: the multiply-adds that may remain, a share as a float or a whole number,
+    by the costs of a plan (compactors are not counted, they merge). ``min_channels``, ``round_to``, ``ignore`` as
+    :func:`rep_plugin.plan_pruning` has them. Every Conv-BN pair that makes channels of a group gets a compactor, the
+    group shares what is forgotten, and a channel's score is the root mean square of its rows' norms over the pairs of the
+    group. A depthwise convolution's factors are in no score, and bring what its own norm adds (beta) to zero with the
+    channel. A group that a forgotten channel would leave traces of is frozen: one that a linear layer, a block or a
+    convolution without a batch norm makes channels of (a gate of squeeze and excite multiplies, and leaves none).
+
+    Nothing is changed before :meth:`insert_`. Raises ValueError for bad numbers, patterns that fit no layer, a target that
+    cannot be met and a model without a place for a compactor; TraceError where the model cannot be traced.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        shape: tuple[int, ...],
+        macs: int | float,
+        *,
+        min_channels: int = 1,
+        round_to: int = 1,
+        ignore: Sequence[str] = (),
+    ):
+        check_target(macs, min_channels, round_to, ignore)
+        self.min_channels, self.round_to, self.ignore = min_channels, round_to, tuple(ignore)
+        sites = find_sites(model, trace_channels(model, shape))
+        self.trace = trace_channels(model, shape, makers=[site.norm for site in sites])
+        for name, dim in self.trace.masked_inputs:
+            labels = self.trace.cuts[name][dim]
+            self.trace.channels.freeze(labels, f"{_WITHOUT}: {name} would still see something of them")
+        choice = self._candidates({site: torch.ones(len(self._labels(site))) for site in sites})
+        roots, frozen = self.trace.channels.roots(), frozen_roots(self.trace)
+        self.sites = [
+            site for site in sites if site.conv not in choice.frozen and not frozen[roots[self._labels(site)]].all()
+        ]
+        if not self.sites or not choice.units:
+            name, reason = next(iter(choice.frozen.items()), ("it", "it has no layer that makes channels"))
+            raise ArgumentError(f"nothing in {type(model).__name__} can be pruned by compactors: {name!r}: {reason}")
+        self.macs_before = count_costs(self.trace, Kept(self.trace, nothing_gone(self.trace)))[1]
+        self.target = int(macs * self.macs_before) if isinstance(macs, float) else macs
+        self._take(choice, self.target)
+
+    def _labels(self, site: Site) -> Tensor:
+        return self.trace.layers[site.conv].labels
+
+    def _candidates(self, norms: dict[Site, Tensor]) -> Choice:
+        """What may be forgotten, from the norms of the rows of each site."""
+        roots = self.trace.channels.roots()
+        total = torch.zeros(self.trace.channels.count, dtype=torch.float64)
+        number = torch.zeros_like(total)
+        for site, values in norms.items():
+            if site.scored:
+                units = roots[self._labels(site)]
+                total.index_add_(0, units, values.double().square())
+                number.index_add_(0, units, torch.ones(len(units), dtype=torch.float64))
+        return find_candidates(self.trace, (total / number).sqrt(), self.ignore, _WITHOUT)
+
+    def _take(self, choice: Choice, macs: int) -> list[Candidate]:
+        order = allowed(in_order(choice.candidates, "global"), choice.widths, self.min_channels)
+
+        def finish(some: Sequence[Candidate]) -> list[Candidate]:
+            return round_widths(some, choice.widths, self.round_to)
+
+        def cost(some: Sequence[Candidate]) -> int:
+            return count_costs(self.trace, Kept(self.trace, gone_of(self.trace, finish(some))))[1]
+
+        return finish(to_budget(order, cost, macs, "macs"))
+
+    def insert_(self, model: nn.Module) -> None:
+        """Put the compactors, identities still, into a model (or a copy of it) that was given to the constructor."""
+        insert_compactors_(model, self.sites)
+        require_running(model, self.sites, self.trace.shape)
+
+    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """Return the weights of a model's compactors."""
+        return [compactor.weight for compactor in compactors_of(model, self.sites).values()]
+
+    def choose(self, model: nn.Module, macs: int | None = None) -> PrunePlan:
+        """Return what is to be forgotten so that ``macs`` (default: the target) remain: the channels of the lowest scores.
+
+        The plan is for the model without compactors. Raises ValueError where so few cannot remain, and for rows that are
+        not finite.
+        """
+        macs = self.target if macs is None else macs
+        compactors = compactors_of(model, self.sites)
+        norms = {site: compactors[site.conv].row_norms() for site in self.sites}
+        for site, values in norms.items():
+            if not torch.isfinite(values).all():
+                raise ArgumentError(f"the compactor behind {site.norm!r} holds NaN or infinity: training has diverged")
+        choice = self._candidates(norms)
+        why = f"macs={macs} by compactors, min_channels {self.min_channels}, round_to {self.round_to}"
+        return make_plan(model, self.trace, choice, self._take(choice, macs), why, False)
+
+    def forgotten(self, plan: PrunePlan) -> dict[str, Tensor]:
+        """Return the rows that a plan forgets, by the names of the convolutions."""
+        rows = {}
+        for site in self.sites:
+            stays = torch.zeros(len(self._labels(site)), dtype=torch.bool)
+            stays[list(plan.kept.get(site.conv, range(len(stays))))] = True
+            rows[site.conv] = (~stays).nonzero().flatten()
+        return rows
+
+    def rows_left(self, model: nn.Module, plan: PrunePlan) -> dict[str, float]:
+        """Return what forgetting has come to: ``largest_dropped_row`` and ``smallest_kept_row``, norms, and
+        ``largest_dropped_share``, a dropped row's norm by the mean of those that stay beside it."""
+        forgotten, compactors = self.forgotten(plan), compactors_of(model, self.sites)
+        found = dict(largest_dropped_row=0.0, largest_dropped_share=0.0, smallest_kept_row=torch.inf)
+        for name, compactor in compactors.items():
+            norms = compactor.row_norms()
+            dropped = torch.zeros(len(norms), dtype=torch.bool).index_fill_(0, forgotten[name], True)
+            stays = norms[~dropped]
+            largest = max(norms[dropped].tolist(), default=0.0)
+            found["largest_dropped_row"] = max(found["largest_dropped_row"], largest)
+            share = largest / max(stays.mean().item(), torch.finfo(norms.dtype).tiny)
+            found["largest_dropped_share"] = max(found["largest_dropped_share"], share)
+            found["smallest_kept_row"] = min(found["smallest_kept_row"], stays.min().item())
+        return found
+
+    def compact_(self, model: nn.Module, plan: PrunePlan, example_input: Tensor | None = None) -> PruneReport:
+        """Merge the compactors of a model and remove what ``plan`` forgets, in place; return the report.
+
+        The one thing that is lost are the forgotten rows, as small as they are by now: they are set to zero. Two
+        proofs in float64 (relative tolerance 1e-9), on copies: the plan's, and the narrow network against the one with
+        compactors. Raises what :func:`rep_plugin.apply_plan` raises; the model is then as it was.
+        """
+        reference = copy.deepcopy(model).double()
+        compactors, forgotten = compactors_of(reference, self.sites), self.forgotten(plan)
+        with torch.no_grad():
+            for name, rows in forgotten.items():
+                weight = compactors[name].weight
+                weight.index_fill_(0, rows.to(weight.device), 0)
+        twin = copy.deepcopy(reference)
+        merge_compactors_(twin, self.sites)
+        report = apply_plan(twin, plan, example_input=example_input)
+        inputs = proof_inputs(model, plan.input_shape, example_input)
+        found = verify_equivalence(reference, twin, inputs, tolerance=TOLERANCE, keep=False)
+        report.max_abs_error = max(report.max_abs_error, found.total.max_abs)
+        report.max_rel_error = max(report.max_rel_error, found.total.max_rel)
+        merge_compactors_(model, self.sites)
+        apply_plan(model, plan, verify=False)
+        model.load_state_dict(twin.state_dict())  # rounded once
+        return report
+
+
+class Forgetting:
+    """What makes compactors forget, at every real step of an optimizer: group lasso of ``strength`` pulls all rows, the
+    gradient of the objective does not reach those that are marked, and these are pulled by ``marked_strength`` instead. A
+    marked row that reaches zero stays there, its momentum too: the paper's swing through it, for as long as momentum lasts.
+    It goes straight there: what momentum has of the objective is dropped when a row is marked.
+
+    It acts where :class:`rep_plugin.pruning.methods.sparsity.Sparsity` does, after accumulation, unscaling and clipping.
+    """
+
+    def __init__(self, compactors: dict[str, nn.Parameter], strength: float, marked_strength: float | None = None):
+        self.compactors = compactors
+        self.rows: dict[nn.Parameter, Tensor] = {}
+        self._before: dict[nn.Parameter, Tensor] = {}  # marked rows, before the step
+        self._more = 0.0 if marked_strength is None else marked_strength - strength
+        self._lasso = Sparsity({}, {weight: strength for weight in compactors.values()})
+        self._optimizers: list[torch.optim.Optimizer] = []
+        self._handles: list = []
+
+    @torch.no_grad()
+    def mark(self, rows: dict[str, Tensor]) -> None:
+        """Let these rows (by the names of the compactors) be forgotten, and no others.
+
+        Before :meth:`attach` nothing is known of momentum, and it stays: so a training that goes on restores what is marked.
+        """
+        old, self.rows = self.rows, {w: rows[name].to(w.device) for name, w in self.compactors.items()}
+        for weight, now in self.rows.items():
+            new = now[~torch.isin(now, old[weight])] if weight in old else now
+            for optimizer in self._optimizers:
+                _forget_momentum_(optimizer, weight, new)
+
+    def attach(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Act on the steps of these optimizers. Raises ValueError where none of them has any of the compactors."""
+        self._optimizers = optimizers = list(optimizers)
+        # Hooks run in the order in which they are registered: the gradient is replaced, then the lasso is added.
+        self._handles = [one.register_step_pre_hook(lambda optimizer, *_: self._mask(optimizer)) for one in optimizers]
+        self._lasso.attach(optimizers)
+        self._handles += [
+            one.register_step_post_hook(lambda optimizer, *_: self._settle(optimizer)) for one in optimizers
+        ]
+
+    def detach(self) -> None:
+        """Let go of the optimizers."""
+        for handle in self._handles:
+            handle.remove()
+        self._lasso.detach()
+        self._optimizers = []
+
+    @torch.no_grad()
+    def _mask(self, optimizer: torch.optim.Optimizer) -> None:
+        scale = getattr(optimizer, "grad_scale", None)  # see Sparsity
+        self._before = {weight: weight[rows] for weight, rows in self.rows.items() if weight.grad is not None}
+        for weight, before in self._before.items():
+            rows, term = self.rows[weight], directions(before) * self._more
+            weight.grad.index_copy_(0, rows, term if scale is None else term * scale.to(term.device))
+
+    @torch.no_grad()
+    def _settle(self, optimizer: torch.optim.Optimizer) -> None:
+        for weight, before in self._before.items():
+            rows = self.rows[weight]
+            past = rows[(weight[rows] * before).flatten(1).sum(1) <= 0]
+            weight.index_fill_(0, past, 0)
+            _forget_momentum_(optimizer, weight, past)
+
+
+def _forget_momentum_(optimizer: torch.optim.Optimizer, weight: nn.Parameter, rows: Tensor) -> None:
+    for tensor in optimizer.state.get(weight, {}).values():
+        if isinstance(tensor, Tensor) and tensor.shape == weight.shape:
+            tensor.index_fill_(0, rows, 0)

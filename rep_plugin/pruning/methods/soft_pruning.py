@@ -1,0 +1,43 @@
+"""Soft filter pruning: channels set to zero that may come back. Source: He et al., "Soft Filter Pruning" (IJCAI 2018)."""
+
+import torch
+from torch import nn
+
+from rep_plugin.pruning.apply import kept_by
+from rep_plugin.pruning.planning.plan import PrunePlan
+from rep_plugin.pruning.surgery.mask import mask_channels_
+from rep_plugin.pruning.tracing.graph import Trace
+from rep_plugin.pruning.tracing.kept import Kept
+from rep_plugin.pruning.tracing.tracer import trace_channels
+
+
+def _traced(model: nn.Module, plan: PrunePlan) -> tuple[Trace, Kept]:
+    trace = trace_channels(model, plan.input_shape, plan.prune_outputs)
+    return trace, kept_by(plan, model, trace)
+
+
+def zero_channels_(model: nn.Module, plan: PrunePlan) -> None:
+    """Set to zero, in place, what makes the channels that ``plan`` removes: kernels and biases, gammas and betas.
+
+    The model then computes what it would without them. Behind a ReLU their gradients are zero as well: they come back by
+    the momentum that the optimizer has for them, which stays. Raises ValueError where the plan is not for this model.
+    """
+    trace, kept = _traced(model, plan)
+    mask_channels_(model, trace, kept)
+
+
+@torch.no_grad()
+def count_returned(model: nn.Module, plan: PrunePlan) -> tuple[int, int]:
+    """Return how many of the channels that :func:`zero_channels_` set to zero are not any more, and how many it were.
+
+    Channels are counted once in every tensor that makes them.
+    """
+    trace, kept = _traced(model, plan)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    returned = total = 0
+    for name, dim in trace.makers:
+        labels = trace.cuts[name][dim]
+        if labels.dim() == 1 and kept.changes(labels):
+            rows = tensors[name].index_select(dim, kept.gone(labels).to(tensors[name].device)).movedim(dim, 0)
+            returned, total = returned + int(rows.reshape(len(rows), -1).any(1).sum()), total + len(rows)
+    return returned, total

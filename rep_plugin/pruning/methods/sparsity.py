@@ -1,0 +1,160 @@
+"""Terms that pull weak channels to zero while a model trains, added where the optimizer steps.
+
+Sources: Liu et al., "Network Slimming" (ICCV 2017): L1 on the gammas of batch norms; Parikh and Boyd, "Proximal
+Algorithms" (2014): soft thresholding; Wen et al., "Structured Sparsity" (NeurIPS 2016): group lasso on filters.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rep_plugin.blocks.base import RepBlock
+from rep_plugin.errors import ArgumentError
+from rep_plugin.pruning.tracing.groups import frozen_roots
+from rep_plugin.pruning.tracing.tracer import trace_channels
+
+MODES = ("subgradient", "proximal")
+
+
+def prunable_parts(model: nn.Module, shape: tuple[int, ...]) -> tuple[list[str], list[str]]:
+    """Return the names of the batch norms and of the convolutions with channels that could be removed.
+
+    Of a block only the output norms count: gammas inside are no signal. ``shape`` (N, C, ...) of an input. Raises
+    :class:`rep_plugin.pruning.TraceError` where the model cannot be traced.
+    """
+    trace = trace_channels(model, shape)
+    roots, frozen = trace.channels.roots(), frozen_roots(trace)
+
+    def can_go(labels: Tensor) -> bool:
+        return not bool(frozen[roots[labels]].all())
+
+    norms = [name for name, labels in trace.norms.items() if can_go(labels)]
+    kernels = [name for name, layer in trace.layers.items() if layer.kind == "conv" and can_go(layer.labels)]
+    return [name for name in norms if _has_gamma(model.get_submodule(name))], kernels
+
+
+def all_parts(model: nn.Module) -> tuple[list[str], list[str]]:
+    """Return the names of all batch norms and convolutions, of blocks the output norms only; nothing is traced."""
+    modules = dict(model.named_modules())
+    inside = {id(part) for block in modules.values() if isinstance(block, RepBlock) for part in block.modules()}
+    ends = {id(bn) for block in modules.values() if isinstance(block, RepBlock) for bn in block.output_bns()}
+    norms = [name for name, m in modules.items() if _has_gamma(m) and (id(m) in ends or id(m) not in inside)]
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return norms, [name for name, m in modules.items() if isinstance(m, kinds) and id(m) not in inside]
+
+
+def _has_gamma(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and module.weight is not None
+
+
+def check_strength(name: str, value: object) -> float:
+    """Return a strength as a float. Raises ValueError for what is no finite number >= 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ArgumentError(f"{name} must be a finite number >= 0, got {value!r}")
+    return float(value)
+
+
+def strengths_of(names: Iterable[str], strength: float, overrides: Mapping[str, float]) -> dict[str, float]:
+    """Return {name: strength}: that of the first pattern that fits, or else the common one.
+
+    Raises ValueError for a pattern that fits no name.
+    """
+    names = list(names)
+    for pattern in overrides:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ArgumentError(
+                f"no prunable batch norm is named like {pattern!r}, expected one of {', '.join(names[:5])} ..."
+            )
+    return {n: next((value for p, value in overrides.items() if fnmatchcase(n, p)), strength) for n in names}
+
+
+class Sparsity:
+    """L1 on vectors (gammas) and group lasso on the rows of kernels, at every real step of an optimizer.
+
+    ``subgradient``: ``grad += strength * sign(gamma)``, for kernels ``strength * filter / |filter|``, before the step: after
+    the gradients are accumulated, averaged over processes, unscaled (also where a fused optimizer unscales them itself) and
+    clipped. The term is thus never clipped, and is there once a step. ``proximal``: after the step every value is moved
+    towards zero by ``lr * strength`` and stops there; filters shrink by as much in norm. Steps that mixed precision
+    leaves out leave the terms out. ``factor`` scales all strengths, for schedules. Parameters without a gradient are
+    not touched.
+
+    Parameters keep their strength when channels are removed in place. Raises ValueError for a bad mode.
+    """
+
+    def __init__(
+        self,
+        gammas: Mapping[nn.Parameter, float],
+        kernels: Mapping[nn.Parameter, float] | None = None,
+        mode: str = "subgradient",
+    ):
+        if mode not in MODES:
+            raise ArgumentError(f"mode must be one of {MODES}, got {mode!r}")
+        self.gammas, self.kernels, self.mode, self.factor = dict(gammas), dict(kernels or {}), mode, 1.0
+        self._handles: list = []
+
+    def attach(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Act on the steps of these optimizers. Raises ValueError where none of them has any of the parameters."""
+        optimizers = list(optimizers)
+        held = {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
+        if not any(id(p) in held for p in (*self.gammas, *self.kernels)):
+            raise ArgumentError(f"none of {len(self.gammas) + len(self.kernels)} sparse parameters is in an optimizer")
+        for one in optimizers:
+            if self.mode == "subgradient":
+                self._handles.append(one.register_step_pre_hook(lambda optimizer, *_: self._add_gradients(optimizer)))
+            else:
+                self._handles.append(one.register_step_post_hook(lambda optimizer, *_: self._shrink(optimizer)))
+
+    def detach(self) -> None:
+        """Let go of the optimizers."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _each(self, optimizer: torch.optim.Optimizer, act: Callable[[nn.Parameter, float, bool, dict], None]) -> None:
+        # Groups are looked at anew: loading an optimizer's state replaces them.
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                for strengths, rows in ((self.gammas, False), (self.kernels, True)):
+                    strength = strengths.get(parameter, 0.0) * self.factor
+                    if strength and parameter.grad is not None:
+                        act(parameter, strength, rows, group)
+
+    @torch.no_grad()
+    def _add_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        scale = getattr(optimizer, "grad_scale", None)  # set by GradScaler where the optimizer unscales on its own
+
+        def add(parameter: nn.Parameter, strength: float, rows: bool, group: dict) -> None:
+            term = directions(parameter) if rows else parameter.sign()
+            parameter.grad.add_(term if scale is None else term * scale.to(term.device), alpha=strength)
+
+        self._each(optimizer, add)
+
+    @torch.no_grad()
+    def _shrink(self, optimizer: torch.optim.Optimizer) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return  # the optimizer was called, and has done nothing
+
+        def shrink(parameter: nn.Parameter, strength: float, rows: bool, group: dict) -> None:
+            threshold = strength * float(group["lr"])
+            if rows:
+                parameter.mul_((1 - threshold / _norms(parameter)).clamp_min_(0))
+            else:
+                parameter.copy_(nn.functional.softshrink(parameter, threshold))
+
+        self._each(optimizer, shrink)
+
+
+def _norms(kernel: Tensor) -> Tensor:
+    """Norm of every filter, (O, 1, ...), never zero."""
+    dims = tuple(range(1, kernel.dim()))
+    return torch.linalg.vector_norm(kernel, dim=dims, keepdim=True).clamp_min(torch.finfo(kernel.dtype).tiny)
+
+
+def directions(kernel: Tensor) -> Tensor:
+    """Return every filter divided by its norm: the gradient of group lasso."""
+    return kernel / _norms(kernel)

@@ -1,0 +1,220 @@
+"""Which channels go so that the model takes a given time, by the table of layers and by timing what is really pruned.
+
+Multiply-adds do not tell the time: a convolution with 61 channels can take longer than one with 64. The table is quick and
+adds up to an estimate; what counts is the pruned model itself, timed in turns with the dense one. (Yang et al.,
+"NetAdapt", ECCV 2018, choose widths by a table of measured layers too.)
+"""
+
+import bisect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from rep_plugin.errors import ArgumentError
+from rep_plugin.pruning.planning.latency_table import LatencyTable, Timer, timed_copy
+from rep_plugin.pruning.planning.select import Candidate, gone_of
+from rep_plugin.pruning.tracing.graph import Trace
+
+TOLERANCE = 0.10  # of the asked latency
+_CLOSE = 0.04  # near enough to stop looking
+_ATTEMPTS = 6
+_NOISE = 0.1  # of the time between the narrowest width that is tried and the widest
+_STEPS = (8, 16)  # channels that vector units take at once
+_SECONDS = 3.0  # spent on timing two models
+
+
+@dataclass(frozen=True)
+class LatencyChoice:
+    """Which of the candidates go, and the measured seconds of the dense model and of the pruned one."""
+
+    chosen: list[Candidate]
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How many candidates of the order were wanted, how many of each group go, and the measured ``share`` of the time."""
+
+    number: int
+    counts: dict[int, int]
+    share: float = 1.0
+
+
+class Search:
+    """``order``: candidates as they are to go; ``finish``: what really goes when some of them do."""
+
+    def __init__(self, model, trace: Trace, x: Tensor, order: list[Candidate], finish, timer: Timer):
+        self.model, self.trace, self.x, self.order, self.finish, self.timer = model, trace, x, order, finish, timer
+        self.groups: dict[int, list[Candidate]] = {}
+        for candidate in order:
+            self.groups.setdefault(candidate.group, []).append(candidate)
+        self.widths = {group: self._widths(members) for group, members in self.groups.items()}
+        self.dense = timed_copy(model, trace, gone_of(trace, []))
+        self.table = LatencyTable(timer)
+        self.dense_seconds = timer({"dense": (self.dense, (x,))}, _SECONDS)["dense"]
+        (layers,) = self.table.add_up([self.dense], x)
+        self.rest = self.dense_seconds - layers  # additions, Python: taken to stay
+
+    def _widths(self, members: list[Candidate]) -> list[int]:
+        """Channels of the layer that could lose most once the first 0, 1, 2 ... of a group are gone."""
+        total: dict[str, int] = {}
+        for candidate in members:
+            for name, number in candidate.losses:
+                total[name] = total.get(name, 0) + number
+        layer = max(total, key=total.__getitem__)
+        widths = [len(self.trace.layers[layer].labels)]
+        for candidate in members:
+            widths.append(widths[-1] - dict(candidate.losses).get(layer, 0))
+        return widths
+
+    def wanted(self, number: int) -> dict[int, int]:
+        """How many of each group are among the first ``number``."""
+        counts = dict.fromkeys(self.groups, 0)
+        for candidate in self.order[:number]:
+            counts[candidate.group] += 1
+        return counts
+
+    def chosen(self, counts: Mapping[int, int]) -> list[Candidate]:
+        return [c for group, members in self.groups.items() for c in members[: counts[group]]]
+
+    def build(self, counts: Mapping[int, int]) -> nn.Module:
+        return timed_copy(self.model, self.trace, gone_of(self.trace, self.finish(self.chosen(counts))))
+
+    def estimate(self, *several: Mapping[int, int]) -> list[float]:
+        """Return the share of the dense model's time, by the table."""
+        sums = self.table.add_up((self.build(counts) for counts in several), self.x)
+        return [(self.rest + seconds) / self.dense_seconds for seconds in sums]
+
+    def measure(self, counts: Mapping[int, int]) -> float:
+        """Return the share of the dense model's time that the pruned one takes."""
+        found = self.timer({"dense": (self.dense, (self.x,)), "pruned": (self.build(counts), (self.x,))}, _SECONDS)
+        return found["pruned"] / found["dense"]
+
+    def near(self, group: int, count: int) -> list[int]:
+        """Counts that leave a multiple of 8 or 16 channels, a little more or fewer than ``count`` leaves; nearest first."""
+        widths = self.widths[group]
+        width, found = widths[count], {}
+        for step in _STEPS:
+            for goal in (width // step * step, -(-width // step) * step):
+                place = bisect.bisect_left(widths, -goal, key=lambda w: -w)
+                if goal > 0 and 3 * abs(goal - width) <= width and place < len(widths) and widths[place] == goal:
+                    found[place] = abs(goal - width)
+        return sorted(found, key=found.__getitem__)
+
+    def plain(self, number: int) -> dict[int, int]:
+        """The first ``number``, every group to the nearest multiple of 8."""
+        return {group: next(iter(self.near(group, n)), n) for group, n in self.wanted(number).items()}
+
+    def snap(self, wanted: Mapping[int, int], counts: Mapping[int, int]) -> dict[int, int]:
+        """Return ``counts`` with every group at the width, about as wide as wanted, that is fastest for what it keeps.
+
+        Fastest: the most below the straight line from the narrowest width to the widest, the nearest of those about as
+        much. A width that is no faster than a wider one is never taken.
+        """
+        counts = dict(counts)
+        for group, count in wanted.items():
+            options = sorted({count, *self.near(group, count)})  # the widest first
+            if len(options) < 2:
+                continue
+            times = self.estimate(*({**counts, group: option} for option in options))
+            widths = [self.widths[group][option] for option in options]
+            span = max(0.0, times[0] - times[-1])
+            gains = [span / max(1, widths[0] - widths[-1]) * width - t for width, t in zip(widths, times)]
+            good = [i for i, gain in enumerate(gains) if gain >= max(gains) - _NOISE * span]
+            best = min(good, key=lambda i: abs(options[i] - count))
+            counts[group] = options[next(i for i in range(best + 1) if times[i] <= times[best])]
+        return counts
+
+    def first_below(self, aim: float, asked: float) -> Trial:
+        """Return the trial in which the estimate falls to ``aim``, to 1/256 of the candidates; all go where it never does.
+
+        Raises ValueError where that is slower than the ``asked`` share.
+        """
+        low, high = 0, len(self.order)
+        while high - low > max(1, len(self.order) // 256):
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.estimate(self.plain(middle))[0] <= aim else (middle, high)
+        if high == len(self.order):
+            return Trial(high, self.all_gone(asked))
+        return Trial(high, self.snap(self.wanted(high), self.plain(high)))
+
+    def between(self, tried: Sequence[Trial], goal: float) -> Trial | None:
+        """Return what lies between the slowest that is fast enough and the fastest that is not, None without these.
+
+        Far apart: the number of candidates on the line between the two. Near: some groups are as in the one, the others
+        as in the other, as the table says.
+        """
+        slow = min((t for t in tried if t.share > goal), key=lambda t: t.share, default=None)
+        fast = max((t for t in tried if t.share <= goal), key=lambda t: t.share, default=None)
+        if slow is None or fast is None:
+            return None
+        part = (slow.share - goal) / (slow.share - fast.share)
+        number = round(slow.number + (fast.number - slow.number) * part)
+        if abs(fast.number - slow.number) > len(self.order) // 16:
+            return Trial(number, self.snap(self.wanted(number), self.plain(number)))
+        steps = [slow.counts]
+        for group, count in fast.counts.items():
+            if steps[-1][group] != count:
+                steps.append({**steps[-1], group: count})
+        times = self.estimate(*steps)
+        wanted = times[0] + (times[-1] - times[0]) * part
+        place = min(range(len(steps)), key=lambda i: abs(times[i] - wanted))
+        return Trial(number, steps[place]) if 0 < place < len(steps) - 1 else None
+
+    def all_gone(self, asked: float) -> dict[int, int]:
+        """Return the counts when all goes. Raises ValueError where that is too slow, or no faster than the asked share."""
+        counts = {group: len(members) for group, members in self.groups.items()}
+        if (least := self.measure(counts)) > asked:
+            raise ArgumentError(f"{self._cannot(asked)}: the least that remains is {self._amount(least)}")
+        return counts
+
+    def _amount(self, share: float) -> str:
+        return f"{share:.3g} ({share * self.dense_seconds * 1e3:.3g} ms)"
+
+    def _cannot(self, asked: float) -> str:
+        return f"latency (={self._amount(asked)} of {self.dense_seconds * 1e3:.3g} ms) cannot be met"
+
+    def refuse(self, asked: float, nearest: float) -> ValueError:
+        return ValueError(f"{self._cannot(asked)}: the nearest plan found takes {self._amount(nearest)}")
+
+
+def to_latency(
+    model: nn.Module,
+    trace: Trace,
+    x: Tensor,
+    order: list[Candidate],
+    finish: Callable[[list[Candidate]], list[Candidate]],
+    latency: float | None,
+    latency_ms: float | None,
+    timer: Timer,
+) -> LatencyChoice:
+    """Return what goes so that the pruned model takes ``latency``, a share of the dense one's time, or ``latency_ms``.
+
+    ``order``: candidates as they are to go; ``finish``: what really goes when some of them do. Widths come from the order
+    and the table; a copy that is really pruned is then timed in turns with the dense model, and what goes is
+    corrected by what it takes, until that is within 4 %, six times at most.
+
+    Raises ValueError where nothing within 10 % (or below) is found, or nothing faster than the dense model.
+    """
+    search = Search(model, trace, x, order, finish, timer)
+    asked = latency if latency is not None else latency_ms / 1e3 / search.dense_seconds
+    if asked >= 1:
+        return LatencyChoice([], search.dense_seconds, search.dense_seconds)
+    aim, goal, tried = asked, asked * (1 - _CLOSE / 2), []
+    for _ in range(_ATTEMPTS):
+        trial = search.between(tried, goal) or search.first_below(aim, asked)
+        share = search.measure(trial.counts)
+        if close := abs(share / goal - 1) <= _CLOSE:
+            share = (share + search.measure(trial.counts)) / 2  # was it luck?
+            close = abs(share / goal - 1) <= _CLOSE
+        tried.append(replace(trial, share=share))
+        if close:
+            break
+        aim *= goal / share
+    met = [trial for trial in tried if trial.share <= min(1.0, asked * (1 + TOLERANCE))]
+    best = min(met or tried, key=lambda trial: abs(trial.share / goal - 1))
+    if not met:
+        raise search.refuse(asked, best.share)
+    return LatencyChoice(search.chosen(best.counts), search.dense_seconds, best.share * search.dense_seconds)

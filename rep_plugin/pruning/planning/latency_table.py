@@ -1,0 +1,145 @@
+"""Measured time on this machine: of whole models in turns, and of every layer by its widths, in a table."""
+
+import copy
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from rep_plugin.blocks.base import RepBlock
+from rep_plugin.errors import ArgumentError
+from rep_plugin.measure.forward import run_model
+from rep_plugin.measure.latency import interleaved_medians, torch_threads
+from rep_plugin.pruning.surgery.remove import remove_channels_
+from rep_plugin.pruning.tracing.graph import Trace
+from rep_plugin.pruning.tracing.kept import Kept
+
+_SECONDS = 0.4  # spent on timing some layers
+
+Job = tuple[nn.Module, tuple]  # a module and its arguments
+Timer = Callable[[Mapping[Hashable, Job], float], dict[Hashable, float]]  # of the jobs, given about so many seconds
+
+
+@dataclass(frozen=True)
+class EagerTimer:
+    """Median seconds of eager calls on the CPU, in turns, with ``threads`` threads inside an operator.
+
+    As many rounds as fit into the given seconds, within ``rounds`` (fewest, most). Raises ValueError for a model
+    elsewhere.
+    """
+
+    threads: int = 1
+    rounds: tuple[int, int] = (9, 50)
+
+    def __call__(self, jobs: Mapping[Hashable, Job], seconds: float) -> dict[Hashable, float]:
+        for _, args in jobs.values():
+            if (odd := next((t.device for t in _tensors(args) if t.device.type != "cpu"), None)) is not None:
+                raise ArgumentError(f"latency is measured on the CPU, the model is on {odd}: move it, or give a timer")
+        calls = {key: _call(*job) for key, job in jobs.items()}
+        with torch_threads(self.threads):
+            one = sum(interleaved_medians(calls, 1).values())
+            least, most = self.rounds
+            return interleaved_medians(calls, min(most, max(least, int(seconds / one))))
+
+
+def _call(module: nn.Module, args: tuple) -> Callable[[], object]:
+    def run() -> object:
+        with torch.inference_mode():
+            return run_model(module, *args) if len(args) == 1 else module(*args)
+
+    return run
+
+
+def _tensors(args: object) -> list[Tensor]:
+    return [value for value in tree_flatten(args)[0] if isinstance(value, Tensor)]
+
+
+def timed_copy(model: nn.Module, trace: Trace, gone: Tensor) -> nn.Module:
+    """Return a copy in eval mode without the units ``gone``, as it would be deployed: every block one convolution.
+
+    The copy shares the memory of tensors that stay whole; nobody may train it.
+    """
+    memo: dict[int, object] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    memo |= {id(b): b.detach() for b in model.buffers()}
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        module.training = False
+    remove_channels_(twin, trace, Kept(trace, gone))
+    for module in list(twin.modules()):
+        if isinstance(module, RepBlock):
+            module.switch_to_deploy()
+    return twin
+
+
+def _units(model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
+    """Return the modules that compute something: without children, or with tensors of their own."""
+    children = dict(model.named_children())
+    own = [*model.parameters(recurse=False), *model.buffers(recurse=False)]
+    if prefix and (own or not children):
+        return {prefix[:-1]: model}
+    found = {}
+    for name, child in children.items():
+        found |= _units(child, f"{prefix}{name}.")
+    return found
+
+
+def _configuration(name: str, module: nn.Module, args: tuple) -> Hashable:
+    """What a module's time depends on: layers of torch that are built alike count as one, others go by their name."""
+    tensors = (*module.parameters(), *module.buffers(), *_tensors(args))
+    which = repr(module) if type(module).__module__.startswith("torch.nn.") else name
+    return which, tuple((tuple(t.shape), t.stride()) for t in tensors)
+
+
+@dataclass
+class LatencyTable:
+    """Seconds of layers by configuration, measured once with ``timer``.
+
+    The slowest layer that was measured first is measured along with all that come later: times of a busy minute are
+    brought to those of the first.
+    """
+
+    timer: Timer
+    seconds: dict[Hashable, float] = field(default_factory=dict)
+    _reference: tuple[Hashable, Job] | None = None
+
+    def add_up(self, models: Iterable[nn.Module], x: Tensor) -> list[float]:
+        """Return for each model the sum of its layers on ``x``; what is not known is measured, in turns."""
+        jobs: dict[Hashable, Job] = {}
+        used = [self._calls(model, x, jobs) for model in models]
+        if jobs:
+            self._measure(jobs)
+        return [sum(self.seconds[key] for key in keys) for keys in used]
+
+    def _calls(self, model: nn.Module, x: Tensor, jobs: dict[Hashable, Job]) -> list[Hashable]:
+        keys: list[Hashable] = []
+
+        def note(name: str) -> Callable:
+            def hook(module: nn.Module, args: tuple) -> None:
+                key = _configuration(name, module, args)
+                keys.append(key)
+                if key not in self.seconds and key not in jobs:
+                    jobs[key] = (module, tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, args))
+
+            return hook
+
+        handles = [module.register_forward_pre_hook(note(name)) for name, module in _units(model).items()]
+        try:
+            with torch.inference_mode():
+                run_model(model, x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return keys
+
+    def _measure(self, jobs: dict[Hashable, Job]) -> None:
+        if self._reference is None:
+            self.seconds |= self.timer(jobs, _SECONDS)
+            slowest = max(jobs, key=self.seconds.__getitem__)
+            self._reference = (slowest, jobs[slowest])
+            return
+        key, job = self._reference
+        found = self.timer({**jobs, key: job}, _SECONDS)
+        factor = self.seconds[key] / found[key]
+        self.seconds |= {name: found[name] * factor for name in jobs}

@@ -1,0 +1,222 @@
+"""A pruning plan: which channels of which layer stay, as plain data. Planning touches no module."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from rep_plugin.errors import ArgumentError
+from rep_plugin.pruning.planning.scores import score_units
+from rep_plugin.pruning.planning.select import (
+    Candidate,
+    Choice,
+    find_candidates,
+    gone_of,
+    to_widths,
+)
+from rep_plugin.pruning.tracing.graph import Trace
+from rep_plugin.pruning.tracing.kept import Kept, count_costs, nothing_gone
+from rep_plugin.pruning.tracing.tracer import trace_channels
+
+VERSION = 2
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """What stays of a model.
+
+    ``kept``: layer -> ascending indices of the output channels that stay, for every layer that loses some; ``widths``:
+    layer -> (before, after) for every layer that makes channels; ``groups``: layers whose channels are coupled;
+    ``frozen``: layer -> why it stays as it is; ``scores``: layer -> score of each channel (null: not scored); ``why``:
+    what was asked for. ``params_*`` and ``macs_*`` (multiply-adds for one ``input_shape``) are exact; a block that
+    deploys as one convolution counts as that one. ``units``: (number of units that could go, number that go), a unit
+    being channels that only go together. ``latency_*``: milliseconds of the dense and of the pruned model as measured on
+    the machine that planned by latency, else None.
+    """
+
+    model: str
+    input_shape: tuple[int, ...]
+    kept: dict[str, tuple[int, ...]]
+    widths: dict[str, tuple[int, int]]
+    groups: tuple[tuple[str, ...], ...] = ()
+    frozen: dict[str, str] = field(default_factory=dict)
+    scores: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
+    why: str = ""
+    params_before: int = 0
+    params_after: int = 0
+    macs_before: int = 0
+    macs_after: int = 0
+    units: tuple[int, int] = (0, 0)
+    prune_outputs: bool = False
+    latency_before: float | None = None
+    latency_after: float | None = None
+    version: int = VERSION
+
+    @classmethod
+    def from_widths(
+        cls,
+        model: nn.Module,
+        example_input: Tensor | Sequence[int],
+        widths: Mapping[str, int],
+        scores: str | Mapping[str, Sequence[float]] = "l1",
+        prune_outputs: bool = False,
+        seed: int = 0,
+    ) -> "PrunePlan":
+        """Return the plan that keeps these numbers of channels, as they are: no minimum, no rounding.
+
+        ``widths``: layer name -> channels kept; layers coupled to it follow, others stay. ``scores`` choose which, see
+        :func:`plan_pruning`. Raises ValueError for unknown layers, widths out of range or not reachable.
+        """
+        trace = trace_channels(model, example_input, prune_outputs)
+        choice = find_candidates(trace, score_units(model, trace, scores, seed=seed), without=_without(scores))
+        why = f"given widths of {len(widths)} layers, by {_label(scores)}"
+        return make_plan(model, trace, choice, to_widths(choice, widths), why, prune_outputs)
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Return the plan as JSON text, and write it to ``path`` where one is given (whole or not at all)."""
+        text = json.dumps(asdict(self), indent=1)
+        if path is not None:
+            temporary = Path(f"{path}.tmp")
+            temporary.write_text(text + "\n")
+            temporary.replace(path)
+        return text
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> "PrunePlan":
+        """Return the plan of a JSON text or file; version 1 had no latency.
+
+        Raises ValueError, in one line, for anything that is not a plan.
+        """
+        is_text = isinstance(source, str) and source.lstrip().startswith("{")
+        text = source if is_text else Path(source).read_text()
+        what = "the text" if is_text else str(source)
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ArgumentError(f"{what} is not JSON: {error}") from None
+        if isinstance(data, dict) and data.get("version") == 1:
+            data = {"latency_before": None, "latency_after": None} | data | {"version": VERSION}
+        fields = cls.__dataclass_fields__
+        if not isinstance(data, dict) or set(data) != set(fields):
+            odd = sorted(set(data) ^ set(fields)) if isinstance(data, dict) else type(data).__name__
+            raise ArgumentError(f"{what} is not a pruning plan: missing or unknown {odd}")
+        if data["version"] != VERSION:
+            raise ArgumentError(f"{what} is a plan of version {data['version']}, expected {VERSION}")
+        try:
+            plan = cls(**{name: _plain(name, value) for name, value in data.items()})
+        except (TypeError, AttributeError, ValueError) as error:
+            raise ArgumentError(f"{what} is not a pruning plan: {error}") from None
+        plan._check()
+        return plan
+
+    def _check(self) -> None:
+        for name, indices in self.kept.items():
+            before, after = self.widths.get(name, (0, 0))
+            ascending = all(a < b for a, b in pairwise(indices))
+            if not indices or not ascending or indices[0] < 0 or indices[-1] >= before or len(indices) != after:
+                raise ArgumentError(
+                    f"kept channels of {name!r} must ascend within 0..{before - 1} and be {after} in number"
+                )
+
+
+def _plain(name: str, value: object) -> object:
+    """Give JSON's lists back their types."""
+    if name in ("kept", "widths"):
+        return {key: tuple(int(i) for i in items) for key, items in value.items()}
+    if name == "scores":
+        return {key: tuple(items) for key, items in value.items()}
+    if name == "groups":
+        return tuple(tuple(layers) for layers in value)
+    return tuple(int(i) for i in value) if name in ("input_shape", "units") else value
+
+
+def _label(scores: str | Mapping) -> str:
+    return scores if isinstance(scores, str) else "given scores"
+
+
+def _without(scores: str | Mapping) -> str:
+    return "it has no BN for bn_gamma: use scores='l1'" if scores == "bn_gamma" else f"not scored by {_label(scores)}"
+
+
+def make_plan(
+    model: nn.Module, trace: Trace, choice: Choice, taken: list[Candidate], why: str, prune_outputs: bool
+) -> PrunePlan:
+    """Return the plan that removes the ``taken`` candidates of a choice; ``why`` says what was asked for."""
+    kept = Kept(trace, gone_of(trace, taken))
+    layers = trace.layers
+    params_before, macs_before = count_costs(trace, Kept(trace, nothing_gone(trace)))
+    params_after, macs_after = count_costs(trace, kept)
+    roots = trace.channels.roots()
+    value = {unit: c.score for group in choice.candidates for c in group for unit in c.units}
+    return PrunePlan(
+        model=type(model).__name__,
+        input_shape=trace.shape,
+        kept={n: tuple(kept.index(layer.labels).tolist()) for n, layer in layers.items() if kept.changes(layer.labels)},
+        widths={name: (len(layer.labels), kept.count(layer.labels)) for name, layer in layers.items()},
+        groups=tuple(choice.layers),
+        frozen=choice.frozen,
+        scores={
+            name: tuple(value.get(unit) for unit in roots[layer.labels].tolist())
+            for name, layer in layers.items()
+            if name not in choice.frozen
+        },
+        why=why,
+        params_before=params_before,
+        params_after=params_after,
+        macs_before=macs_before,
+        macs_after=macs_after,
+        units=(choice.units, sum(len(c.units) for c in taken)),
+        prune_outputs=prune_outputs,
+    )
+
+
+def compose_plans(plans: Sequence[PrunePlan]) -> PrunePlan:
+    """Return the plan that removes at once what ``plans``, each made for the result of the one before, remove in turn.
+
+    Scores are dropped: they belong to different weights. Raises ValueError for no plans, or where one does not follow the
+    other.
+    """
+    if not plans:
+        raise ArgumentError("got no plans, expected at least 1")
+    whole = replace(plans[0], scores={})
+    for plan in plans[1:]:
+        ends = {name: after for name, (_, after) in whole.widths.items()}
+        starts = {name: before for name, (before, _) in plan.widths.items()}
+        if ends != starts:
+            name = next(n for n in (*ends, *starts) if ends.get(n) != starts.get(n))
+            raise ArgumentError(
+                f"plans do not follow each other: {name!r} ends with {ends.get(name)} channels, the next plan begins "
+                f"with {starts.get(name)}"
+            )
+        kept = {}
+        for name, (before, _) in whole.widths.items():
+            if name in whole.kept or name in plan.kept:
+                first = whole.kept.get(name, tuple(range(before)))
+                kept[name] = tuple(first[i] for i in plan.kept.get(name, range(len(first))))
+        whole = replace(
+            whole,
+            kept=kept,
+            widths={name: (before, plan.widths[name][1]) for name, (before, _) in whole.widths.items()},
+            why=f"{whole.why}; then {plan.why}",
+            params_after=plan.params_after,
+            macs_after=plan.macs_after,
+            units=(whole.units[0], whole.units[1] + plan.units[1]),
+        )
+    return whole
+
+
+def as_plan(plan: PrunePlan | Mapping | str) -> PrunePlan:
+    """Return a plan that is given as such, as its plain data, as JSON text, or as the path of a JSON file.
+
+    Raises ValueError, in one line, for what is none of these; FileNotFoundError for a path that does not exist.
+    """
+    if isinstance(plan, PrunePlan):
+        return plan
+    if isinstance(plan, Mapping):
+        return PrunePlan.from_json(json.dumps(plan))
+    if isinstance(plan, str):
+        return PrunePlan.from_json(plan)
+    raise ArgumentError(f"plan must be a PrunePlan, its data, JSON text or a path, got {type(plan).__name__}")

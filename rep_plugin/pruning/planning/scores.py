@@ -1,0 +1,177 @@
+"""How much a channel matters: one number for every unit of channels that go together. High is kept.
+
+Sources: Liu et al., "Network Slimming" (ICCV 2017, ``bn_gamma``); Li et al., "Pruning Filters" (ICLR 2017, ``l1``); He et
+al., "Filter Pruning via Geometric Median" (CVPR 2019, ``fpgm``); Molchanov et al., "Importance Estimation" (CVPR 2019,
+``taylor``).
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rep_plugin.blocks.base import RepBlock
+from rep_plugin.errors import ArgumentError
+from rep_plugin.pruning.tracing.graph import Layer, Trace
+from rep_plugin.pruning.tracing.groups import frozen_roots
+
+SCORES = ("bn_gamma", "l1", "l2", "fpgm", "taylor", "random")
+REDUCTIONS = ("mean", "sum", "max")
+
+Members = list[tuple[Tensor, Tensor]]  # (labels, value of each)
+
+
+def _kernel(model: nn.Module, layer: Layer) -> Tensor:
+    """Return a layer's kernel with one row an output, (O, K); of a block, the merged one."""
+    module = model.get_submodule(layer.name)
+    if isinstance(module, RepBlock):
+        if not module.deployed:
+            module = copy.deepcopy(module)
+            for part in module.modules():
+                part.training = False
+        return module.merged_kernel()[0].detach().flatten(1)
+    weight = model.get_parameter(layer.weight).detach()
+    return (weight.transpose(0, 1) if layer.kind == "conv_transpose" else weight).flatten(1)
+
+
+def _relative(values: Tensor) -> Tensor:
+    """Kernels of different layers are compared by their share of the layer's mean."""
+    return values / values.mean().clamp_min(torch.finfo(values.dtype).tiny)
+
+
+def _kernel_members(model: nn.Module, trace: Trace, norm: Callable[[Tensor], Tensor]) -> Members:
+    roots, frozen = trace.channels.roots(), frozen_roots(trace)
+    members = []
+    for layer in trace.layers.values():
+        kernel = _kernel(model, layer)
+        if frozen[roots[layer.labels]].all():  # not compared: a classifier can have millions of weights
+            _check_finite(kernel.sum(dtype=torch.float64))
+        else:
+            members.append((layer.labels, _relative(norm(kernel).cpu())))
+    return members
+
+
+def _check_finite(values: Tensor) -> None:
+    if not torch.isfinite(values).all():
+        raise ArgumentError("scores must be finite numbers, got NaN or infinity")
+
+
+def _norm(kernel: Tensor, order: int) -> Tensor:
+    return torch.linalg.vector_norm(kernel, order, dim=1, dtype=torch.float64)
+
+
+def _distances(kernel: Tensor) -> Tensor:
+    kernel = kernel.double()
+    return torch.cdist(kernel, kernel).sum(1)
+
+
+def _gamma_members(model: nn.Module, trace: Trace) -> Members:
+    return [
+        (labels, model.get_submodule(name).weight.detach().abs().double().cpu()) for name, labels in trace.norms.items()
+    ]
+
+
+def _taylor_members(model: nn.Module, trace: Trace, loader: Iterable, loss: Callable) -> Members:
+    """|sum of weight * gradient| of every output, averaged over the batches; of a block, over its output BNs."""
+    if loader is None or loss is None:
+        raise ArgumentError("scores='taylor' needs loader (batches of (inputs, targets)) and loss (outputs, targets)")
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        module.training = False
+    for parameter in twin.parameters():
+        parameter.requires_grad_(True)
+    totals: dict[str, Tensor] = {}
+    batches = 0
+    for inputs, targets in loader:
+        twin.zero_grad(set_to_none=True)
+        loss(twin(inputs), targets).backward()
+        for layer in trace.layers.values():
+            found = [p for p in _taylor_parameters(twin, layer) if p.grad is not None]
+            products = [_per_output(p.detach() * p.grad, layer) for p in found]
+            if products:
+                value = torch.stack(products).sum(0).abs().double().cpu()
+                totals[layer.name] = totals.get(layer.name, 0) + value
+        batches += 1
+    if not batches:
+        raise ArgumentError("scores='taylor' got a loader without any batch")
+    return [(trace.layers[name].labels, total / batches) for name, total in totals.items()]
+
+
+def _per_output(values: Tensor, layer: Layer) -> Tensor:
+    if values.dim() == 1:
+        return values
+    return (values.transpose(0, 1) if layer.kind == "conv_transpose" else values).flatten(1).sum(1)
+
+
+def _taylor_parameters(model: nn.Module, layer: Layer) -> list[Tensor]:
+    module = model.get_submodule(layer.name)
+    if not isinstance(module, RepBlock):
+        return [model.get_parameter(layer.weight)]
+    if module.deployed:
+        return [module.reparam_conv.weight]
+    return [p for bn in module.output_bns() for p in (bn.weight, bn.bias)]
+
+
+def _given_members(trace: Trace, given: Mapping[str, Sequence[float]]) -> Members:
+    members = []
+    for name, values in given.items():
+        if name not in trace.layers:
+            raise ArgumentError(f"scores name a layer {name!r} that the model does not have")
+        labels, values = trace.layers[name].labels, torch.as_tensor(values, dtype=torch.float64).flatten().cpu()
+        if len(values) != len(labels):
+            raise ArgumentError(f"scores of {name!r} hold {len(values)} numbers, the layer has {len(labels)} channels")
+        members.append((labels, values))
+    return members
+
+
+def score_units(
+    model: nn.Module,
+    trace: Trace,
+    scores: str | Mapping[str, Sequence[float]],
+    reduction: str = "mean",
+    seed: int = 0,
+    loader: Iterable | None = None,
+    loss: Callable | None = None,
+) -> Tensor:
+    """Return the score of every unit by its root, (count,) float64; NaN where nothing scores it. Nothing is changed.
+
+    ``scores``: a name of SCORES, or layer name -> a number for each channel. A unit's members are joined by
+    ``reduction``: ``mean``, ``sum`` or ``max``. Raises ValueError for unknown names, numbers that are not finite, and
+    ``bn_gamma`` where the model has no BN.
+    """
+    if reduction not in REDUCTIONS:
+        raise ArgumentError(f"unknown reduction {reduction!r}, expected one of {REDUCTIONS}")
+    roots = trace.channels.roots()
+    if isinstance(scores, Mapping):
+        members = _given_members(trace, scores)
+    elif scores == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return torch.rand(trace.channels.count, generator=generator, dtype=torch.float64)
+    elif scores == "bn_gamma":
+        members = _gamma_members(model, trace)
+        if not members:
+            raise ArgumentError(f"{type(model).__name__} has no BN for scores='bn_gamma': use scores='l1'")
+    elif scores == "l1":
+        members = _kernel_members(model, trace, lambda kernel: _norm(kernel, 1))
+    elif scores == "l2":
+        members = _kernel_members(model, trace, lambda kernel: _norm(kernel, 2))
+    elif scores == "fpgm":
+        members = _kernel_members(model, trace, _distances)
+    elif scores == "taylor":
+        members = _taylor_members(model, trace, loader, loss)
+    else:
+        raise ArgumentError(f"unknown scores {scores!r}, expected one of {SCORES} or numbers by layer")
+    total = torch.zeros(trace.channels.count, dtype=torch.float64)
+    number = torch.zeros_like(total)
+    for labels, values in members:
+        _check_finite(values)
+        units = roots[labels]
+        if reduction == "max":
+            total.scatter_reduce_(0, units, values, "amax")
+        else:
+            total.index_add_(0, units, values)
+        number.index_add_(0, units, torch.ones_like(values))
+    if reduction == "mean":
+        total = total / number
+    return torch.where(number > 0, total, torch.nan)

@@ -1,0 +1,245 @@
+"""Which units to remove: the lowest scores, as far as widths allow, by share, by budget, or to given widths."""
+
+import bisect
+import difflib
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from rep_plugin.errors import ArgumentError
+from rep_plugin.pruning.planning.balance import bundle_units
+from rep_plugin.pruning.tracing.graph import Trace
+from rep_plugin.pruning.tracing.groups import find_groups
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Units that may go together: their mean ``score``, the ``group`` they are in, and what each layer would lose."""
+
+    units: tuple[int, ...]
+    score: float
+    group: int
+    losses: tuple[tuple[str, int], ...]
+
+
+@dataclass
+class Choice:
+    """All candidates of a model by group (ascending scores), and the layers that are frozen, with the reason."""
+
+    layers: list[tuple[str, ...]]
+    candidates: list[list[Candidate]]
+    frozen: dict[str, str]
+    widths: dict[str, int]
+
+    @property
+    def units(self) -> int:
+        """How many units could go: what ``prune_fraction`` is a share of."""
+        return sum(len(c.units) for group in self.candidates for c in group)
+
+    def reason(self, layer: str) -> str:
+        return self.frozen.get(layer, "none of its channels can go")
+
+
+def match_layers(patterns: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """Return {layer: first pattern that fits}. Raises ValueError for a pattern that fits no layer."""
+    found = {}
+    for pattern in patterns:
+        fitting = [name for name in names if fnmatchcase(name, pattern)]
+        if not fitting:
+            raise ArgumentError(f"no layer is named like {pattern!r}, expected one of {', '.join(list(names)[:5])} ...")
+        for name in fitting:
+            found.setdefault(name, pattern)
+    return found
+
+
+def _total(several: Iterable[list[tuple[str, int]]]) -> list[tuple[str, int]]:
+    total: dict[str, int] = {}
+    for losses in several:
+        for name, number in losses:
+            total[name] = total.get(name, 0) + number
+    return list(total.items())
+
+
+def find_candidates(trace: Trace, scores: Tensor, ignore: Sequence[str] = (), without: str = "no score") -> Choice:
+    """Return what may be removed; groups with a layer that is ``ignore``d, or without scores, are frozen."""
+    ignored = match_layers(ignore, list(trace.layers))
+    roots, values = trace.channels.roots(), scores.tolist()
+    shared: dict[tuple, tuple] = {}
+    choice = Choice([], [], {}, {name: len(layer.labels) for name, layer in trace.layers.items()})
+    for group in find_groups(trace):
+        units, reason = group.units, group.reason
+        hit = next((name for name in group.layers if name in ignored), None)
+        if reason is None and hit is not None:
+            units, reason = units[:0], f"ignored by {ignored[hit]!r}"
+        if reason is None and scores[units].isnan().any():
+            units = units[~scores[units].isnan()]
+            reason = None if len(units) else without
+        bundles, left = bundle_units(trace, units, scores[units]) if len(units) else ([], [])
+        if reason is None and not bundles:
+            reason = f"its groups cannot lose as many channels each ({len(left)} units)"
+        losses: dict[int, list[tuple[str, int]]] = defaultdict(list)
+        for name in group.layers:
+            found, numbers = roots[trace.layers[name].labels].unique(return_counts=True)
+            for unit, number in zip(found.tolist(), numbers.tolist()):
+                losses[unit].append((name, number))
+        candidates = []
+        for bundle in bundles:
+            total = losses[bundle[0]] if len(bundle) == 1 else _total(losses[unit] for unit in bundle)
+            score = sum([values[unit] for unit in bundle]) / len(bundle)
+            same = shared.setdefault(same := tuple(total), same)  # most units lose alike: one object
+            candidates.append(Candidate(tuple(bundle), score, len(choice.layers), same))
+        if reason is not None:
+            choice.frozen |= dict.fromkeys(group.layers, reason)
+        choice.layers.append(group.layers)
+        choice.candidates.append(sorted(candidates, key=lambda c: c.score))
+    return choice
+
+
+def in_order(groups: Sequence[Sequence[Candidate]], scope: str) -> list[Candidate]:
+    """Return candidates as they are to go: by score over all groups, or every group losing an equal share."""
+    if scope == "global":
+        return sorted((c for group in groups for c in group), key=lambda c: c.score)
+    if scope == "layer":
+        ranked = [((place + 0.5) / len(group), c) for group in groups for place, c in enumerate(group)]
+        return [c for _, c in sorted(ranked, key=lambda pair: pair[0])]
+    raise ArgumentError(f"unknown scope {scope!r}, expected 'global' or 'layer'")
+
+
+def allowed(order: Sequence[Candidate], widths: Mapping[str, int], min_channels: int) -> list[Candidate]:
+    """Leave out the candidates that would bring a layer below ``min_channels`` once those before them are gone."""
+    left = dict(widths)
+    kept = []
+    for candidate in order:
+        if all(left[name] - number >= min_channels for name, number in candidate.losses):
+            for name, number in candidate.losses:
+                left[name] -= number
+            kept.append(candidate)
+    return kept
+
+
+def take_units(order: Sequence[Candidate], number: int) -> list[Candidate]:
+    """Return the first candidates that together hold ``number`` units, or the nearest to it."""
+    taken, total = [], 0
+    for candidate in order:
+        if total + len(candidate.units) / 2 > number:
+            break
+        taken.append(candidate)
+        total += len(candidate.units)
+    return taken
+
+
+def round_widths(taken: Sequence[Candidate], widths: Mapping[str, int], round_to: int) -> list[Candidate]:
+    """Give back the best of the ``taken`` until all widths that shrink are multiples of ``round_to``, or nothing shrinks."""
+    if round_to == 1:
+        return list(taken)
+    by_group: dict[int, list[Candidate]] = {}
+    for candidate in taken:
+        by_group.setdefault(candidate.group, []).append(candidate)
+    kept = []
+    for members in by_group.values():
+        members = sorted(members, key=lambda c: c.score)
+        left = dict(widths)
+        for candidate in members:
+            for name, number in candidate.losses:
+                left[name] -= number
+        while members and any(left[n] % round_to and left[n] < widths[n] for c in members for n, _ in c.losses):
+            for name, number in members.pop().losses:
+                left[name] += number
+        kept += members
+    return kept
+
+
+def to_budget(
+    order: list[Candidate], cost: Callable[[list[Candidate]], int], budget: int, what: str
+) -> list[Candidate]:
+    """Return the fewest first candidates whose removal brings ``cost`` to the ``budget``.
+
+    Raises ValueError where removing all of them does not.
+    """
+    least = cost(order)
+    if least > budget:
+        raise ArgumentError(f"{what} (={budget:,}) cannot be met: the least that remains is {least:,}")
+    number = bisect.bisect_left(range(len(order) + 1), -budget, key=lambda n: -cost(order[:n]))
+    return order[:number]
+
+
+def to_widths(choice: Choice, widths: Mapping[str, int]) -> list[Candidate]:
+    """Return the lowest candidates that bring layers to these widths.
+
+    Raises ValueError for names and numbers that do not exist, and where coupled layers are given different widths.
+    """
+    left = dict(choice.widths)
+    taken: dict[Candidate, None] = {}
+    for name, width in widths.items():
+        if name not in left:
+            near = difflib.get_close_matches(str(name), left, 3, 0) or list(left)[:3]
+            raise ArgumentError(
+                f"the model has no layer {name!r} that makes channels, expected one as {', '.join(near)}"
+            )
+        if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= choice.widths[name]:
+            raise ArgumentError(f"width of {name!r} must lie in 1..{choice.widths[name]}, got {width!r}")
+        index = next(i for i, layers in enumerate(choice.layers) if name in layers)
+        if width < left[name] and not choice.candidates[index]:
+            raise ArgumentError(f"{name!r} cannot go from {left[name]} to {width} channels: {choice.reason(name)}")
+        for candidate in choice.candidates[index]:
+            loss = dict(candidate.losses).get(name, 0)
+            if candidate not in taken and 0 < loss <= left[name] - width:
+                taken[candidate] = None
+                for other, number in candidate.losses:
+                    left[other] -= number
+    for name, width in widths.items():
+        if left[name] != width:
+            tied = next(layers for layers in choice.layers if name in layers)
+            others = [other for other in tied if other != name]
+            raise ArgumentError(
+                f"{name!r} cannot keep {width} of {choice.widths[name]} channels (nearest: {left[name]}), coupled to "
+                f"{others[:3]}"
+            )
+    empty = [name for name, number in left.items() if number < 1]
+    if empty:
+        raise ArgumentError(f"the widths would leave {empty[0]!r} without channels")
+    return list(taken)
+
+
+def gone_of(trace: Trace, taken: Sequence[Candidate]) -> Tensor:
+    """Return which roots go, (count,) bool."""
+    gone = torch.zeros(trace.channels.count, dtype=torch.bool)
+    gone[[unit for candidate in taken for unit in candidate.units]] = True
+    return gone
+
+
+BUDGETS = ("prune_fraction", "params", "macs", "latency", "latency_ms")
+
+
+def check_options(budgets: Mapping[str, object], min_channels: object, round_to: object) -> None:
+    """Raise ValueError unless exactly one of ``budgets`` is given, and every number lies in its range."""
+    named = [name for name in BUDGETS if budgets[name] is not None]
+    if len(named) != 1:
+        raise ArgumentError(f"give exactly one of {', '.join(BUDGETS[:-1])} and {BUDGETS[-1]}, got {named or 'none'}")
+    (name,), value = named, budgets[named[0]]
+    if name == "prune_fraction":
+        check_fraction(name, value)
+    elif not _is_number(value) or not 0 < value < math.inf:
+        raise ArgumentError(f"{name} must be a number > 0, got {value!r}")
+    elif name == "latency" and value > 1:
+        raise ArgumentError(f"latency must be a share in (0, 1], got {value!r}: milliseconds are latency_ms")
+    elif name in ("params", "macs") and isinstance(value, float) and value > 1:
+        raise ArgumentError(f"{name} must be a share (a float <= 1.0) or a whole number, got {value!r}")
+    for name, value in (("min_channels", min_channels), ("round_to", round_to)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ArgumentError(f"{name} must be a whole number >= 1, got {value!r}")
+
+
+def check_fraction(name: str, value: object) -> None:
+    """Raise ValueError unless ``value`` is a number in [0, 1)."""
+    if not _is_number(value) or not 0 <= value < 1:
+        raise ArgumentError(f"{name} must lie in [0, 1), got {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)

@@ -1,0 +1,44 @@
+"""The masked model: the same layers, with removed channels set to zero, which surgery must equal."""
+
+import torch
+from torch import Tensor, nn
+
+from rep_plugin.measure.forward import run_model
+from rep_plugin.measure.verify import flatten_outputs
+from rep_plugin.pruning.surgery.remove import keep_filters_, measure_filters
+from rep_plugin.pruning.tracing.graph import Trace
+from rep_plugin.pruning.tracing.kept import Kept, zero_gone_
+
+
+@torch.no_grad()
+def mask_channels_(model: nn.Module, trace: Trace, kept: Kept) -> nn.Module:
+    """Set to zero, in place, whatever makes a removed channel: kernels and biases, gammas and betas.
+
+    A channel that is zero so stays zero through ReLU, h-swish, pooling and gates. Where it does not (behind a sigmoid that
+    is no gate, a constant that is added), the layer that reads it gets zeros in the channel's columns instead: its
+    contribution is removed there.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    filters = measure_filters(model, trace)
+    for name, dim in (*trace.makers, *trace.masked_inputs):
+        zero_gone_(tensors[name], dim, trace.cuts[name][dim], kept)
+    keep_filters_(model, trace, kept, filters)
+    return model
+
+
+class KeptOutputs(nn.Module):
+    """A model whose output maps lose the channels that its pruned form does not have: for comparison."""
+
+    def __init__(self, model: nn.Module, trace: Trace, kept: Kept):
+        super().__init__()
+        self.model, self.outputs, self.kept = model, trace.outputs, kept
+        self.channels = trace.channels
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps = []
+        for tensor, labels in zip(flatten_outputs(run_model(self.model, x)), self.outputs, strict=True):
+            channels = self.channels.along(labels, 1) if labels.dim() == 4 else None
+            if channels is not None and self.kept.changes(channels):
+                tensor = tensor.index_select(1, self.kept.index(channels).to(tensor.device))
+            maps.append(tensor)
+        return maps

@@ -1,0 +1,161 @@
+"""Removing channels from a live model: tensors are resized in place, so that every parameter stays the same object."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from rep_plugin.bilinear.methods import LowRank
+from rep_plugin.bilinear.pooling import BilinearPooling
+from rep_plugin.blocks.base import RepBlock
+from rep_plugin.blocks.layers import NormedConv2d
+from rep_plugin.pruning.tracing.graph import Trace, member
+from rep_plugin.pruning.tracing.kept import Kept, slice_tensor
+
+_IN, _OUT = ("in_channels", "in_chs", "in_features"), ("out_channels", "out_chs")
+
+
+def _like(tensor: Tensor, sliced: Tensor) -> Tensor:
+    """Keep the memory format."""
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
+        return sliced.contiguous(memory_format=torch.channels_last)
+    return sliced.contiguous()
+
+
+def _slice_parameter(parameter: nn.Parameter, dims: dict, kept: Kept, optimizers: Iterable) -> None:
+    old = parameter.shape
+    for optimizer in optimizers:
+        state = optimizer.state.get(parameter, {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == old and value.dim():
+                state[key] = _like(value, slice_tensor(value, dims, kept))
+    grad, parameter.grad = parameter.grad, None
+    data = _like(parameter.data, slice_tensor(parameter.data, dims, kept))
+    # Autograd keeps a node with the old shape as long as somebody (DDP's reducer) holds it; another dtype makes it drop it.
+    parameter.data = data.new_empty(0, dtype=torch.float64 if data.dtype != torch.float64 else torch.float32)
+    parameter.data = data
+    if grad is not None:
+        parameter.grad = _like(grad, slice_tensor(grad, dims, kept))
+
+
+@torch.no_grad()
+def remove_channels_(model: nn.Module, trace: Trace, kept: Kept, optimizers: Iterable = ()) -> nn.Module:
+    """Slice every tensor, gradient and optimizer state that follows a removed channel, and set the modules' numbers."""
+    before = {module: _numbers(module) for module in model.modules()}
+    filters = measure_filters(model, trace)
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    for name, dims in trace.cuts.items():
+        if not any(kept.changes(labels) for labels in dims.values()):
+            continue
+        if name in parameters:
+            _slice_parameter(parameters[name], dims, kept, optimizers)
+        else:
+            buffers[name].data = slice_tensor(buffers[name].data, dims, kept)
+    keep_filters_(model, trace, kept, filters)
+    for name, (given, pooled) in trace.pools.items():
+        _shrink_pool(model.get_submodule(name), given, pooled, kept)
+    for name, module in model.named_modules(remove_duplicate=False):
+        _set_numbers(name, module, before[module], trace, kept)
+    _set_owners(model, before)
+    return model
+
+
+def _numbers(module: nn.Module) -> dict:
+    names = (*_IN, *_OUT, "groups", "num_features", "head_hidden_size")
+    return {name: value for name in names if isinstance(value := module.__dict__.get(name), (int, tuple))}
+
+
+def _shrink_pool(neck: BilinearPooling, given: tuple[Tensor, ...], pooled: tuple[Tensor, ...], kept: Kept) -> None:
+    widths = tuple(kept.count(labels) for labels in given)
+    neck.in_channels = widths[0] if neck.symmetric else widths
+    if isinstance(neck.pool, LowRank) or not any(kept.changes(labels) for labels in pooled):
+        return  # its factors are parameters like others
+    device = next((b.device for b in neck.pool.buffers()), None)
+    neck.pool.keep_(kept.index(pooled[0]).to(device), kept.index(pooled[-1]).to(device))
+
+
+def _set_numbers(name: str, module: nn.Module, old: dict, trace: Trace, kept: Kept) -> None:
+    if isinstance(module, _ConvNd) and member(name, "weight") in trace.cuts:
+        outs, width = module.weight.shape[:2]
+        if isinstance(module, _ConvTransposeNd):
+            module.in_channels, module.out_channels = outs, width * module.groups
+            return
+        if member(name, "weight") in trace.groupwise:
+            module.groups = outs // (old["out_channels"] // old["groups"])
+        module.in_channels, module.out_channels = width * module.groups, outs
+    elif isinstance(module, (_BatchNorm, _InstanceNorm)):
+        sized = module.weight if module.weight is not None else module.running_mean
+        if sized is not None:
+            module.num_features = len(sized)
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = module.weight.numel()
+    elif isinstance(module, RepBlock) and name in trace.layers:
+        layer = trace.layers[name]
+        module.in_channels, module.out_channels = kept.count(layer.inputs), kept.count(layer.labels)
+        if layer.groupwise:
+            module.groups = module.in_channels // len(layer.inputs_per_group)
+
+
+def _set_owners(model: nn.Module, before: dict[nn.Module, dict]) -> None:
+    """Numbers that other modules keep of their layers (and build from, when they deploy) follow, where they agreed."""
+    for owner in model.modules():
+        mine = before[owner]
+        if not mine or isinstance(owner, (_ConvNd, _BatchNorm, nn.Linear, RepBlock, BilinearPooling)):
+            continue
+        ins, outs = (next((n for n in names if n in mine), None) for names in (_IN, _OUT))
+        inside = [module for module in owner.modules() if module is not owner]
+        convs = (m for m in inside if isinstance(m, _ConvNd) and _agrees(mine, before[m], ins, outs))
+        if ((ins and outs) or "groups" in mine) and (conv := next(convs, None)) is not None:
+            now = {ins: conv.in_channels, outs: conv.out_channels, "groups": conv.groups}
+            for name in mine.keys() & now.keys():
+                setattr(owner, name, now[name])
+            continue
+        for module in inside:
+            if isinstance(module, nn.Linear) and not outs:
+                _follow(owner, mine, before[module]["in_features"], module.in_features)
+            elif isinstance(module, BilinearPooling):
+                _follow(owner, mine, before[module]["in_channels"], module.in_channels)
+
+
+def _agrees(mine: dict, conv: dict, ins: str | None, outs: str | None) -> bool:
+    pairs = ((ins, "in_channels"), (outs, "out_channels"), ("groups", "groups"))
+    return all(name not in mine or mine[name] == conv[other] for name, other in pairs)
+
+
+def _follow(owner: nn.Module, mine: dict, old: int | tuple, new: int | tuple) -> None:
+    for name in ("in_channels", "in_features", "num_features", "head_hidden_size"):
+        if mine.get(name) == old:
+            setattr(owner, name, new)
+
+
+def _squared_norms(conv: NormedConv2d) -> Tensor:
+    return conv.weight.double().square().sum((1, 2, 3)) + conv.eps
+
+
+def measure_filters(model: nn.Module, trace: Trace) -> dict[str, Tensor]:
+    """Return {name: |w|^2 + eps of each filter (O,)} for the normalised convolutions of a trace."""
+    return {
+        name: _squared_norms(module)
+        for name, module in model.named_modules()
+        if isinstance(module, NormedConv2d) and member(name, "weight") in trace.cuts
+    }
+
+
+@torch.no_grad()
+def keep_filters_(model: nn.Module, trace: Trace, kept: Kept, before: dict[str, Tensor]) -> None:
+    """Give the gains what the norms have lost since :func:`measure_filters`, by inputs that were removed or set to zero.
+
+    ``kernel = weight * gain / sqrt(|w|^2 + eps)`` is then what it was, on the inputs that stay.
+    """
+    for name, old in before.items():
+        conv = model.get_submodule(name)
+        if len(old) != len(conv.weight):
+            labels = trace.cuts[member(name, "weight")][0]
+            old = old[kept.index(labels).to(old.device)]
+        new = _squared_norms(conv)
+        conv.gain.mul_(torch.where(new == old, 1.0, (new / old).sqrt()).to(conv.gain.dtype))

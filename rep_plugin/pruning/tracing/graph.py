@@ -1,0 +1,114 @@
+"""What a trace of a model holds: its layers, and which channels every dimension of every tensor follows."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from rep_plugin.pruning.tracing.labels import Channels
+
+_QUIET = (Path(torch.__file__).parent, Path(__file__).parent)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What is known of a map: the ``labels`` of its elements, and whether removed channels are ``zero`` here once the
+    layers that make them are set to zero."""
+
+    labels: Tensor
+    zero: bool = True
+
+
+@dataclass
+class Layer:
+    """A layer that makes channels. ``labels`` of its outputs; ``weight`` names its kernel, None for a block.
+
+    ``groupwise``: every group of the convolution goes or stays as a whole, as in a depthwise one. ``taps`` of the window.
+    """
+
+    name: str
+    kind: str
+    labels: Tensor
+    inputs: Tensor
+    weight: str | None = None
+    groupwise: bool = False
+    groups: int = 1
+    taps: int = 1
+
+    @property
+    def inputs_per_group(self) -> Tensor:
+        return self.inputs[: len(self.inputs) // self.groups]
+
+
+@dataclass
+class Cost:
+    """Multiply-adds: ``count(*kept)`` for the kept numbers of each of ``labels``."""
+
+    labels: tuple[Tensor, ...]
+    count: Callable[..., int]
+
+
+@dataclass
+class Trace:
+    """The channels of one model.
+
+    ``cuts``: tensor name -> {dimension: labels}, all that has to be sliced; the inputs of a grouped kernel are labelled
+    (groups, I / groups). ``makers``: (tensor, dimension) that make a channel, so that it is zero once they are.
+    ``masked_inputs``: (tensor, dimension) that still see something of a channel then. ``groupwise``: kernels that lose
+    whole groups. ``layers`` by name, in order of execution; ``norms``: names of BNs -> labels. ``inner``: blocks that
+    are one unit -> the parameters inside. ``pools``: bilinear poolings -> labels of their maps, and of what they
+    multiply. ``counted``: channels that something counts, what it is: two equal ones are there not one of twice the
+    weight. ``sizes`` of all parameters; ``shape`` of the example; labels of the ``outputs``, and of those in train mode
+    where that runs more layers; ``follows``: norm -> the convolution whose outputs it reads, and nothing else does.
+    """
+
+    shape: tuple[int, ...]
+    channels: Channels = field(default_factory=Channels)
+    cuts: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    layers: dict[str, Layer] = field(default_factory=dict)
+    norms: dict[str, Tensor] = field(default_factory=dict)
+    makers: set[tuple[str, int]] = field(default_factory=set)
+    groupwise: set[str] = field(default_factory=set)
+    sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    masked_inputs: set[tuple[str, int]] = field(default_factory=set)
+    inner: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    pools: dict[str, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = field(default_factory=dict)
+    counted: list[tuple[Tensor, str]] = field(default_factory=list)
+    costs: list[Cost] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    train_outputs: list[Tensor] = field(default_factory=list)
+    follows: dict[str, str] = field(default_factory=dict)
+
+
+def where() -> str:
+    """Return ``file:line`` of the model's code that is running."""
+    frame = sys._getframe(1)
+    while frame is not None and is_quiet(frame.f_code.co_filename):
+        frame = frame.f_back
+    return "torch" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+
+
+@lru_cache
+def is_quiet(filename: str) -> bool:
+    """True for torch's own code and the tracer's."""
+    return filename.startswith("<") or any(Path(filename).is_relative_to(folder) for folder in _QUIET)
+
+
+def owner_of(name: str) -> str:
+    """Return the module name of a parameter name; the root's is empty."""
+    return name.rpartition(".")[0]
+
+
+def member(module: str, name: str) -> str:
+    """Return the name of a parameter of a module."""
+    return f"{module}.{name}" if module else name
+
+
+def tensors_in(values: object) -> list[Tensor]:
+    """Return the tensors of nested arguments, in order."""
+    return [value for value in tree_flatten(values)[0] if isinstance(value, Tensor)]

@@ -1,0 +1,79 @@
+"""What stays of every tensor once some channels are gone, and what that costs."""
+
+import torch
+from torch import Tensor
+
+from rep_plugin.pruning.tracing.graph import Layer, Trace
+
+
+class Kept:
+    """The labels that stay when the units ``gone`` (count,) bool, by root, are removed."""
+
+    def __init__(self, trace: Trace, gone: Tensor):
+        self.mask = ~gone[trace.channels.roots()]
+        for start, first, second in trace.channels.products:
+            self.mask[start : start + len(first)] = self.mask[first] & self.mask[second]
+
+    def count(self, labels: Tensor) -> int:
+        """How many stay; of labels (groups, width), how many in each group."""
+        return int(self.mask[labels[0] if labels.dim() == 2 else labels].sum())
+
+    def index(self, labels: Tensor) -> Tensor:
+        """Places that stay, ascending."""
+        return self.mask[labels].nonzero().flatten()
+
+    def gone(self, labels: Tensor) -> Tensor:
+        """Places that go, ascending."""
+        return (~self.mask[labels]).nonzero().flatten()
+
+    def changes(self, labels: Tensor) -> bool:
+        return not bool(self.mask[labels].all())
+
+
+def slice_tensor(tensor: Tensor, dims: dict[int, Tensor], kept: Kept) -> Tensor:
+    """Return what stays of a tensor; ``dims``: {dimension: labels}, (groups, width) for a grouped kernel's inputs."""
+    for dim, labels in sorted(dims.items(), reverse=True):
+        if not kept.changes(labels):
+            continue
+        if labels.dim() == 1:
+            tensor = tensor.index_select(dim, kept.index(labels).to(tensor.device))
+            continue
+        rows = tensor.unflatten(0, (len(labels), -1))
+        parts = [row.index_select(1, kept.index(own).to(tensor.device)) for row, own in zip(rows, labels)]
+        tensor = torch.cat(parts)
+    return tensor
+
+
+def zero_gone_(tensor: Tensor, dim: int, labels: Tensor, kept: Kept) -> None:
+    """Set the entries of the removed channels along a dimension to zero."""
+    if labels.dim() == 1:
+        tensor.index_fill_(dim, kept.gone(labels).to(tensor.device), 0)
+        return
+    for row, own in zip(tensor.unflatten(0, (len(labels), -1)), labels):
+        row.index_fill_(1, kept.gone(own).to(tensor.device), 0)
+
+
+def nothing_gone(trace: Trace) -> Tensor:
+    """Return the ``gone`` of :class:`Kept` that removes nothing."""
+    return torch.zeros(trace.channels.count, dtype=torch.bool)
+
+
+def _block_params(layer: Layer, kept: Kept) -> int:
+    outs = kept.count(layer.labels)
+    width = len(layer.inputs_per_group) if layer.groupwise else kept.count(layer.inputs_per_group)
+    return outs * width * layer.taps + outs
+
+
+def count_costs(trace: Trace, kept: Kept) -> tuple[int, int]:
+    """Return (parameters, multiply-adds for the traced input) of what stays; a block counts as its one convolution."""
+    inner = {name for names in trace.inner.values() for name in names}
+    params = sum(_block_params(trace.layers[name], kept) for name in trace.inner)
+    for name, shape in trace.sizes.items():
+        if name in inner:
+            continue
+        sizes = list(shape)
+        for dim, labels in trace.cuts.get(name, {}).items():
+            sizes[dim] = kept.count(labels)
+        params += torch.Size(sizes).numel()
+    macs = sum(cost.count(*(kept.count(labels) for labels in cost.labels)) for cost in trace.costs)
+    return params, macs

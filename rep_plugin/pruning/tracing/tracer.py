@@ -1,0 +1,199 @@
+"""Which channels of a model belong together: found by running it once, without numbers, and watching every operation.
+
+The model runs in eval mode on the ``meta`` device: shapes are real, so that control flow on them resolves, values do not
+exist, so that nothing is computed, no statistic and no random state moves, and a branch on values is an error. The rules
+for operations are in :mod:`rep_plugin.pruning.tracing.rules`, for modules that are one unit in
+:mod:`rep_plugin.pruning.tracing.modules`. An operation without a rule freezes the channels it touches.
+"""
+
+import copy
+import traceback
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from rep_plugin.errors import ArgumentError, TraceError
+from rep_plugin.measure.forward import heads_not_run, run_auxiliary, run_model, run_to_maps
+from rep_plugin.pruning.tracing.graph import Mark, Trace, is_quiet, member, tensors_in, where
+from rep_plugin.pruning.tracing.labels import FIXED
+from rep_plugin.pruning.tracing.modules import find_leaf
+from rep_plugin.pruning.tracing.recorder import Recorder
+from rep_plugin.pruning.tracing.rules import find_rule
+
+
+def _location(error: BaseException) -> str:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not is_quiet(f.filename)]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "torch"
+
+
+class Tracer(TorchFunctionMode):
+    """Runs a model on the meta device and asks a rule about every operation."""
+
+    def __init__(self, model: nn.Module, shape: tuple[int, ...], makers: Collection[str] | None = None):
+        super().__init__()
+        self.model = _twin(model)
+        self.recorder = Recorder(self.model, shape, makers)
+        self.trace = self.recorder.trace
+        for name, module in self.model.named_modules():
+            if (rule := find_leaf(module)) is not None:
+                module.forward = self._leaf(rule, name, module)
+
+    def run(self) -> Trace:
+        """Trace the forward pass in eval mode; once more in train mode where parameters were not used (auxiliary heads).
+
+        Where heads are left that no run reaches, as of some detectors, all maps that they may read stay as they are.
+        """
+        self.trace.outputs = self._outputs(run_model, self.trace.shape)
+        if not self.trace.outputs:
+            raise TraceError(f"{type(self.model).__name__} gives no tensor that depends on its input")
+        if self._unused():
+            costs = list(self.trace.costs)
+            shape = (max(2, self.trace.shape[0]), *self.trace.shape[1:])
+            for module in self.model.modules():
+                module.training = True
+            self.trace.train_outputs = self._outputs(run_auxiliary, shape)
+            if heads_not_run(self.model, self._unused()):
+                self.trace.train_outputs += self._outputs(run_to_maps, shape)
+            self.trace.costs = costs
+        self.recorder.pair_norms()
+        return self.trace
+
+    def _unused(self) -> list[str]:
+        return [name for name, p in self.model.named_parameters() if p.requires_grad and name not in self.recorder.seen]
+
+    def _outputs(self, run: Callable[[nn.Module, Tensor], object], shape: tuple[int, ...]) -> list[Tensor]:
+        dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
+        x = torch.empty(shape, dtype=dtype, device="meta")
+        self.recorder.mark(x, Mark(torch.tensor(FIXED).expand(x.shape), False))
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), self:
+                output = run(self.model, x)
+        except TraceError:
+            raise
+        except Exception as error:  # whatever the model's own code raises
+            text = (str(error).splitlines() or [type(error).__name__])[0]
+            if isinstance(error, NotImplementedError) and "nonzero" in text:  # torch would advise to pretend
+                text = (
+                    "values decide which rows of a tensor go on, not shapes alone: plan the part in front of it by itself "
+                    "(a detector's backbone, say)"
+                )
+            what = f"{type(self.model).__name__} on an input {tuple(shape)}"
+            raise TraceError(f"cannot trace {what} at {_location(error)}: {text}") from error
+        return [self.recorder.of(t).labels for t in _maps_of(output) if self.recorder.is_tracked(t)]
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = tensors_in((args, kwargs))
+        self.recorder.seen.update(self.recorder.names[id(t)] for t in given if id(t) in self.recorder.names)
+        if not any(self.recorder.is_tracked(t) or id(t) in self.recorder.names for t in given):
+            args, kwargs = _on_cpu((args, kwargs))
+            return func(*args, **kwargs)
+        name = name_of(func)
+        if name == "__iter__":
+            return iter(self.__torch_function__(torch.unbind, types, args))
+        meta_args, meta_kwargs = tree_map(self._as_meta, (args, kwargs))
+        rule = find_rule(name)
+        # torch takes 7 ms to find the shape of a batch norm
+        out = torch.empty_like(meta_args[0]) if name == "batch_norm" else func(*meta_args, **meta_kwargs)
+        made = tensors_in(out)
+        if not made and name != "__setitem__":
+            return out  # the answer to a question: size, dim, is_contiguous ...
+        self.recorder.function, self.recorder.function_name = func, name
+        self.recorder.read(given)
+        marks = None if rule is None else rule(self.recorder, out, *args, **kwargs)
+        if marks is None:
+            self.recorder.give_up(f"{name} at {where()}", given)
+            with FlopCounterMode(display=False) as counter:
+                func(*meta_args, **meta_kwargs)
+            if macs := counter.get_total_flops() // 2:
+                self.recorder.cost((), lambda: macs)
+            marks = [Mark(torch.tensor(FIXED).expand(t.shape), False) for t in made]
+        for tensor, mark in zip(made, [marks] if isinstance(marks, Mark) else marks, strict=True):
+            self.recorder.mark(tensor, mark)
+        return out
+
+    def _as_meta(self, value: object) -> object:
+        if not isinstance(value, Tensor) or value.is_meta:
+            if isinstance(value, torch.device):
+                return torch.device("meta")
+            return value
+        if value.dim() == 0 and id(value) not in self.recorder.names:
+            return value  # a number
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+    def _leaf(self, rule, name: str, module: nn.Module):
+        def forward(*args):
+            self.recorder.seen.update(member(name, key) for key, _ in module.named_parameters())
+            with torch._C.DisableTorchFunction():
+                out, marks = rule(self.recorder, name, module, *args)
+                for tensor, mark in zip(tensors_in(out), marks, strict=True):
+                    self.recorder.mark(tensor, mark)
+                return out
+
+        return forward
+
+
+def name_of(func) -> str:
+    """Return the plain name of a torch function: ``relu_`` is relu, an attribute is called by its own name."""
+    name = getattr(func, "__name__", str(func))
+    if name == "__get__":
+        name = getattr(func.__self__, "__name__", name)
+        return name if name in ("T", "mT", "data") else "__get__"
+    return name if name.endswith("__") else name.rstrip("_")
+
+
+def _on_cpu(values: object) -> object:
+    """Constants that a forward makes for itself, on the device of its maps, keep their values."""
+    cpu = torch.device("cpu")
+    return tree_map(lambda value: cpu if isinstance(value, torch.device) and value.type == "meta" else value, values)
+
+
+def _maps_of(output: object) -> list[Tensor]:
+    return [t for t in tensors_in(output) if t.is_floating_point()]
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy of the modules in eval mode that shares the parameters, and has its own buffers."""
+    memo = {id(p): p for p in model.parameters()} | {id(b): b.detach().clone() for b in model.buffers()}
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        module.training = False
+    return twin
+
+
+def trace_channels(
+    model: nn.Module,
+    example_input: Tensor | tuple[int, ...],
+    prune_outputs: bool = False,
+    makers: Collection[str] | None = None,
+) -> Trace:
+    """Return the channels of a model, as its forward pass on ``example_input`` (a tensor (N, C, ...) or a shape) ties them.
+
+    The channels of the input and of the model's outputs are frozen; ``prune_outputs`` frees those of output *maps*
+    (N, C, H, W), as a backbone's are. ``makers`` names the only layers and norms behind which a removed channel is zero
+    (default: all are set to zero), so that ``masked_inputs`` are what still sees something of it. The model is left as it
+    is, mode, statistics and random state included.
+
+    Raises TraceError, with file and line, where the forward pass depends on values, leaves torch or fails.
+    """
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise ArgumentError(f"got a {type(model).__name__}: pass its .module, and wrap the model again after pruning")
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise ArgumentError(
+            "got a compiled model: pass the model itself (._orig_mod), and compile it again after pruning"
+        )
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    shape = example_input.shape if isinstance(example_input, Tensor) else example_input
+    if not isinstance(shape, (list, tuple)) or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise ArgumentError(f"example_input must be a tensor (N, C, ...) or its shape, got {example_input!r}")
+    shape = tuple(shape)
+    trace = Tracer(model, shape, makers).run()
+    for labels in (*trace.outputs, *trace.train_outputs):
+        if not (prune_outputs and labels.dim() == 4):
+            trace.channels.freeze(labels, "model output")
+    return trace

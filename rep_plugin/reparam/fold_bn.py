@@ -1,0 +1,119 @@
+"""Folding a network's own BNs, found on its graph, into the convolutions before or behind them."""
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rep_plugin.errors import TrainModeError
+from rep_plugin.functional.kernels import bn_scale_shift
+from rep_plugin.functional.padded import compose_padded
+from rep_plugin.reparam.fx_parts import Readers, TracedPart, trace_parts
+from rep_plugin.reparam.linear_layers import affine_conv, after_affine, is_plain_bn, is_plain_conv, read_layer
+
+
+def _is_affine(bn: nn.Module) -> bool:
+    """True for a BN that is an affine map in eval mode, whatever it applies afterwards."""
+    activated = type(bn).__name__ in {"BatchNormAct2d", "SyncBatchNormAct"} and isinstance(bn, _BatchNorm)
+    return is_plain_bn(bn) or (activated and bn.running_var is not None)
+
+
+def find_pairs(model: nn.Module, part: TracedPart) -> list[tuple[str, str, bool]]:
+    """Return (conv, bn, whether the BN comes first) of a traced part, by name in the model.
+
+    A BN behind a convolution must be its only reader; one in front must have only unpadded convolutions as readers, one
+    pair for each. Every module must be called once.
+    """
+    readers, pairs = Readers(model, part), []
+    for node in readers.calls:
+        bn = readers.module(node)
+        if bn is None or not _is_affine(bn):
+            continue
+        source = readers.source(node)
+        if source is not None and is_plain_conv(readers.module(source)):
+            pairs.append((part.full_name(source.target), part.full_name(node.target), False))
+            continue
+        behind = readers.readers(node)
+        convs = [readers.module(reader) for reader in behind]
+        if behind and is_plain_bn(bn) and all(is_plain_conv(c) and not any(c.padding) for c in convs):
+            pairs += [(part.full_name(reader.target), part.full_name(node.target), True) for reader in behind]
+    return pairs
+
+
+def find_pairs_by_parts(model: nn.Module) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return the (conv, bn) names where a BN alone reads the convolution, and what torch.fx could not trace."""
+    parts, failures = trace_parts(model)
+    pairs = [pair for part in parts for pair in find_pairs(model, part)]
+    return [(conv, bn) for conv, bn, bn_first in pairs if not bn_first], failures
+
+
+def _after_bn(bn: _BatchNorm) -> nn.Module:
+    """What stays of a BN once it is folded: timm's BatchNormAct2d carries its dropout and activation."""
+    rest = [part for part in (getattr(bn, "drop", None), getattr(bn, "act", None)) if isinstance(part, nn.Module)]
+    rest = [part for part in rest if not isinstance(part, nn.Identity)]
+    if not rest:
+        return nn.Identity()
+    return rest[0] if len(rest) == 1 else nn.Sequential(*rest)
+
+
+def replace_module_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever ``old`` stands in a model: a shared module has several names."""
+    for parent in list(model.modules()):
+        for name in [name for name, child in parent._modules.items() if child is old]:
+            setattr(parent, name, new)
+
+
+def _fold_(conv: nn.Conv2d, before: _BatchNorm | None, behind: _BatchNorm | None) -> None:
+    folded = read_layer(conv, None, conv.weight.device)
+    if before is not None:
+        folded = compose_padded(affine_conv(*bn_scale_shift(before, torch.float64)), folded)
+    if behind is not None:
+        folded = after_affine(folded, *bn_scale_shift(behind, torch.float64))
+    conv.weight.copy_(folded.params.kernel)
+    bias = folded.params.bias.to(conv.weight.dtype)
+    if conv.bias is None:
+        conv.bias = nn.Parameter(bias, conv.weight.requires_grad)
+    else:
+        conv.bias.copy_(bias)
+
+
+@torch.no_grad()
+def fold_conv_bn_(model: nn.Module) -> tuple[list[tuple[str, str, bool]], list[str]]:
+    """Fold every Conv-BN and every BN-Conv (unpadded) pair of an eval-mode model in place.
+
+    Returns the pairs, see :func:`find_pairs`, and what torch.fx could not trace, see
+    :func:`rep_plugin.reparam.fx_parts.trace_parts`. The convolution keeps its place, with a bias; the BN's becomes
+    Identity (or the activation it carried). Computed in float64. Raises RuntimeError for a BN in train mode; the model is
+    then as it was.
+    """
+    parts, failures = trace_parts(model)
+    pairs = [pair for part in parts for pair in find_pairs(model, part)]
+    training = [bn for _, bn, _ in pairs if model.get_submodule(bn).training]
+    if training:
+        raise TrainModeError(
+            f"BN {training[0]!r} is in train mode (batch statistics cannot be folded): call model.eval()"
+        )
+    sides: dict[str, dict[bool, nn.Module]] = {}
+    for conv_name, bn_name, bn_first in pairs:
+        sides.setdefault(conv_name, {})[bn_first] = model.get_submodule(bn_name)
+    for conv_name, bns in sides.items():  # both sides at once: rounded once
+        _fold_(model.get_submodule(conv_name), bns.get(True), bns.get(False))
+    for bn_name in dict.fromkeys(bn for _, bn, _ in pairs):
+        model.set_submodule(bn_name, _after_bn(model.get_submodule(bn_name)))
+    return pairs, failures
+
+
+@torch.no_grad()
+def absorb_biases_(model: nn.Module, names: list[str]) -> list[str]:
+    """Move the biases of the named convolutions into the running means of the BNs that follow, in place.
+
+    ``BN(y + b)`` with mean m equals ``BN(y)`` with mean m - b, in eval mode and, batch means moving along, in train mode.
+    Returns the names of the convolutions that keep their bias: no BN with running statistics alone reads them.
+    """
+    pairs = dict(find_pairs_by_parts(model)[0]) if names else {}
+    for name in names:
+        if name not in pairs:
+            continue
+        conv, bn = model.get_submodule(name), model.get_submodule(pairs[name])
+        bn.running_mean.copy_(bn.running_mean.double() - conv.bias.double())
+        conv.bias = None
+    return [name for name in names if name not in pairs]

@@ -1,0 +1,216 @@
+"""Reading layers that are not ours as padded convolutions, by what they hold rather than by their class.
+
+Everything is read from the live tensors: after channel pruning the attributes (``in_channels``, ``groups``,
+``num_features``) may be stale. What is not certainly linear is refused with TypeError.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from rep_plugin.blocks.layers import Scale, _groups_of
+from rep_plugin.errors import ArgumentError, NotMergeableError, TrainModeError
+from rep_plugin.functional.kernels import ConvParams, avgpool_kernel, bn_scale_shift, identity_kernel, pair
+from rep_plugin.functional.padded import PaddedConv, compose_padded, scale_padded
+
+# Conv-BN holders: what they compute is known; the children tell which layers they hold.
+CONV_NORM_CLASSES = {
+    "ConvNormAct",  # timm.layers, byobnet and fastvit
+    "ConvBnAct",  # timm's efficientnet and ghostnet blocks
+    "ConvModule",  # mmcv
+    "ConvNorm",  # timm levit, efficientvit_msra, repvit, iformer, tiny_vit
+    "Conv2dNorm",  # timm shvit
+    "Conv2d_BN",  # official LeViT, RepViT, EfficientViT
+    "ConvolutionBatchNorm",  # mmpretrain LeViT
+    "ConvBN2d",  # mmpretrain TinyViT
+    "Conv",  # ultralytics and YOLOv6 wrap conv, bn, act
+}
+
+
+def is_idle(module: nn.Module) -> bool:
+    """True where the module computes nothing in eval mode: Identity, dropout, drop path, an empty Sequential."""
+    if isinstance(module, (nn.Identity, _DropoutNd)) or type(module).__name__ in {"DropPath", "DropBlock2d"}:
+        return True
+    return type(module).forward is nn.Sequential.forward and all(is_idle(child) for child in module)
+
+
+def _idle_everywhere(*modules: nn.Module | None) -> bool:
+    return all(module is None or is_idle(module) for module in modules)
+
+
+def is_plain_conv(module: nn.Module) -> bool:
+    """True for a convolution that computes what ``nn.Conv2d`` does, with zero padding in numbers."""
+    if not isinstance(module, nn.Conv2d):
+        return False
+    kind = type(module)
+    plain = kind.forward is nn.Conv2d.forward or kind.__module__ == "mmcv.cnn.bricks.wrappers"
+    known = "weight" in module._parameters or hasattr(module, "parametrizations")  # else a hook sets it
+    return (
+        plain
+        and kind._conv_forward is nn.Conv2d._conv_forward
+        and known
+        and module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
+    )
+
+
+def is_plain_bn(module: nn.Module) -> bool:
+    """True for a BN (SyncBN, or timm's BatchNormAct2d without activation) that is an affine map in eval mode."""
+    if not isinstance(module, _BatchNorm) or module.running_var is None:
+        return False
+    known = type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    known = known or type(module).__name__ in {"BatchNormAct2d", "SyncBatchNormAct"}
+    return known and _idle_everywhere(getattr(module, "drop", None), getattr(module, "act", None))
+
+
+def bn_affine(bn: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return ``(scale, shift)`` of a plain BN in float64. Raises RuntimeError in train mode, TypeError if not plain."""
+    if not is_plain_bn(bn):
+        raise NotMergeableError(f"{type(bn).__name__} is not an affine map of its input and cannot be merged")
+    if bn.training:
+        raise TrainModeError(
+            f"{type(bn).__name__}({bn.running_var.numel()}) is in train mode (batch statistics cannot be merged): call "
+            "model.eval() first"
+        )
+    return bn_scale_shift(bn, torch.float64)
+
+
+def affine_conv(scale: Tensor, shift: Tensor, padding: tuple[int, int] = (0, 0)) -> PaddedConv:
+    """Return the depthwise 1x1 convolution ``x * scale + shift``."""
+    return PaddedConv(ConvParams(scale.reshape(-1, 1, 1, 1), shift, scale.numel()), padding)
+
+
+def identity_conv(channels: int, device: torch.device | None = None) -> PaddedConv:
+    """Return the convolution that copies its input, in float64."""
+    kernel = identity_kernel(channels, channels, dtype=torch.float64, device=device)
+    return PaddedConv(ConvParams(kernel, kernel.new_zeros(channels), channels))
+
+
+def _read_conv(conv: nn.Conv2d) -> PaddedConv:
+    if not is_plain_conv(conv):
+        raise NotMergeableError(
+            f"{type(conv).__name__}(padding={conv.padding!r}, padding_mode={conv.padding_mode!r}) does not compute what "
+            "a zero-padded Conv2d does and cannot be merged"
+        )
+    kernel = conv.weight.detach().double()
+    bias = kernel.new_zeros(kernel.shape[0]) if conv.bias is None else conv.bias.detach().double()
+    params = ConvParams(kernel, bias, _groups_of(conv), pair(conv.stride), pair(conv.dilation))
+    return PaddedConv(params, pair(conv.padding))
+
+
+def _read_based_1x1(conv: nn.Module) -> PaddedConv:
+    """DBB's IdentityBasedConv1x1: a 1x1 kernel that is added to the identity's; its padding and bias are not used."""
+    kernel = conv.weight.detach().double()
+    groups = _groups_of(conv)
+    eye = identity_kernel(kernel.shape[0], groups, dtype=kernel.dtype, device=kernel.device)
+    return PaddedConv(ConvParams(kernel + eye, kernel.new_zeros(kernel.shape[0]), groups))
+
+
+def _read_pool(pool: nn.AvgPool2d, channels: int, device: torch.device) -> PaddedConv:
+    kernel_size, padding = pair(pool.kernel_size), pair(pool.padding)
+    if pool.ceil_mode or pool.divisor_override or (any(padding) and not pool.count_include_pad):
+        raise NotMergeableError(
+            f"{pool} is not a convolution at the border: count_include_pad=True, ceil_mode=False and no divisor_override "
+            "are needed"
+        )
+    kernel = avgpool_kernel(channels, kernel_size, dtype=torch.float64, device=device)
+    params = ConvParams(kernel, kernel.new_zeros(channels), channels, pair(pool.stride))
+    return PaddedConv(params, padding)
+
+
+def flatten_layers(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return the layers that run one after the other: Sequentials and Conv-BN holders opened, idle ones left out.
+
+    Raises TypeError for a holder with a part that is not known to be idle (an activation, a skip).
+    """
+    flat = []
+    for module in modules:
+        if is_idle(module):
+            continue
+        if type(module).forward is nn.Sequential.forward:
+            flat += flatten_layers(module)
+        elif type(module).__name__ in CONV_NORM_CLASSES:
+            flat += _open_conv_norm(module)
+        else:
+            flat.append(module)
+    return flat
+
+
+def _open_conv_norm(module: nn.Module) -> list[nn.Module]:
+    name = type(module).__name__
+    parts = [child for child in module._modules.values() if child is not None and not is_idle(child)]
+    if getattr(module, "has_skip", False):
+        raise NotMergeableError(f"{name} adds its own input, which is not a chain of layers")
+    if getattr(module, "with_explicit_padding", False) or getattr(module, "with_spectral_norm", False):
+        raise NotMergeableError(f"{name} pads or normalises its weight by itself and cannot be merged")
+    if not parts or not isinstance(parts[0], nn.Conv2d) or len(parts) > 2:
+        raise NotMergeableError(f"{name} holds {[type(p).__name__ for p in parts]}, expected a convolution and a BN")
+    return flatten_layers(parts)
+
+
+def read_layer(module: nn.Module, channels: int | None, device: torch.device) -> PaddedConv:
+    """Return one linear layer as a padded convolution in float64; ``channels`` of its input, where known.
+
+    Raises TypeError for a layer that is not linear, RuntimeError for a BN in train mode.
+    """
+    kind = type(module).__name__
+    if kind == "IdentityBasedConv1x1":
+        return _read_based_1x1(module)
+    if kind == "BNAndPadLayer":  # a BN that pads with what it answers to zeros: a 1x1 convolution padded with zeros
+        return affine_conv(*bn_affine(module.bn), padding=pair(module.pad_pixels))
+    if isinstance(module, nn.Conv2d):
+        return _read_conv(module)
+    if isinstance(module, _BatchNorm):
+        return affine_conv(*bn_affine(module))
+    if isinstance(module, Scale):
+        weight = module.weight.detach().double()
+        return affine_conv(weight, torch.zeros_like(weight))
+    if type(module) is nn.AvgPool2d and channels is not None:
+        return _read_pool(module, channels, device)
+    raise NotMergeableError(f"{kind} is not a linear layer that can be merged")
+
+
+def read_chain(modules: Iterable[nn.Module] | nn.Module, channels: int | None = None) -> PaddedConv:
+    """Return the one padded convolution equal to layers that run one after the other, in float64.
+
+    ``channels`` of the input is needed only where no layer tells it. Raises TypeError for a layer that is not linear,
+    RuntimeError for a BN in train mode, ValueError where the layers do not form one convolution.
+    """
+    modules = [modules] if isinstance(modules, nn.Module) else list(modules)
+    tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    merged = None
+    for layer in flatten_layers(modules):
+        part = read_layer(layer, channels, device)
+        merged = part if merged is None else compose_padded(merged, part)
+        channels = merged.params.out_channels
+    if merged is None:
+        if channels is None:
+            raise ArgumentError("an empty chain says no channel number")
+        return identity_conv(channels, device)
+    return merged
+
+
+def after_affine(conv: PaddedConv, scale: Tensor, shift: Tensor) -> PaddedConv:
+    """Return the convolution followed by ``y * scale + shift``."""
+    scaled = scale_padded(conv, scale)
+    return scaled._replace(params=scaled.params._replace(bias=scaled.params.bias + shift))
+
+
+def read_linear(linear: nn.Linear, before: Sequence[nn.Module] = (), after: Sequence[nn.Module] = ()):
+    """Return ``(weight, bias)`` in float64 of a linear layer with BNs in front of it and behind it."""
+    if type(linear).forward is not nn.Linear.forward:
+        raise NotMergeableError(f"{type(linear).__name__} does not compute what nn.Linear does and cannot be merged")
+    weight = linear.weight.detach().double()
+    bias = weight.new_zeros(weight.shape[0]) if linear.bias is None else linear.bias.detach().double()
+    for bn in reversed(before):
+        scale, shift = bn_affine(bn)
+        bias = bias + weight @ shift
+        weight = weight * scale
+    for bn in after:
+        scale, shift = bn_affine(bn)
+        weight, bias = weight * scale[:, None], bias * scale + shift
+    return weight, bias

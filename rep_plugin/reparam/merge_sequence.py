@@ -1,0 +1,137 @@
+"""Merging linear sequences that were trained as separate, zero-padded layers: exact at the border too.
+
+``1x1(-BN) -> KxK(pad)(-BN) -> 1x1(-BN)`` without activation becomes one convolution with a position-dependent bias, see
+:mod:`rep_plugin.functional.padded`.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import fx, nn
+
+from rep_plugin.errors import ArgumentError
+from rep_plugin.functional.kernels import pair
+from rep_plugin.functional.padded import PaddedConv, compose_padded
+from rep_plugin.reparam.border_conv import build_conv
+from rep_plugin.reparam.fx_parts import Readers, trace_parts
+from rep_plugin.reparam.linear_layers import flatten_layers, is_plain_bn, is_plain_conv, read_layer
+
+
+@torch.no_grad()
+def merge_sequence(layers: nn.Module | Iterable[nn.Module]) -> nn.Conv2d:
+    """Return the one layer equal, in eval mode, to linear layers that run one after the other.
+
+    ``layers``: a Sequential or its parts: Conv2d, BatchNorm2d, AvgPool2d, Identity, dropout, nested Sequentials. The
+    result is an ``nn.Conv2d`` or, where a bias stands before a zero padding, a
+    :class:`rep_plugin.reparam.border_conv.BorderConv2d`. The given layers are not changed.
+
+    Raises TypeError for a layer that is not linear, RuntimeError for a BN in train mode, ValueError where the layers are
+    not one convolution at the border (two windows that both pad).
+    """
+    layers = [layers] if isinstance(layers, nn.Module) else list(layers)
+    flat = flatten_layers(layers)
+    if not any(isinstance(layer, nn.Conv2d) for layer in flat):
+        raise ArgumentError(f"a sequence of {len(layers)} layers holds no convolution to merge into")
+    return build_conv(_merge_run(flat), flat)
+
+
+def _merge_run(layers: list[nn.Module], channels: int | None = None) -> PaddedConv:
+    device = next(p.device for layer in layers for p in layer.parameters())
+    channels = channels or next(
+        read_layer(layer, None, device).params.in_channels for layer in layers if not isinstance(layer, nn.AvgPool2d)
+    )
+    merged = None
+    for layer in layers:
+        part = read_layer(layer, channels, device)
+        merged = part if merged is None else compose_padded(merged, part)
+        channels = merged.params.out_channels
+    return merged
+
+
+def _is_linear(module: nn.Module | None) -> bool:
+    if type(module) is nn.AvgPool2d:
+        padded = module.padding not in (0, (0, 0))
+        return not module.ceil_mode and not module.divisor_override and (module.count_include_pad or not padded)
+    return module is not None and (is_plain_conv(module) or is_plain_bn(module))
+
+
+def find_chains(readers: Readers) -> list[list[fx.Node]]:
+    """Return the longest runs of linear layers of which each reads the one before, and nothing else does."""
+    chains: list[list[fx.Node]] = []
+    ends: dict[fx.Node, list[fx.Node]] = {}
+    for node in readers.calls:
+        if not _is_linear(readers.module(node)):
+            continue
+        chain = ends.pop(readers.source(node), None)
+        if chain is None:
+            chain = []
+            chains.append(chain)
+        chain.append(node)
+        ends[node] = chain
+    return chains
+
+
+def _area(layer: nn.Module) -> int:
+    """How many positions of its input a layer takes for one of its output."""
+    if not isinstance(layer, (nn.Conv2d, nn.AvgPool2d)):
+        return 1
+    vertical, horizontal = pair(layer.stride)
+    return vertical * horizontal
+
+
+def _count_convs(layers: list[nn.Module]) -> int:
+    return sum(isinstance(layer, nn.Conv2d) for layer in layers)
+
+
+def _cost(layers: list[nn.Module]) -> int:
+    """Multiply-adds of separate layers for each position of the last one's output, borders not counted."""
+    total, positions = 0, 1
+    for layer in reversed(layers):
+        total += layer.weight.numel() * positions if isinstance(layer, nn.Conv2d) else 0
+        positions *= _area(layer)
+    return total
+
+
+def cheapest_split(layers: list[nn.Module]) -> list[tuple[int, int]]:
+    """Cut a chain into runs, each merged into one layer, so that multiply-adds are fewest, then layers.
+
+    Returns (start, stop) of the runs that hold two or more convolutions.
+    """
+    best: list[tuple[int, int, list[tuple[int, int]]]] = [(0, 0, [])]  # of the first n layers
+    for stop in range(1, len(layers) + 1):
+        options = []
+        for start in range(stop):
+            run = layers[start:stop]
+            cost, area = _cost(run), math.prod(map(_area, run))
+            if _count_convs(run) >= 2:
+                try:
+                    merged = _merge_run(run)
+                except ValueError:
+                    continue  # not one convolution at the border
+                cost = merged.params.kernel.numel() + (0 if merged.ring is None else merged.ring.numel())
+            before_cost, before_count, runs = best[start]
+            options.append((before_cost * area + cost, before_count + 1, [*runs, (start, stop)]))
+        best.append(min(options, key=lambda option: option[:2]))
+    return [(start, stop) for start, stop in best[-1][2] if _count_convs(layers[start:stop]) >= 2]
+
+
+@torch.no_grad()
+def merge_linear_(model: nn.Module) -> list[tuple[str, list[str]]]:
+    """Merge the linear sequences of an eval-mode model in place, where that costs no more multiply-adds.
+
+    Returns (name of the layer that now computes the sequence, names of all its layers); the others become Identity.
+    """
+    merged = []
+    for part in trace_parts(model)[0]:
+        readers = Readers(model, part)
+        for chain in find_chains(readers):
+            layers = [readers.module(node) for node in chain]
+            for start, stop in cheapest_split(layers):
+                names = [part.full_name(node.target) for node in chain[start:stop]]
+                conv = merge_sequence(layers[start:stop])
+                model.set_submodule(names[0], conv)
+                for name in names[1:]:
+                    model.set_submodule(name, nn.Identity())
+                merged.append((names[0], names))
+    return merged

@@ -1,0 +1,183 @@
+"""Pruned and merged timm models as a folder that ``timm.create_model('local-dir:FOLDER')`` loads.
+
+The folder holds ``config.json`` (timm's: architecture ``rep_rebuilt``, whose ``model_args`` are the original architecture
+and what was done to it) and ``model.safetensors``.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import timm
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from timm.models import generate_default_cfgs, register_model
+from torch import nn
+
+from rep_plugin.checkpoints.files import write_atomic, write_together
+from rep_plugin.checkpoints.strict import describe_mismatch, require_fit
+from rep_plugin.errors import ArgumentError, CheckpointMismatchError
+from rep_plugin.history import ATTRIBUTE, check_history, history_of, rebuild_, replays
+
+ARCHITECTURE, CONFIG, WEIGHTS = "rep_rebuilt", "config.json", "model.safetensors"
+# What of a model's pretrained_cfg tells how to feed it; where its first weights came from does not hold any more.
+KEPT_CFG = (
+    "input_size", "min_input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std",
+    "num_classes", "license", "label_names", "label_descriptions",
+)  # fmt: skip
+default_cfgs = generate_default_cfgs({f"{ARCHITECTURE}.untrained": {"url": ""}})
+
+
+def save_timm(model: nn.Module, folder: str | Path) -> None:
+    """Write a pruned or merged timm model so that ``timm.create_model('local-dir:FOLDER')`` loads it.
+
+    The structure is built again from its history first, so that what is written is known to load. Raises ValueError for a
+    model that timm did not create, or with arguments that JSON does not hold,
+    :class:`rep_plugin.errors.CheckpointMismatchError` where it was changed by something that its history does
+    not tell, OSError where a file cannot be written; older files then stay.
+    """
+    pretrained_cfg = getattr(model, "pretrained_cfg", None) or {}
+    if not pretrained_cfg.get("architecture") or not hasattr(model, "_model_args"):
+        raise ArgumentError(
+            f"{type(model).__name__} was not made by timm.create_model, whose arguments the folder holds"
+        )
+    base, base_args = getattr(model, "_rep_base", None) or (pretrained_cfg["architecture"], _args_of(model))
+    for name, value in base_args.items():
+        _require_plain(name, value)
+    history, classes = _with_classifiers(model)
+    base_args = {**base_args, "num_classes": classes}
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    rebuilt = _build(base, base_args, history)
+    if mismatch := describe_mismatch(rebuilt.state_dict(), state):
+        raise CheckpointMismatchError(
+            f"{type(model).__name__} is not what its history makes of {base!r}: {mismatch}; nothing was written"
+        )
+
+    config = {
+        "architecture": ARCHITECTURE,
+        "num_classes": model.num_classes,
+        "model_args": {"base": base, "base_args": base_args, "history": history},
+        "pretrained_cfg": {key: pretrained_cfg[key] for key in KEPT_CFG if pretrained_cfg.get(key) is not None},
+    }
+    contents = {WEIGHTS: save(state), CONFIG: json.dumps(config, indent=1).encode()}
+    writers = {
+        name: lambda path, data=data: write_atomic(path, lambda file: file.write(data))
+        for name, data in contents.items()
+    }
+    write_together(Path(folder), writers)
+
+
+def _args_of(model: nn.Module) -> dict:
+    """What timm.create_model was given."""
+    return {name: value for name, value in model._model_args.items() if name != "pretrained_model_args"}
+
+
+def _require_plain(name: str, value: object) -> None:
+    try:
+        json.dumps(value)
+    except TypeError:
+        raise ArgumentError(f"the argument {name}={value!r} of timm.create_model cannot be written as JSON") from None
+
+
+def _with_classifiers(model: nn.Module) -> tuple[list[dict], int]:
+    """Return a model's history with the steps that put fresh classifiers in place, and the classes before the first.
+
+    Those are no steps that anybody records (timm's ``reset_classifier``): what plans say of the classifier tells them.
+    """
+    steps = [step for step in history_of(model) if step["step"] != "classifier"]
+    classifier = model.get_classifier()
+    layer = next((name for name, module in model.named_modules() if module is classifier), None)
+    seen = [
+        (step, step["plan"]["widths"].get(layer, (None,))[0] if step["step"] == "prune" else None) for step in steps
+    ]
+    first = classes = next((number for _, number in seen if number is not None), model.num_classes)
+    history = []
+    for step, number in (*seen, (None, model.num_classes)):
+        if number is not None and number != classes:
+            history.append({"step": "classifier", "layer": layer, "num_classes": number})
+            classes = number
+        if step is not None:
+            history.append(step)
+    return history, first
+
+
+def _build(base: str, base_args: Mapping, history: Sequence[Mapping]) -> nn.Module:
+    return rebuild_(timm.create_model(base, pretrained=False, **base_args), history)
+
+
+@register_model
+def rep_rebuilt(
+    pretrained: bool = False,
+    pretrained_cfg: Mapping | None = None,
+    pretrained_cfg_overlay: Mapping | None = None,
+    pretrained_model_args: Mapping | None = None,
+    cache_dir: str | Path | None = None,
+    base: str = "",
+    base_args: Mapping | None = None,
+    history: Sequence[Mapping] = (),
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    drop_rate: float | None = None,
+    drop_path_rate: float | None = None,
+    weights: bool = True,
+) -> nn.Module:
+    """What a folder of :func:`save_timm` holds; its weights are loaded unless ``weights=False`` (from scratch).
+
+    ``num_classes`` other than the saved ones puts a fresh classifier on it (0: none). ``drop_rate`` and
+    ``drop_path_rate`` are passed on; ``in_chans``, which timm's own scripts give, must be the model's. Raises ValueError
+    for other arguments, or where it is not called with a folder,
+    :class:`rep_plugin.errors.CheckpointMismatchError` where the weights do not fit.
+    """
+    folder = (pretrained_cfg or {}).get("file") if isinstance(pretrained_cfg, Mapping) else None
+    if not base or not folder:
+        raise ArgumentError(f"{ARCHITECTURE!r} is loaded from a folder: timm.create_model('local-dir:FOLDER')")
+    base_args = dict(base_args or {})
+    if in_chans is not None and in_chans != (own := base_args.get("in_chans", 3)):
+        raise ArgumentError(f"in_chans must be what the model in {folder} has, {own}, got {in_chans}")
+    check_history(history)
+    given = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
+    model = _build(base, base_args | {name: value for name, value in given.items() if value is not None}, history)
+    if weights:
+        state = _read_weights(Path(folder) / WEIGHTS)
+        require_fit(model, state, str(Path(folder) / WEIGHTS))
+        model.load_state_dict(state)
+    setattr(model, ATTRIBUTE, [dict(step) for step in history])
+    model._rep_base = (base, base_args)
+    own = {key: tuple(value) if isinstance(value, list) else value for key, value in pretrained_cfg.items()}
+    model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **{k: own[k] for k in KEPT_CFG if k in own}}
+    if num_classes is not None and num_classes != model.num_classes:
+        classifier = model.get_classifier()
+        layer = next((name for name, module in model.named_modules() if module is classifier), None)
+        if layer is None:
+            raise ArgumentError(
+                f"num_classes (={num_classes}) needs a linear classifier, the model has {type(classifier).__name__}"
+            )
+        set_classes_(model, layer, num_classes)
+    return model
+
+
+def _read_weights(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist, expected the weights of a model")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointMismatchError(f"{path} holds no weights: {error}") from None
+
+
+@replays("classifier", "layer", "num_classes")
+def set_classes_(model: nn.Module, layer: str, num_classes: int) -> nn.Module:
+    """Put a fresh linear layer of ``num_classes`` in the place of one (0: none); ``model.num_classes`` follows.
+
+    The live weights tell its inputs, where timm's ``reset_classifier`` reads them from attributes that pruning leaves as
+    they were. Raises ValueError where ``layer`` is not linear.
+    """
+    old = model.get_submodule(layer)
+    if not isinstance(old, nn.Linear):
+        raise ArgumentError(
+            f"num_classes (={num_classes}) needs a linear classifier, the model has {type(old).__name__}"
+        )
+    new = nn.Linear(old.in_features, num_classes, old.bias is not None) if num_classes else nn.Identity()
+    model.set_submodule(layer, new.to(old.weight.device, old.weight.dtype).train(old.training))
+    model.num_classes = num_classes
+    return model

@@ -1,0 +1,91 @@
+"""timm models by name, with a checkpoint and pictures as timm itself reads them, written as ONNX."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+from rep_plugin.checkpoints.strict import require_fit
+from rep_plugin.errors import ArgumentError, CheckpointMismatchError, first_line
+from rep_plugin.export.export_onnx import export_pictures
+from rep_plugin.export.preprocessing import find_pictures, timm_preprocessing
+from rep_plugin.export.report import ExportReport
+
+PICTURES = 8
+
+
+def export_timm(
+    name: str,
+    path: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    pretrained: bool = False,
+    model_args: Mapping | None = None,
+    folder: str | Path | None = None,
+    size: Sequence[int] | None = None,
+    batch: int | None = None,
+    **options,
+) -> ExportReport:
+    """Build ``timm.create_model(name)``, load it, and write it as :func:`rep_plugin.export_onnx` does.
+
+    ``name`` may be ``local-dir:FOLDER``, which comes with its weights. ``model_args`` go to ``timm.create_model``.
+    ``folder`` holds pictures to compare on, preprocessed by timm's evaluation transform (None: random ones). ``size`` (H,
+    W) of the input, by default the model's own; ``batch`` fixes the number of pictures (None: open). ``options`` are those
+    of :func:`rep_plugin.export_onnx`.
+
+    Raises RuntimeError or ValueError for a name or arguments that timm does not know, FileNotFoundError for a file or
+    folder that does not exist, :class:`rep_plugin.errors.CheckpointMismatchError` where the checkpoint is not
+    the model's, and what the export raises.
+    """
+    model = load_timm(name, checkpoint, pretrained, model_args)
+    cfg = resolve_data_config({}, model=model)
+    shape = (next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3), *cfg["input_size"][1:])
+    if size is not None:
+        shape = (shape[0], *size)
+    known = len(cfg["mean"]) == shape[0]
+    if folder is not None and not known:
+        raise ArgumentError(f"{name} takes {shape[0]} channels, but its pretrained_cfg has {len(cfg['mean'])} means")
+    pictures = None if folder is None else read_pictures(folder, cfg | {"input_size": shape})
+    if known:
+        options = {"preprocessing": timm_preprocessing(cfg, shape)} | options
+    return export_pictures(model, path, pictures, shape, batch, **options)
+
+
+def load_timm(
+    name: str, checkpoint: str | Path | None = None, pretrained: bool = False, model_args: Mapping | None = None
+) -> nn.Module:
+    """Return a timm model in eval mode, with the weights of a checkpoint that must fit exactly (EMA weights come first)."""
+    if checkpoint is not None and not Path(checkpoint).is_file():
+        raise FileNotFoundError(f"{checkpoint} does not exist, expected a file")
+    local = name.startswith("local-dir:")
+    if local and not (folder := Path(name.removeprefix("local-dir:"))).is_dir():
+        raise FileNotFoundError(f"{folder} does not exist, expected a folder with config.json")
+    if ":" not in name and not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name, timm.list_models(), 3, 0.3)
+        raise ArgumentError(f"timm has no model {name!r}, expected one as {', '.join(near) or 'rep_mobilenetv2_100'}")
+    try:
+        model = timm.create_model(name, pretrained=pretrained or local, **(model_args or {}))
+    except Exception as error:  # what a network does not take it refuses in a way of its own
+        raise ArgumentError(f"{name} cannot be built with {dict(model_args or {})}: {first_line(error)}") from error
+    if checkpoint is not None:
+        try:
+            state = load_state_dict(str(checkpoint))
+        except Exception as error:  # torch, timm and safetensors each refuse a file in their own way
+            raise CheckpointMismatchError(f"{checkpoint} holds no weights: {first_line(error)}") from error
+        require_fit(model, state, str(checkpoint))
+        model.load_state_dict(state)
+    return model.eval()
+
+
+def read_pictures(folder: str | Path, cfg: Mapping, count: int = PICTURES) -> Tensor:
+    """Return up to ``count`` pictures of a folder as timm's evaluation transform gives them: (N, *cfg['input_size'])."""
+    keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+    transform = create_transform(**{key: cfg[key] for key in keys}, is_training=False)
+    mode = "L" if cfg["input_size"][0] == 1 else "RGB"
+    return torch.stack([transform(Image.open(path).convert(mode)) for path in find_pictures(folder, count)])

@@ -1,0 +1,209 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import rep_plugin
+from rep_plugin import PrunePlan, plan_pruning
+from rep_plugin.measure.costs import count_macs, count_params
+from tests.test_pruning.nets import Concat, ConvBN, Flat, Gate, Pooled, Residual, ready
+
+X = torch.randn(2, 3, 13, 13, generator=torch.Generator().manual_seed(0))
+
+
+def net_of():
+    return ready(ConvBN(3, 16), Residual(16, 24), ConvBN(16, 32), Gate(32, 8), Pooled(32))
+
+
+def test_a_fraction_counts_tied_channels_once():
+    plan = plan_pruning(net_of(), X, "random", 0.25)
+    assert plan.units == (16 + 24 + 32 + 8, 20)
+    gone = {name: before - after for name, (before, after) in plan.widths.items()}
+    assert gone["0.conv"] == gone["1.second.conv"] and gone["2.conv"] == gone["3.up"]
+    assert gone["0.conv"] + gone["1.first.conv"] + gone["2.conv"] + gone["3.down"] == 20
+    assert plan.kept["0.conv"] == plan.kept["1.second.conv"] and plan.frozen == {"4.fc": "model output"}
+
+
+def test_the_lowest_scores_go():
+    net = net_of()
+    plan = plan_pruning(net, X, "bn_gamma", 0.4)
+    scored = {n: torch.tensor(s, dtype=torch.float64) for n, s in plan.scores.items() if None not in s}
+    removed = torch.cat(
+        [s[[i for i in range(len(s)) if i not in plan.kept.get(n, range(len(s)))]] for n, s in scored.items()]
+    )
+    kept = torch.cat([s[list(plan.kept.get(n, range(len(s))))] for n, s in scored.items()])
+    assert removed.max() <= kept.min()
+    assert plan.frozen["3.down"] == "it has no BN for bn_gamma: use scores='l1'"
+
+
+def test_layer_scope_takes_an_equal_share_of_each():
+    plan = plan_pruning(net_of(), X, "l1", 0.25, scope="layer")
+    assert {n: w for n, w in plan.widths.items()} == {
+        "0.conv": (16, 12), "1.first.conv": (24, 18), "1.second.conv": (16, 12), "2.conv": (32, 24), "3.down": (8, 6),
+        "3.up": (32, 24), "4.fc": (5, 5),
+    }  # fmt: skip
+
+
+def test_costs_are_those_of_the_smaller_model():
+    net = ready(ConvBN(3, 8), Concat(8, 6, 10), ConvBN(16, 12, groups=2), ConvBN(12, 12, groups=12), Flat(12))
+    plan = plan_pruning(net, X, "random", 0.4)
+    assert (plan.params_before, plan.macs_before) == (count_params(net), count_macs(net, X))
+    rep_plugin.apply_plan(net, plan)
+    assert (plan.params_after, plan.macs_after) == (count_params(net), count_macs(net, X))
+
+
+def test_nothing_falls_below_the_minimum():
+    plan = plan_pruning(net_of(), X, "l1", 0.95, min_channels=6)
+    widths = {name: after for name, (before, after) in plan.widths.items() if name != "4.fc"}
+    assert min(widths.values()) == 6
+    plan = plan_pruning(net_of(), X, "l1", 0.999)
+    assert min(after for _, after in plan.widths.values()) == 1
+
+
+def test_rounding():
+    plan = plan_pruning(net_of(), X, "l1", 0.4, round_to=8)
+    narrower = [after for before, after in plan.widths.values() if before != after]
+    assert narrower and all(after % 8 == 0 for after in narrower)
+
+
+@pytest.mark.parametrize("what", ["params", "macs"])
+@pytest.mark.parametrize("share", [True, False])
+def test_budgets(what, share):
+    net = net_of()
+    before = {"params": count_params(net), "macs": count_macs(net, X)}[what]
+    plan = plan_pruning(net, X, "l1", **{what: 0.5 if share else before // 2})
+    after = getattr(plan, f"{what}_after")
+    assert after <= before / 2
+    removed = plan.units[1]
+    one_less = plan_pruning(net, X, "l1", (removed - 1) / plan.units[0])
+    assert one_less.units[1] == removed - 1 and getattr(one_less, f"{what}_after") > before // 2
+
+
+def test_a_budget_out_of_reach_says_what_can_be_met():
+    net = net_of()
+    with pytest.raises(ValueError, match=r"params \(=10\) cannot be met: the least that remains is [\d,]+") as caught:
+        plan_pruning(net, X, "l1", params=10)
+    least = int(str(caught.value).rsplit(" ", 1)[1].replace(",", ""))
+    assert plan_pruning(net, X, "l1", params=least).params_after == least
+
+
+def test_overrides_and_ignore():
+    plan = plan_pruning(
+        net_of(), X, "l1", 0.5, overrides={"1.first*": 0.25, "3.down": "frozen"}, ignore=["2.conv"], scope="layer"
+    )
+    assert plan.widths["1.first.conv"] == (24, 18) and plan.widths["0.conv"] == (16, 8)
+    assert plan.frozen["2.conv"] == plan.frozen["3.up"] == "ignored by '2.conv'"
+    assert plan.widths["3.down"] == (8, 8)
+
+
+def test_grouped_convolutions_keep_equal_groups():
+    net = ready(ConvBN(3, 12), ConvBN(12, 18, groups=3), Residual(18, 6), ConvBN(18, 8), Pooled(8))
+    plan = plan_pruning(net, X, "random", 0.4)
+    for name, width in (("0.conv", 4), ("1.conv", 6)):
+        counts = [sum(i // width == group for i in plan.kept.get(name, range(3 * width))) for group in range(3)]
+        assert len(set(counts)) == 1 and sum(counts) < 3 * width
+    different = [[i % 4 for i in plan.kept["0.conv"] if i // 4 == group] for group in range(3)]
+    assert different[0] != different[1] or different[1] != different[2]  # each group chooses for itself
+
+
+def test_from_widths_takes_numbers_as_they_are():
+    net = net_of()
+    plan = PrunePlan.from_widths(net, X, {"0.conv": 7, "2.conv": 1, "1.second.conv": 7})
+    assert {n: after for n, (before, after) in plan.widths.items() if before != after} == {
+        "0.conv": 7, "1.second.conv": 7, "2.conv": 1, "3.up": 1,
+    }  # fmt: skip
+    kernel = (net[2].conv.weight.abs().sum((1, 2, 3)) / net[2].conv.weight.abs().sum((1, 2, 3)).mean()).detach()
+    gate = net[3].up.weight.abs().sum((1, 2, 3)).detach()
+    assert plan.kept["2.conv"] == ((kernel + gate / gate.mean()).argmax().item(),)
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [
+        ({"nowhere": 3}, "no layer 'nowhere'"),
+        ({"0.conv": 0}, "width of '0.conv' must lie in 1..16, got 0"),
+        ({"0.conv": 17}, "must lie in 1..16, got 17"),
+        ({"0.conv": 2.0}, "must lie in 1..16, got 2.0"),
+        ({"4.fc": 2}, "'4.fc' cannot go from 5 to 2 channels: model output"),
+        ({"0.conv": 7, "1.second.conv": 8}, "'1.second.conv' cannot keep 8 of 16 channels"),
+        ({"0.conv": 8, "1.second.conv": 7}, "'0.conv' cannot keep 8 of 16 channels"),
+    ],
+)
+def test_widths_that_cannot_be(widths, message):
+    with pytest.raises(ValueError, match=message):
+        PrunePlan.from_widths(net_of(), X, widths)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prune_fraction": 1.0}, r"prune_fraction must lie in \[0, 1\), got 1.0"),
+        ({"prune_fraction": -0.1}, r"must lie in \[0, 1\), got -0.1"),
+        ({"prune_fraction": float("nan")}, "got nan"),
+        ({}, "exactly one of prune_fraction, params, macs, latency and latency_ms, got none"),
+        ({"prune_fraction": 0.1, "macs": 0.5}, "exactly one of"),
+        ({"macs": 1.5}, "must be a share"),
+        ({"latency": 12.0}, r"latency must be a share in \(0, 1\], got 12.0: milliseconds are latency_ms"),
+        ({"latency": 0.0}, "latency must be a number > 0, got 0.0"),
+        ({"latency_ms": float("nan")}, "latency_ms must be a number > 0, got nan"),
+        ({"latency": 0.5, "latency_ms": 3}, r"exactly one of .*, got \['latency', 'latency_ms'\]"),
+        ({"params": 0}, "params must be a number > 0, got 0"),
+        ({"prune_fraction": 0.1, "min_channels": 0}, "min_channels must be a whole number >= 1"),
+        ({"prune_fraction": 0.1, "scope": "block"}, "unknown scope 'block'"),
+        ({"prune_fraction": 0.1, "ignore": ["nothing*"]}, "no layer is named like 'nothing\\*'"),
+        ({"prune_fraction": 0.1, "overrides": {"nothing": 0.1}}, "no layer is named like 'nothing'"),
+        ({"prune_fraction": 0.1, "overrides": {"*": 2}}, r"overrides\['\*'\] must lie in \[0, 1\), got 2"),
+        ({"prune_fraction": 0.1, "ignore": ["*"]}, "nothing in Sequential can be pruned: '0.conv': ignored by"),
+    ],
+)
+def test_errors(options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        plan_pruning(net_of(), X, "l1", **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_to_prune():
+    with pytest.raises(ValueError, match="nothing in Conv2d can be pruned: '': model output"):
+        plan_pruning(nn.Conv2d(3, 4, 1), X, "l1", 0.5)
+
+
+def test_json_both_ways(tmp_path):
+    plan = plan_pruning(net_of(), X, "bn_gamma", 0.3)
+    assert PrunePlan.from_json(plan.to_json()) == plan
+    plan.to_json(tmp_path / "plan.json")
+    assert PrunePlan.from_json(tmp_path / "plan.json") == plan == PrunePlan.from_json(str(tmp_path / "plan.json"))
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_plans_of_version_1_had_no_latency():
+    plan = plan_pruning(net_of(), X, "l1", 0.3)
+    data = {key: value for key, value in json.loads(plan.to_json()).items() if not key.startswith("latency")}
+    assert PrunePlan.from_json(json.dumps({**data, "version": 1})) == plan
+    with pytest.raises(ValueError, match=r"missing or unknown \['latency_after', 'latency_before'\]"):
+        PrunePlan.from_json(json.dumps(data))
+
+
+def test_json_that_is_no_plan(tmp_path):
+    data = json.loads(plan_pruning(net_of(), X, "l1", 0.3).to_json())
+    wrong = {
+        "missing or unknown": {k: v for k, v in data.items() if k != "kept"},
+        "plan of version 9": {**data, "version": 9},
+        "must ascend": {**data, "kept": {**data["kept"], "0.conv": [3, 2, 1]}},
+        "is not a pruning plan": {**data, "widths": [1, 2]},
+    }
+    for message, value in wrong.items():
+        with pytest.raises(ValueError, match=message) as caught:
+            PrunePlan.from_json(json.dumps(value))
+        assert "\n" not in str(caught.value)
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match="broken.json is not JSON"):
+        PrunePlan.from_json(tmp_path / "broken.json")
+
+
+def test_planning_touches_nothing():
+    net = net_of().train()
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    plan_pruning(net, X, "fpgm", 0.5)
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+    assert net[0].conv.out_channels == 16 and all(m.training for m in net.modules())
