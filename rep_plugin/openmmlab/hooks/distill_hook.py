@@ -11,7 +11,6 @@ from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
-from mmpretrain.models.heads import MultiLabelClsHead
 from torch import Tensor, nn
 
 from rep_plugin.checkpoints.files import save_checkpoint_file
@@ -150,8 +149,9 @@ class DistillHook(Hook):
 
     def _attach(self, student: nn.Module) -> None:
         """Hooks on the model itself act inside DDP's forward too; copies of the model take them along, and are not meant."""
-        if isinstance(getattr(student, "head", None), MultiLabelClsHead):
-            raise HookError(f"DistillHook softens one label a picture, got a {type(student.head).__name__}")
+        head = type(getattr(student, "head", None))
+        if any(base.__name__ == "MultiLabelClsHead" for base in head.__mro__):  # mmpretrain's, which may be absent
+            raise HookError(f"DistillHook softens one label an image, got a {head.__name__}")
         logits = "head" if hasattr(student, "head") else "model"  # of a stock network, of a wrapped timm network
         names = (logits, *self.features)
         for name in names:
