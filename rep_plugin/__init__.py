@@ -24,3 +24,5 @@ __all__ = [
 
 if not is_missing("timm"):  # registers our names with timm
     from rep_plugin import timm as timm
+if not is_missing("mmengine"):  # registers how OpenMMLab's models are run; imports nothing of theirs
+    from rep_plugin.openmmlab import detectors as detectors

@@ -1,45 +1,67 @@
-"""How a model is run on pictures alone: ``model(x)``, and what OpenMMLab's detectors and segmentors need beside it.
-
-They are told by what they have (``extract_feat``, ``roi_head``, ``auxiliary_head``), so that nothing of them is imported.
-"""
+"""How a model is run on images alone: ``model(x)``, unless a :class:`Forward` is registered for models of its kind."""
 
 from torch import Tensor, nn
 
 
-def is_two_stage(model: nn.Module) -> bool:
-    """Whether a model looks at regions that it chose itself, as mmdet's Faster R-CNN does."""
-    return callable(getattr(model, "extract_feat", None)) and isinstance(getattr(model, "roi_head", None), nn.Module)
+class Forward:
+    """How models of one kind are run: the default, ``model(x)``. A subclass for another kind is registered with
+    :func:`register_forward`.
+    """
+
+    def matches(self, model: nn.Module) -> bool:
+        """Return whether a model is of this kind."""
+        return True
+
+    def run(self, model: nn.Module, x: Tensor) -> object:
+        """Return the outputs of ``model`` for images alone.
+
+        Args:
+            model: a model of this kind.
+            x: images (N, C, H, W).
+        """
+        return model(x)
+
+    def run_auxiliary(self, model: nn.Module, x: Tensor) -> object:
+        """Return the outputs that only training reads, as :meth:`run` does."""
+        return self.run(model, x)
+
+    def run_unreached(self, model: nn.Module, x: Tensor, unused: list[str]) -> object:
+        """Return the maps that parts which no forward reaches may read; the default is none.
+
+        Args:
+            model: a model of this kind.
+            x: images (N, C, H, W).
+            unused: names of the parameters that no forward used.
+        """
+        return []
+
+
+_FORWARDS = [Forward()]
+
+
+def register_forward(forward: Forward) -> None:
+    """Add how models of one kind are run; later ones are asked first."""
+    _FORWARDS.insert(0, forward)
+
+
+def forward_of(model: nn.Module) -> Forward:
+    """Return how a model is run."""
+    return next(forward for forward in _FORWARDS if forward.matches(model))
 
 
 def run_model(model: nn.Module, x: Tensor) -> object:
-    """Return ``model(x)``; of a two-stage detector the maps of ``extract_feat`` and what its ``rpn_head`` makes of them.
+    """Return the outputs of a model for images alone.
 
-    Which regions such a detector looks at is a choice: it needs meta data of the pictures, jumps with the last digit, and
-    hides what it leaves out. The maps, which the second stage reads, are the whole of what it is given.
+    Args:
+        model: any model.
+        x: images (N, C, H, W).
+
+    Returns:
+        ``model(x)``, or what the registered :class:`Forward` of its kind gives.
+
+    Example:
+        >>> import torch
+        >>> run_model(torch.nn.Conv2d(3, 8, 3), torch.zeros(1, 3, 5, 5)).shape
+        torch.Size([1, 8, 3, 3])
     """
-    if not is_two_stage(model):
-        return model(x)
-    maps = model.extract_feat(x)
-    rpn = getattr(model, "rpn_head", None)
-    return maps if rpn is None else (maps, rpn(maps))
-
-
-def run_auxiliary(model: nn.Module, x: Tensor) -> object:
-    """Return what training looks at: the outputs of a segmentor's ``auxiliary_head`` (one or several), else ``model(x)``."""
-    heads = getattr(model, "auxiliary_head", None)
-    if not isinstance(heads, nn.Module) or not callable(getattr(model, "extract_feat", None)):
-        return run_model(model, x)
-    maps = model.extract_feat(x)
-    return [head(maps) for head in (heads if isinstance(heads, nn.ModuleList) else [heads])]
-
-
-def run_to_maps(model: nn.Module, x: Tensor) -> object:
-    """Return the maps of ``extract_feat``, which every head of an OpenMMLab model reads."""
-    return model.extract_feat(x)
-
-
-def heads_not_run(model: nn.Module, unused: list[str]) -> bool:
-    """Whether parameters that no run used may belong to heads that read the maps: any outside backbone and neck."""
-    return callable(getattr(model, "extract_feat", None)) and any(
-        not name.startswith(("backbone.", "neck.")) for name in unused
-    )
+    return forward_of(model).run(model, x)

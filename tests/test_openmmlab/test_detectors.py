@@ -1,5 +1,8 @@
 """Models that are not run by ``model(x)`` alone, in the shape of mmseg's and mmdet's, without either."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +10,8 @@ from torch import nn
 from rep_plugin import apply_plan, plan_pruning, reparameterize
 from rep_plugin.blocks.families import RepVGGBlock
 from rep_plugin.measure.costs import count_macs
-from rep_plugin.measure.forward import is_two_stage, run_auxiliary, run_model
+from rep_plugin.measure.forward import forward_of, run_model
+from rep_plugin.openmmlab.detectors import is_two_stage
 from rep_plugin.testing import calibrate_random_bn_
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -80,7 +84,7 @@ def test_auxiliary_heads_follow_what_they_read(several):
     channels = [m.shape[1] for m in model.extract_feat(X)]
     assert channels[0] < 8 and [head.conv.weight.shape[1] for head in heads] == channels[: len(heads)]
     model.train()
-    assert [tuple(out.shape[:2]) for out in run_auxiliary(model, X)] == [(2, 4)] * len(heads)
+    assert [tuple(out.shape[:2]) for out in forward_of(model).run_auxiliary(model, X)] == [(2, 4)] * len(heads)
 
 
 def test_a_two_stage_detector_is_run_up_to_its_regions():
@@ -107,3 +111,14 @@ def test_what_unreached_heads_read_stays():
     plan = plan_pruning(model, X.shape, "l1", 0.4)
     assert {"backbone.first", "backbone.second"} <= set(plan.frozen)
     assert {name.split(".")[0] for name in plan.kept} == {"decode_head", "auxiliary_head"}
+
+
+def test_import_of_the_package_registers_them_and_loads_no_framework():
+    code = """
+import sys, rep_plugin
+from rep_plugin.measure.forward import forward_of
+model = type("Model", (), {"extract_feat": print})()
+print(type(forward_of(model)).__name__, {"mmengine", "mmcv", "mmdet", "mmseg"} & sys.modules.keys())
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.stdout == "OpenMMLabForward set()\n", done.stderr

@@ -9,6 +9,7 @@ for operations are in :mod:`rep_plugin.pruning.tracing.rules`, for modules that 
 import copy
 import traceback
 from collections.abc import Callable, Collection
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from rep_plugin.errors import ArgumentError, TraceError
-from rep_plugin.measure.forward import heads_not_run, run_auxiliary, run_model, run_to_maps
+from rep_plugin.measure.forward import forward_of
 from rep_plugin.pruning.tracing.graph import Mark, Trace, is_quiet, member, tensors_in, where
 from rep_plugin.pruning.tracing.labels import FIXED
 from rep_plugin.pruning.tracing.modules import find_leaf
@@ -47,7 +48,8 @@ class Tracer(TorchFunctionMode):
 
         Where heads are left that no run reaches, as of some detectors, all maps that they may read stay as they are.
         """
-        self.trace.outputs = self._outputs(run_model, self.trace.shape)
+        forward = forward_of(self.model)
+        self.trace.outputs = self._outputs(forward.run, self.trace.shape)
         if not self.trace.outputs:
             raise TraceError(f"{type(self.model).__name__} gives no tensor that depends on its input")
         if self._unused():
@@ -55,9 +57,9 @@ class Tracer(TorchFunctionMode):
             shape = (max(2, self.trace.shape[0]), *self.trace.shape[1:])
             for module in self.model.modules():
                 module.training = True
-            self.trace.train_outputs = self._outputs(run_auxiliary, shape)
-            if heads_not_run(self.model, self._unused()):
-                self.trace.train_outputs += self._outputs(run_to_maps, shape)
+            self.trace.train_outputs = self._outputs(forward.run_auxiliary, shape)
+            if unused := self._unused():
+                self.trace.train_outputs += self._outputs(partial(forward.run_unreached, unused=unused), shape)
             self.trace.costs = costs
         self.recorder.pair_norms()
         return self.trace
