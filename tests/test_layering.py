@@ -23,7 +23,7 @@ ROWS = (
     ("__init__",),
     ("__main__",),
 )
-PRUNING_ROWS = (("tracing",), ("surgery", "planning"), ("apply",), ("methods",), ("__init__",))
+PRUNING_ROWS = (("tracing",), ("surgery",), ("planning",), ("apply",), ("methods",), ("__init__",))
 TORCH_ONLY = {"functional", "blocks", "backbones", "bilinear", "measure", "checkpoints", "conversion", "reparam"}
 TORCH_ONLY |= {"pruning", "export", "history", "testing"}
 # matplotlib draws plots and safetensors reads files where they are installed; scipy is a requirement.

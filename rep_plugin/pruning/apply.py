@@ -19,7 +19,7 @@ from rep_plugin.pruning.surgery.mask import KeptOutputs, mask_channels_
 from rep_plugin.pruning.surgery.remove import remove_channels_
 from rep_plugin.pruning.tracing.graph import Trace
 from rep_plugin.pruning.tracing.groups import frozen_roots
-from rep_plugin.pruning.tracing.kept import Kept, count_costs, nothing_gone
+from rep_plugin.pruning.tracing.kept import Kept, count_costs
 from rep_plugin.pruning.tracing.tracer import trace_channels
 
 TOLERANCE = 1e-9  # relative, in float64
@@ -73,7 +73,7 @@ def apply_plan(
     optimizers = _optimizers(optimizer, model)
     shadow = None if ema is None else _shadow(ema, model)
     report = PruneReport("apply_plan", count_params(model), 0, input_shape=trace.shape)
-    report.macs_before = _macs(model, trace, Kept(trace, nothing_gone(trace)))
+    report.macs_before = _macs(model, trace, Kept(trace))
     if verify:
         _prove(model, trace, kept, proof_inputs(model, plan.input_shape, example_input), report)
     remove_channels_(model, trace, kept, optimizers)
@@ -109,7 +109,7 @@ def _replay(model: nn.Module, plan: Mapping | str) -> nn.Module:
 def _macs(model: nn.Module, trace: Trace, kept: Kept) -> int:
     """Multiply-adds of one forward pass of the model as it is; the trace knows them where it counts no merged form."""
     if not trace.inner:
-        return count_costs(trace, kept)[1]
+        return count_costs(trace, kept).macs
     first = next(model.parameters())
     return count_macs(model, torch.zeros(trace.shape, dtype=first.dtype, device=first.device))
 
@@ -133,16 +133,16 @@ def kept_by(plan: PrunePlan, model: nn.Module, trace: Trace) -> Kept:
     if missing := set(trace.layers) - set(plan.widths):
         raise ArgumentError(f"the plan is for another model: it does not know layer {sorted(missing)[0]!r}")
     roots, frozen = trace.channels.roots(), frozen_roots(trace)
-    gone = nothing_gone(trace)
+    removed = []
     for name, indices in plan.kept.items():
         if name not in trace.layers:
             raise ArgumentError(f"the plan keeps channels of {name!r}, for which it has no width")
         stays = torch.zeros(len(trace.layers[name].labels), dtype=torch.bool)
         stays[list(indices)] = True
-        gone[roots[trace.layers[name].labels[~stays]]] = True
-    kept = Kept(trace, gone)
+        removed += roots[trace.layers[name].labels[~stays]].tolist()
+    kept = Kept(trace, removed)
     for name, layer in trace.layers.items():
-        if (frozen & gone)[roots[layer.labels]].any():
+        if (frozen[roots[layer.labels]] & ~kept.mask[layer.labels]).any():
             raise ArgumentError(f"the plan removes channels of {name!r}, which cannot be removed")
         want = plan.kept.get(name, tuple(range(len(layer.labels))))
         if tuple(kept.index(layer.labels).tolist()) != tuple(want):

@@ -22,6 +22,7 @@ from rep_plugin.pruning import TraceError
 from rep_plugin.pruning.methods.centripetal import Centripetal, cluster_distances, merge_clusters_, snap_clusters_
 from rep_plugin.pruning.methods.clusters import METHODS, Clusters, plan_clusters
 from rep_plugin.pruning.methods.sparsity import check_strength
+from rep_plugin.pruning.planning import Budget, PruneOptions
 from rep_plugin.registry import HOOKS
 
 META = "rep_centripetal"  # in a checkpoint's meta data
@@ -71,9 +72,9 @@ class CentripetalHook(PruningHook):
     ):
         super().__init__(out_dir)
         given = dict(prune_fraction=prune_fraction, params=params, macs=macs, widths=widths)
-        amount = {name: value for name, value in given.items() if value is not None}
-        if len(amount) != 1:
-            raise ArgumentError(f"give exactly one of {', '.join(given)}, got {list(amount) or 'none'}")
+        named = [name for name, value in given.items() if value is not None]
+        if len(named) != 1:
+            raise ArgumentError(f"give exactly one of {', '.join(given)}, got {named or 'none'}")
         if prune_fraction is not None:
             check_share("prune_fraction", prune_fraction)
         if clusters not in METHODS:
@@ -83,14 +84,9 @@ class CentripetalHook(PruningHook):
         if not begin >= 0:
             raise ArgumentError(f"begin must be >= 0, got {begin!r}")
         self.strength, self.begin, self.by_epoch = strength, begin, by_epoch
-        self.options = dict(
-            amount,
-            clusters=clusters,
-            min_channels=min_channels,
-            round_to=round_to,
-            overrides=dict(overrides or {}),
-            ignore=tuple(ignore),
-            seed=seed,
+        self.method, self.budget = clusters, widths or Budget(prune_fraction, params, macs)
+        self.options = PruneOptions(
+            min_channels=min_channels, round_to=round_to, overrides=overrides, ignore=ignore, seed=seed
         )
         self.clusters: Clusters | None = None
         self.pull: Centripetal | None = None
@@ -126,7 +122,8 @@ class CentripetalHook(PruningHook):
     def _plan(self, runner: Runner) -> Clusters:
         """The clusters of the main process: all train alike."""
         try:
-            found = plan_clusters(plain_model(runner), (1, *pictures_of(runner, 1).shape[1:]), **self.options)
+            shape = (1, *pictures_of(runner, 1).shape[1:])
+            found = plan_clusters(plain_model(runner), shape, self.budget, self.options, self.method)
         except (ValueError, TraceError) as error:
             raise HookError(f"CentripetalHook: {error}") from None
         shared = [found.to_json()]

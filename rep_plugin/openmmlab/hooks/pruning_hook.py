@@ -36,8 +36,8 @@ from rep_plugin.openmmlab.hooks.runner_utils import (
     show_rounds,
 )
 from rep_plugin.pruning import PrunePlan, PruneReport, apply_plan
+from rep_plugin.pruning.planning.options import SCORES
 from rep_plugin.pruning.planning.plan import as_plan, compose_plans
-from rep_plugin.pruning.planning.scores import SCORES
 
 META = "rep_prune"  # in a checkpoint's meta data
 

@@ -24,8 +24,9 @@ from rep_plugin.openmmlab.hooks.runner_utils import (
 )
 from rep_plugin.pruning import PrunePlan, TraceError
 from rep_plugin.pruning.methods.compactors import compactors_of
-from rep_plugin.pruning.methods.resrep import Forgetting, ResRep, check_target
+from rep_plugin.pruning.methods.resrep import Forgetting, ResRep
 from rep_plugin.pruning.methods.sparsity import check_strength
+from rep_plugin.pruning.planning import Budget, PruneOptions
 from rep_plugin.pruning.planning.plan import as_plan, compose_plans
 from rep_plugin.registry import HOOKS
 
@@ -77,7 +78,8 @@ class ResRepHook(PruningHook):
         out_dir: str | None = None,
     ):
         super().__init__(out_dir)
-        check_target(macs, min_channels, round_to, ignore)
+        self.budget = Budget(macs=macs)
+        self.options = PruneOptions(min_channels=min_channels, round_to=round_to, ignore=ignore)
         if begin < 0 or (end is not None and end < begin):
             raise ArgumentError(f"ResRepHook needs 0 <= begin <= end, got begin={begin}, end={end}")
         if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
@@ -88,7 +90,6 @@ class ResRepHook(PruningHook):
         self.marked_strength = self.strength if marked_strength is None else marked_strength
         check_strength("marked_strength", self.marked_strength)
         self.begin, self.end, self.by_epoch, self.interval = begin, end, by_epoch, interval
-        self.options = dict(macs=macs, min_channels=min_channels, round_to=round_to, ignore=ignore)
         self.resrep: ResRep | None = None
         self.plan: PrunePlan | None = None
         self.choices: list[dict] = []  # one for each time that rows were marked, plain data
@@ -139,7 +140,7 @@ class ResRepHook(PruningHook):
                 )
         model, averages = plain_model(runner), changeable(runner)
         try:
-            self.resrep = ResRep(model, shape, **self.options)
+            self.resrep = ResRep(model, shape, self.budget, self.options)
             self.resrep.insert_(model)
         except (ValueError, TraceError) as error:
             raise HookError(f"ResRepHook: {error}") from None

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from rep_plugin.errors import ArgumentError
 from rep_plugin.pruning.apply import kept_by
+from rep_plugin.pruning.planning.options import Budget, PruneOptions
 from rep_plugin.pruning.planning.plan import PrunePlan
-from rep_plugin.pruning.planning.planner import plan_pruning
+from rep_plugin.pruning.planning.planner import plan_to_budget
+from rep_plugin.pruning.planning.select import nothing_to_prune
 from rep_plugin.pruning.tracing.graph import Trace
 from rep_plugin.pruning.tracing.groups import find_groups
 from rep_plugin.pruning.tracing.kept import Kept
@@ -195,49 +197,46 @@ def _kernels(model: nn.Module, aligned: Alignment, units: list[int]) -> Tensor:
 def plan_clusters(
     model: nn.Module,
     example_input: Tensor | Sequence[int],
-    prune_fraction: float | None = None,
-    *,
-    params: int | float | None = None,
-    macs: int | float | None = None,
-    widths: Mapping[str, int] | None = None,
+    budget: Budget | Mapping[str, int],
+    options: PruneOptions | None = None,
     clusters: str = "kmeans",
-    min_channels: int = 1,
-    round_to: int = 1,
-    overrides: Mapping[str, float | str] | None = None,
-    ignore: Sequence[str] = (),
-    seed: int = 0,
 ) -> Clusters:
     """Return the clusters that each shall become one channel. The model is not touched.
 
-    How many, one of: ``prune_fraction``, ``params``, ``macs``, ``min_channels``, ``round_to``, ``overrides`` and ``ignore``
-    as in :func:`rep_plugin.plan_pruning`, every group of coupled layers giving an equal share; or ``widths``, layer -> the
-    number of its clusters. Which, by ``clusters``: ``kmeans`` of the kernels, those of coupled layers side by side, or
-    ``even``. Layers that feed a bilinear pooling, or a norm over channels, stay as they are: there two equal channels are
-    not the same as one with summed weights.
+    Layers that feed a bilinear pooling, or a norm over channels, stay as they are: there two equal channels are not the
+    same as one with summed weights.
 
-    Raises what plan_pruning raises, and ValueError for an unknown method.
+    Args:
+        model: Left as it is.
+        example_input: A tensor (N, C, ...) or its shape.
+        budget: How many channels remain, every group of coupled layers losing an equal share; or {layer: the number of
+            its clusters}.
+        options: Of these count ``min_channels``, ``round_to``, ``overrides``, ``ignore`` and ``seed``.
+        clusters: ``kmeans`` of the kernels, those of coupled layers side by side, or ``even``.
+
+    Returns:
+        The clusters, with the plan that keeps the first channel of each.
+
+    Raises:
+        ArgumentError: The method is unknown, or as :func:`rep_plugin.plan_pruning` says.
+        TraceError: The model cannot be traced.
     """
     if clusters not in METHODS:
         raise ArgumentError(f"clusters must be one of {METHODS}, got {clusters!r}")
-    given = dict(prune_fraction=prune_fraction, params=params, macs=macs, widths=widths)
-    amount = {name: value for name, value in given.items() if value is not None}
-    if len(amount) != 1:
-        raise ArgumentError(f"give exactly one of {', '.join(given)}, got {list(amount) or 'none'}")
+    options = options or PruneOptions()
     trace = trace_channels(model, example_input)
     aligned = Alignment(trace)
     classes, reasons = aligned.classes()
     if not classes:
-        name, reason = next(iter(reasons.items()), ("it", "it has no layer that makes channels"))
-        raise ArgumentError(f"nothing in {type(model).__name__} can be merged: {name!r}: {reason}")
+        raise nothing_to_prune(model, reasons, "merged")
     scores = _ranks(trace, classes, reasons)
-    if widths is not None:
-        for name, width in widths.items():
+    if isinstance(budget, Mapping):
+        for name, width in budget.items():
             if name in reasons and width != len(trace.layers[name].labels):
                 raise ArgumentError(f"{name!r} cannot be merged to {width} channels: {reasons[name]}")
-        plan = PrunePlan.from_widths(model, example_input, widths, scores)
+        plan = PrunePlan.from_widths(model, example_input, budget, scores)
     else:
-        options = dict(min_channels=min_channels, round_to=round_to, overrides=overrides, ignore=ignore)
-        plan = plan_pruning(model, example_input, scores, scope="layer", **amount, **options)
+        plan = plan_to_budget(model, example_input, budget, replace(options, scores=scores, scope="layer"))
 
     mask, leads = kept_by(plan, model, trace).mask, {}
     for layer, units in classes:
@@ -248,19 +247,17 @@ def plan_clusters(
             continue
         points = _kernels(model, aligned, units) if clusters == "kmeans" else torch.empty(len(units), 0)
         first: dict[int, int] = {}
-        for unit, cluster in zip(units, cluster_points(points, number, clusters, seed)):
+        for unit, cluster in zip(units, cluster_points(points, number, clusters, options.seed)):
             leads[unit] = first.setdefault(cluster, unit)
-    gone = torch.zeros(trace.channels.count, dtype=torch.bool)
-    gone[[unit for unit, lead in leads.items() if unit != lead]] = True
-    kept = Kept(trace, gone)
+    kept = Kept(trace, [unit for unit, lead in leads.items() if unit != lead])
     changed = {name: layer.labels for name, layer in trace.layers.items() if kept.changes(layer.labels)}
-    what = f"widths of {len(widths)} layers" if widths is not None else "{}={}".format(*next(iter(amount.items())))
+    what = budget if isinstance(budget, Budget) else f"widths of {len(budget)} layers"
     plan = replace(
         plan,
         kept={name: tuple(kept.index(labels).tolist()) for name, labels in changed.items()},
         frozen={name: reasons.get(name, reason) for name, reason in plan.frozen.items()},
         scores={},
-        why=f"{what}, in {clusters} clusters, min_channels {min_channels}, round_to {round_to}",
+        why=f"{what}, in {clusters} clusters, {options}",
     )
     return Clusters(plan, {name: tuple(aligned.targets(labels, leads).tolist()) for name, labels in changed.items()})
 

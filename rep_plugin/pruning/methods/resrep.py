@@ -4,7 +4,7 @@ Source: Ding et al., "ResRep: Lossless CNN Pruning via Decoupling Remembering an
 """
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -21,60 +21,56 @@ from rep_plugin.pruning.methods.compactors import (
     require_running,
 )
 from rep_plugin.pruning.methods.sparsity import Sparsity, directions
+from rep_plugin.pruning.planning.options import Budget, PruneOptions
 from rep_plugin.pruning.planning.plan import PrunePlan, make_plan
 from rep_plugin.pruning.planning.select import (
-    BUDGETS,
     Candidate,
     Choice,
     allowed,
-    check_options,
     find_candidates,
-    gone_of,
     in_order,
+    nothing_to_prune,
     round_widths,
     to_budget,
 )
 from rep_plugin.pruning.tracing.groups import frozen_roots
-from rep_plugin.pruning.tracing.kept import Kept, count_costs, nothing_gone
+from rep_plugin.pruning.tracing.kept import count_costs
 from rep_plugin.pruning.tracing.tracer import trace_channels
 
 _WITHOUT = "no compactor can make its channels zero"
 
 
-def check_target(macs: object, min_channels: object, round_to: object, ignore: object) -> None:
-    """Raise ValueError unless what :class:`ResRep` takes has the right type and lies in its range."""
-    if isinstance(ignore, str) or not isinstance(ignore, Sequence):
-        raise ArgumentError(f"ignore must be a list of patterns, got {ignore!r}")
-    check_options(dict.fromkeys(BUDGETS) | {"macs": 0 if macs is None else macs}, min_channels, round_to)
-
-
 class ResRep:
     """Where a model's compactors stand, which channels are to be forgotten, and how the narrow network comes out.
 
-    ``shape`` (N, C, H, W) of an input; ``macs``: the multiply-adds that may remain, a share as a float or a whole number,
-    by the costs of a plan (compactors are not counted, they merge). ``min_channels``, ``round_to``, ``ignore`` as
-    :func:`rep_plugin.plan_pruning` has them. Every Conv-BN pair that makes channels of a group gets a compactor, the
-    group shares what is forgotten, and a channel's score is the root mean square of its rows' norms over the pairs of the
-    group. A depthwise convolution's factors are in no score, and bring what its own norm adds (beta) to zero with the
-    channel. A group that a forgotten channel would leave traces of is frozen: one that a linear layer, a block or a
-    convolution without a batch norm makes channels of (a gate of squeeze and excite multiplies, and leaves none).
+    Every Conv-BN pair that makes channels of a group gets a compactor, the group shares what is forgotten, and a channel's
+    score is the root mean square of its rows' norms over the pairs of the group. A depthwise convolution's factors are in
+    no score, and bring what its own norm adds (beta) to zero with the channel. A group that a forgotten channel would leave
+    traces of is frozen: one that a linear layer, a block or a convolution without a batch norm makes channels of (a gate of
+    squeeze and excite multiplies, and leaves none).
 
-    Nothing is changed before :meth:`insert_`. Raises ValueError for bad numbers, patterns that fit no layer, a target that
-    cannot be met and a model without a place for a compactor; TraceError where the model cannot be traced.
+    Args:
+        model: Nothing of it is changed before :meth:`insert_`.
+        shape: Of an input, (N, C, H, W).
+        budget: The multiply-adds that may remain, by the costs of a plan: compactors are not counted, they merge.
+        options: Of these count ``min_channels``, ``round_to`` and ``ignore``.
+
+    Raises:
+        ArgumentError: The budget is another one or cannot be met, a pattern fits no layer, or the model has no place for a
+            compactor.
+        TraceError: The model cannot be traced.
     """
 
     def __init__(
         self,
         model: nn.Module,
         shape: tuple[int, ...],
-        macs: int | float,
-        *,
-        min_channels: int = 1,
-        round_to: int = 1,
-        ignore: Sequence[str] = (),
+        budget: Budget,
+        options: PruneOptions | None = None,
     ):
-        check_target(macs, min_channels, round_to, ignore)
-        self.min_channels, self.round_to, self.ignore = min_channels, round_to, tuple(ignore)
+        if budget.macs is None:
+            raise ArgumentError(f"ResRep needs a budget of macs, got {budget}")
+        self.options = options or PruneOptions()
         sites = find_sites(model, trace_channels(model, shape))
         self.trace = trace_channels(model, shape, makers=[site.norm for site in sites])
         for name, dim in self.trace.masked_inputs:
@@ -86,10 +82,9 @@ class ResRep:
             site for site in sites if site.conv not in choice.frozen and not frozen[roots[self._labels(site)]].all()
         ]
         if not self.sites or not choice.units:
-            name, reason = next(iter(choice.frozen.items()), ("it", "it has no layer that makes channels"))
-            raise ArgumentError(f"nothing in {type(model).__name__} can be pruned by compactors: {name!r}: {reason}")
-        self.macs_before = count_costs(self.trace, Kept(self.trace, nothing_gone(self.trace)))[1]
-        self.target = int(macs * self.macs_before) if isinstance(macs, float) else macs
+            raise nothing_to_prune(model, choice.frozen, "pruned by compactors")
+        self.macs_before = count_costs(self.trace).macs
+        self.target = budget.limit(self.macs_before)
         self._take(choice, self.target)
 
     def _labels(self, site: Site) -> Tensor:
@@ -105,18 +100,15 @@ class ResRep:
                 units = roots[self._labels(site)]
                 total.index_add_(0, units, values.double().square())
                 number.index_add_(0, units, torch.ones(len(units), dtype=torch.float64))
-        return find_candidates(self.trace, (total / number).sqrt(), self.ignore, _WITHOUT)
+        return find_candidates(self.trace, (total / number).sqrt(), self.options.frozen_patterns, _WITHOUT)
 
     def _take(self, choice: Choice, macs: int) -> list[Candidate]:
-        order = allowed(in_order(choice.candidates, "global"), choice.widths, self.min_channels)
+        order = allowed(in_order(choice.candidates, "global"), choice.widths, self.options.min_channels)
 
-        def finish(some: Sequence[Candidate]) -> list[Candidate]:
-            return round_widths(some, choice.widths, self.round_to)
+        def finish(some: list[Candidate]) -> list[Candidate]:
+            return round_widths(some, choice.widths, self.options.round_to)
 
-        def cost(some: Sequence[Candidate]) -> int:
-            return count_costs(self.trace, Kept(self.trace, gone_of(self.trace, finish(some))))[1]
-
-        return finish(to_budget(order, cost, macs, "macs"))
+        return finish(to_budget(self.trace, order, finish, Budget(macs=macs)))
 
     def insert_(self, model: nn.Module) -> None:
         """Put the compactors, identities still, into a model (or a copy of it) that was given to the constructor."""
@@ -140,7 +132,7 @@ class ResRep:
             if not torch.isfinite(values).all():
                 raise ArgumentError(f"the compactor behind {site.norm!r} holds NaN or infinity: training has diverged")
         choice = self._candidates(norms)
-        why = f"macs={macs} by compactors, min_channels {self.min_channels}, round_to {self.round_to}"
+        why = f"macs={macs} by compactors, {self.options}"
         return make_plan(model, self.trace, choice, self._take(choice, macs), why, False)
 
     def forgotten(self, plan: PrunePlan) -> dict[str, Tensor]:

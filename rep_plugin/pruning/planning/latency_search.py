@@ -6,15 +6,17 @@ adds up to an estimate; what counts is the pruned model itself, timed in turns w
 """
 
 import bisect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from rep_plugin.errors import ArgumentError
 from rep_plugin.pruning.planning.latency_table import LatencyTable, Timer, timed_copy
-from rep_plugin.pruning.planning.select import Candidate, gone_of
+from rep_plugin.pruning.planning.options import Budget
+from rep_plugin.pruning.planning.select import Candidate, Finish, kept_without
 from rep_plugin.pruning.tracing.graph import Trace
+from rep_plugin.pruning.tracing.kept import Kept
 
 TOLERANCE = 0.10  # of the asked latency
 _CLOSE = 0.04  # near enough to stop looking
@@ -45,13 +47,13 @@ class Trial:
 class Search:
     """``order``: candidates as they are to go; ``finish``: what really goes when some of them do."""
 
-    def __init__(self, model, trace: Trace, x: Tensor, order: list[Candidate], finish, timer: Timer):
+    def __init__(self, model, trace: Trace, x: Tensor, order: list[Candidate], finish: Finish, timer: Timer):
         self.model, self.trace, self.x, self.order, self.finish, self.timer = model, trace, x, order, finish, timer
         self.groups: dict[int, list[Candidate]] = {}
         for candidate in order:
             self.groups.setdefault(candidate.group, []).append(candidate)
         self.widths = {group: self._widths(members) for group, members in self.groups.items()}
-        self.dense = timed_copy(model, trace, gone_of(trace, []))
+        self.dense = timed_copy(model, trace, Kept(trace))
         self.table = LatencyTable(timer)
         self.dense_seconds = timer({"dense": (self.dense, (x,))}, _SECONDS)["dense"]
         (layers,) = self.table.add_up([self.dense], x)
@@ -80,7 +82,7 @@ class Search:
         return [c for group, members in self.groups.items() for c in members[: counts[group]]]
 
     def build(self, counts: Mapping[int, int]) -> nn.Module:
-        return timed_copy(self.model, self.trace, gone_of(self.trace, self.finish(self.chosen(counts))))
+        return timed_copy(self.model, self.trace, kept_without(self.trace, self.finish(self.chosen(counts))))
 
     def estimate(self, *several: Mapping[int, int]) -> list[float]:
         """Return the share of the dense model's time, by the table."""
@@ -185,12 +187,11 @@ def to_latency(
     trace: Trace,
     x: Tensor,
     order: list[Candidate],
-    finish: Callable[[list[Candidate]], list[Candidate]],
-    latency: float | None,
-    latency_ms: float | None,
+    finish: Finish,
+    budget: Budget,
     timer: Timer,
 ) -> LatencyChoice:
-    """Return what goes so that the pruned model takes ``latency``, a share of the dense one's time, or ``latency_ms``.
+    """Return what goes so that the pruned model takes what a budget of latency asks for.
 
     ``order``: candidates as they are to go; ``finish``: what really goes when some of them do. Widths come from the order
     and the table; a copy that is really pruned is then timed in turns with the dense model, and what goes is
@@ -199,7 +200,8 @@ def to_latency(
     Raises ValueError where nothing within 10 % (or below) is found, or nothing faster than the dense model.
     """
     search = Search(model, trace, x, order, finish, timer)
-    asked = latency if latency is not None else latency_ms / 1e3 / search.dense_seconds
+    dense_ms = search.dense_seconds * 1e3
+    asked = budget.limit(dense_ms) / dense_ms
     if asked >= 1:
         return LatencyChoice([], search.dense_seconds, search.dense_seconds)
     aim, goal, tried = asked, asked * (1 - _CLOSE / 2), []

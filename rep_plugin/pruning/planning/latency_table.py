@@ -56,8 +56,8 @@ def _tensors(args: object) -> list[Tensor]:
     return [value for value in tree_flatten(args)[0] if isinstance(value, Tensor)]
 
 
-def timed_copy(model: nn.Module, trace: Trace, gone: Tensor) -> nn.Module:
-    """Return a copy in eval mode without the units ``gone``, as it would be deployed: every block one convolution.
+def timed_copy(model: nn.Module, trace: Trace, kept: Kept) -> nn.Module:
+    """Return a copy in eval mode of what is ``kept``, as it would be deployed: every block one convolution.
 
     The copy shares the memory of tensors that stay whole; nobody may train it.
     """
@@ -66,7 +66,7 @@ def timed_copy(model: nn.Module, trace: Trace, gone: Tensor) -> nn.Module:
     twin = copy.deepcopy(model, memo)
     for module in twin.modules():
         module.training = False
-    remove_channels_(twin, trace, Kept(trace, gone))
+    remove_channels_(twin, trace, kept)
     for module in list(twin.modules()):
         if isinstance(module, RepBlock):
             module.switch_to_deploy()

@@ -9,16 +9,17 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from rep_plugin.errors import ArgumentError
+from rep_plugin.pruning.planning.options import PruneOptions
 from rep_plugin.pruning.planning.scores import score_units
 from rep_plugin.pruning.planning.select import (
     Candidate,
     Choice,
     find_candidates,
-    gone_of,
+    kept_without,
     to_widths,
 )
 from rep_plugin.pruning.tracing.graph import Trace
-from rep_plugin.pruning.tracing.kept import Kept, count_costs, nothing_gone
+from rep_plugin.pruning.tracing.kept import count_costs
 from rep_plugin.pruning.tracing.tracer import trace_channels
 
 VERSION = 2
@@ -70,9 +71,10 @@ class PrunePlan:
         ``widths``: layer name -> channels kept; layers coupled to it follow, others stay. ``scores`` choose which, see
         :func:`plan_pruning`. Raises ValueError for unknown layers, widths out of range or not reachable.
         """
+        options = PruneOptions(scores, prune_outputs=prune_outputs, seed=seed)
         trace = trace_channels(model, example_input, prune_outputs)
-        choice = find_candidates(trace, score_units(model, trace, scores, seed=seed), without=_without(scores))
-        why = f"given widths of {len(widths)} layers, by {_label(scores)}"
+        choice = find_candidates(trace, score_units(model, trace, options), without=not_scored(options))
+        why = f"given widths of {len(widths)} layers, by {options.score_name}"
         return make_plan(model, trace, choice, to_widths(choice, widths), why, prune_outputs)
 
     def to_json(self, path: str | Path | None = None) -> str:
@@ -133,22 +135,22 @@ def _plain(name: str, value: object) -> object:
     return tuple(int(i) for i in value) if name in ("input_shape", "units") else value
 
 
-def _label(scores: str | Mapping) -> str:
-    return scores if isinstance(scores, str) else "given scores"
-
-
-def _without(scores: str | Mapping) -> str:
-    return "it has no BN for bn_gamma: use scores='l1'" if scores == "bn_gamma" else f"not scored by {_label(scores)}"
+def not_scored(options: PruneOptions) -> str:
+    """Return why a layer without scores stays as it is."""
+    return (
+        "it has no BN for bn_gamma: use scores='l1'"
+        if options.scores == "bn_gamma"
+        else f"not scored by {options.score_name}"
+    )
 
 
 def make_plan(
     model: nn.Module, trace: Trace, choice: Choice, taken: list[Candidate], why: str, prune_outputs: bool
 ) -> PrunePlan:
     """Return the plan that removes the ``taken`` candidates of a choice; ``why`` says what was asked for."""
-    kept = Kept(trace, gone_of(trace, taken))
+    kept = kept_without(trace, taken)
     layers = trace.layers
-    params_before, macs_before = count_costs(trace, Kept(trace, nothing_gone(trace)))
-    params_after, macs_after = count_costs(trace, kept)
+    before, after = count_costs(trace), count_costs(trace, kept)
     roots = trace.channels.roots()
     value = {unit: c.score for group in choice.candidates for c in group for unit in c.units}
     return PrunePlan(
@@ -164,10 +166,10 @@ def make_plan(
             if name not in choice.frozen
         },
         why=why,
-        params_before=params_before,
-        params_after=params_after,
-        macs_before=macs_before,
-        macs_after=macs_after,
+        params_before=before.params,
+        params_after=after.params,
+        macs_before=before.macs,
+        macs_after=after.macs,
         units=(choice.units, sum(len(c.units) for c in taken)),
         prune_outputs=prune_outputs,
     )

@@ -6,25 +6,22 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from rep_plugin.errors import ArgumentError
 from rep_plugin.pruning.planning.latency_search import to_latency
 from rep_plugin.pruning.planning.latency_table import EagerTimer, Timer
-from rep_plugin.pruning.planning.plan import PrunePlan, _label, _without, make_plan
+from rep_plugin.pruning.planning.options import Budget, PruneOptions
+from rep_plugin.pruning.planning.plan import PrunePlan, make_plan, not_scored
 from rep_plugin.pruning.planning.scores import score_units
 from rep_plugin.pruning.planning.select import (
     Candidate,
     allowed,
-    check_fraction,
-    check_options,
     find_candidates,
-    gone_of,
     in_order,
     match_layers,
+    nothing_to_prune,
     round_widths,
     take_units,
     to_budget,
 )
-from rep_plugin.pruning.tracing.kept import Kept, count_costs, nothing_gone
 from rep_plugin.pruning.tracing.tracer import trace_channels
 
 
@@ -70,22 +67,54 @@ def plan_pruning(
     Raises ValueError for numbers out of range, patterns that match no layer, a budget that cannot be met (saying what
     can) and a model without anything to prune; TraceError where the model cannot be traced.
     """
-    budgets = {"prune_fraction": prune_fraction, "params": params, "macs": macs, "latency": latency}
-    check_options({**budgets, "latency_ms": latency_ms}, min_channels, round_to)
-    overrides = dict(overrides or {})
-    for pattern, value in overrides.items():
-        if value != "frozen":
-            check_fraction(f"overrides[{pattern!r}]", value)
-    if isinstance(ignore, str):
-        raise ArgumentError(f"ignore must be a list of patterns, got {ignore!r}")
-    trace = trace_channels(model, example_input, prune_outputs)
-    own = match_layers(list(overrides), list(trace.layers))
-    frozen = [pattern for pattern, value in overrides.items() if value == "frozen"]
-    unit_scores = score_units(model, trace, scores, reduction, seed, loader, loss)
-    choice = find_candidates(trace, unit_scores, [*ignore, *frozen], _without(scores))
+    budget = Budget(prune_fraction, params, macs, latency, latency_ms)
+    options = PruneOptions(scores, scope, min_channels, round_to, overrides, ignore, reduction, prune_outputs, seed)
+    return plan_to_budget(model, example_input, budget, options, loader=loader, loss=loss, timer=timer)
+
+
+def plan_to_budget(
+    model: nn.Module,
+    example_input: Tensor | Sequence[int],
+    budget: Budget,
+    options: PruneOptions | None = None,
+    *,
+    loader: Iterable | None = None,
+    loss: Callable | None = None,
+    timer: Timer | None = None,
+) -> PrunePlan:
+    """Return the plan that meets a budget: :func:`plan_pruning` with its arguments in two objects.
+
+    Args:
+        model: Left as it is.
+        example_input: A tensor (N, C, ...) or its shape.
+        budget: How much goes, or may remain.
+        options: How the channels are chosen.
+        loader: Batches of (inputs, targets), for ``taylor``.
+        loss: Of (outputs, targets), for ``taylor``.
+        timer: Of budgets of latency (default ``EagerTimer()``).
+
+    Returns:
+        The plan.
+
+    Raises:
+        ArgumentError: See :func:`plan_pruning`.
+        TraceError: The model cannot be traced.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from rep_plugin.pruning.planning import Budget, PruneOptions, plan_to_budget
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1))
+        >>> plan_to_budget(net, (1, 3, 8, 8), Budget(0.5), PruneOptions("l1")).widths
+        {'0': (8, 4), '1': (4, 4)}
+    """
+    options = options or PruneOptions()
+    trace = trace_channels(model, example_input, options.prune_outputs)
+    own = match_layers(list(options.overrides), list(trace.layers))
+    scores = score_units(model, trace, options, loader, loss)
+    choice = find_candidates(trace, scores, options.frozen_patterns, not_scored(options))
     if not choice.units:
-        name, reason = next(iter(choice.frozen.items()), ("it", "it has no layer that makes channels"))
-        raise ArgumentError(f"nothing in {type(model).__name__} can be pruned: {name!r}: {reason}")
+        raise nothing_to_prune(model, choice.frozen)
 
     common, taken = [], []
     for layers, group in zip(choice.layers, choice.candidates):
@@ -93,34 +122,26 @@ def plan_pruning(
         if pattern is None:
             common.append(group)
         elif group:
-            order = allowed(in_order([group], scope), choice.widths, min_channels)
-            taken += take_units(order, round(overrides[pattern] * sum(len(c.units) for c in group)))
-    order = allowed(in_order(common, scope), choice.widths, min_channels)
+            order = allowed(in_order([group], options.scope), choice.widths, options.min_channels)
+            taken += take_units(order, round(options.overrides[pattern] * sum(len(c.units) for c in group)))
+    order = allowed(in_order(common, options.scope), choice.widths, options.min_channels)
 
     def finish(chosen: list[Candidate]) -> list[Candidate]:
-        return round_widths([*taken, *chosen], choice.widths, round_to)
+        return round_widths([*taken, *chosen], choice.widths, options.round_to)
 
-    times = {}
-    if prune_fraction is not None:
-        chosen = take_units(order, round(prune_fraction * sum(len(c.units) for group in common for c in group)))
-        why = f"prune_fraction={prune_fraction}"
-    elif latency is not None or latency_ms is not None:
-        x, timer = _batch(model, example_input), timer or EagerTimer()
-        found = to_latency(model, trace, x, order, finish, latency, latency_ms, timer)
+    why, times = str(budget), {}
+    if budget.prune_fraction is not None:
+        chosen = take_units(order, budget.limit(sum(len(c.units) for group in common for c in group)))
+    elif budget.params is not None or budget.macs is not None:
+        chosen = to_budget(trace, order, finish, budget)
+    else:
+        x = _batch(model, example_input)
+        found = to_latency(model, trace, x, order, finish, budget, timer or EagerTimer())
         chosen = found.chosen
         times = {"latency_before": found.before * 1e3, "latency_after": found.after * 1e3}
-        why = f"latency={latency}" if latency is not None else f"latency_ms={latency_ms}"
         why += " (measured: {latency_after:.4g} of {latency_before:.4g} ms)".format(**times)
-    else:
-        which, what, budget = (0, "params", params) if params is not None else (1, "macs", macs)
-        before = count_costs(trace, Kept(trace, nothing_gone(trace)))[which]
-        limit = int(budget * before) if isinstance(budget, float) else budget
-        chosen = to_budget(
-            order, lambda some: count_costs(trace, Kept(trace, gone_of(trace, finish(some))))[which], limit, what
-        )
-        why = f"{what}={budget}"
-    why += f" by {_label(scores)}, scope {scope}, min_channels {min_channels}, round_to {round_to}"
-    return replace(make_plan(model, trace, choice, finish(chosen), why, prune_outputs), **times)
+    why += f" by {options.score_name}, scope {options.scope}, {options}"
+    return replace(make_plan(model, trace, choice, finish(chosen), why, options.prune_outputs), **times)
 
 
 def _batch(model: nn.Module, example_input: Tensor | Sequence[int]) -> Tensor:

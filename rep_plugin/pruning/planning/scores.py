@@ -13,11 +13,9 @@ from torch import Tensor, nn
 
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.errors import ArgumentError
+from rep_plugin.pruning.planning.options import PruneOptions
 from rep_plugin.pruning.tracing.graph import Layer, Trace
 from rep_plugin.pruning.tracing.groups import frozen_roots
-
-SCORES = ("bn_gamma", "l1", "l2", "fpgm", "taylor", "random")
-REDUCTIONS = ("mean", "sum", "max")
 
 Members = list[tuple[Tensor, Tensor]]  # (labels, value of each)
 
@@ -128,25 +126,21 @@ def _given_members(trace: Trace, given: Mapping[str, Sequence[float]]) -> Member
 def score_units(
     model: nn.Module,
     trace: Trace,
-    scores: str | Mapping[str, Sequence[float]],
-    reduction: str = "mean",
-    seed: int = 0,
+    options: PruneOptions,
     loader: Iterable | None = None,
     loss: Callable | None = None,
 ) -> Tensor:
     """Return the score of every unit by its root, (count,) float64; NaN where nothing scores it. Nothing is changed.
 
-    ``scores``: a name of SCORES, or layer name -> a number for each channel. A unit's members are joined by
-    ``reduction``: ``mean``, ``sum`` or ``max``. Raises ValueError for unknown names, numbers that are not finite, and
+    A unit's members are joined by ``options.reduction``. Raises ValueError for numbers that are not finite, and
     ``bn_gamma`` where the model has no BN.
     """
-    if reduction not in REDUCTIONS:
-        raise ArgumentError(f"unknown reduction {reduction!r}, expected one of {REDUCTIONS}")
+    scores, reduction = options.scores, options.reduction
     roots = trace.channels.roots()
     if isinstance(scores, Mapping):
         members = _given_members(trace, scores)
     elif scores == "random":
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(options.seed)
         return torch.rand(trace.channels.count, generator=generator, dtype=torch.float64)
     elif scores == "bn_gamma":
         members = _gamma_members(model, trace)
@@ -158,10 +152,8 @@ def score_units(
         members = _kernel_members(model, trace, lambda kernel: _norm(kernel, 2))
     elif scores == "fpgm":
         members = _kernel_members(model, trace, _distances)
-    elif scores == "taylor":
-        members = _taylor_members(model, trace, loader, loss)
     else:
-        raise ArgumentError(f"unknown scores {scores!r}, expected one of {SCORES} or numbers by layer")
+        members = _taylor_members(model, trace, loader, loss)
     total = torch.zeros(trace.channels.count, dtype=torch.float64)
     number = torch.zeros_like(total)
     for labels, values in members:

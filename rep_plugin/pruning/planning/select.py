@@ -2,19 +2,19 @@
 
 import bisect
 import difflib
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rep_plugin.errors import ArgumentError
 from rep_plugin.pruning.planning.balance import bundle_units
+from rep_plugin.pruning.planning.options import Budget
 from rep_plugin.pruning.tracing.graph import Trace
 from rep_plugin.pruning.tracing.groups import find_groups
+from rep_plugin.pruning.tracing.kept import Kept, count_costs
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,9 @@ class Candidate:
     score: float
     group: int
     losses: tuple[tuple[str, int], ...]
+
+
+Finish = Callable[[list[Candidate]], list[Candidate]]  # what is really removed when these candidates are chosen
 
 
 @dataclass
@@ -104,10 +107,8 @@ def in_order(groups: Sequence[Sequence[Candidate]], scope: str) -> list[Candidat
     """Return candidates as they are to go: by score over all groups, or every group losing an equal share."""
     if scope == "global":
         return sorted((c for group in groups for c in group), key=lambda c: c.score)
-    if scope == "layer":
-        ranked = [((place + 0.5) / len(group), c) for group in groups for place, c in enumerate(group)]
-        return [c for _, c in sorted(ranked, key=lambda pair: pair[0])]
-    raise ArgumentError(f"unknown scope {scope!r}, expected 'global' or 'layer'")
+    ranked = [((place + 0.5) / len(group), c) for group in groups for place, c in enumerate(group)]
+    return [c for _, c in sorted(ranked, key=lambda pair: pair[0])]
 
 
 def allowed(order: Sequence[Candidate], widths: Mapping[str, int], min_channels: int) -> list[Candidate]:
@@ -154,18 +155,20 @@ def round_widths(taken: Sequence[Candidate], widths: Mapping[str, int], round_to
     return kept
 
 
-def to_budget(
-    order: list[Candidate], cost: Callable[[list[Candidate]], int], budget: int, what: str
-) -> list[Candidate]:
-    """Return the fewest first candidates whose removal brings ``cost`` to the ``budget``.
+def to_budget(trace: Trace, order: list[Candidate], finish: Finish, budget: Budget) -> list[Candidate]:
+    """Return the fewest first candidates whose removal, as ``finish`` completes it, meets a budget of params or macs.
 
     Raises ValueError where removing all of them does not.
     """
-    least = cost(order)
-    if least > budget:
-        raise ArgumentError(f"{what} (={budget:,}) cannot be met: the least that remains is {least:,}")
-    number = bisect.bisect_left(range(len(order) + 1), -budget, key=lambda n: -cost(order[:n]))
-    return order[:number]
+    name, _ = budget.item
+
+    def cost(number: int) -> int:
+        return getattr(count_costs(trace, kept_without(trace, finish(order[:number]))), name)
+
+    limit, least = budget.limit(getattr(count_costs(trace), name)), cost(len(order))
+    if least > limit:
+        raise ArgumentError(f"{name} (={limit:,}) cannot be met: the least that remains is {least:,}")
+    return order[: bisect.bisect_left(range(len(order) + 1), -limit, key=lambda number: -cost(number))]
 
 
 def to_widths(choice: Choice, widths: Mapping[str, int]) -> list[Candidate]:
@@ -206,40 +209,12 @@ def to_widths(choice: Choice, widths: Mapping[str, int]) -> list[Candidate]:
     return list(taken)
 
 
-def gone_of(trace: Trace, taken: Sequence[Candidate]) -> Tensor:
-    """Return which roots go, (count,) bool."""
-    gone = torch.zeros(trace.channels.count, dtype=torch.bool)
-    gone[[unit for candidate in taken for unit in candidate.units]] = True
-    return gone
+def kept_without(trace: Trace, taken: Iterable[Candidate]) -> Kept:
+    """Return what stays once the ``taken`` candidates are removed."""
+    return Kept(trace, [unit for candidate in taken for unit in candidate.units])
 
 
-BUDGETS = ("prune_fraction", "params", "macs", "latency", "latency_ms")
-
-
-def check_options(budgets: Mapping[str, object], min_channels: object, round_to: object) -> None:
-    """Raise ValueError unless exactly one of ``budgets`` is given, and every number lies in its range."""
-    named = [name for name in BUDGETS if budgets[name] is not None]
-    if len(named) != 1:
-        raise ArgumentError(f"give exactly one of {', '.join(BUDGETS[:-1])} and {BUDGETS[-1]}, got {named or 'none'}")
-    (name,), value = named, budgets[named[0]]
-    if name == "prune_fraction":
-        check_fraction(name, value)
-    elif not _is_number(value) or not 0 < value < math.inf:
-        raise ArgumentError(f"{name} must be a number > 0, got {value!r}")
-    elif name == "latency" and value > 1:
-        raise ArgumentError(f"latency must be a share in (0, 1], got {value!r}: milliseconds are latency_ms")
-    elif name in ("params", "macs") and isinstance(value, float) and value > 1:
-        raise ArgumentError(f"{name} must be a share (a float <= 1.0) or a whole number, got {value!r}")
-    for name, value in (("min_channels", min_channels), ("round_to", round_to)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ArgumentError(f"{name} must be a whole number >= 1, got {value!r}")
-
-
-def check_fraction(name: str, value: object) -> None:
-    """Raise ValueError unless ``value`` is a number in [0, 1)."""
-    if not _is_number(value) or not 0 <= value < 1:
-        raise ArgumentError(f"{name} must lie in [0, 1), got {value!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+def nothing_to_prune(model: nn.Module, reasons: Mapping[str, str], what: str = "pruned") -> ArgumentError:
+    """Return the error for a model of which nothing can be ``what``; ``reasons``: {frozen layer: why}."""
+    name, reason = next(iter(reasons.items()), ("it", "it has no layer that makes channels"))
+    return ArgumentError(f"nothing in {type(model).__name__} can be {what}: {name!r}: {reason}")

@@ -1,5 +1,8 @@
 """What stays of every tensor once some channels are gone, and what that costs."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -7,10 +10,18 @@ from rep_plugin.pruning.tracing.graph import Layer, Trace
 
 
 class Kept:
-    """The labels that stay when the units ``gone`` (count,) bool, by root, are removed."""
+    """The labels that stay when some units are removed.
 
-    def __init__(self, trace: Trace, gone: Tensor):
-        self.mask = ~gone[trace.channels.roots()]
+    Args:
+        trace: Of the model.
+        removed: Roots of the units that are removed (U,); without any, everything stays.
+    """
+
+    def __init__(self, trace: Trace, removed: Sequence[int] | Tensor = ()):
+        roots = trace.channels.roots()
+        stays = torch.ones(len(roots), dtype=torch.bool)
+        stays[torch.as_tensor(removed, dtype=torch.long)] = False
+        self.mask = stays[roots]
         for start, first, second in trace.channels.products:
             self.mask[start : start + len(first)] = self.mask[first] & self.mask[second]
 
@@ -53,19 +64,22 @@ def zero_gone_(tensor: Tensor, dim: int, labels: Tensor, kept: Kept) -> None:
         row.index_fill_(1, kept.gone(own).to(tensor.device), 0)
 
 
-def nothing_gone(trace: Trace) -> Tensor:
-    """Return the ``gone`` of :class:`Kept` that removes nothing."""
-    return torch.zeros(trace.channels.count, dtype=torch.bool)
-
-
 def _block_params(layer: Layer, kept: Kept) -> int:
     outs = kept.count(layer.labels)
     width = len(layer.inputs_per_group) if layer.groupwise else kept.count(layer.inputs_per_group)
     return outs * width * layer.taps + outs
 
 
-def count_costs(trace: Trace, kept: Kept) -> tuple[int, int]:
-    """Return (parameters, multiply-adds for the traced input) of what stays; a block counts as its one convolution."""
+class Costs(NamedTuple):
+    """Numbers of parameters and of multiply-adds for the traced input."""
+
+    params: int
+    macs: int
+
+
+def count_costs(trace: Trace, kept: Kept | None = None) -> Costs:
+    """Return the costs of what stays of a model (default: all); a block counts as its one convolution."""
+    kept = kept or Kept(trace)
     inner = {name for names in trace.inner.values() for name in names}
     params = sum(_block_params(trace.layers[name], kept) for name in trace.inner)
     for name, shape in trace.sizes.items():
@@ -76,4 +90,4 @@ def count_costs(trace: Trace, kept: Kept) -> tuple[int, int]:
             sizes[dim] = kept.count(labels)
         params += torch.Size(sizes).numel()
     macs = sum(cost.count(*(kept.count(labels) for labels in cost.labels)) for cost in trace.costs)
-    return params, macs
+    return Costs(params, macs)

@@ -27,6 +27,6 @@ CLUSTERS = [[0, 2, 5], [1, 4], [3]]  # by hand, for all six channels of `net`
 def clusters_of_net(model: nn.Module) -> Clusters:
     first = {member: cluster[0] for cluster in CLUSTERS for member in cluster}
     places = tuple(first[i] for i in range(6))
-    plan = plan_clusters(model, (1, 3, 8, 8), widths={"0": 3}, clusters="even").plan
+    plan = plan_clusters(model, (1, 3, 8, 8), {"0": 3}, clusters="even").plan
     kept = dict.fromkeys(("0", "3"), tuple(sorted(set(places))))
     return Clusters(PrunePlan(**{**vars(plan), "kept": kept}), dict.fromkeys(kept, places))

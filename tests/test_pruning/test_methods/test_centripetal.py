@@ -28,6 +28,7 @@ from rep_plugin.pruning.methods.centripetal import (
     snap_clusters_,
 )
 from rep_plugin.pruning.methods.clusters import Clusters, cluster_points, plan_clusters
+from rep_plugin.pruning.planning import Budget, PruneOptions
 from rep_plugin.testing import calibrate_random_bn_
 from tests.helpers import relative_error
 from tests.test_pruning.loops import batches, gradients_by_hand, new_scaler, run_training
@@ -226,7 +227,7 @@ def test_coupled_layers_share_clusters_and_kernels_of_all_decide():
             torch.randn(4, 3, 3, 3)[pairs] * torch.tensor([1, 1, 0.01, 0.01])[pairs, None, None, None]
         )
         model[1].second.conv.weight.copy_(torch.randn(4, 6, 3, 3)[pairs])
-    clusters = plan_clusters(model, X, widths={"0.conv": 4})
+    clusters = plan_clusters(model, X, {"0.conv": 4})
     assert clusters.stands_for == {name: (0, 1, 2, 3, 0, 1, 2, 3) for name in ("0.conv", "1.second.conv")}
     members = Members(model, clusters)
     assert set(members.rows) == {
@@ -272,7 +273,7 @@ def test_merged_equals_snapped_in_float64(name):
     torch.manual_seed(1)
     model = NETS[name]()
     shape = (2, 3, 33, 32) if name in ("timm", "blocks") else (2, 3, 13, 12)
-    clusters = plan_clusters(model, shape, 0.5)
+    clusters = plan_clusters(model, shape, Budget(0.5))
     assert Clusters.from_json(clusters.to_json()) == clusters
     assert clusters.plan.units[1] >= 0.4 * clusters.plan.units[0] > 2
     distances = snap_clusters_(model, clusters)
@@ -305,7 +306,7 @@ def test_merged_equals_snapped_in_float64(name):
 @given(networks(), st.sampled_from([0.2, 0.5, 0.8]), st.sampled_from(["kmeans", "even"]))
 def test_merged_equals_snapped_on_random_networks(model, fraction, method):
     x = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(5))
-    clusters = plan_clusters(model, x, fraction, clusters=method)
+    clusters = plan_clusters(model, x, Budget(fraction), clusters=method)
     snap_clusters_(model, clusters)
     snapped = copy.deepcopy(model).double()
     report = merge_clusters_(model, clusters)
@@ -320,17 +321,18 @@ def test_merged_equals_snapped_on_random_networks(model, fraction, method):
 def test_amounts_and_shares():
     model = ready(ConvBN(3, 16), Residual(16, 32), ConvBN(32 // 2, 24), Pooled(24))
     for name in ("macs", "params"):
-        plan = plan_clusters(model, X, **{name: 0.5}).plan
+        plan = plan_clusters(model, X, Budget(**{name: 0.5})).plan
         before, after = getattr(plan, f"{name}_before"), getattr(plan, f"{name}_after")
         assert 0.4 * before < after <= 0.5 * before
-    plan = plan_clusters(model, X, macs=0.6, min_channels=4, round_to=4, overrides={"1.first.*": "frozen"}).plan
+    options = PruneOptions(min_channels=4, round_to=4, overrides={"1.first.*": "frozen"})
+    plan = plan_clusters(model, X, Budget(macs=0.6), options).plan
     assert plan.widths["1.first.conv"] == (32, 32) and all(
         w % 4 == 0 and w >= 4 for _, w in list(plan.widths.values())[:-1]
     )
     assert plan.why == "macs=0.6, in kmeans clusters, min_channels 4, round_to 4" and not plan.scores
-    shares = [after / before for before, after in plan_clusters(model, X, 0.5).plan.widths.values()][:-1]
+    shares = [after / before for before, after in plan_clusters(model, X, Budget(0.5)).plan.widths.values()][:-1]
     assert max(shares) - min(shares) < 0.05
-    widths = plan_clusters(model, X, widths={"2.conv": 7, "0.conv": 3}).plan.widths
+    widths = plan_clusters(model, X, {"2.conv": 7, "0.conv": 3}).plan.widths
     assert (widths["2.conv"], widths["1.second.conv"]) == ((24, 7), (16, 3))
 
 
@@ -363,7 +365,7 @@ def test_channels_that_are_counted_stay_and_the_rest_merges(case):
     make, layer, reason = COUNTED[case]
     torch.manual_seed(0)
     model = ready(ConvBN(3, 8), ConvBN(8, 8), *make())
-    clusters = plan_clusters(model, X, 0.5)
+    clusters = plan_clusters(model, X, Budget(0.5))
     assert reason in clusters.plan.frozen[layer] and clusters.plan.widths[layer][0] == clusters.plan.widths[layer][1]
     assert ("1.conv" in clusters.plan.kept) == (layer != "1.conv") and "0.conv" in clusters.plan.kept
     snap_clusters_(model, clusters)
@@ -372,7 +374,7 @@ def test_channels_that_are_counted_stay_and_the_rest_merges(case):
 
 def test_merge_refuses_unequal_filters_and_a_failed_proof_leaves_the_model(monkeypatch):
     model = ready(ConvBN(3, 8), ConvBN(8, 10), Pooled(10))
-    clusters = plan_clusters(model, X, 0.5)
+    clusters = plan_clusters(model, X, Budget(0.5))
     with pytest.raises(
         ValueError, match=r"the filters of a cluster in '0.conv.weight' are not equal: call snap_clusters_"
     ):
@@ -387,13 +389,11 @@ def test_merge_refuses_unequal_filters_and_a_failed_proof_leaves_the_model(monke
 
 
 BAD = {
-    "none": (dict(), r"exactly one of prune_fraction, params, macs, widths, got none"),
-    "two": (dict(macs=0.5, params=0.5), r"got \['params', 'macs'\]"),
-    "method": (dict(macs=0.5, clusters="ward"), r"clusters must be one of \('kmeans', 'even'\), got 'ward'"),
-    "budget": (dict(macs=0.01), r"macs \(=.*\) cannot be met: the least that remains is"),
-    "pattern": (dict(macs=0.5, ignore=["nothing"]), "no layer is named like 'nothing'"),
-    "layer": (dict(widths={"nothing": 2}), "the model has no layer 'nothing'"),
-    "frozen": (dict(widths={"2.fc": 2}), "'2.fc' cannot be merged to 2 channels: model output"),
+    "method": (dict(clusters="ward"), r"clusters must be one of \('kmeans', 'even'\), got 'ward'"),
+    "budget": (dict(budget=Budget(macs=0.01)), r"macs \(=.*\) cannot be met: the least that remains is"),
+    "pattern": (dict(options=PruneOptions(ignore=["nothing"])), "no layer is named like 'nothing'"),
+    "layer": (dict(budget={"nothing": 2}), "the model has no layer 'nothing'"),
+    "frozen": (dict(budget={"2.fc": 2}), "'2.fc' cannot be merged to 2 channels: model output"),
 }
 
 
@@ -401,13 +401,13 @@ BAD = {
 def test_what_does_not_fit_is_named(case):
     arguments, message = BAD[case]
     with pytest.raises(ValueError, match=message) as caught:
-        plan_clusters(ready(ConvBN(3, 8), ConvBN(8, 10), Pooled(10)), X, **arguments)
+        plan_clusters(ready(ConvBN(3, 8), ConvBN(8, 10), Pooled(10)), X, **dict(budget=Budget(macs=0.5)) | arguments)
     assert "\n" not in str(caught.value)
 
 
 def test_other_models_and_broken_texts_are_refused():
     model = ready(ConvBN(3, 8), ConvBN(8, 10), Pooled(10))
-    clusters = plan_clusters(model, X, 0.5)
+    clusters = plan_clusters(model, X, Budget(0.5))
     with pytest.raises(ValueError, match="the plan is for another model"):
         snap_clusters_(ready(ConvBN(3, 9), ConvBN(9, 10), Pooled(10)), clusters)
     data = json.loads(clusters.to_json())
@@ -422,6 +422,6 @@ def test_other_models_and_broken_texts_are_refused():
     with pytest.raises(ValueError, match=r"'0.conv.weight' \(1 of 6 such tensors\) is not trained"):
         Centripetal(model, clusters).attach([torch.optim.SGD([p for p in model.parameters() if p.requires_grad], LR)])
     with pytest.raises(ValueError, match="nothing in Sequential can be merged: '0': model output"):
-        plan_clusters(nn.Sequential(nn.Conv2d(3, 4, 3)), X, 0.5)
+        plan_clusters(nn.Sequential(nn.Conv2d(3, 4, 3)), X, Budget(0.5))
     with pytest.raises(TraceError):
-        plan_clusters(nn.Sequential(Call(lambda x: x if x.sum() > 0 else -x)), X, 0.5)
+        plan_clusters(nn.Sequential(Call(lambda x: x if x.sum() > 0 else -x)), X, Budget(0.5))

@@ -19,6 +19,7 @@ from rep_plugin.pruning.methods.compactors import (
     merge_compactors_,
 )
 from rep_plugin.pruning.methods.resrep import Forgetting, ResRep
+from rep_plugin.pruning.planning import Budget, PruneOptions
 from rep_plugin.testing import calibrate_random_bn_
 from tests.helpers import relative_error
 from tests.test_pruning.loops import gradients_by_hand, new_scaler, run_training
@@ -62,7 +63,7 @@ NETS = {
 
 def learnt(model: nn.Module, macs: float | int = 0.6, shape=SHAPE, noise: float = 0.3, **options) -> ResRep:
     """Compactors as after a training: anything but identities, the rows to be forgotten zero but for a rest."""
-    resrep = ResRep(model, shape, macs, **options)
+    resrep = ResRep(model, shape, Budget(macs=macs), PruneOptions(**options))
     resrep.insert_(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -220,7 +221,7 @@ def test_what_remains_falls_to_the_target_and_options_hold():
     narrower = {name: after for name, (before, after) in steps[-1].widths.items() if after < before}
     assert narrower and all(after >= 4 and after % 4 == 0 for after in narrower.values())
     assert steps[-1].frozen["0.conv"] == "ignored by '0.conv'" and "0.conv" not in resrep.forgotten(steps[-1])
-    whole = ResRep(NETS["chain"](), SHAPE, 30_000)
+    whole = ResRep(NETS["chain"](), SHAPE, Budget(macs=30_000))
     assert whole.target == 30_000
 
 
@@ -392,7 +393,7 @@ class Blind(nn.Module):
 
 REFUSED = {
     "budget": (NETS["chain"], dict(macs=1.5), r"macs must be a share \(a float <= 1.0\) or a whole number, got 1.5"),
-    "no budget": (NETS["chain"], dict(macs=None), "macs must be a number > 0, got 0"),
+    "no budget": (NETS["chain"], dict(macs=None), "give exactly one of .*, got none"),
     "out of reach": (NETS["chain"], dict(macs=100), r"macs \(=100\) cannot be met: the least that remains is"),
     "pattern": (NETS["chain"], dict(ignore=["*.nothing"]), r"no layer is named like '\*.nothing'"),
     "patterns": (NETS["chain"], dict(ignore="0.conv"), "ignore must be a list of patterns, got '0.conv'"),
@@ -408,7 +409,8 @@ def test_what_does_not_fit_is_refused(case):
     make, changes, message = REFUSED[case]
     model = make()
     with pytest.raises(ValueError, match=message) as caught:
-        ResRep(model, SHAPE, **dict(macs=0.5) | changes).insert_(model)
+        options = dict(macs=0.5) | changes
+        ResRep(model, SHAPE, Budget(macs=options.pop("macs")), PruneOptions(**options)).insert_(model)
     assert "\n" not in str(caught.value)
 
 
@@ -424,7 +426,7 @@ def test_a_group_that_would_keep_traces_is_frozen():
             return self.c(self.a(x) + self.b(x))
 
     model = ready(Mixed(), Pooled(6))
-    resrep = ResRep(model, SHAPE, 0.8)
+    resrep = ResRep(model, SHAPE, Budget(macs=0.8))
     assert [site.conv for site in resrep.sites] == ["0.c.conv"]
     resrep.insert_(model)
     assert "0.c.conv.weight would still see something" in resrep.choose(model).frozen["0.a.conv"]

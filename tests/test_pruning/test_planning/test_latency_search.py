@@ -11,9 +11,10 @@ from rep_plugin.blocks.families import RepVGGBlock
 from rep_plugin.pruning import EagerTimer
 from rep_plugin.pruning.planning.latency_search import Search
 from rep_plugin.pruning.planning.latency_table import LatencyTable, timed_copy
-from rep_plugin.pruning.planning.plan import trace_channels
+from rep_plugin.pruning.planning.options import PruneOptions
 from rep_plugin.pruning.planning.scores import score_units
-from rep_plugin.pruning.planning.select import find_candidates, gone_of, in_order
+from rep_plugin.pruning.planning.select import find_candidates, in_order, kept_without
+from rep_plugin.pruning.tracing.tracer import trace_channels
 from tests.test_pruning.nets import ConvBN, Gate, Pooled, Residual, ready
 
 X = torch.randn(1, 3, 13, 13, generator=torch.Generator().manual_seed(0))
@@ -84,7 +85,7 @@ def test_a_budget_that_is_met_already_removes_nothing(budget):
 def search_of(timer) -> tuple[Search, dict[str, int]]:
     net = net_of()
     trace = trace_channels(net, X)
-    choice = find_candidates(trace, score_units(net, trace, "l1"))
+    choice = find_candidates(trace, score_units(net, trace, PruneOptions("l1")))
     order = in_order(choice.candidates, "global")
     group = {name: index for index, layers in enumerate(choice.layers) for name in layers}
     return Search(net, trace, X, order, list, timer), group
@@ -209,9 +210,9 @@ def test_a_timed_copy_is_the_pruned_model():
     net = net_of()
     trace = trace_channels(net, X)
     plan = plan_pruning(net, X, "l1", 0.4)
-    choice = find_candidates(trace, score_units(net, trace, "l1"))
+    choice = find_candidates(trace, score_units(net, trace, PruneOptions("l1")))
     taken = in_order(choice.candidates, "global")[: plan.units[1]]
-    twin = timed_copy(net, trace, gone_of(trace, taken))
+    twin = timed_copy(net, trace, kept_without(trace, taken))
     apply_plan(net, plan, verify=False)
     assert {k: v.shape for k, v in twin.state_dict().items()} == {k: v.shape for k, v in net.state_dict().items()}
     assert torch.equal(twin(X), net(X))

@@ -4,16 +4,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from rep_plugin.blocks.families import RepVGGBlock
-from rep_plugin.pruning.planning.scores import SCORES, score_units
+from rep_plugin.pruning.planning.options import SCORES, PruneOptions
+from rep_plugin.pruning.planning.scores import score_units
 from rep_plugin.pruning.tracing.tracer import trace_channels
 from tests.test_pruning.nets import ConvBN, Pooled, Residual, ready
 
 SHAPE = (2, 3, 13, 13)
 
 
-def scores_of(net, kind, **options):
+def scores_of(net, kind, loader=None, loss=None, **options):
     trace = trace_channels(net, SHAPE)
-    found = score_units(net, trace, kind, **options)
+    found = score_units(net, trace, PruneOptions(kind, **options), loader, loss)
     return {name: found[trace.channels.roots()[layer.labels]] for name, layer in trace.layers.items()}
 
 
