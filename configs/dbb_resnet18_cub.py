@@ -1,5 +1,5 @@
 # ResNet-18 with Diverse Branch Blocks on CUB-200-2011: mmpretrain's own ResNet, one key changed. Merged after training,
-# it is the stock ResNet-18 again: deploy.py says conv_cfg=dict(type="Conv2d").
+# it is the stock ResNet-18 again: deploy.py has conv_cfg=dict(type="Conv2d").
 _base_ = ["./rep_mbv2_cub.py"]
 
 model = dict(

@@ -1,7 +1,7 @@
-# Rep-MobileNetV2 on Fashion-MNIST (28x28, one channel), with mmpretrain's own loader. Pictures: `make fashion-mnist`.
+# Rep-MobileNetV2 on Fashion-MNIST (28x28, one channel), with mmpretrain's own loader. Data: `make fashion-mnist`.
 _base_ = ["mmpretrain::_base_/schedules/cifar10_bs128.py", "mmpretrain::_base_/default_runtime.py"]
 
-missing_data_hint = "fetch the pictures: make fashion-mnist"
+missing_data_hint = "fetch the images: make fashion-mnist"
 
 model = dict(
     type="ImageClassifier",
@@ -41,7 +41,7 @@ val_dataloader = dict(
         type="FashionMNIST",
         data_root="data/fashion_mnist",
         split="test",
-        test_mode=True,  # mmpretrain reads the training pictures without it, whatever split says
+        test_mode=True,  # mmpretrain reads the training images without it, whatever split is
         pipeline=[dict(type="PackInputs")],
     ),
     sampler=dict(type="DefaultSampler", shuffle=False),

@@ -1,4 +1,4 @@
-# Rep-MobileNetV2 on the small rendered birds (python tools/make_mini_fgvc.py): CUB's layout and loader, small pictures,
+# Rep-MobileNetV2 on the small rendered birds (python tools/make_mini_fgvc.py): CUB's layout and loader, small images,
 # a schedule that fits two CPU cores.
 _base_ = ["./rep_mbv2_cub.py"]
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draws what each block trains and what it ships, from the blocks themselves: docs/pictures/<family>.png.
+"""Draws what each block trains and what it ships, from the blocks themselves: docs/plots/<family>.png.
 
 python docs/draw_blocks.py [FOLDER]
 """
@@ -143,7 +143,7 @@ BILINEAR = {
 
 
 def main() -> None:
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "pictures"
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "plots"
     folder.mkdir(parents=True, exist_ok=True)
     for name, (title, build) in BLOCKS.items():
         draw(build(), title, folder / f"{name}.png")

@@ -26,26 +26,6 @@ model = dict(
         topk=(1, 5),
     ),
 )
-data_preprocessor = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
-
-train_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=(224, 224)),
-    # Uniform in -15..15 degrees.
-    dict(type="Rotate", magnitude_range=(0, 15), magnitude_std="inf", prob=1.0, interpolation="bilinear"),
-    dict(type="RandomFlip", prob=0.5, direction="horizontal"),
-    dict(type="PackInputs"),
-]
-test_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=(224, 224)),
-    dict(type="PackInputs"),
-]
-train_dataloader = dict(batch_size=48, num_workers=2, sampler=dict(type="DefaultSampler", shuffle=True))
-val_dataloader = dict(batch_size=48, num_workers=2, sampler=dict(type="DefaultSampler", shuffle=False))
-test_dataloader = dict(batch_size=48, num_workers=2, sampler=dict(type="DefaultSampler", shuffle=False))
-val_evaluator = dict(type="Accuracy", topk=(1, 5))
-test_evaluator = val_evaluator
 
 # The head comes trained out of the first step, so that it needs no larger learning rate here.
 optim_wrapper = dict(

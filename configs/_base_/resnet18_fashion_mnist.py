@@ -1,6 +1,6 @@
 # What all slimming configs share, without hooks: a stock ResNet-18 of 16 to 128 channels (14.1 million multiply-adds) on
-# 12,000 pictures of Fashion-MNIST, ten epochs under one cosine. A step of 128 pictures takes about 0.1 s on one core, a
-# run two minutes. All 60,000 pictures: train_dataloader.dataset.indices=None. Pictures: `make fashion-mnist`.
+# 12,000 images of Fashion-MNIST, ten epochs under one cosine. A step of 128 images takes about 0.1 s on one core, a
+# run two minutes. All 60,000 images: train_dataloader.dataset.indices=None. Data: `make fashion-mnist`.
 _base_ = ["../rep_mbv2_fashion_mnist.py"]  # its data, and its learning rate's cosine over all epochs
 
 model = dict(

@@ -2,7 +2,7 @@
 _base_ = ["mmpretrain::_base_/default_runtime.py"]
 
 data_root = "data/mini_cub"
-missing_data_hint = "render the pictures: python tools/make_mini_fgvc.py"
+missing_data_hint = "render the images: python tools/make_mini_fgvc.py"
 
 model = dict(
     type="ImageClassifier",

@@ -1,5 +1,5 @@
 # Bilinear CNN on VGG16-BN, FGVC Aircraft. First step: the head alone, on a backbone that is frozen, statistics included.
-# A run of its own, since a parameter that is frozen when a run starts may never enter its optimizer.
+# It is a run of its own: a parameter that is frozen when a run starts may never enter its optimizer.
 _base_ = ["./bcnn_vgg16bn_aircraft.py"]
 
 model = dict(backbone=dict(frozen_stages=5))

@@ -1,6 +1,6 @@
 # ResRep of the network and schedule of Network Slimming beside it: compactors learn for all epochs which channels can go,
 # rows are marked from the first to the fourth until half of the multiply-adds remain, and have shrunk to zero long before
-# the end, where they are dropped without fine-tuning. Pictures: `make fashion-mnist`.
+# the end, where they are dropped without fine-tuning. Data: `make fashion-mnist`.
 # At the end: pruned.pth and pruned.py, which stock code loads, and pruned.rounds.json.
 _base_ = ["./slim_resnet18_fashion_mnist.py"]
 

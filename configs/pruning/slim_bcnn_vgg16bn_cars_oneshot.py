@@ -1,11 +1,7 @@
-# The sparse network of slim_bcnn_vgg16bn_cars.py, pruned once and fine-tuned, L1 going on. 20, 40, 60 and 80 %:
+# The sparse network of slim_bcnn_vgg16bn_cars.py, pruned once and fine-tuned. 20, 40, 60 and 80 %:
 #   python tools/sweep.py configs/pruning/slim_bcnn_vgg16bn_cars_oneshot.py --rates 0.2 0.4 0.6 0.8
-_base_ = ["./slim_bcnn_vgg16bn_cars.py"]
+_base_ = ["../_base_/cars_224.py", "../_base_/slim_bcnn_vgg16bn_oneshot.py"]
 
+model = dict(head=dict(num_classes=196))
+optim_wrapper = dict(optimizer=dict(lr=1e-1))
 load_from = "work_dirs/slim_bcnn_vgg16bn_cars/epoch_60.pth"
-train_cfg = dict(max_epochs=80)
-
-custom_hooks = [
-    dict(type="rep_plugin.SparsityHook", strength=1e-4),
-    dict(type="rep_plugin.PruneHook", prune_fraction=0.4, begin=0),
-]

@@ -1,5 +1,5 @@
 # MobileNetV3-small (squeeze-and-excite, h-swish) on Fashion-MNIST, sparse training: the study of
-# slim_mobilenetv3_cifar10.py on pictures that are at hand (`make fashion-mnist`) and with a schedule that fits two CPU
+# slim_mobilenetv3_cifar10.py on images that are at hand (`make fashion-mnist`) and with a schedule that fits two CPU
 # cores. All rates and strengths: make bench-slim-mobilenet
 _base_ = ["../rep_mbv2_fashion_mnist.py"]  # its data
 

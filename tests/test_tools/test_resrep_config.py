@@ -1,4 +1,4 @@
-"""The config that narrows a stock network by ResRep on Fashion-MNIST, on real pictures, in short."""
+"""The config that narrows a stock network by ResRep on Fashion-MNIST, on real images, in short."""
 
 import json
 

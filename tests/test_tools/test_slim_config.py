@@ -1,4 +1,4 @@
-"""The configs that slim a stock network on Fashion-MNIST, on real pictures, in short."""
+"""The configs that slim a stock network on Fashion-MNIST, on real images, in short."""
 
 import json
 import os
@@ -33,7 +33,7 @@ from pathlib import Path
 from tests.test_openmmlab.test_hooks.forked import fork, load_tool, wait
 tool, folder = load_tool(), Path(sys.argv[1])
 for name, options in json.loads(sys.argv[2]).items():
-    arguments = [f"configs/{name}.py", "--work-dir", str(folder / name), "--cfg-options", *options]
+    arguments = [f"configs/pruning/{name}.py", "--work-dir", str(folder / name), "--cfg-options", *options]
     print(name, wait(fork(tool, arguments, folder / f"{name}.txt")), flush=True)
 """
 
@@ -52,7 +52,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_config_slims_and_writes_what_it_says(name, folder):
+def test_config_slims_and_writes_what_it_promises(name, folder):
     report = json.loads((folder / name / "pruned.json").read_text())
     rounds = json.loads((folder / name / "pruned.rounds.json").read_text())
     assert report["max_rel_error"] < 1e-9 and report["macs_after"] <= 0.5 * report["macs_before"]

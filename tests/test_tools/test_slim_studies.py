@@ -1,4 +1,4 @@
-"""Every config of the slimming studies runs, on tiny pictures that the stock loaders read, and removes what it says."""
+"""Every config of the slimming studies runs, on tiny images that the stock loaders read, and removes what it declares."""
 
 import hashlib
 import importlib.util
@@ -19,16 +19,16 @@ from rep_plugin.openmmlab.load import load_model
 from tests.test_openmmlab.test_hooks.conftest import ROOT
 from tests.test_openmmlab.test_hooks.tiny import run
 
-CONFIGS = sorted(
-    path.stem for pattern in ("slim_bcnn_*", "slim_mobilenetv3_*") for path in (ROOT / "configs").glob(f"{pattern}.py")
-)
+FOLDER = ROOT / "configs/pruning"
+CONFIGS = sorted(path.stem for study in ("bcnn", "mobilenetv3") for path in FOLDER.glob(f"slim_{study}_*.py"))
+assert CONFIGS
 LAYOUTS = ("cub", "cars", "aircraft")
 THIN = 8
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Rendered birds in three layouts, and noise in the layout of CIFAR-10, whose checksums the stock loader is told."""
+    """Rendered birds in three layouts, and noise in the layout of CIFAR-10, whose checksums the stock loader is given."""
     spec = importlib.util.spec_from_file_location("make_mini_fgvc", ROOT / "tools/make_mini_fgvc.py")
     tool = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
@@ -57,7 +57,7 @@ def data(tmp_path_factory):
 def quick(monkeypatch):
     """An eighth of VGG's widths, which it does not take as an argument; configs are written as they come, without yapf."""
     monkeypatch.setattr(mmengine.config.config, "FormatCode", lambda text, **_: (text, True), raising=False)
-    monkeypatch.setattr("rep_plugin.openmmlab.hooks.runner_utils.is_main_process", lambda: False)  # no pictures
+    monkeypatch.setattr("rep_plugin.openmmlab.hooks.runner_utils.is_main_process", lambda: False)  # no plots
     make = vgg.make_vgg_layer
 
     def make_thin(in_channels, out_channels, *args, **kwargs):
@@ -67,8 +67,8 @@ def quick(monkeypatch):
 
 
 def shortened(name: str, data, work_dir) -> Config:
-    """A config with few and small pictures, without weights of other runs, and an epoch or two in each phase."""
-    cfg = Config.fromfile(ROOT / f"configs/{name}.py")
+    """A config with few and small images, without weights of other runs, and an epoch or two in each phase."""
+    cfg = Config.fromfile(FOLDER / f"{name}.py")
     cfg.load_from, cfg.work_dir, cfg.experiment_name = None, str(work_dir), f"{name}_{id(work_dir)}"
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
         loader.update(batch_size=2, num_workers=0, collate_fn=dict(type="default_collate"))
@@ -103,7 +103,7 @@ def shortened(name: str, data, work_dir) -> Config:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_config_runs_and_removes_what_it_says(name, data, tmp_path):
+def test_config_runs_and_removes_what_it_declares(name, data, tmp_path):
     cfg = shortened(name, data, tmp_path)
     hooks = {hook.type.rpartition(".")[2]: hook for hook in cfg.custom_hooks}
     runner = run(cfg)
@@ -135,7 +135,7 @@ def test_config_runs_and_removes_what_it_says(name, data, tmp_path):
     assert (tmp_path / "teacher.pth").is_file() == ("DistillHook" in hooks)
 
 
-def test_stem_for_small_pictures_keeps_the_stock_keys():
+def test_stem_for_small_images_keeps_the_stock_keys():
     from mmpretrain.models.backbones import MobileNetV3
 
     from rep_plugin.openmmlab.mobilenet_v3 import MobileNetV3_CIFAR
