@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rep_plugin.checkpoints.files import check_writable, write_atomic
-from rep_plugin.errors import ArgumentError, EquivalenceError, InconclusiveWarning, TrainModeError, first_line
+from rep_plugin.errors import ArgumentError, EquivalenceError, TrainModeError, first_line
 from rep_plugin.export.graph import INPUT, name_outputs, open_dims, shapes_of, to_onnx
 from rep_plugin.export.preprocessing import metadata_of
 from rep_plugin.export.report import ExportReport, RuntimeReport
@@ -27,7 +26,7 @@ from rep_plugin.export.runtimes import (
 )
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.latency import eager_calls, interleaved_medians
-from rep_plugin.measure.verify import MIN_SENSITIVITY, flatten_outputs, sensitivity_of
+from rep_plugin.measure.verify import Equivalence, flatten_outputs, sensitivity_of
 from rep_plugin.reparam import NothingToMergeError, find_adapter
 from rep_plugin.reparam import reparameterize as merge
 
@@ -107,7 +106,8 @@ def export_onnx(
         got = [tuple(tensor.shape) for tensor in tensors[0]]
         raise ArgumentError(f"the model must give floating-point tensors (N, ...), got shapes {got}")
     report.compared = list(dict.fromkeys(tuple(one.shape) for one in inputs))
-    _note_sensitivity(expected, report)
+    proof = Equivalence(sensitivity=_sensitivity(expected))
+    proof.warn()
     names = list(output_names or name_outputs(model, expected[0]))
     if len(names) != len(tensors[0]) or len(set(names)) != len(names) or {"", INPUT} & set(names):
         raise ArgumentError(f"output_names must be {len(tensors[0])} different names (not {INPUT!r}), got {names}")
@@ -123,10 +123,10 @@ def export_onnx(
     for runtime in runtimes:
         session = open_model(runtime, data, torch.get_num_threads())
         found = compare_runtime(runtime, session, written, inputs, expected, tolerance)
+        proof.total.include(found)
         report.runtimes.append(RuntimeReport(runtime, version_of(runtime), found.max_abs, found.max_rel))
         calls[runtime] = lambda session=session: session(single)
-    report.max_abs_error = max(one.max_abs_error for one in report.runtimes)
-    report.max_rel_error = max(one.max_rel_error for one in report.runtimes)
+    report.add_proof(proof)
     if rounds:
         medians = {name: seconds * 1e3 for name, seconds in interleaved_medians(calls, rounds).items()}
         report.pytorch_milliseconds = medians["PyTorch"]
@@ -267,17 +267,7 @@ def _reference(model: nn.Module, x: Tensor) -> object:
     return output
 
 
-def _note_sensitivity(expected: Sequence[object], report: ExportReport) -> None:
+def _sensitivity(expected: Sequence[object]) -> float | None:
+    """Return how much the outputs depend on the input; None where each is of one image, which says nothing of another."""
     sizes = [len(flatten_outputs(output)[0]) for output in expected]
-    found = [sensitivity_of(output, size) for output, size in zip(expected, sizes) if size > 1]
-    if not found:
-        return  # one picture says nothing about another
-    report.sensitivity = max(found)
-    if report.sensitivity < MIN_SENSITIVITY:
-        report.notes.append(f"inconclusive: sensitivity {report.sensitivity:.1e}")
-        warnings.warn(
-            f"inconclusive: another input changes the output by {report.sensitivity:.1e} only (expected >= "
-            f"{MIN_SENSITIVITY:.0e}), so equality proves little",
-            InconclusiveWarning,
-            stacklevel=3,
-        )
+    return max((sensitivity_of(output, size) for output, size in zip(expected, sizes) if size > 1), default=None)

@@ -44,7 +44,7 @@ class ExportReport(Report):
     def table(self) -> Table:
         """Return the costs and the file's facts as a rich table."""
         table = Table(title=f"{self.action}: {self.path}, {self.size_bytes / 1e6:.1f} MB, opset {self.opset}")
-        table.add_column("figure")
+        table.add_column("metric")
         for column in ("before", "after"):
             table.add_column(column, justify="right")
         table.add_row("parameters", f"{self.params_before:,}", f"{self.params_after:,}")

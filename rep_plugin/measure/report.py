@@ -7,10 +7,19 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from rep_plugin.measure.verify import Equivalence
+
 
 @dataclass
 class BlockReport:
-    """One replaced module: its name, what it was, its largest errors (None: not verified)."""
+    """One replaced module.
+
+    Args:
+        name: full name.
+        kind: what it was.
+        max_abs_error: largest absolute error (None: not verified).
+        max_rel_error: largest relative error (None: not verified).
+    """
 
     name: str
     kind: str
@@ -20,13 +29,28 @@ class BlockReport:
 
 @dataclass
 class Report:
-    """Figures of one transformation.
+    """The measurements of one transformation. Errors are in float64, the largest over all outputs.
 
-    ``params_*``: number of parameters; ``macs_*``: multiply-adds of convolutions and matrix products for one
-    ``input_shape`` (None where not counted). Errors are the largest over all outputs, in float64: absolute, and relative
-    to the largest value of the reference output; ``border`` is the outer ring of one pixel of every compared map.
-    ``sensitivity`` is how much another input changes the output, relative; below 1e-3 the check is inconclusive.
-    Errors are None where the transformation was not verified.
+    Args:
+        action: name of the verb.
+        params_before: number of parameters.
+        params_after: number of parameters.
+        macs_before: multiply-adds of convolutions and matrix products for one ``input_shape`` (None: not counted).
+        macs_after: multiply-adds, likewise.
+        input_shape: shape of the counted input.
+        max_abs_error: largest absolute error (None, as the next ones: not verified).
+        max_rel_error: relative to the largest value of the reference output.
+        border_rel_error: of it, in the outermost pixels of every compared map.
+        interior_rel_error: of it, in all other pixels.
+        sensitivity: how much another input changes the output, relative; below 1e-3 the proof is inconclusive.
+        seconds: duration.
+        blocks: the replaced modules.
+        notes: what a user should know, one sentence each.
+
+    Example:
+        >>> report = Report("reparameterize", params_before=10, params_after=4)
+        >>> report.params_after, report.max_rel_error
+        (4, None)
     """
 
     action: str
@@ -44,18 +68,31 @@ class Report:
     blocks: list[BlockReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    def add_proof(self, proof: Equivalence) -> None:
+        """Fill in the errors, of the whole model and of :attr:`blocks`, the sensitivity and the notes of a proof."""
+        self.max_abs_error, self.max_rel_error = proof.total.max_abs, proof.total.max_rel
+        maps = [proof.total, *proof.blocks.values()]  # logits have no border: the blocks' own maps count as well
+        self.border_rel_error = max(difference.border_rel for difference in maps)
+        self.interior_rel_error = max(difference.interior_rel for difference in maps)
+        self.sensitivity = proof.sensitivity
+        self.notes += proof.notes
+        for block in self.blocks:
+            if block.name in proof.blocks and block.name not in proof.not_run:
+                difference = proof.blocks[block.name]
+                block.max_abs_error, block.max_rel_error = difference.max_abs, difference.max_rel
+
     def to_json(self, path: str | Path | None = None) -> str:
-        """Return the report as JSON text, and write it to ``path`` where one is given (missing figures are null)."""
+        """Return the report as JSON text, and write it to ``path`` where one is given (missing values are null)."""
         text = json.dumps(asdict(self), indent=2)
         if path is not None:
             Path(path).write_text(text + "\n")
         return text
 
     def table(self) -> Table:
-        """Return the figures as a rich table."""
+        """Return the metrics as a rich table."""
         table = Table(title=f"{self.action}: {len(self.blocks)} modules replaced")
-        for column in ("figure", "before", "after"):
-            table.add_column(column, justify="left" if column == "figure" else "right")
+        for column in ("metric", "before", "after"):
+            table.add_column(column, justify="left" if column == "metric" else "right")
         table.add_row("parameters", f"{self.params_before:,}", f"{self.params_after:,}")
         if self.macs_before is not None:
             shape = "x".join(map(str, self.input_shape))

@@ -3,13 +3,14 @@
 import copy
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from rep_plugin.errors import ArgumentError, EquivalenceError, InconclusiveWarning
 from rep_plugin.measure.forward import run_model
@@ -37,44 +38,83 @@ class Difference:
 
 @dataclass
 class Equivalence:
-    """What :func:`verify_equivalence` measured: end to end, for each named block, and the output's sensitivity.
+    """The measurements of :func:`verify_equivalence`.
 
-    ``alone`` are blocks that no input runs and that were compared on random maps, ``not_run`` those that could not be.
+    Args:
+        total: differences end to end.
+        blocks: differences of each named block.
+        sensitivity: how much another input changes the output, relative; None where no batch has a second image.
+        not_run: blocks that no input runs and that cannot be compared alone.
+        alone: blocks that no input runs and that were compared on random maps.
+
+    Example:
+        >>> Equivalence(sensitivity=1e-11).notes
+        ['inconclusive: sensitivity 1.0e-11']
     """
 
     total: Difference = field(default_factory=Difference)
     blocks: dict[str, Difference] = field(default_factory=dict)
-    sensitivity: float = 0.0
+    sensitivity: float | None = 0.0
     not_run: list[str] = field(default_factory=list)
     alone: list[str] = field(default_factory=list)
 
     @property
     def conclusive(self) -> bool:
-        return self.sensitivity >= MIN_SENSITIVITY
+        """Whether equality proves something: the output depends on the input."""
+        return self.sensitivity is None or self.sensitivity >= MIN_SENSITIVITY
 
     @property
     def notes(self) -> list[str]:
-        """What a report says about blocks that the model does not run."""
+        """What a report says about blocks that the model does not run, and of an inconclusive proof."""
         notes = [f"block {name!r} is not run by the model, and proven by itself" for name in self.alone]
-        return notes + [f"block {name!r} was not run by any input and is not proven" for name in self.not_run]
+        notes += [f"block {name!r} was not run by any input and is not proven" for name in self.not_run]
+        return notes if self.conclusive else [*notes, f"inconclusive: sensitivity {self.sensitivity:.1e}"]
+
+    def warn(self) -> None:
+        """Warn, with InconclusiveWarning, of blocks that are not proven and of a sensitivity that proves little."""
+        if self.not_run:
+            first, count = self.not_run[0], len(self.not_run)
+            warnings.warn(
+                f"inconclusive: no input runs block {first!r} ({count} such blocks)", InconclusiveWarning, stacklevel=3
+            )
+        if not self.conclusive:
+            warnings.warn(
+                f"inconclusive: another input changes the output by {self.sensitivity:.1e} only (expected >= "
+                f"{MIN_SENSITIVITY:.0e}), so equality proves little",
+                InconclusiveWarning,
+                stacklevel=3,
+            )
 
 
 def flatten_outputs(output: object) -> list[Tensor]:
     """Return the floating-point tensors of a nested output, in order."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, dict):
-        output = list(output.values())
-    if isinstance(output, (list, tuple)):
-        return [tensor for item in output for tensor in flatten_outputs(item)]
-    return []
+    tensors = []
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            tensors += [leaf] if leaf.is_floating_point() else []
+        elif isinstance(leaf, (dict, list, tuple)):  # a subclass that torch does not know
+            tensors += flatten_outputs([*leaf.values()] if isinstance(leaf, dict) else [*leaf])
+    return tensors
 
 
 def compare_outputs(reference: object, candidate: object) -> Difference:
-    """Return the differences of two outputs of equal structure. Non-finite values count as an infinite difference.
+    """Return the differences of two outputs of equal structure.
 
-    A tensor without elements (no detection, say) has no difference. Raises EquivalenceError where number or shapes of the
-    tensors differ.
+    Args:
+        reference: a tensor, or nested dicts, lists and tuples of them; what is not floating point is left out.
+        candidate: the output to compare with it.
+
+    Returns:
+        The largest differences. Non-finite values count as infinite; a tensor without elements (no detection, say) has
+        none.
+
+    Raises:
+        EquivalenceError: number or shapes of the tensors differ.
+
+    Example:
+        >>> import torch
+        >>> compare_outputs(torch.tensor([2.0, 4.0]), torch.tensor([2.0, 3.0])).max_rel
+        0.25
     """
     ours, theirs = flatten_outputs(reference), flatten_outputs(candidate)
     shapes = [tuple(t.shape) for t in ours], [tuple(t.shape) for t in theirs]
@@ -92,21 +132,25 @@ def compare_outputs(reference: object, candidate: object) -> Difference:
         border, interior = largest, largest
         if gap.dim() == 4 and min(gap.shape[2:]) > 2:
             interior = gap[:, :, 1:-1, 1:-1].max().item()
-            ring = torch.cat(
+            edge = torch.cat(
                 [gap[:, :, 0].flatten(), gap[:, :, -1].flatten(), gap[..., 0].flatten(), gap[..., -1].flatten()]
             )
-            border = ring.max().item()
+            border = edge.max().item()
         result.include(Difference(largest, largest / scale, border / scale, interior / scale))
     return result
 
 
-def sensitivity_of(output: object, pictures: int) -> float:
-    """Return how much the first picture's output and the last one's differ, relative to the largest value.
+def sensitivity_of(output: object, images: int) -> float:
+    """Return how much the outputs of the first and the last image differ, relative to the largest value.
 
-    ``output`` holds batches, or one dict for each picture, as detectors return them; another number of detections is a
-    change of 1.
+    Args:
+        output: batches, or one dict for each image, as detectors return them.
+        images: number of images.
+
+    Returns:
+        The largest relative change; another number of detections is a change of 1.
     """
-    if isinstance(output, (list, tuple)) and len(output) == pictures and all(isinstance(one, dict) for one in output):
+    if isinstance(output, (list, tuple)) and len(output) == images and all(isinstance(one, dict) for one in output):
         found = zip(flatten_outputs(output[0]), flatten_outputs(output[-1]))
         trios = [(a, b, torch.cat([a.flatten(), b.flatten()])) for a, b in found]
     else:
@@ -121,19 +165,29 @@ def sensitivity_of(output: object, pictures: int) -> float:
     return change
 
 
-def _is_float(tensor: object) -> bool:
-    return isinstance(tensor, Tensor) and tensor.is_floating_point()
-
-
 def default_inputs(model: nn.Module, example_input: Tensor | None = None) -> list[Tensor]:
-    """Return two inputs for ``model``: ``example_input`` or a random one, and a random pair of pictures of an odd size.
+    """Return two inputs for a model: the example or two random images, and two random images of an odd size.
 
-    The size is ``example_input``'s, else ``pretrained_cfg['input_size']`` (timm), else 3x64x64 with the first
-    convolution's channels. Raises ValueError for an example that is not a (N, C, ...) float tensor.
+    Args:
+        model: the model; where no example is given, the size is ``pretrained_cfg['input_size']`` (timm), else 64x64 with
+            the first convolution's channels.
+        example_input: images (N, C, ...), floating point.
+
+    Returns:
+        Two new tensors, on the model's device and in its dtype.
+
+    Raises:
+        ArgumentError: the example is not a float tensor (N, C, ...).
+
+    Example:
+        >>> from torch import nn
+        >>> [tuple(x.shape) for x in default_inputs(nn.Conv2d(3, 8, 3))]
+        [(2, 3, 64, 64), (2, 3, 63, 63)]
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if example_input is not None:
-        if not _is_float(example_input) or example_input.dim() < 2:
+        floats = isinstance(example_input, Tensor) and example_input.is_floating_point()
+        if not floats or example_input.dim() < 2:
             raise ArgumentError(f"example_input must be a float tensor (N, C, ...), got {type(example_input).__name__}")
         shape = tuple(example_input.shape)
     else:
@@ -165,7 +219,9 @@ class _FastDepthwise(TorchFunctionMode):
         plain = not isinstance(padding, str) and input.dim() == 4 and groups == input.shape[1] == weight.shape[0] > 1
         if not plain or input.dtype != torch.float64 or input.is_cuda:
             return func(input, weight, bias, stride, padding, dilation, groups)
-        (sh, sw), (ph, pw), (dh, dw) = (_pair(v) for v in (stride, padding, dilation))
+        (sh, sw), (ph, pw), (dh, dw) = (
+            (v, v) if isinstance(v, int) else (v[0], v[-1]) for v in (stride, padding, dilation)
+        )
         x = F.pad(input, (pw, pw, ph, ph))
         kh, kw = weight.shape[2:]
         rows, cols = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1, (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
@@ -183,23 +239,20 @@ class _FastDepthwise(TorchFunctionMode):
         return out
 
 
-def _pair(value) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[-1])
-
-
-def _run(model: nn.Module, *args, **kwargs) -> object:
-    with torch.no_grad(), _FastDepthwise():
-        return model(*args, **kwargs)
+@torch.no_grad()
+def _run(forward: Callable, *args, **kwargs) -> object:
+    with _FastDepthwise():
+        return forward(*args, **kwargs)
 
 
 def rounding_error(model: nn.Module, x: Tensor) -> float:
-    """Return how far an eval-mode model's own output for ``x`` lies from that of the same model in float64, relative."""
+    """Return how far an eval-mode model's own output lies from that of the same model in float64, relative.
+
+    Args:
+        model: the model, in eval mode.
+        x: images (N, C, H, W).
+    """
     return compare_outputs(_run(copy.deepcopy(model).double(), x.double()), _run(model, x)).max_rel
-
-
-def _run_whole(model: nn.Module, x: Tensor) -> object:
-    with torch.no_grad(), _FastDepthwise():
-        return run_model(model, x)
 
 
 class _Recorder:
@@ -233,17 +286,30 @@ def verify_equivalence(
     keep: bool = True,
     run_names: Sequence[str] = (),
 ) -> Equivalence:
-    """Check that two eval-mode models compute the same function on every input.
+    """Check that two models compute the same function in eval mode, in float64.
 
-    Both are copied to float64 first, so they are left as they are; ``keep=False`` saves the copies of models that are not
-    needed any more. Each named block is also compared alone: the candidate's (or what ``parts`` holds under that name) is
-    given the reference's own input to it, or a random map where no input runs it. An input that the *reference* cannot take
-    (an odd size, say) is left out, provided that the first one works.
+    Args:
+        reference: the model to compare with.
+        candidate: the model that must compute the same.
+        inputs: images (N, C, H, W). One that the reference cannot take (an odd size, say) is left out, but the first.
+        block_names: modules that are also compared alone: the candidate's is given the reference's own input to it, or a
+            random map where no input runs it.
+        tolerance: largest allowed difference, relative to the largest value.
+        parts: modules to compare in the place of the candidate's, by name.
+        keep: copy the models first; False converts the given ones to float64.
+        run_names: modules of the reference that are proven end to end alone, and so only where an input runs them.
 
-    ``run_names`` are layers of the reference that are proven end to end alone, and so only if an input runs them.
+    Returns:
+        The measurements. InconclusiveWarning is given where another input changes the output by less than 1e-3.
 
-    Raises EquivalenceError over ``tolerance`` (relative) or on a non-finite value, naming the first block that is off;
-    warns with InconclusiveWarning where another input changes the output by less than 1e-3.
+    Raises:
+        EquivalenceError: over the tolerance, or a value is not finite; names the first block that is off.
+
+    Example:
+        >>> import torch
+        >>> conv = torch.nn.Conv2d(3, 8, 3)
+        >>> verify_equivalence(conv, conv, [torch.randn(2, 3, 8, 8)]).total.max_rel
+        0.0
     """
     if keep:
         reference, candidate = copy.deepcopy(reference), copy.deepcopy(candidate)
@@ -257,7 +323,7 @@ def verify_equivalence(
     for index, x in enumerate(inputs):
         recorder = _Recorder(reference, block_names)
         try:
-            expected = _run_whole(reference, x.to(torch.float64, copy=True))
+            expected = _run(run_model, reference, x.to(torch.float64, copy=True))
         except Exception:  # a size that a network does not take is refused in as many ways as there are networks
             if index == 0:
                 raise
@@ -275,7 +341,7 @@ def verify_equivalence(
             if name in result.not_run:
                 result.not_run.remove(name)
         _raise_if_off(result.blocks, tolerance)
-        total = compare_outputs(expected, _run_whole(candidate, x.to(torch.float64, copy=True)))
+        total = compare_outputs(expected, _run(run_model, candidate, x.to(torch.float64, copy=True)))
         result.total.include(total)
         if total.exceeds(tolerance):
             raise EquivalenceError(
@@ -283,23 +349,11 @@ def verify_equivalence(
                 f"{len(block_names)} blocks agrees"
             )
         if len(x) < 2 and index == 0:
-            continue  # one picture says nothing about another
+            continue  # one image says nothing about another
         result.sensitivity = max(result.sensitivity, sensitivity_of(expected, len(x)))
     _prove_alone(reference, candidate, parts, result, tolerance)
     result.not_run += [name for name in run_names if name in idle]
-    if result.not_run:
-        warnings.warn(
-            f"inconclusive: no input runs block {result.not_run[0]!r} ({len(result.not_run)} such blocks)",
-            InconclusiveWarning,
-            stacklevel=2,
-        )
-    if not result.conclusive:
-        warnings.warn(
-            f"inconclusive: another input changes the output by {result.sensitivity:.1e} only (expected >= "
-            f"{MIN_SENSITIVITY:.0e}), so equality proves little",
-            InconclusiveWarning,
-            stacklevel=2,
-        )
+    result.warn()
     return result
 
 

@@ -13,7 +13,7 @@ from rep_plugin.errors import ArgumentError, EquivalenceError
 from rep_plugin.history import history_of, record_, replays
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.report import BlockReport, Report
-from rep_plugin.measure.verify import Equivalence, default_inputs, verify_equivalence
+from rep_plugin.measure.verify import default_inputs, verify_equivalence
 from rep_plugin.pruning.planning.plan import PrunePlan, as_plan
 from rep_plugin.pruning.surgery.mask import KeptOutputs, mask_channels_
 from rep_plugin.pruning.surgery.remove import remove_channels_
@@ -194,16 +194,6 @@ def proof_inputs(model: nn.Module, shape: Sequence[int], example_input: Tensor |
     return default_inputs(model, example_input)
 
 
-def note_proof(report: PruneReport, found: Equivalence) -> None:
-    """Write what a proof has found into a report."""
-    total = found.total
-    report.max_abs_error, report.max_rel_error = total.max_abs, total.max_rel
-    report.border_rel_error, report.interior_rel_error = total.border_rel, total.interior_rel
-    report.sensitivity = found.sensitivity
-    if not found.conclusive:
-        report.notes.append(f"inconclusive: sensitivity {found.sensitivity:.1e}")
-
-
 def _prove(model: nn.Module, trace: Trace, kept: Kept, inputs: list[Tensor], report: PruneReport) -> None:
     # In float64 from the start: gains of normalised filters change, and would be rounded.
     masked = mask_channels_(copy.deepcopy(model).double(), trace, kept)
@@ -216,7 +206,7 @@ def _prove(model: nn.Module, trace: Trace, kept: Kept, inputs: list[Tensor], rep
         if isinstance(error, EquivalenceError):
             raise EquivalenceError(f"removing channels does not equal setting them to zero: {error}") from error
         raise EquivalenceError(f"the model does not run without the removed channels: {first_line(error)}") from error
-    note_proof(report, found)
+    report.add_proof(found)
 
 
 def first_line(error: Exception) -> str:

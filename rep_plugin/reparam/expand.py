@@ -156,21 +156,12 @@ def expand(
 
     _expand_(twin, block, pairs)
     found = verify_equivalence(model, twin, inputs, [conv for conv, _ in pairs], TOLERANCE)
-    for name, _ in pairs:
-        difference = found.blocks[name]
-        proven = (None, None) if name in found.not_run else (difference.max_abs, difference.max_rel)
-        report.blocks.append(BlockReport(name, block, *proven))
-    maps = [found.total, *found.blocks.values()]
-    report.max_abs_error, report.max_rel_error = found.total.max_abs, found.total.max_rel
-    report.border_rel_error = max(difference.border_rel for difference in maps)
-    report.interior_rel_error = max(difference.interior_rel for difference in maps)
-    report.sensitivity = found.sensitivity
-    notes += found.notes
-    if not found.conclusive:
-        notes.append(f"inconclusive: sensitivity {found.sensitivity:.1e}")
+    report.blocks = [BlockReport(name, block) for name, _ in pairs]
+    report.notes = notes
+    report.add_proof(found)
 
     expanded = _expand_(model if inplace else copy.deepcopy(model), block, pairs)
     expanded.load_state_dict(twin.state_dict())  # what was proven, rounded once
     report.params_after, report.macs_after = count_params(expanded), count_macs(expanded, inputs[0])
-    report.notes, report.seconds = notes, time.perf_counter() - started
+    report.seconds = time.perf_counter() - started
     return expanded, report

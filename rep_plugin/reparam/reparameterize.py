@@ -13,7 +13,7 @@ from rep_plugin.errors import EquivalenceError, NothingToMergeError, TrainModeEr
 from rep_plugin.history import history_of, record_, replays
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.report import BlockReport, Report
-from rep_plugin.measure.verify import default_inputs, verify_equivalence
+from rep_plugin.measure.verify import Equivalence, default_inputs, verify_equivalence
 from rep_plugin.reparam.adapters import find_adapter
 from rep_plugin.reparam.fold_bn import absorb_biases_, fold_conv_bn_
 from rep_plugin.reparam.linear_layers import CONV_NORM_CLASSES
@@ -198,15 +198,17 @@ def reparameterize(
     twin = None
     if verify:
         twin = _convert(_copy(model).double(), fold_bn, merge_linear, keep_parts=True)
-        report.notes += _prove(model, twin, inputs, report)
+        report.blocks = twin.blocks
+        report.add_proof(_prove(model, twin, inputs))
     elif inplace:
         _convert(_copy(model), fold_bn, merge_linear)  # an unmergeable block must not leave others merged
     done = _convert(model if inplace else _copy(model), fold_bn, merge_linear)
-    merged, report.blocks = done.model, done.blocks
-    if twin is not None:
+    merged = done.model
+    if twin is None:
+        report.blocks = done.blocks
+    else:
         merged.load_state_dict(twin.model.state_dict())  # rounded once, where two steps in float32 round twice
         _check_cast(merged, twin.model)
-        report.blocks = twin.blocks
     report.params_after, report.macs_after = count_params(merged), count_macs(merged, counted)
     report.notes += done.notes
     record_(merged, history, step="reparameterize", fold_bn=fold_bn, merge_linear=merge_linear)
@@ -219,24 +221,10 @@ def _replay(model: nn.Module, fold_bn: bool, merge_linear: bool) -> nn.Module:
     return reparameterize(model, inplace=True, verify=False, fold_bn=fold_bn, merge_linear=merge_linear)[0]
 
 
-def _prove(model: nn.Module, twin: _Conversion, inputs: list[Tensor], report: Report) -> list[str]:
-    """Compare the float64 twin with the model, fill in the report's errors, and return notes."""
+def _prove(model: nn.Module, twin: _Conversion, inputs: list[Tensor]) -> Equivalence:
+    """Compare the float64 twin with the model."""
     proven_whole = (CONV_BN, BN_CONV, SEQUENCE)
-    blocks = twin.blocks
-    names = [block.name for block in blocks if block.name and not block.kind.startswith(proven_whole)]
+    names = [block.name for block in twin.blocks if block.name and not block.kind.startswith(proven_whole)]
     own = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    folded = [block.name for block in blocks if block.kind.startswith(proven_whole) and block.name in own]
-    found = verify_equivalence(model, twin.model, inputs, names, TOLERANCE, twin.parts, run_names=folded)
-    for block in blocks:
-        if block.name in found.not_run:
-            continue
-        if (difference := found.blocks.get(block.name)) is not None:
-            block.max_abs_error, block.max_rel_error = difference.max_abs, difference.max_rel
-    total = found.total
-    report.max_abs_error, report.max_rel_error = total.max_abs, total.max_rel
-    # Logits have no border: the blocks' own maps count as well.
-    maps = [total, *found.blocks.values()]
-    report.border_rel_error = max(difference.border_rel for difference in maps)
-    report.interior_rel_error = max(difference.interior_rel for difference in maps)
-    report.sensitivity = found.sensitivity
-    return found.notes if found.conclusive else [*found.notes, f"inconclusive: sensitivity {found.sensitivity:.1e}"]
+    folded = [block.name for block in twin.blocks if block.kind.startswith(proven_whole) and block.name in own]
+    return verify_equivalence(model, twin.model, inputs, names, TOLERANCE, twin.parts, run_names=folded)

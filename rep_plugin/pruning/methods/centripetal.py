@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rep_plugin.errors import ArgumentError
 from rep_plugin.measure.verify import verify_equivalence
-from rep_plugin.pruning.apply import TOLERANCE, PruneReport, apply_plan, kept_by, note_proof, proof_inputs
+from rep_plugin.pruning.apply import TOLERANCE, PruneReport, apply_plan, kept_by, proof_inputs
 from rep_plugin.pruning.methods.clusters import Alignment, Clusters, leads_of
 from rep_plugin.pruning.surgery.remove import keep_filters_, measure_filters, remove_channels_
 from rep_plugin.pruning.tracing.graph import Trace
@@ -204,7 +204,7 @@ def merge_clusters_(
     _sum_columns_(model, members)
     report = apply_plan(model, clusters.plan, verify=False)
     if found is not None:
-        note_proof(report, found)
+        report.add_proof(found)
     report.seconds = time.perf_counter() - started
     return report
 
