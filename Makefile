@@ -80,9 +80,8 @@ test-timm: $(VENV)/.developers ## timm's own tests of models on our names: TIMM=
 test-downstream: $(DOWNSTREAM_VENV)/.developers ## detectors and segmentors; builds mmcv's operators once (12 to 30 minutes)
 	$(ONE_THREAD) PYTHONWARNINGS=ignore $(DOWNSTREAM_VENV)/bin/python -m pytest -q --durations=10 tests/downstream
 
-lint: $(VENV)/.developers ## ruff: rules and format
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+lint: $(VENV)/.developers ## ruff (rules, format) and mypy, as .pre-commit-config.yaml lists them
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pre-commit run --all-files
 
 format: $(VENV)/.developers ## let ruff rewrite
 	$(BIN)/ruff check --fix .
