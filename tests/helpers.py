@@ -1,11 +1,14 @@
 """Oracles that several tests share: written for plainness, not for speed."""
 
 import os
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+ROOT = Path(__file__).resolve().parents[1]  # of the checkout
 
 FUZZ = int(os.environ.get("FUZZ", "0"))
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.helpers import ROOT
+
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 FOLDERS = sorted((ROOT / "configs").rglob("README.md"))
 

@@ -79,7 +79,7 @@ def documented(room: str) -> list[tuple[str, object]]:
     found = []
     for name in getattr(module, "__all__", []):
         value = getattr(module, name)
-        if not callable(value) or isinstance(value, type) and issubclass(value, BaseException):
+        if not callable(value) or (isinstance(value, type) and issubclass(value, BaseException)):
             continue
         if len(inspect.signature(value).parameters) > 1:
             found.append((f"{room}.{name}", value))

@@ -8,8 +8,8 @@ from mmpretrain.apis import get_model, list_models
 from mmpretrain.apis.model import ModelHub
 
 from rep_plugin.measure.costs import count_params
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 INDEX = yaml.safe_load((ROOT / "model-index.yml").read_text())
 
 

@@ -24,8 +24,7 @@ import rep_plugin.checkpoints.safe_load as checkpoint
 from rep_plugin.checkpoints.files import save_checkpoint_file
 from rep_plugin.checkpoints.safe_load import load_checkpoint_file
 from rep_plugin.errors import UnreadableCheckpointError, UnsafeCheckpointError
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.helpers import ROOT
 
 
 class Call:

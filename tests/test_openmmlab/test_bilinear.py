@@ -3,7 +3,6 @@
 import copy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +18,8 @@ from torch import nn
 import rep_plugin.openmmlab.bilinear as parts
 from rep_plugin.bilinear.head import fold_bilinear_head
 from rep_plugin.registry import MODELS
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = {"cub": (200, 67_152_136), "cars": (196, 66_103_556), "aircraft": (100, 40_937_636)}
 VGG = dict(type="VGG", depth=16, norm_cfg=dict(type="BN"), with_last_pool=False)
 SMALL = dict(type="ResNet", depth=18, num_stages=2, out_indices=(0, 1), strides=(1, 2), dilations=(1, 1))

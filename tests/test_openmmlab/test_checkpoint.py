@@ -21,8 +21,7 @@ from rep_plugin.checkpoints.safe_load import load_checkpoint_file
 from rep_plugin.errors import DataError, UnsafeCheckpointError, first_line
 from rep_plugin.openmmlab.checkpoint import enable_safe_loading, find_latest_checkpoint
 from rep_plugin.openmmlab.data import check_data
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.helpers import ROOT
 
 
 class Touch:

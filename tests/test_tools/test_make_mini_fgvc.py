@@ -13,7 +13,9 @@ from mmengine.config import Config
 from mmpretrain.registry import DATASETS
 from PIL import Image
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "make_mini_fgvc.py"
+from tests.helpers import ROOT
+
+TOOL = ROOT / "tools" / "make_mini_fgvc.py"
 spec = importlib.util.spec_from_file_location("make_mini_fgvc", TOOL)
 tool = importlib.util.module_from_spec(spec)
 # Registered by name: dataclasses look their module up.

@@ -19,8 +19,8 @@ from mmengine.logging import HistoryBuffer
 from rep_plugin.checkpoints.safe_load import load_checkpoint_file
 from rep_plugin.errors import DataError
 from rep_plugin.openmmlab.data import guard_dataloaders
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 TRAIN, TEST = str(ROOT / "tools" / "train.py"), str(ROOT / "tools" / "test.py")
 
 # One process imports the libraries, and forks for every run: a run is a process of its own, without the waiting.

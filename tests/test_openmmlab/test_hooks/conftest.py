@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.helpers import ROOT
 
 
 def run(*command: object, cwd: Path) -> subprocess.CompletedProcess:

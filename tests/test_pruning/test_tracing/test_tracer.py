@@ -85,7 +85,7 @@ def test_gates_and_ghosts():
 
 def test_a_real_slice_of_channels_freezes():
     _, groups = groups_of(ConvBN(3, 8), Call(lambda x: x[:, :5]), Pooled(5))
-    assert sizes(groups)[("0.conv",)] == 0 and groups[0].reason.startswith("no rule for __getitem__ at test_trace.py:")
+    assert sizes(groups)[("0.conv",)] == 0 and groups[0].reason.startswith("no rule for __getitem__ at test_tracer.py:")
 
 
 def test_a_shuffle_pairs_its_rows():
@@ -113,7 +113,7 @@ def test_layer_norm_freezes_its_channels_but_not_the_inner_ones():
 
 def test_unknown_operations_freeze_with_place_and_name():
     _, groups = groups_of(ConvBN(3, 4), Call(lambda x: torch.cumsum(x, 1)), ConvBN(4, 5), Pooled(5))
-    assert groups[0].reason.startswith("no rule for cumsum at test_trace.py:") and len(groups[1].units) == 5
+    assert groups[0].reason.startswith("no rule for cumsum at test_tracer.py:") and len(groups[1].units) == 5
 
 
 def test_constants_of_the_forward_keep_their_values():
@@ -168,7 +168,7 @@ def test_an_outer_product_keeps_both_of_its_maps():
 
     _, groups = groups_of(ConvBN(3, 4), Outer())
     assert [len(group.units) for group in groups] == [4, 0, 0, 0]
-    assert groups[1].reason.startswith("broadcast over channels at test_trace.py:")
+    assert groups[1].reason.startswith("broadcast over channels at test_tracer.py:")
 
 
 def test_a_block_called_twice_ties_both_calls():
@@ -250,7 +250,7 @@ def test_control_flow_on_shapes_resolves():
 )
 def test_control_flow_on_values_is_an_error_with_its_place(function):
     with pytest.raises(
-        TraceError, match=r"cannot trace Sequential on an input \(.*\) at \S*test_trace.py:\d+: "
+        TraceError, match=r"cannot trace Sequential on an input \(.*\) at \S*test_tracer.py:\d+: "
     ) as caught:
         trace_channels(nn.Sequential(ConvBN(3, 4), Call(function), Pooled(4)), SHAPE)
     assert "\n" not in str(caught.value)
@@ -263,7 +263,7 @@ def test_a_custom_autograd_function_is_seen_inside():
             return torch.cumsum(x.clone(), 1)
 
     _, groups = groups_of(ConvBN(3, 4), Call(Double.apply), ConvBN(4, 4), Pooled(4))
-    assert groups[0].reason.startswith("no rule for cumsum at test_trace.py:") and len(groups[1].units) == 4
+    assert groups[0].reason.startswith("no rule for cumsum at test_tracer.py:") and len(groups[1].units) == 4
 
 
 def test_a_map_that_no_torch_function_made_is_refused():
