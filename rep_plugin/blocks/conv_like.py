@@ -150,8 +150,8 @@ def look_alike(block: str) -> type[ConvLike]:
     return CONV_LIKES[block]
 
 
-def can_stand_for(conv: nn.Module) -> str:
-    """Return '' where a look-alike can take a layer's place, else the reason why not."""
+def why_not_replaceable(conv: nn.Module) -> str | None:
+    """Return the reason why a look-alike cannot take a layer's place, None where it can."""
     if type(conv) is not nn.Conv2d:
         return f"{type(conv).__name__}, not a plain Conv2d"
     if conv.padding_mode != "zeros":
@@ -166,7 +166,7 @@ def can_stand_for(conv: nn.Module) -> str:
         return "it has forward hooks"
     if not conv.weight.requires_grad:
         return "frozen"
-    return ""
+    return None
 
 
 def like_conv(conv: nn.Conv2d, block: str, **options) -> ConvLike:

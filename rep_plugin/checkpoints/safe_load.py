@@ -3,6 +3,8 @@
 mmengine's training checkpoints hold ``HistoryBuffer`` objects, which ``torch.load(weights_only=True)`` refuses. They
 are read here with an allow-list of our own, checked at every call, never with the normal pickle module.
 """
+# torch.serialization.safe_globals does not do: torch's unpickler reads protocol 2 alone, lets BUILD set any state of arrays
+# and dtypes, and its allow-list belongs to the whole process, so that other threads would read with it.
 
 import functools
 import importlib

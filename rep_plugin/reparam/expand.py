@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rep_plugin.blocks.base import RepBlock
-from rep_plugin.blocks.conv_like import ConvLike, can_stand_for, like_conv, look_alike
+from rep_plugin.blocks.conv_like import ConvLike, like_conv, look_alike, why_not_replaceable
 from rep_plugin.errors import ArgumentError, ArgumentTypeError
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.report import BlockReport, Report
@@ -66,7 +66,7 @@ def _choose(model: nn.Module, where: Where, twin: nn.Module) -> tuple[list[tuple
     bn_of = dict(pairs)
     take, reasons = [], {}
     for name in wanted:
-        reason = can_stand_for(convs[name])
+        reason = why_not_replaceable(convs[name])
         if not reason and name not in bn_of:
             reason = "no BN with running statistics was seen to be its only reader"
         if not reason and model.get_submodule(bn_of[name]).weight is None:

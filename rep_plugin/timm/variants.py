@@ -14,7 +14,7 @@ import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from rep_plugin.blocks.conv_like import can_stand_for, like_conv, look_alike
+from rep_plugin.blocks.conv_like import like_conv, look_alike, why_not_replaceable
 from rep_plugin.reparam.expand import own_convs
 from rep_plugin.reparam.fold_bn import fold_conv_bn_, replace_module_
 from rep_plugin.timm.classifier import name_first_conv_, pretrained_cfg
@@ -33,7 +33,7 @@ NAMES = tuple(f"{block}_{stock}" for stock in STOCK for block in BLOCKS)
 def plug_in_(model: nn.Module, block: str) -> nn.Module:
     """Put a block, all of its branches live, in the place of every convolution with 1 < K < 7, and return the model."""
     for _, conv in list(own_convs(model)):
-        if not can_stand_for(conv) and max(conv.kernel_size) < 7:
+        if not why_not_replaceable(conv) and max(conv.kernel_size) < 7:
             replace_module_(model, conv, like_conv(conv, block))
     return model
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import rep_plugin
-from rep_plugin.blocks.conv_like import CONV_LIKES, ACBConv2d, DBBConv2d, RepConv2d, can_stand_for, like_conv
+from rep_plugin.blocks.conv_like import CONV_LIKES, ACBConv2d, DBBConv2d, RepConv2d, like_conv, why_not_replaceable
 from tests.helpers import block_by_hand, examples, randomise_bn_, relative_error
 
 SIDES = st.tuples(st.sampled_from([1, 3, 5]), st.sampled_from([1, 3, 5]))
@@ -65,9 +65,9 @@ def test_what_it_cannot_be_is_refused_by_name():
         RepConv2d(4, 4, 3, 2, padding="same")
     with pytest.raises(ValueError, match="unknown block 'dbp', expected one of"):
         like_conv(nn.Conv2d(4, 4, 3), "dbp")
-    assert can_stand_for(nn.Conv2d(4, 4, 3, padding_mode="circular")) == "padding_mode 'circular'"
-    assert can_stand_for(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3))).startswith("Parametrized")
-    assert can_stand_for(nn.Conv2d(4, 4, 3).requires_grad_(False)) == "frozen"
+    assert why_not_replaceable(nn.Conv2d(4, 4, 3, padding_mode="circular")) == "padding_mode 'circular'"
+    assert why_not_replaceable(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3))).startswith("Parametrized")
+    assert why_not_replaceable(nn.Conv2d(4, 4, 3).requires_grad_(False)) == "frozen"
 
 
 def test_without_a_bn_behind_it_the_bias_stays_and_the_report_says_so():
