@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rep_plugin.blocks.activations import FUNCTIONS, build_activation
-from rep_plugin.blocks.batch_norm import _run_bn
-from rep_plugin.blocks.chain import Chain, _run_conv
+from rep_plugin.blocks.batch_norm import run_bn
+from rep_plugin.blocks.chain import Chain, run_conv
 from rep_plugin.errors import AnnealError, ArgumentError
 from rep_plugin.functional.kernels import ConvParams
 
@@ -80,7 +80,7 @@ class AnnealedBottleneck(Annealed, Chain):
 
     def _inner(self, y: Tensor, bn: _BatchNorm, shift: Tensor | None) -> tuple[Tensor, Tensor]:
         """BN and the annealed activation of ``y + shift``; also the BN's shift: what it makes of a zero."""
-        scale, offset = _run_bn(bn, y, None, shift)
+        scale, offset = run_bn(bn, y, None, shift)
         value = torch.addcmul(offset.view(1, -1, 1, 1), y, scale.view(1, -1, 1, 1))
         return self._mix(self._act(value), value).type_as(y), offset
 
@@ -89,15 +89,15 @@ class AnnealedBottleneck(Annealed, Chain):
             return super().run(x, padding)
         ring = None
         if hasattr(self, "expand"):
-            y, shift = _run_conv(self.expand, x, None, None, (0, 0))
+            y, shift = run_conv(self.expand, x, None, None, (0, 0))
             x, shift = self._inner(y, self.expand_bn, shift)
             # The convolution pads zeros: carried as (x - ring) + ring, they stand for `ring`.
             ring = (shift * self.anneal_alpha.to(shift.dtype)).type_as(x)
             x = x - ring.view(1, -1, 1, 1)
-        y, shift = _run_conv(self.depthwise, x, None, ring, padding)
+        y, shift = run_conv(self.depthwise, x, None, ring, padding)
         x, _ = self._inner(y, self.depthwise_bn, shift)
-        y, shift = _run_conv(self.project, x, None, None, (0, 0))
-        return y, *_run_bn(self.project_bn, y, None, shift)
+        y, shift = run_conv(self.project, x, None, None, (0, 0))
+        return y, *run_bn(self.project_bn, y, None, shift)
 
     def merge(self, in_channels: int | None = None, dtype: torch.dtype | None = None) -> ConvParams:
         self._require_finished()

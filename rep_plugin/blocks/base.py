@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rep_plugin.blocks.chain import Chain
+from rep_plugin.blocks.layers import require_eval
 from rep_plugin.blocks.online import init_gains_, merge_macs, run_macs, without_bns
-from rep_plugin.errors import ArgumentError, NotMergeableError, TrainModeError
+from rep_plugin.errors import ArgumentError, NotMergeableError
 from rep_plugin.functional.kernels import ConvParams, fold_bn, merge_sum, pad_kernel, pair, regroup_kernel
 
 
@@ -18,20 +19,38 @@ class RepBlock(nn.Module):
     (N, in_channels, H, W) -> (N, out_channels, H', W'), the sizes being those of
     ``nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)``.
 
-    ``branches`` maps names (checkpoint keys: ``branches.<name>.<layer>``) to :class:`Chain`; each is centred in the
-    block's window. ``padding`` defaults to "same". ``post_bn`` adds a BN after the sum, as QARepVGG does. ``deploy=True``
-    builds the merged form directly and uses no branch. Raises ValueError for channels that ``groups`` does not divide, no
-    branch, or a branch wider than the window.
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: sides of the window, that of the deployed convolution.
+        branches: chains by name (checkpoint keys: ``branches.<name>.<layer>``), each centred in the window.
+        stride: stride in pixels.
+        padding: rows and columns of zeros (default: "same").
+        dilation: distance in pixels between two taps of the window.
+        groups: groups of the convolution.
+        act: module after the sum.
+        deploy: build the merged form directly; no branch is used.
+        post_bn: add a BN after the sum, as QARepVGG does (default: with ``online``).
+        online: train the branches without their BNs, with a learned factor a channel in the place of each. The branches
+            are merged in *every* step, so that a training step runs one convolution however many branches there are.
 
-    ``online=True`` trains the same branches without their BNs: a learned factor a channel stands in the place of each, one
-    BN follows the sum (unless ``post_bn=False``), and the branches are merged in *every* step, so that a training step
-    runs one convolution however many branches there are.
+    Raises:
+        ArgumentError: channels that ``groups`` does not divide, no branch, or a branch wider than the window.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.blocks import Chain, RepBlock
+        >>> chains = {"wide": Chain({"conv": torch.nn.Conv2d(4, 8, 3)}), "point": Chain({"conv": torch.nn.Conv2d(4, 8, 1)})}
+        >>> block, x = RepBlock(4, 8, 3, chains).eval(), torch.ones(1, 4, 9, 9)
+        >>> y = block(x)
+        >>> block.switch_to_deploy()
+        >>> block.reparam_conv, torch.allclose(block(x), y, atol=1e-5)
+        (Conv2d(4, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1)), True)
     """
 
     transposed = False
     output_padding = (0, 0)
     padding_mode = "zeros"
-    __jit_unused_properties__ = ["deployed", "dtype"]
 
     def __init__(
         self,
@@ -63,7 +82,8 @@ class RepBlock(nn.Module):
             if not branches:
                 raise ArgumentError(f"a block ({in_channels} -> {out_channels}) needs at least one branch, got none")
             self.branches = nn.ModuleDict({n: without_bns(chain) if online else chain for n, chain in branches.items()})
-            self.rings = {name: self._ring_of(name, chain) for name, chain in self.branches.items()}
+            for name, chain in self.branches.items():
+                self._padding_of(name, chain)
             if online if post_bn is None else post_bn:
                 self.post_bn = nn.BatchNorm2d(out_channels)
             self.init_gains_()
@@ -71,7 +91,7 @@ class RepBlock(nn.Module):
 
     @property
     def deployed(self) -> bool:
-        """True once the block is one convolution."""
+        """Return True once the block is one convolution."""
         return hasattr(self, "reparam_conv")
 
     def init_gains_(self) -> None:
@@ -85,47 +105,33 @@ class RepBlock(nn.Module):
             in_channels, out_channels, self.kernel_size, self.stride, self.padding, self.dilation, groups, bias=True
         )
 
-    def _ring_of(self, name: str, chain: Chain) -> tuple[int, int]:
+    def _padding_of(self, name: str, chain: Chain) -> tuple[int, int]:
         """Pixels of zeros that centre a chain in the block's window; negative: the map is cropped."""
-        ring = []
+        pixels = []
         for big, small, dilation, padding in zip(self.kernel_size, chain.kernel_size, self.dilation, self.padding):
             if small > big or (big - small) % 2:
                 raise ArgumentError(
                     f"branch {name!r} of size {chain.kernel_size} cannot be centred in the block's {self.kernel_size}"
                 )
-            ring.append(padding - dilation * (big - small) // 2)
-        return ring[0], ring[1]
+            pixels.append(padding - dilation * (big - small) // 2)
+        return pixels[0], pixels[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._run_scripted(x)
+        if hasattr(self, "reparam_conv"):  # TorchScript compiles the deployed form alone
+            return self.act(self.reparam_conv(x))
         else:
-            return self._run(x)
+            return self._train_forward(x)
 
     def __prepare_scriptable__(self) -> "RepBlock":
-        """Called by ``torch.jit.script``. Raises TypeError for the online and the annealed form, which it does not take."""
+        """Called by ``torch.jit.script``. Raises NotMergeableError for a training form."""
         if not self.deployed:
-            kinds = {type(chain).__name__ for chain in self.branches.values() if type(chain).run is not Chain.run}
-            if self.online or kinds:
-                kind = "the online form" if self.online else kinds.pop()
-                raise NotMergeableError(f"TorchScript does not take {kind}: call rep_plugin.reparameterize first")
+            raise NotMergeableError(
+                "TorchScript takes deployed models only: call rep_plugin.reparameterize first, got "
+                f"{type(self).__name__}({self.in_channels}, {self.out_channels})"
+            )
         return self
 
-    def _run_scripted(self, x: Tensor) -> Tensor:
-        """What TorchScript compiles: every chain layer by layer."""
-        if hasattr(self, "reparam_conv"):
-            return self.act(self.reparam_conv(x))
-        else:
-            total = torch.zeros((), dtype=x.dtype, device=x.device)
-            for name, chain in self.branches.items():
-                total = total + chain(x, self.rings[name])
-            if hasattr(self, "post_bn"):
-                total = self.post_bn(total)
-            return self.act(total)
-
-    def _run(self, x: Tensor) -> Tensor:
-        if self.deployed:
-            return self.act(self.reparam_conv(x))
+    def _train_forward(self, x: Tensor) -> Tensor:
         if isinstance(x, fx.Proxy):  # to any torch.fx tracer the branches are one node
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
         total = self._run_merged(x) if self.online and self._merging_pays(x) else self._run_branches(x)
@@ -146,16 +152,16 @@ class RepBlock(nn.Module):
 
     def _run_merged(self, x: Tensor) -> Tensor:
         """One convolution with what the branches add up to now; in half precision they are added up in float32."""
-        merged = self._sum_branches(torch.promote_types(self.dtype, torch.float32))
-        kernel = merged.kernel.to(self.dtype)
-        bias = None if merged.bias is None else merged.bias.to(self.dtype)
+        dtype = self._dtype()
+        merged = self._sum_branches(torch.promote_types(dtype, torch.float32))
+        kernel, bias = (None if t is None else t.to(dtype) for t in (merged.kernel, merged.bias))
         return F.conv2d(x, kernel, bias, self.stride, self.padding, self.dilation, merged.groups)
 
     def _run_branches(self, x: Tensor) -> Tensor:
         """Every branch on the map, added up."""
         total, constant, like = None, None, None
         for name, chain in self.branches.items():
-            y, scale, shift = chain.run(x, self._ring_of(name, chain))
+            y, scale, shift = chain.run(x, self._padding_of(name, chain))
             like = y if like is None else like
             if scale is None:
                 total = y if total is None else total + y
@@ -169,25 +175,26 @@ class RepBlock(nn.Module):
         return total.type_as(like)  # under autocast the float32 scales have promoted the sum
 
     def merged_kernel(self) -> tuple[Tensor, Tensor]:
-        """Return ``(kernel (O, I / groups, kh, kw), bias (O,))`` of the deployed convolution; nothing is changed.
+        """Return the deployed convolution, computed in float64 and cast to the parameters' dtype; nothing is changed.
 
-        The merge is computed in float64 and cast once, at the end, to the parameters' dtype. Raises RuntimeError where a
-        BN is in train mode.
+        Returns:
+            ``(kernel (O, I / groups, kh, kw), bias (O,))``.
+
+        Raises:
+            TrainModeError: a BN in train mode.
         """
         if self.deployed:
             return self.reparam_conv.weight, self.reparam_conv.bias
         merged = self._merge()
         return merged.kernel, merged.bias
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of the parameters."""
+    def _dtype(self) -> torch.dtype:
         return next(t.dtype for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
 
     def _sum_branches(self, dtype: torch.dtype) -> ConvParams:
         """The branches as one convolution in ``dtype``, before ``post_bn``; differentiable."""
         merged = {name: chain.merge(self.in_channels, dtype) for name, chain in self.branches.items()}
-        # The live weights decide, not the attributes: surgery may have changed the widths since construction.
+        # The weights decide, not the attributes: surgery may have changed the widths since construction.
         in_channels = next(m.in_channels for m in merged.values())
         groups = in_channels if self.groups == self.in_channels and self.groups > 1 else self.groups
         pairs = []
@@ -208,19 +215,17 @@ class RepBlock(nn.Module):
         merged = self._sum_branches(torch.float64)
         kernel, bias = merged.kernel, merged.bias
         if hasattr(self, "post_bn"):
-            if self.post_bn.training:
-                raise TrainModeError(
-                    "post_bn is in train mode (batch statistics cannot be merged): call model.eval() first"
-                )
+            require_eval(self.post_bn, "post_bn")
             kernel, bias = fold_bn(kernel, self.post_bn, bias)
         bias = kernel.new_zeros(len(kernel)) if bias is None else bias
-        return merged._replace(kernel=kernel.to(self.dtype), bias=bias.to(self.dtype))
+        return merged._replace(kernel=kernel.to(self._dtype()), bias=bias.to(self._dtype()))
 
     @torch.no_grad()
     def switch_to_deploy(self) -> None:
         """Replace the branches by the one trainable convolution they add up to; a second call changes nothing.
 
-        Raises RuntimeError where a BN is in train mode, and then leaves the block as it was.
+        Raises:
+            TrainModeError: a BN in train mode; the block is left as it was.
         """
         if self.deployed:
             return
@@ -240,7 +245,7 @@ class RepBlock(nn.Module):
             del self.post_bn
 
     def output_bns(self) -> list[nn.Module]:
-        """The BNs that end the branches: their gammas tell a channel's weight in the block's output."""
+        """Return the BNs that end the branches: their gammas are a channel's weight in the block's output."""
         if self.deployed:
             return []
         if hasattr(self, "post_bn"):

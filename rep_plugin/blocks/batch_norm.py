@@ -15,7 +15,7 @@ class _BatchStats(torch.autograd.Function):
     def forward(ctx, y: Tensor) -> tuple[Tensor, Tensor]:
         scratch = y.new_zeros(2, y.shape[1])
         mean, var = scratch[0], scratch[1]
-        if not y.is_meta:  # torch has no kernel that tells the shapes alone
+        if not y.is_meta:  # torch has no kernel for shapes alone
             mean, var = torch.ops.aten.batch_norm_update_stats(y, mean, var, 0.0)
         ctx.save_for_backward(y, mean)
         return mean, var
@@ -68,8 +68,21 @@ def _update_running(bn: _BatchNorm, mean: Tensor, var: Tensor, count: int) -> No
         bn.running_var.lerp_(unbiased.to(bn.running_var.dtype), momentum)
 
 
-def _run_bn(bn: _BatchNorm, y: Tensor, scale: Tensor | None, shift: Tensor | None):
-    """BatchNorm of the value ``y * scale + shift``, as a new pending (scale, shift) on the same ``y``."""
+def run_bn(bn: _BatchNorm, y: Tensor, scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the BatchNorm of the value ``y * scale + shift``, as a new pending scale and shift on the same ``y``.
+
+    Args:
+        bn: the layer; in train mode its running statistics are updated.
+        y: map (N, C, H, W).
+        scale: pending factor (C,); None: 1.
+        shift: pending shift (C,); None: 0.
+
+    Returns:
+        ``(scale (C,), shift (C,))``.
+
+    Raises:
+        ArgumentError: in train mode, one value a channel.
+    """
     uses_batch = bn.training or bn.running_mean is None
     if uses_batch:
         mean, var, count = _batch_stats(y, _sync_group(bn))

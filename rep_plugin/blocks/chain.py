@@ -4,9 +4,9 @@ Semantics: zeros are padded once, round the chain's *input*; every later layer s
 at the border too. Batch statistics that are taken before the first spatial layer count the real positions only.
 
 Execution pads nothing by hand. On the way the map is carried as ``y`` together with a pending per-channel ``scale`` and
-``shift``, the value being ``y * scale + shift``. All that a padding ring holds before the first spatial layer is then
-``shift``, so ``y`` itself can be padded with zeros by the convolution, and BatchNorm costs statistics but no pass that
-normalises: the next kernel absorbs the scale, and a constant of the kernel the shift.
+``shift``, the value being ``y * scale + shift``. Before the first spatial layer the padding holds ``shift`` alone, so the
+convolution can pad ``y`` itself with zeros. BatchNorm costs statistics but no pass that normalises: the next kernel
+absorbs the scale, and a constant of the kernel the shift.
 """
 
 from collections.abc import Mapping
@@ -16,21 +16,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rep_plugin.blocks.batch_norm import _run_bn
-from rep_plugin.blocks.layers import Scale, _average, _groups_of, kernel_of, spatial_of
+from rep_plugin.blocks.batch_norm import run_bn
+from rep_plugin.blocks.layers import Scale, average, groups_of, kernel_of, spatial_of
 from rep_plugin.blocks.merge import merge_ops
-from rep_plugin.blocks.scripted import ScriptedChain
 from rep_plugin.errors import ArgumentError
-from rep_plugin.functional.kernels import (
-    ConvParams,
-    pair,
-    scale_kernel_inputs,
-    sum_kernel_taps,
-)
+from rep_plugin.functional.kernels import ConvParams, pair, scale_kernel_inputs, sum_kernel_taps
 
 
-def _run_conv(conv: nn.Conv2d, y: Tensor, scale: Tensor | None, shift: Tensor | None, padding: tuple[int, int]):
-    groups = _groups_of(conv)
+def run_conv(
+    conv: nn.Conv2d, y: Tensor, scale: Tensor | None, shift: Tensor | None, padding: tuple[int, int]
+) -> tuple[Tensor, Tensor | None]:
+    """Return the convolution of the value ``y * scale + shift``, as a map and a pending shift.
+
+    Args:
+        conv: the layer, whose own padding is not used.
+        y: map (N, C, H, W).
+        scale: pending factor (C,); None: 1.
+        shift: pending shift (C,), also of the padding; None: 0.
+        padding: rows and columns round the map.
+
+    Returns:
+        ``(map (N, O, H', W'), shift (O,) or None)``.
+    """
+    groups = groups_of(conv)
     weight = kernel_of(conv)
     kernel = weight if scale is None else scale_kernel_inputs(weight, groups, scale.to(weight.dtype))
     stride = pair(conv.stride)
@@ -45,15 +53,26 @@ def _run_conv(conv: nn.Conv2d, y: Tensor, scale: Tensor | None, shift: Tensor | 
     return out, new_shift
 
 
-class Chain(ScriptedChain):
+class Chain(nn.Module):
     """Named linear layers that run one after the other on a zero-padded input.
 
-    ``ops`` maps fixed names (they are the checkpoint keys) to Conv2d, BatchNorm2d, AvgPool2d, Identity or Scale. A conv's
-    own ``padding`` is not used: the chain is padded once, at its head. Raises TypeError for a layer that is not linear and
-    ValueError for a stride in front of the first window (the ring would be skipped).
-    """
+    A layer's own ``padding`` is not used: the chain is padded once, at its head.
 
-    __jit_unused_properties__ = ["kernel_size"]
+    Args:
+        ops: Conv2d, BatchNorm2d, AvgPool2d, Identity or Scale by fixed names, which are the checkpoint keys.
+
+    Raises:
+        NotMergeableError: a layer that is not linear.
+        ArgumentError: no layer, or a stride in front of the first window (padding would be skipped).
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from rep_plugin.blocks import Chain
+        >>> chain = Chain({"conv": nn.Conv2d(4, 8, 3, bias=False), "bn": nn.BatchNorm2d(8)})
+        >>> chain(torch.ones(2, 4, 9, 9), padding=(1, 1)).shape, chain.eval().merge().kernel.shape
+        (torch.Size([2, 8, 9, 9]), torch.Size([8, 4, 3, 3]))
+    """
 
     def __init__(self, ops: Mapping[str, nn.Module]):
         super().__init__()
@@ -85,9 +104,14 @@ class Chain(ScriptedChain):
         return last if isinstance(last, _BatchNorm) else None
 
     def run(self, x: Tensor, padding: tuple[int, int]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return ``(y, scale, shift)`` with chain(x) == y * scale + shift (None: 1 and 0).
+        """Return the output as a map and a pending scale and shift.
 
-        ``x`` (N, C, H, W); ``padding`` is the ring in pixels per axis, a negative one crops.
+        Args:
+            x: map (N, C, H, W).
+            padding: rows and columns of zeros round it; negative ones crop.
+
+        Returns:
+            ``(y, scale, shift)``, the output being ``y * scale + shift`` (None: 1 and 0).
         """
         y, scale, shift = x, None, None
         ops = list(self.children())
@@ -99,29 +123,36 @@ class Chain(ScriptedChain):
             if is_spatial:
                 padding = (0, 0)
             if isinstance(op, nn.Conv2d):
-                y, shift = _run_conv(op, y, scale, shift, here)
+                y, shift = run_conv(op, y, scale, shift, here)
                 scale = None
             elif isinstance(op, nn.AvgPool2d):
-                y = _average(y, op, here)  # taps sum to one and the ring holds `shift` too: both stay pending
+                y = average(y, op, here)  # taps sum to one and the padding holds `shift` too: both stay pending
             elif isinstance(op, Scale):
                 scale = op.weight if scale is None else scale * op.weight
                 shift = None if shift is None else shift * op.weight
             elif isinstance(op, _BatchNorm):
-                scale, shift = _run_bn(op, y, scale, shift)
+                scale, shift = run_bn(op, y, scale, shift)
         return y, scale, shift
 
     def forward(self, x: Tensor, padding: tuple[int, int] = (0, 0)) -> Tensor:
-        """Return the chain's output, (N, O, H', W'), for a zero ring of ``padding`` pixels."""
-        if torch.jit.is_scripting():
-            return self.layer_by_layer(x, padding)
-        else:
-            return self._settle(*self.run(x, pair(padding)))
+        """Return the chain's output.
 
-    @staticmethod
-    def _settle(y: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+        Args:
+            x: map (N, C, H, W).
+            padding: rows and columns of zeros round it; negative ones crop.
+
+        Returns:
+            Map (N, O, H', W').
+        """
+        y, scale, shift = self.run(x, pair(padding))
         out = y if scale is None else y * scale.view(1, -1, 1, 1)
         return (out if shift is None else out + shift.view(1, -1, 1, 1)).type_as(y)
 
     def merge(self, in_channels: int | None = None, dtype: torch.dtype | None = None) -> ConvParams:
-        """Return the chain as one convolution. See :func:`merge_ops`."""
+        """Return the chain as one convolution, see :func:`merge_ops`.
+
+        Args:
+            in_channels: channels of the input, where no layer has a channel number.
+            dtype: type to compute in (default: that of the first tensor).
+        """
         return merge_ops(self.children(), in_channels, dtype)

@@ -1,17 +1,28 @@
-"""The layers that may stand in a chain, and what they tell of themselves."""
+"""The layers that may stand in a chain, and which convolution each of them is."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
-from rep_plugin.blocks.scripted import dilated_average
-from rep_plugin.errors import NotMergeableError
+from rep_plugin.errors import NotMergeableError, TrainModeError
 from rep_plugin.functional.kernels import avgpool_kernel, pair, plain_ops
 
 
 class Scale(nn.Module):
-    """A learned factor for each channel: (N, C, H, W) -> (N, C, H, W)."""
+    """A learned factor for each channel: (N, C, H, W) -> (N, C, H, W).
+
+    Args:
+        channels: number of channels C.
+        init: first value of every factor.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.blocks import Scale
+        >>> Scale(4, 2.0)(torch.ones(1, 4, 5, 5)).unique().item()
+        2.0
+    """
 
     def __init__(self, channels: int, init: float = 1.0):
         super().__init__()
@@ -74,17 +85,110 @@ class NormedConv2d(nn.Conv2d):
         return F.conv2d(x, self.kernel(), None, self.stride, self.padding, self.dilation, self.groups)
 
 
+class DilatedAvgPool2d(nn.AvgPool2d):
+    """Average pool that counts zeros and whose window has holes, as a dilated convolution's.
+
+    Args:
+        kernel_size: sides of the window.
+        stride: stride in pixels.
+        dilation: distance in pixels between two taps of the window.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.blocks import DilatedAvgPool2d
+        >>> DilatedAvgPool2d(3, dilation=2)(torch.ones(1, 4, 9, 9)).shape
+        torch.Size([1, 4, 5, 5])
+    """
+
+    def __init__(self, kernel_size: int | tuple[int, int], stride: int | tuple[int, int] = 1, dilation=(1, 1)):
+        super().__init__(pair(kernel_size), pair(stride), padding=0)
+        self.dilation = pair(dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return average(x, self, (0, 0))
+
+
+def is_idle(module: nn.Module | None) -> bool:
+    """True where the module computes nothing in eval mode: Identity, dropout, drop path, an empty Sequential, None."""
+    if module is None or isinstance(module, (nn.Identity, _DropoutNd)):
+        return True
+    if type(module).__name__ in {"DropPath", "DropBlock2d"}:
+        return True
+    return type(module).forward is nn.Sequential.forward and all(is_idle(child) for child in module)
+
+
+def why_not_plain(op: nn.Module) -> str | None:
+    """Return why a convolution, BN or average computes something else than its class stands for; None where it does not.
+
+    timm's BatchNormAct2d is a BN where its activation is the identity.
+    """
+    kind, plain = type(op), next((k for k in (nn.Conv2d, _BatchNorm, nn.AvgPool2d) if isinstance(op, k)), None)
+    if plain is None or isinstance(op, (DilatedAvgPool2d, NormedConv2d)):
+        return None
+    known = kind.forward is plain.forward
+    if plain is nn.Conv2d:
+        known = known or kind.__module__ == "mmcv.cnn.bricks.wrappers"
+        known = known and kind._conv_forward is nn.Conv2d._conv_forward
+    elif plain is _BatchNorm:
+        known = known or kind.forward is nn.SyncBatchNorm.forward
+        known = known or kind.__name__ in {"BatchNormAct2d", "SyncBatchNormAct"}
+        known = known and is_idle(getattr(op, "drop", None)) and is_idle(getattr(op, "act", None))
+    if not known:
+        return f"it computes something else than {plain.__name__}: its own forward would be passed over"
+    if plain is nn.Conv2d and "weight" not in op._parameters and not hasattr(op, "parametrizations"):
+        return "its weight is set by a hook, which a merge does not call: use torch.nn.utils.parametrize"
+    if plain is nn.Conv2d and op.padding_mode != "zeros":
+        return f"padding_mode must be 'zeros', got {op.padding_mode!r}"
+    return None
+
+
+def why_not_average(pool: nn.AvgPool2d, padded: bool) -> str | None:
+    """Return why an average pool is not a convolution, or None where it is one.
+
+    Args:
+        pool: the layer.
+        padded: whether zeros are padded round its input.
+    """
+    if (pool.count_include_pad or not padded) and not pool.ceil_mode and not pool.divisor_override:
+        return None
+    return (
+        "it needs count_include_pad=True, ceil_mode=False and no divisor_override: any other average is not a convolution "
+        "at the border"
+    )
+
+
+def require_eval(bn: nn.Module, name: str = "") -> None:
+    """Raise TrainModeError for a BN in train mode.
+
+    Args:
+        bn: the layer.
+        name: what the message calls it (default: its class).
+    """
+    if bn.training:
+        raise TrainModeError(
+            f"{name or type(bn).__name__} is in train mode (batch statistics cannot be merged): call model.eval() first"
+        )
+
+
 def kernel_of(conv: nn.Conv2d, dtype: torch.dtype | None = None) -> Tensor:
-    """The kernel of a convolution that is in effect, in ``dtype`` (default: its own)."""
+    """Return the kernel of a convolution that is in effect.
+
+    Args:
+        conv: the layer.
+        dtype: the wanted type (default: the kernel's own).
+
+    Returns:
+        The kernel (O, I / groups, kh, kw).
+    """
     if isinstance(conv, NormedConv2d):
         return conv.kernel(dtype)
     return conv.weight if dtype is None else conv.weight.to(dtype)
 
 
-def _channels_of(op: nn.Module) -> tuple[int, int] | None:
-    """(inputs, outputs) as the live tensors say (a pruned layer's attributes may be stale); None: any number."""
+def channels_of(op: nn.Module) -> tuple[int, int] | None:
+    """Return (inputs, outputs) by the live tensors (a pruned layer's attributes may be stale); None: any number."""
     if isinstance(op, nn.Conv2d):
-        return op.weight.shape[1] * _groups_of(op), op.weight.shape[0]
+        return op.weight.shape[1] * groups_of(op), op.weight.shape[0]
     if isinstance(op, _BatchNorm):
         width = op.num_features if op.running_mean is None else op.running_mean.numel()
         return width, width
@@ -93,71 +197,53 @@ def _channels_of(op: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _groups_of(conv: nn.Conv2d) -> int:
-    """Depthwise layers keep one channel a group whatever was pruned; other grouped layers keep their groups."""
+def groups_of(conv: nn.Conv2d) -> int:
+    """Return the groups: a depthwise layer keeps one channel a group whatever was pruned, others keep their groups."""
     if conv.groups == conv.in_channels and conv.weight.shape[1] == 1:
         return conv.weight.shape[0] // max(1, conv.out_channels // conv.in_channels)
     return conv.groups
 
 
-def _require_plain(op: nn.Module) -> None:
-    """Raise TypeError for a layer whose forward is not the one that runs and merges here."""
-    plain = next((kind for kind in (nn.Conv2d, _BatchNorm, nn.AvgPool2d) if isinstance(op, kind)), None)
-    if isinstance(op, (nn.SyncBatchNorm, DilatedAvgPool2d, NormedConv2d)) or plain is None:
-        return
-    changed = type(op).forward is not plain.forward
-    if changed or (plain is nn.Conv2d and type(op)._conv_forward is not nn.Conv2d._conv_forward):
-        raise NotMergeableError(
-            f"{type(op).__name__} computes something else than {plain.__name__} and cannot stand inside a chain: its own "
-            "forward would be passed over"
-        )
-    if plain is nn.Conv2d and "weight" not in op._parameters and not hasattr(op, "parametrizations"):
-        raise NotMergeableError(
-            f"the weight of {type(op).__name__} is set by a hook, which a chain does not call: use "
-            "torch.nn.utils.parametrize"
-        )
+def spatial_of(op: nn.Module, padded: bool = True) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Return the window of a linear layer; layers without one have side 1.
 
+    Args:
+        op: the layer.
+        padded: whether zeros are padded round its input.
 
-def spatial_of(op: nn.Module) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """Return ((kh, kw), stride, dilation) of a layer, in pixels; layers without a window have side 1.
+    Returns:
+        ((kh, kw), stride, dilation), in pixels.
 
-    Raises TypeError for a layer that is not linear: an activation inside a chain cannot be merged.
+    Raises:
+        NotMergeableError: a layer that is not linear (an activation), or not plain.
     """
-    _require_plain(op)
+    reason = why_not_plain(op)
+    if reason is None and isinstance(op, nn.AvgPool2d):
+        reason = why_not_average(op, padded)
+    if reason is not None:
+        raise NotMergeableError(f"{op} cannot be merged: {reason}")
     if isinstance(op, nn.Conv2d):
-        if op.padding_mode != "zeros":
-            raise NotMergeableError(f"padding_mode must be 'zeros' in a chain, got {op.padding_mode!r}")
         return tuple(op.weight.shape[2:]), pair(op.stride), pair(op.dilation)
     if isinstance(op, nn.AvgPool2d):
-        if not op.count_include_pad or op.ceil_mode or op.divisor_override:
-            raise NotMergeableError(
-                f"{op} in a chain needs count_include_pad=True, ceil_mode=False and no divisor_override: any other "
-                "average is not a convolution at the border"
-            )
         return pair(op.kernel_size), pair(op.stride), pair(getattr(op, "dilation", 1))
     if isinstance(op, (_BatchNorm, Scale, nn.Identity)):
         return (1, 1), (1, 1), (1, 1)
     raise NotMergeableError(
-        f"{type(op).__name__} is not linear and cannot stand inside a chain; expected Conv2d, BatchNorm2d, AvgPool2d, "
-        "Identity or Scale"
+        f"{type(op).__name__} is not linear and cannot be merged; expected Conv2d, BatchNorm2d, AvgPool2d, Identity or Scale"
     )
 
 
-class DilatedAvgPool2d(nn.AvgPool2d):
-    """Average pool (zeros counted) whose window has holes, as a dilated convolution's: a constant depthwise conv."""
+def average(y: Tensor, op: nn.AvgPool2d, padding: tuple[int, int]) -> Tensor:
+    """Return the average over a window that may have holes, zeros counted.
 
-    def __init__(self, kernel_size: int | tuple[int, int], stride: int | tuple[int, int] = 1, dilation=(1, 1)):
-        super().__init__(pair(kernel_size), pair(stride), padding=0)
-        self.dilation = pair(dilation)
+    Args:
+        y: map (N, C, H, W).
+        op: the layer, whose own padding is not used.
+        padding: rows and columns of zeros round the map.
 
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return dilated_average(x, self.kernel_size, self.stride, self.dilation)
-        else:
-            return _average(x, self, (0, 0))
-
-
-def _average(y: Tensor, op: nn.AvgPool2d, padding: tuple[int, int]) -> Tensor:
+    Returns:
+        Map (N, C, H', W').
+    """
     kernel_size, stride, dilation = spatial_of(op)
     if dilation == (1, 1):
         if padding[0] > kernel_size[0] // 2 or padding[1] > kernel_size[1] // 2:  # more than avg_pool2d takes

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rep_plugin.errors import TrainModeError
+from rep_plugin.blocks.layers import require_eval
 from rep_plugin.functional.kernels import bn_scale_shift
 from rep_plugin.functional.padded import compose_padded
 from rep_plugin.reparam.fx_parts import Readers, TracedPart, trace_parts
@@ -87,11 +87,8 @@ def fold_conv_bn_(model: nn.Module) -> tuple[list[tuple[str, str, bool]], list[s
     """
     parts, failures = trace_parts(model)
     pairs = [pair for part in parts for pair in find_pairs(model, part)]
-    training = [bn for _, bn, _ in pairs if model.get_submodule(bn).training]
-    if training:
-        raise TrainModeError(
-            f"BN {training[0]!r} is in train mode (batch statistics cannot be folded): call model.eval()"
-        )
+    for _, bn, _ in pairs:
+        require_eval(model.get_submodule(bn), f"BN {bn!r}")
     sides: dict[str, dict[bool, nn.Module]] = {}
     for conv_name, bn_name, bn_first in pairs:
         sides.setdefault(conv_name, {})[bn_first] = model.get_submodule(bn_name)

@@ -7,7 +7,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rep_plugin.blocks.base import RepBlock
-from rep_plugin.reparam.linear_layers import is_idle
+from rep_plugin.blocks.layers import is_idle
 
 
 class _LeafTracer(fx.Tracer):

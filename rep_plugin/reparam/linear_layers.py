@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
-from rep_plugin.blocks.layers import Scale, _groups_of
-from rep_plugin.errors import ArgumentError, NotMergeableError, TrainModeError
-from rep_plugin.functional.kernels import ConvParams, avgpool_kernel, bn_scale_shift, identity_kernel, pair
+from rep_plugin.blocks.layers import NormedConv2d, groups_of, is_idle, why_not_plain
+from rep_plugin.blocks.merge import layer_params
+from rep_plugin.errors import ArgumentError, NotMergeableError
+from rep_plugin.functional.kernels import ConvParams, identity_kernel, pair
 from rep_plugin.functional.padded import PaddedConv, compose_padded, scale_padded
 
 # Conv-BN holders: what they compute is known; the children tell which layers they hold.
@@ -30,52 +30,29 @@ CONV_NORM_CLASSES = {
 }
 
 
-def is_idle(module: nn.Module) -> bool:
-    """True where the module computes nothing in eval mode: Identity, dropout, drop path, an empty Sequential."""
-    if isinstance(module, (nn.Identity, _DropoutNd)) or type(module).__name__ in {"DropPath", "DropBlock2d"}:
-        return True
-    return type(module).forward is nn.Sequential.forward and all(is_idle(child) for child in module)
-
-
-def _idle_everywhere(*modules: nn.Module | None) -> bool:
-    return all(module is None or is_idle(module) for module in modules)
-
-
-def is_plain_conv(module: nn.Module) -> bool:
-    """True for a convolution that computes what ``nn.Conv2d`` does, with zero padding in numbers."""
-    if not isinstance(module, nn.Conv2d):
+def is_plain_conv(module: nn.Module | None) -> bool:
+    """Return True for a convolution that computes what ``nn.Conv2d`` does, with zero padding in numbers."""
+    if not isinstance(module, nn.Conv2d) or isinstance(module, NormedConv2d):
         return False
-    kind = type(module)
-    plain = kind.forward is nn.Conv2d.forward or kind.__module__ == "mmcv.cnn.bricks.wrappers"
-    known = "weight" in module._parameters or hasattr(module, "parametrizations")  # else a hook sets it
-    return (
-        plain
-        and kind._conv_forward is nn.Conv2d._conv_forward
-        and known
-        and module.padding_mode == "zeros"
-        and not isinstance(module.padding, str)
-    )
+    return why_not_plain(module) is None and not isinstance(module.padding, str)
 
 
-def is_plain_bn(module: nn.Module) -> bool:
-    """True for a BN (SyncBN, or timm's BatchNormAct2d without activation) that is an affine map in eval mode."""
-    if not isinstance(module, _BatchNorm) or module.running_var is None:
-        return False
-    known = type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-    known = known or type(module).__name__ in {"BatchNormAct2d", "SyncBatchNormAct"}
-    return known and _idle_everywhere(getattr(module, "drop", None), getattr(module, "act", None))
+def is_plain_bn(module: nn.Module | None) -> bool:
+    """Return True for a BN (SyncBN, or timm's BatchNormAct2d without activation) that is an affine map in eval mode."""
+    return isinstance(module, _BatchNorm) and module.running_var is not None and why_not_plain(module) is None
 
 
 def bn_affine(bn: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return ``(scale, shift)`` of a plain BN in float64. Raises RuntimeError in train mode, TypeError if not plain."""
+    """Return ``(scale, shift)`` of a plain BN in float64.
+
+    Raises:
+        NotMergeableError: another layer.
+        TrainModeError: a BN in train mode.
+    """
     if not is_plain_bn(bn):
         raise NotMergeableError(f"{type(bn).__name__} is not an affine map of its input and cannot be merged")
-    if bn.training:
-        raise TrainModeError(
-            f"{type(bn).__name__}({bn.running_var.numel()}) is in train mode (batch statistics cannot be merged): call "
-            "model.eval() first"
-        )
-    return bn_scale_shift(bn, torch.float64)
+    params = layer_params(bn, None, torch.float64, bn.running_var.device)
+    return params.kernel.flatten(), params.bias
 
 
 def affine_conv(scale: Tensor, shift: Tensor, padding: tuple[int, int] = (0, 0)) -> PaddedConv:
@@ -89,36 +66,12 @@ def identity_conv(channels: int, device: torch.device | None = None) -> PaddedCo
     return PaddedConv(ConvParams(kernel, kernel.new_zeros(channels), channels))
 
 
-def _read_conv(conv: nn.Conv2d) -> PaddedConv:
-    if not is_plain_conv(conv):
-        raise NotMergeableError(
-            f"{type(conv).__name__}(padding={conv.padding!r}, padding_mode={conv.padding_mode!r}) does not compute what "
-            "a zero-padded Conv2d does and cannot be merged"
-        )
-    kernel = conv.weight.detach().double()
-    bias = kernel.new_zeros(kernel.shape[0]) if conv.bias is None else conv.bias.detach().double()
-    params = ConvParams(kernel, bias, _groups_of(conv), pair(conv.stride), pair(conv.dilation))
-    return PaddedConv(params, pair(conv.padding))
-
-
 def _read_based_1x1(conv: nn.Module) -> PaddedConv:
     """DBB's IdentityBasedConv1x1: a 1x1 kernel that is added to the identity's; its padding and bias are not used."""
     kernel = conv.weight.detach().double()
-    groups = _groups_of(conv)
+    groups = groups_of(conv)
     eye = identity_kernel(kernel.shape[0], groups, dtype=kernel.dtype, device=kernel.device)
     return PaddedConv(ConvParams(kernel + eye, kernel.new_zeros(kernel.shape[0]), groups))
-
-
-def _read_pool(pool: nn.AvgPool2d, channels: int, device: torch.device) -> PaddedConv:
-    kernel_size, padding = pair(pool.kernel_size), pair(pool.padding)
-    if pool.ceil_mode or pool.divisor_override or (any(padding) and not pool.count_include_pad):
-        raise NotMergeableError(
-            f"{pool} is not a convolution at the border: count_include_pad=True, ceil_mode=False and no divisor_override "
-            "are needed"
-        )
-    kernel = avgpool_kernel(channels, kernel_size, dtype=torch.float64, device=device)
-    params = ConvParams(kernel, kernel.new_zeros(channels), channels, pair(pool.stride))
-    return PaddedConv(params, padding)
 
 
 def flatten_layers(modules: Iterable[nn.Module]) -> list[nn.Module]:
@@ -141,7 +94,7 @@ def flatten_layers(modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 def _open_conv_norm(module: nn.Module) -> list[nn.Module]:
     name = type(module).__name__
-    parts = [child for child in module._modules.values() if child is not None and not is_idle(child)]
+    parts = [child for child in module._modules.values() if not is_idle(child)]
     if getattr(module, "has_skip", False):
         raise NotMergeableError(f"{name} adds its own input, which is not a chain of layers")
     if getattr(module, "with_explicit_padding", False) or getattr(module, "with_spectral_norm", False):
@@ -161,16 +114,15 @@ def read_layer(module: nn.Module, channels: int | None, device: torch.device) ->
         return _read_based_1x1(module)
     if kind == "BNAndPadLayer":  # a BN that pads with what it answers to zeros: a 1x1 convolution padded with zeros
         return affine_conv(*bn_affine(module.bn), padding=pair(module.pad_pixels))
-    if isinstance(module, nn.Conv2d):
-        return _read_conv(module)
-    if isinstance(module, _BatchNorm):
-        return affine_conv(*bn_affine(module))
-    if isinstance(module, Scale):
-        weight = module.weight.detach().double()
-        return affine_conv(weight, torch.zeros_like(weight))
-    if type(module) is nn.AvgPool2d and channels is not None:
-        return _read_pool(module, channels, device)
-    raise NotMergeableError(f"{kind} is not a linear layer that can be merged")
+    padding = getattr(module, "padding", 0)
+    if isinstance(padding, str):
+        raise NotMergeableError(f"padding of {kind} must be numbers, got {padding!r}")
+    if isinstance(module, nn.AvgPool2d) and channels is None:
+        raise NotMergeableError(f"{kind} has no channel number and nothing before it has one")
+    params = layer_params(module, channels, torch.float64, device, padded=any(pair(padding)))
+    kernel = params.kernel.detach()
+    bias = kernel.new_zeros(len(kernel)) if params.bias is None else params.bias.detach()
+    return PaddedConv(params._replace(kernel=kernel, bias=bias), pair(padding))
 
 
 def read_chain(modules: Iterable[nn.Module] | nn.Module, channels: int | None = None) -> PaddedConv:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import fx, nn
 
+from rep_plugin.blocks.layers import why_not_average
 from rep_plugin.errors import ArgumentError
 from rep_plugin.functional.kernels import pair
 from rep_plugin.functional.padded import PaddedConv, compose_padded
@@ -51,8 +52,7 @@ def _merge_run(layers: list[nn.Module], channels: int | None = None) -> PaddedCo
 
 def _is_linear(module: nn.Module | None) -> bool:
     if type(module) is nn.AvgPool2d:
-        padded = module.padding not in (0, (0, 0))
-        return not module.ceil_mode and not module.divisor_override and (module.count_include_pad or not padded)
+        return why_not_average(module, padded=any(pair(module.padding))) is None
     return module is not None and (is_plain_conv(module) or is_plain_bn(module))
 
 

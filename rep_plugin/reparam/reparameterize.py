@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rep_plugin.blocks.conv_like import ConvLike
-from rep_plugin.errors import EquivalenceError, NothingToMergeError, TrainModeError
+from rep_plugin.blocks.layers import require_eval
+from rep_plugin.errors import EquivalenceError, NothingToMergeError
 from rep_plugin.history import history_of, record_, replays
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.report import BlockReport, Report
@@ -27,11 +28,8 @@ MERGE_METHODS = ("fuse", "reparameterize", "switch_to_deploy", "merge_kernel", "
 
 def _refuse_train_mode(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and module.training:
-            raise TrainModeError(
-                f"{name or type(module).__name__!r} is in train mode (batch statistics cannot be merged): call "
-                "model.eval() first"
-            )
+        if isinstance(module, _BatchNorm):
+            require_eval(module, name and repr(name))
 
 
 def _merge_blocks(model: nn.Module) -> tuple[nn.Module, list[BlockReport]]:

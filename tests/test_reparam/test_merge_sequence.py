@@ -55,7 +55,7 @@ def test_without_a_bias_before_the_padding_it_is_a_plain_convolution():
 
 
 def test_what_is_no_single_convolution_is_refused():
-    with pytest.raises(TypeError, match="ReLU is not a linear layer"):
+    with pytest.raises(TypeError, match="ReLU is not linear"):
         rep_plugin.merge_sequence(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1)).eval())
     with pytest.raises(RuntimeError, match="train mode"):
         rep_plugin.merge_sequence(bottleneck(3, 6, 3))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from rep_plugin.blocks.layers import is_idle
 from rep_plugin.errors import ArgumentError
 from rep_plugin.functional.padded import add_padded
 from rep_plugin.reparam.adapters import Adapter, register_adapter
@@ -16,7 +17,6 @@ from rep_plugin.reparam.foreign.sums import has_layout, live_children
 from rep_plugin.reparam.linear_layers import (
     CONV_NORM_CLASSES,
     identity_conv,
-    is_idle,
     is_plain_bn,
     read_chain,
     read_linear,

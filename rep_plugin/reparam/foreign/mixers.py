@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 from torch import nn
 
+from rep_plugin.blocks.layers import is_idle
 from rep_plugin.errors import NotMergeableError
 from rep_plugin.functional.padded import PaddedConv, add_padded, scale_padded
 from rep_plugin.reparam.adapters import Adapter, register_adapter
 from rep_plugin.reparam.border_conv import build_conv
 from rep_plugin.reparam.foreign.sums import has_layout, live_children, merge_branches, read_branches, replace_by
-from rep_plugin.reparam.linear_layers import after_affine, bn_affine, identity_conv, is_idle, read_chain
+from rep_plugin.reparam.linear_layers import after_affine, bn_affine, identity_conv, read_chain
 
 
 def _merge_token_mixer(module: nn.Module) -> nn.Module:

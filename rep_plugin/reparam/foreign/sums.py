@@ -13,10 +13,11 @@ from functools import lru_cache
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rep_plugin.blocks.layers import is_idle
 from rep_plugin.functional.padded import PaddedConv, add_padded
 from rep_plugin.reparam.adapters import Adapter, register_adapter
 from rep_plugin.reparam.border_conv import build_conv
-from rep_plugin.reparam.linear_layers import after_affine, bn_affine, is_idle, is_plain_bn, read_chain
+from rep_plugin.reparam.linear_layers import after_affine, bn_affine, is_plain_bn, read_chain
 
 
 def live_children(module: nn.Module) -> dict[str, nn.Module]:
