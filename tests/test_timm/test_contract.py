@@ -15,7 +15,7 @@ from rep_plugin.testing import calibrate_random_bn_
 from rep_plugin.timm.models import WIDTHS
 from tests.helpers import relative_error
 
-NAMES = list_models(module=["timm_models", "timm_backbones", "timm_variants", "timm_bilinear"])
+NAMES = list_models(module=["models", "variants", "bilinear"])
 PYRAMIDS = [
     "rep_mobilenetv2_075",
     "rep_repvgg_d2se",
