@@ -1,5 +1,6 @@
 # The sparse MobileNetV3 of slim_mobilenetv3_cifar10.py, pruned once and fine-tuned. The nine rates of the study:
-#   python tools/sweep.py configs/pruning/slim_mobilenetv3_cifar10_oneshot.py --sparse configs/pruning/slim_mobilenetv3_cifar10.py
+#   python tools/sweep.py configs/pruning/slim_mobilenetv3_cifar10_oneshot.py \
+#     --sparse configs/pruning/slim_mobilenetv3_cifar10.py
 _base_ = ["./slim_mobilenetv3_cifar10.py"]
 
 load_from = "work_dirs/slim_mobilenetv3_cifar10/epoch_30.pth"
