@@ -244,7 +244,7 @@ def test_full_disk_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.pth"
     code = f"""
         import resource, sys, torch
-        from rep_plugin.checkpoints.safe_load import save_checkpoint_file
+        from rep_plugin.checkpoints.files import save_checkpoint_file
         assert not {{"mmengine", "mmcv"}} & set(sys.modules), "the module has to work without mmengine"
         save_checkpoint_file({{"a": torch.ones(3)}}, {str(path)!r})
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -264,7 +264,7 @@ def test_killed_writer_leaves_a_complete_file(tmp_path):
     # Forks of one process, so that torch is imported only once.
     code = f"""
         import os, sys, torch
-        from rep_plugin.checkpoints.safe_load import save_checkpoint_file
+        from rep_plugin.checkpoints.files import save_checkpoint_file
         for line in sys.stdin:
             child = os.fork()
             if child == 0:

@@ -221,4 +221,4 @@ def test_error_of_a_worker_is_one_line():
         'Caught DataError in worker.\nOriginal Traceback (most recent call last):\n  File "x"\na.DataError: broken p\n'
     )
     assert first_line(DataError(text)) == "broken p"
-    assert first_line(ValueError("a\nb")) == "a b"
+    assert first_line(ValueError("a\nb")) == "a"
