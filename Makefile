@@ -59,7 +59,7 @@ $(DOWNSTREAM_VENV)/.developers: setup.cfg pyproject.toml $(DOWNSTREAM_VENV)/whee
 install: $(VENV)/.users ## the package with mmpretrain, into .venv
 
 data/mini_cub/mini_fgvc.json: | $(VENV)/.users
-	$(RUN) tools/make_mini_fgvc.py --out data/mini_cub
+	$(RUN) tools/dataset_converters/make_mini_fgvc.py --out data/mini_cub
 
 demo: $(VENV)/.users data/mini_cub/mini_fgvc.json ## render birds, train, deploy, prove, time, one table
 	$(RUN) tools/train.py configs/rep_mbv2_mini_cub.py --work-dir $(DEMO_DIR)

@@ -47,7 +47,7 @@ def train_backbone(folder: Path, epochs: int) -> Path:
     weights, birds = folder / "backbone.pth", folder / "other_birds"
     if weights.is_file():
         return weights
-    render = [sys.executable, str(ROOT / "tools/make_mini_fgvc.py"), "--out", str(birds)]
+    render = [sys.executable, str(ROOT / "tools/dataset_converters/make_mini_fgvc.py"), "--out", str(birds)]
     subprocess.run([*render, "--classes", str(OTHER_CLASSES), "--seed", str(OTHER_SEED)], check=True)
     loaders = [f"{name}_dataloader.dataset.data_root={birds}" for name in ("train", "val", "test")]
     classes = [f"{part}.num_classes={OTHER_CLASSES}" for part in ("model.head", "data_preprocessor")]

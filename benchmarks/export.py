@@ -29,7 +29,7 @@ import rep_plugin
 from rep_plugin.bilinear.methods import METHODS
 from rep_plugin.measure.verify import MIN_SENSITIVITY, rounding_error
 from rep_plugin.testing import calibrate_random_bn_
-from rep_plugin.timm.export import read_pictures
+from rep_plugin.timm.export import read_images
 
 TARGET = 1e-4
 PICTURES = Path(__file__).resolve().parents[1] / "data/mini_cub/images"
@@ -74,7 +74,7 @@ def main() -> int:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     cfg = timm.data.resolve_data_config({"input_size": (3, args.size, args.size)}, pretrained_cfg={})
-    x = read_pictures(args.pictures, cfg)
+    x = read_images(args.pictures, cfg)
     table = Table(title=f"against PyTorch in float32, {args.size}x{args.size} pictures, any batch, any size")
     columns = ("network", "merged", "params", "sensitivity", "ONNX Runtime", "OpenVINO", "float32 itself", "PyTorch ms")
     for column in (*columns, "ONNX Runtime ms", "OpenVINO ms", ""):

@@ -6,7 +6,7 @@ _base_ = [
 ]
 
 missing_data_hint = (
-    "put CUB-200-2011 there, or render the small data set: python tools/make_mini_fgvc.py, "
+    "put CUB-200-2011 there, or render the small data set: python tools/dataset_converters/make_mini_fgvc.py, "
     "and train configs/rep_mbv2_mini_cub.py"
 )
 

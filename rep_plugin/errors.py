@@ -1,6 +1,9 @@
 """One family of errors: what a user can mend. Messages are one line."""
 
 import pickle
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class RepPluginError(Exception):
@@ -55,6 +58,10 @@ class HookError(RepPluginError, ValueError):
     """A hook's settings do not fit the training; the message is one line."""
 
 
+class TrainingError(RepPluginError, RuntimeError):
+    """A training that a tool has started failed. The message names its log."""
+
+
 class CheckpointMismatchError(RepPluginError, RuntimeError):
     """A checkpoint is not exactly the model's; nothing of it was loaded."""
 
@@ -84,3 +91,12 @@ def first_line(error: BaseException) -> str:
         return lines[0]
     _, found, message = lines[-1].partition(f"{type(error).__name__}: ")
     return message if found else lines[-1]
+
+
+@contextmanager
+def exit_on_user_errors() -> Iterator[None]:
+    """End a command line tool in one line for what a user can mend; any other error is a bug and keeps its traceback."""
+    try:
+        yield
+    except (RepPluginError, OSError) as error:
+        sys.exit(f"error: {first_line(error)}")

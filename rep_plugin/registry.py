@@ -11,12 +11,11 @@ require("mmengine", "openmmlab", "rep_plugin.registry")
 from mmengine import registry as root
 from mmengine.registry import Registry
 
-ROOMS = ("backbones", "convs", "builders")
-# What is built on classes of mmpretrain: mmdet and mmseg are also used without it.
+ROOMS = ("backbones", "bilinear_pooling", "builders", "convs")
+# Types built on classes of mmpretrain, and their rooms: mmdet and mmseg are also used without it.
 ON_MMPRETRAIN = {
-    "BilinearPooling": "bilinear",
-    "BilinearClsHead": "bilinear",
-    "TwoStreamBackbone": "bilinear",
+    "BilinearClsHead": "bilinear_head",
+    "TwoStreamBackbone": "bilinear_head",
     "MobileNetV3_CIFAR": "mobilenet_v3",
 }
 
@@ -30,16 +29,15 @@ class ModelRegistry(Registry):
         return super().get(key)
 
 
+def _locations(*rooms: str) -> list[str]:
+    return [f"rep_plugin.openmmlab.{room}" for room in rooms]
+
+
 MODELS = ModelRegistry(
     "model",
     parent=root.MODELS,
     scope="rep_plugin",
-    locations=[
-        f"rep_plugin.openmmlab.{room}"
-        for room in (*ROOMS, *(() if is_missing("mmpretrain") else sorted(set(ON_MMPRETRAIN.values()))))
-    ],
+    locations=_locations(*ROOMS, *(() if is_missing("mmpretrain") else sorted(set(ON_MMPRETRAIN.values())))),
 )
-HOOKS = Registry("hook", parent=root.HOOKS, scope="rep_plugin", locations=["rep_plugin.openmmlab.hooks"])
-OPTIM_WRAPPERS = Registry(
-    "optim_wrapper", parent=root.OPTIM_WRAPPERS, scope="rep_plugin", locations=["rep_plugin.openmmlab.amp"]
-)
+HOOKS = Registry("hook", parent=root.HOOKS, scope="rep_plugin", locations=_locations("hooks"))
+OPTIM_WRAPPERS = Registry("optim_wrapper", parent=root.OPTIM_WRAPPERS, scope="rep_plugin", locations=_locations("amp"))

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """One table of a finished run: trained form, deployed form and stock MobileNetV2.
 
-Predicts the whole validation set with the last checkpoint and with deploy.pth, and compares them picture by picture;
-measures the errors on real pictures in float64 and float32, at the configured size, 224 and 225; times all three
+Predicts the whole validation set with the last checkpoint and with deploy.pth, and compares them image by image;
+measures the errors on real images in float64 and float32, at the configured size, 224 and 225; times all three
 with one thread and batch 1, interleaved. Ends with an error where a prediction differs.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rep_plugin.optional import require_or_exit
 
-require_or_exit("mmengine", "mmcv", "mmpretrain", extra="openmmlab")
+require_or_exit("mmengine", "mmcv", "mmpretrain", "timm", extra="openmmlab")
 
 import timm
 import torch
@@ -69,33 +69,33 @@ def main() -> None:
 
     predictions, labels = predict({"trained": trained, "deployed": deployed}, loader)
     differing = int((predictions["trained"] != predictions["deployed"]).sum())
-    pictures = real_inputs(trained, loader)
+    images = real_inputs(trained, loader)
     classes = trained.head.num_classes
     folded, _ = reparameterize(
-        timm.create_model(args.stock, num_classes=classes, in_chans=pictures.shape[1]).eval(),
-        pictures[:1],
+        timm.create_model(args.stock, num_classes=classes, in_chans=images.shape[1]).eval(),
+        images[:1],
         verify=False,
     )
     models = {"trained form": trained, "deployed": deployed, f"stock {args.stock}": folded}
     with torch_threads(1):
-        medians = interleaved_medians(eager_calls(models, pictures[:1]), args.rounds)
+        medians = interleaved_medians(eager_calls(models, images[:1]), args.rounds)
 
     console = Console(width=100)
-    table = Table(title=f"{Path(args.config).stem}, {len(labels)} validation pictures; one thread, batch 1, BN folded")
+    table = Table(title=f"{Path(args.config).stem}, {len(labels)} validation images; one thread, batch 1, BN folded")
     for column in ("network", "params", "MACs", "top-1 %", "ms", "times faster"):
         table.add_column(column, justify="left" if column == "network" else "right")
     slowest = medians[list(models)[-1]]
     for name, model in models.items():
         key = name.split()[0]
         top1 = f"{100 * (predictions[key] == labels).float().mean():.2f}" if key in predictions else "not trained"
-        row = (f"{count_params(model):,}", f"{count_macs(model, pictures[:1]):,}", top1)
+        row = (f"{count_params(model):,}", f"{count_macs(model, images[:1]):,}", top1)
         table.add_row(name, *row, f"{medians[name] * 1e3:.2f}", f"{slowest / medians[name]:.2f}")
     console.print(table)
-    errors = Table(title="deployed against trained form, real pictures, largest relative errors")
+    errors = Table(title="deployed against trained form, real images, largest relative errors")
     for column in ("size", "float64", "at the border", "inside", "float32, last map", "at the border", "seconds"):
         errors.add_column(column, justify="right")
-    for size in (pictures.shape[-1], 224, 225):
-        batch = nn.functional.interpolate(pictures, size=(size, size), mode="bilinear")
+    for size in (images.shape[-1], 224, 225):
+        batch = nn.functional.interpolate(images, size=(size, size), mode="bilinear")
         _, report = reparameterize(trained, batch, fold_bn=False)
         with torch.no_grad():
             single = compare_outputs(trained.extract_feat(batch, "backbone"), deployed.extract_feat(batch, "backbone"))
@@ -114,4 +114,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, RuntimeError, ValueError, TypeError)
+    run(main)

@@ -1,16 +1,15 @@
 #!/usr/bin/env python
 """Convert a RepVGG, MobileOne or RepLKNet checkpoint between the authors', timm's, mmpretrain's and our keys.
 
-The format of IN is told by its keys, training or merged form, with or without a classifier. Files are .safetensors or what
+The keys of IN show its format: training or merged form, with or without a classifier. Files are .safetensors or what
 torch.save writes.
 """
 
 import argparse
-import pickle
-import sys
 
 from rep_plugin.conversion.convert import convert_file
 from rep_plugin.conversion.key_maps import FORMATS
+from rep_plugin.errors import exit_on_user_errors
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,13 +28,11 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Convert, and say what it was."""
+    """Convert, print the report."""
     args = parse_args()
-    try:
+    with exit_on_user_errors():
         print(convert_file(args.source, args.target, args.to, args.arch))
-    except (ValueError, OSError, RuntimeError, ImportError, pickle.UnpicklingError) as error:
-        sys.exit(f"error: {error}")
-    print(f"written: {args.target}")
+        print(f"written: {args.target}")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,23 @@
 #!/usr/bin/env python
-"""Write a trained model as ONNX, once ONNX Runtime and OpenVINO say the same as PyTorch on pictures.
+"""Write a trained model as ONNX, once ONNX Runtime and OpenVINO give the same as PyTorch on images.
 
 python tools/export.py CONFIG CHECKPOINT OUT.onnx                   # also deploy.py deploy.pth, pruned.py pruned.pth
-python tools/export.py rep_repvgg_a0 OUT.onnx --checkpoint last.pth.tar --images pictures
-python tools/export.py local-dir:FOLDER OUT.onnx --images pictures  # what save_timm wrote
+python tools/export.py rep_repvgg_a0 OUT.onnx --checkpoint last.pth.tar --images FOLDER
+python tools/export.py local-dir:FOLDER OUT.onnx --images FOLDER    # what save_timm wrote
 
-Branches are merged first, and the outputs are logits, without softmax. A config's validation pictures are compared, or
+Branches are merged first, and the outputs are logits, without softmax. A config's validation images are compared, or
 those of --images; a timm model without --images is compared on random ones. The report is written to OUT.onnx.json as well.
 """
 
 import argparse
 import ast
-import sys
 from pathlib import Path
 
+from rep_plugin.errors import exit_on_user_errors
 from rep_plugin.export.export_onnx import OPSET, TOLERANCE
 from rep_plugin.export.report import ExportReport
 from rep_plugin.export.runtimes import RUNTIMES
+from rep_plugin.optional import require_or_exit
 
 
 def model_arg(text: str) -> tuple[str, object]:
@@ -35,20 +36,20 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="config (.py), timm name, or local-dir:FOLDER")
     parser.add_argument("files", nargs="+", metavar="FILE", help="[CHECKPOINT, after a config] OUT.onnx")
-    parser.add_argument("--images", metavar="FOLDER", help="pictures to compare on")
+    parser.add_argument("--images", metavar="FOLDER", help="images to compare on")
     parser.add_argument("--size", type=int, nargs="+", metavar="N", help="height and width, one number for both")
     parser.add_argument("--dynamic-size", action="store_true", help="leave height and width open")
     numbers = parser.add_mutually_exclusive_group()
-    numbers.add_argument("--batch", type=int, help="fix the number of pictures; default: open")
-    numbers.add_argument("--dynamic-batch", action="store_true", help="leave the number of pictures open: the default")
+    numbers.add_argument("--batch", type=int, help="fix the number of images; default: open")
+    numbers.add_argument("--dynamic-batch", action="store_true", help="leave the number of images open: the default")
     parser.add_argument("--as-it-stands", action="store_true", help="do not merge or fold anything")
-    parser.add_argument("--class-names", metavar="FILE", help="one name a line; default: what config or model tell")
+    parser.add_argument("--class-names", metavar="FILE", help="one name a line; default: those of the config or model")
     parser.add_argument("--opset", type=int, default=OPSET, help="default: %(default)s")
     parser.add_argument("--runtimes", nargs="+", default=list(RUNTIMES), choices=RUNTIMES, help="where to compare")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="relative, default: %(default)s")
     parser.add_argument("--rounds", type=int, default=20, help="timed calls, 0: none; default: %(default)s")
     mm = parser.add_argument_group("with a config")
-    mm.add_argument("--no-real-data", action="store_true", help="compare on random pictures; needs --size")
+    mm.add_argument("--no-real-data", action="store_true", help="compare on random images; needs --size")
     mm.add_argument("--cfg-options", nargs="+", default=None, help="changes to the config as key=value")
     named = parser.add_argument_group("with a timm name")
     named.add_argument("--checkpoint", help="weights: what timm's train.py or torch.save wrote, or .safetensors")
@@ -71,7 +72,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def options_of(args: argparse.Namespace) -> dict:
-    """What export_onnx is told, whatever the model."""
+    """Return the options of export_onnx, whatever the model."""
     options = {name: getattr(args, name) for name in ("dynamic_size", "opset", "runtimes", "tolerance", "rounds")}
     if args.class_names:
         if not Path(args.class_names).is_file():
@@ -85,22 +86,16 @@ def from_config(args: argparse.Namespace) -> ExportReport:
     from mmengine.config import DictAction
 
     from rep_plugin.openmmlab.cli import open_trained
-    from rep_plugin.openmmlab.export import read_pictures, write_onnx
+    from rep_plugin.openmmlab.export import read_images, write_onnx
 
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction)
-    changes = parser.parse_args(["--cfg-options", *args.cfg_options] if args.cfg_options else [])
-    opened = argparse.Namespace(
-        config=args.model,
-        checkpoint=args.files[0],
-        cfg_options=changes.cfg_options,
-        no_real_data=args.no_real_data or args.images is not None,
-        out_dir=None,
-    )
-    cfg, model, inputs, dataset_meta, _ = open_trained(opened, (args.class_names,))
+    words, args.cfg_options = args.cfg_options, None
+    if words:
+        DictAction([], "cfg_options")(None, args, words)
+    options, real_data = options_of(args), not args.no_real_data and args.images is None
+    cfg, model, inputs, dataset_meta = open_trained(args.model, args.files[0], args.cfg_options, real_data)
     if args.images is not None:
-        inputs = read_pictures(model, cfg, args.images)
-    return write_onnx(model, cfg, args.files[-1], inputs, dataset_meta, **options_of(args))
+        inputs = read_images(model, cfg, args.images)
+    return write_onnx(model, cfg, args.files[-1], inputs, dataset_meta, **options)
 
 
 def from_timm(args: argparse.Namespace) -> ExportReport:
@@ -121,24 +116,23 @@ def from_timm(args: argparse.Namespace) -> ExportReport:
 def main() -> None:
     """Load, merge, export, compare, print the report."""
     args = parse_args()
+    is_config = args.model.endswith(".py")
+    require_or_exit(*(("mmengine", "mmcv") if is_config else ("timm",)), extra="openmmlab" if is_config else "timm")
 
     def export() -> None:
-        report = (from_config if args.model.endswith(".py") else from_timm)(args)
+        report = (from_config if is_config else from_timm)(args)
         report.print()
         beside = Path(f"{args.files[-1]}.json")
         report.to_json(beside)
         print(f"written: {args.files[-1]} and {beside.name}")
 
-    known = (RuntimeError, ValueError, TypeError, ImportError)
-    try:
-        if args.model.endswith(".py"):
+    with exit_on_user_errors():
+        if is_config:
             from rep_plugin.openmmlab.cli import run
 
-            run(export, *known)
+            run(export)
         else:
             export()
-    except (*known, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

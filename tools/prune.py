@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Prune a trained checkpoint: pruned.pth, pruned.py, the plan, the report and a picture of the widths.
+"""Prune a trained checkpoint: pruned.pth, pruned.py, the plan, the report and a plot of the widths.
 
 python tools/prune.py CONFIG CHECKPOINT --fraction 0.3
 python tools/prune.py CONFIG CHECKPOINT --macs 0.5 --round-to 8 --scores l1
@@ -11,13 +11,17 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
+from rep_plugin.optional import require_or_exit
+
+require_or_exit("mmengine", "mmcv", extra="openmmlab")
+
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
-from rep_plugin.openmmlab.artefacts import write_pruned
-from rep_plugin.openmmlab.cli import add_arguments, open_trained, run
 from rep_plugin.errors import ArgumentError
+from rep_plugin.openmmlab.artefacts import write_pruned
+from rep_plugin.openmmlab.cli import add_trained_arguments, open_trained, output_folder, run
 from rep_plugin.pruning import PrunePlan, plan_pruning
 
 PRECIOUS = ("pruned.pth", "pruned.py")
@@ -41,18 +45,18 @@ def override(text: str) -> tuple[str, float | str]:
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, no_real_data="prove on random pictures alone; needs --shape")
+    add_trained_arguments(parser, no_real_data="prove on random images alone; needs --shape")
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument(
         "--fraction", "--prune-fraction", type=float, help="share of the prunable channels to remove, 0 <= x < 1"
     )
     how.add_argument("--params", type=amount, help="parameters that may remain: a share (0.5) or a number")
     how.add_argument("--macs", type=amount, help="multiply-adds that may remain: a share (0.5) or a number")
-    how.add_argument("--latency", type=float, help="share of the time on this machine, one thread, one picture")
-    how.add_argument("--latency-ms", type=float, help="milliseconds on this machine, one thread, one picture")
+    how.add_argument("--latency", type=float, help="share of the time on this machine, one thread, one image")
+    how.add_argument("--latency-ms", type=float, help="milliseconds on this machine, one thread, one image")
     how.add_argument("--widths", help="JSON file {layer name: channels kept}, taken as it is")
     how.add_argument("--plan", help="plan file of an earlier run, applied as it is")
-    parser.add_argument("--scores", default="bn_gamma", choices=SCORES, help="what tells a channel's weight")
+    parser.add_argument("--scores", default="bn_gamma", choices=SCORES, help="how channels are scored")
     parser.add_argument(
         "--scope", default="global", choices=["global", "layer"], help="compare over all layers, or in each"
     )
@@ -60,14 +64,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--round-to", type=int, default=1, help="narrowed layers keep a multiple of this")
     parser.add_argument("--override", type=override, nargs="+", default=[], metavar="PATTERN=FRACTION")
     parser.add_argument("--ignore", nargs="+", default=[], metavar="PATTERN", help="layers that stay as they are")
-    parser.add_argument(
-        "--shape", type=int, nargs="+", help="input size C H W; default: that of the validation pictures"
-    )
+    parser.add_argument("--shape", type=int, nargs="+", help="input size C H W; default: that of the validation images")
     return parser.parse_args()
 
 
 def read_widths(path: Path) -> dict[str, int]:
-    """Return what a file of --widths holds. Raises ValueError, naming the file, for anything else."""
+    """Return the {layer name: channels kept} of a file. Raises ArgumentError, naming the file, for anything else."""
     try:
         widths = json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -79,8 +81,8 @@ def read_widths(path: Path) -> dict[str, int]:
     return widths
 
 
-def make_plan(model: torch.nn.Module, shape: tuple[int, ...], args: argparse.Namespace) -> PrunePlan:
-    """The plan that the arguments ask for."""
+def make_plan(model: nn.Module, shape: tuple[int, ...], args: argparse.Namespace) -> PrunePlan:
+    """Return the plan that the arguments ask for."""
     if args.plan:
         return PrunePlan.from_json(Path(args.plan))
     if args.widths:
@@ -94,7 +96,7 @@ def make_plan(model: torch.nn.Module, shape: tuple[int, ...], args: argparse.Nam
 
 
 def widths_table(plan: PrunePlan) -> Table:
-    """Every layer's channels before and after, and why the others stay."""
+    """Return every layer's channels before and after, and why the others stay."""
     table = Table(title=plan.why)
     for column in ("layer", "before", "after", "stays because"):
         table.add_column(column, justify="right" if column in ("before", "after") else "left")
@@ -106,18 +108,19 @@ def widths_table(plan: PrunePlan) -> Table:
 def main() -> None:
     """Load, plan, prune, prove, write, print the report."""
     args = parse_args()
-    cfg, model, inputs, dataset_meta, out_dir = open_trained(args, (args.widths, args.plan), OUTPUTS, PRECIOUS)
+    out_dir = output_folder(args, OUTPUTS, PRECIOUS, (args.widths, args.plan))
+    trained = open_trained(args.config, args.checkpoint, args.cfg_options, not args.no_real_data)
     if args.shape and len(args.shape) != 3:
         raise ArgumentError(f"--shape takes three numbers, C H W, got {args.shape}")
-    if inputs is None and not args.shape:
-        raise ArgumentError("without validation pictures the input size is needed: --shape C H W")
-    shape = (1, *(args.shape or inputs.shape[1:]))  # costs are those of one picture
-    plan = make_plan(model, shape, args)
-    report = write_pruned(model, cfg, plan, out_dir, inputs, dataset_meta)
+    if trained.inputs is None and not args.shape:
+        raise ArgumentError("without validation images the input size is needed: --shape C H W")
+    shape = (1, *(args.shape or trained.inputs.shape[1:]))  # costs are those of one image
+    plan = make_plan(trained.model, shape, args)
+    report = write_pruned(trained.model, trained.cfg, plan, out_dir, trained.inputs, trained.dataset_meta)
     Console().print(widths_table(plan))
     report.print()
     print(f"written: {out_dir / 'pruned.pth'}, pruned.py, pruned.plan.json, pruned.json and pruned.png")
 
 
 if __name__ == "__main__":
-    run(main, RuntimeError, ValueError, TypeError)
+    run(main)

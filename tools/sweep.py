@@ -26,11 +26,11 @@ from rich.console import Console
 from rich.table import Table
 
 from rep_plugin.checkpoints.files import write_atomic
-from rep_plugin.errors import ArgumentError
+from rep_plugin.errors import ArgumentError, TrainingError
 from rep_plugin.measure.latency import eager_calls, interleaved_medians, torch_threads
 from rep_plugin.measure.plots import accuracy_figure, save_figure
 from rep_plugin.openmmlab.checkpoint import find_latest_checkpoint
-from rep_plugin.openmmlab.cli import load_config, run
+from rep_plugin.openmmlab.cli import run
 from rep_plugin.openmmlab.hooks.runner_utils import main_figure
 from rep_plugin.openmmlab.load import load_model
 
@@ -68,8 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def hook_key(path: str, names: tuple[str, ...], argument: str) -> str:
     """Return ``custom_hooks.N.argument`` of the first hook that is one of ``names``. Raises ArgumentError for none."""
-    cfg = load_config(argparse.Namespace(config=path, launcher="none", work_dir=None, local_rank=0))
-    hooks = cfg.get("custom_hooks") or []
+    hooks = Config.fromfile(path).get("custom_hooks") or []
     for index, hook in enumerate(hooks):
         if str(hook["type"]).rpartition(".")[2] in names:
             if argument not in hook:
@@ -83,7 +82,7 @@ def hook_key(path: str, names: tuple[str, ...], argument: str) -> str:
 def train(config: str, folder: Path, options: list[str], load_from: str | None = None) -> None:
     """Run tools/train.py into a folder to its end, unless done before; go on where it was cut off.
 
-    Raises ArgumentError where the folder holds a run with other options, and RuntimeError, with the log's path, where the
+    Raises ArgumentError where the folder holds a run with other options, and TrainingError, with the log's path, where the
     training fails.
     """
     asked = {"config": config, "options": options, "load_from": load_from}
@@ -103,7 +102,7 @@ def train(config: str, folder: Path, options: list[str], load_from: str | None =
     with (folder / "log.txt").open("a") as log:
         code = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT).returncode
     if code:
-        raise RuntimeError(f"the training in {folder} failed, see {folder / 'log.txt'}")
+        raise TrainingError(f"the training in {folder} failed, see {folder / 'log.txt'}")
     write_atomic(done, lambda file: file.write(b""))
 
 
@@ -126,7 +125,7 @@ def starts(args: argparse.Namespace, out: Path, console: Console) -> dict[str, s
 
 
 def row_of(folder: Path, label: str, rate: float) -> dict:
-    """Return the figures of a finished run."""
+    """Return the metrics of a finished run."""
     rounds = json.loads((folder / "pruned.rounds.json").read_text())
     first, last = rounds[0], rounds[-1]
     name = main_figure(first["before"])
@@ -139,7 +138,7 @@ def row_of(folder: Path, label: str, rate: float) -> dict:
 
 
 def add_latencies(rows: list[dict], args: argparse.Namespace, starting: dict[str, str]) -> None:
-    """Time all networks of the sweep in one interleaved run: one picture, one thread, milliseconds."""
+    """Time all networks of the sweep in one interleaved run: one image, one thread, milliseconds."""
     models = {row["folder"]: load_model(Config.fromfile(f"{row['folder']}/pruned.py"), f"{row['folder']}/pruned.pth")[0]
               for row in rows}  # fmt: skip
     models["dense"] = load_model(Config.fromfile(args.config), next(iter(starting.values())))[0]
@@ -174,7 +173,7 @@ def _number(value: float | None) -> str:
 
 
 def curves_of(rows: list[dict]) -> dict[str, dict[float, float]]:
-    """What is drawn: after removal and after fine-tuning, or of several starts the last figure alone."""
+    """Return what is plotted: after removal and after fine-tuning, or of several starts the last figure alone."""
     labels = list(dict.fromkeys(row["start"] for row in rows))
     curves: dict[str, dict[float, float]] = {}
     for row in rows:
@@ -187,7 +186,7 @@ def curves_of(rows: list[dict]) -> dict[str, dict[float, float]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train what is missing, then one table, one file, one picture."""
+    """Train what is missing, then one table, one file, one plot."""
     args = parse_args(argv)
     console = Console()
     if not console.is_terminal:
@@ -202,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
             train(args.config, folder, [*args.cfg_options, f"{key}={rate}"], checkpoint)
             rows.append(row_of(folder, label, rate))
     add_latencies(rows, args, starting)
-    title = f"{Path(args.config).stem}: {rows[0]['figure']}, costs of one picture, one thread"
+    title = f"{Path(args.config).stem}: {rows[0]['figure']}, costs of one image, one thread"
     console.print(table_of(rows, title))
     write_atomic(out / "sweep.json", lambda file: file.write((json.dumps(rows, indent=1) + "\n").encode()))
     if curves := curves_of(rows):
@@ -213,4 +212,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main, RuntimeError, ValueError)
+    run(main)

@@ -14,7 +14,7 @@ from mmengine.evaluator import DumpResults
 
 from rep_plugin.errors import ArgumentError
 from rep_plugin.openmmlab.cli import (
-    add_common_arguments,
+    add_runner_arguments,
     build_runner,
     complete_dataloader,
     load_config,
@@ -28,13 +28,13 @@ from rep_plugin.openmmlab.data import check_data
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Test a model")
-    add_common_arguments(parser)
+    add_runner_arguments(parser)
     parser.add_argument("checkpoint", help="checkpoint file")
     parser.add_argument("--out", help="file for the results: .pkl for predictions, .json too for metrics")
     parser.add_argument("--out-item", choices=["metrics", "pred"], help="what goes into --out; default: pred")
-    parser.add_argument("--show-dir", help="folder for the pictures with their predictions")
-    parser.add_argument("--show", action="store_true", help="show the pictures with their predictions in a window")
-    parser.add_argument("--interval", type=int, default=1, help="show every so many pictures")
+    parser.add_argument("--show-dir", help="folder for the images with their predictions")
+    parser.add_argument("--show", action="store_true", help="show the images with their predictions in a window")
+    parser.add_argument("--interval", type=int, default=1, help="show every so many images")
     parser.add_argument("--wait-time", type=float, default=2, help="seconds a window stays")
     parser.add_argument(
         "--tta",
@@ -62,7 +62,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
         cfg.test_cfg.fp16 = True
     if args.show or args.show_dir is not None:
         if args.tta:
-            # VisualizationHook takes the list of augmented pictures for one picture and fails.
+            # VisualizationHook takes the list of augmented images for one image and fails.
             raise ArgumentError("--tta does not go with --show or --show-dir, expected one of them")
         hook = (cfg.get("default_hooks") or {}).get("visualization")
         if hook is None:
@@ -74,9 +74,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
         )
     if args.tta:
         use_tta(cfg)
-    complete_dataloader(cfg, "test_dataloader")
-    if args.no_pin_memory:
-        cfg.test_dataloader.pin_memory = False
+    complete_dataloader(cfg, "test_dataloader", not args.no_pin_memory)
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
     return cfg

@@ -13,13 +13,9 @@ require_or_exit("mmengine", "mmcv", "mmpretrain", extra="openmmlab")
 
 from mmengine.config import Config
 
-from rep_plugin.errors import (
-    AnnealError,
-    HookError,
-    ArgumentError,
-)
+from rep_plugin.errors import ArgumentError
 from rep_plugin.openmmlab.cli import (
-    add_common_arguments,
+    add_runner_arguments,
     build_runner,
     complete_dataloader,
     load_config,
@@ -34,7 +30,7 @@ from rep_plugin.openmmlab.data import check_data
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Train a model")
-    add_common_arguments(parser)
+    add_runner_arguments(parser)
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -72,12 +68,10 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
         cfg.merge_from_dict(args.cfg_options)  # now, for num_workers, and once more at the end: options win
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
         # torch refuses persistent workers where there are none.
-        complete_dataloader(cfg, name, persistent_workers=bool((cfg.get(name) or {}).get("num_workers")))
-        if cfg.get(name) is not None:
-            if args.no_pin_memory:
-                cfg[name].pin_memory = False
-            if args.no_persistent_workers:
-                cfg[name].persistent_workers = False
+        workers = bool((cfg.get(name) or {}).get("num_workers"))
+        complete_dataloader(cfg, name, not args.no_pin_memory, persistent_workers=workers)
+        if args.no_persistent_workers and cfg.get(name) is not None:
+            cfg[name].persistent_workers = False
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
     return cfg
@@ -95,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, AnnealError, HookError)
+    run(main)

@@ -1,8 +1,8 @@
-# Bilinear Rep-MobileNetV2 on the rendered birds: python tools/make_mini_fgvc.py (20 classes, 128 x 128), from scratch.
+# Bilinear Rep-MobileNetV2 on the rendered birds: python tools/dataset_converters/make_mini_fgvc.py (20 classes, 128 x 128), from scratch.
 _base_ = ["mmpretrain::_base_/default_runtime.py"]
 
 data_root = "data/mini_cub"
-missing_data_hint = "render the images: python tools/make_mini_fgvc.py"
+missing_data_hint = "render the images: python tools/dataset_converters/make_mini_fgvc.py"
 
 model = dict(
     type="ImageClassifier",

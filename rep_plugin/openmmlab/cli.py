@@ -1,4 +1,4 @@
-"""What the command line tools share: arguments, configs, runners, and errors in one line."""
+"""What the command line tools share: arguments, trained models and runners to work on, and errors in one line."""
 
 import argparse
 import logging
@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from mmengine.config import Config, DictAction
@@ -18,21 +18,55 @@ from torch import Tensor, nn
 
 from rep_plugin.checkpoints.files import check_writable
 from rep_plugin.checkpoints.strict import refuse_misfits
-from rep_plugin.errors import (
-    ArgumentError,
-    CheckpointMismatchError,
-    DataError,
-    UnreadableCheckpointError,
-    UnsafeCheckpointError,
-    first_line,
-)
+from rep_plugin.errors import ArgumentError, exit_on_user_errors
 from rep_plugin.openmmlab.checkpoint import enable_safe_loading
-from rep_plugin.openmmlab.data import check_data, guard_dataloaders, name_broken_pictures
-from rep_plugin.openmmlab.load import load_model, real_inputs
+from rep_plugin.openmmlab.data import check_data, guard_dataloaders, name_broken_images
+from rep_plugin.openmmlab.load import config_errors, load_model, real_inputs
 
 
-def add_arguments(parser: argparse.ArgumentParser, no_real_data: str) -> None:
-    """Add what :func:`open_trained` reads; ``no_real_data`` is the help of that flag."""
+def run(main: Callable[[], None]) -> None:
+    """Call ``main``; what a user can mend ends in one line, and a bug in a traceback."""
+    with exit_on_user_errors():
+        enable_safe_loading()
+        name_broken_images()
+        try:
+            main()
+        except IndexError as error:  # torch's cross entropy
+            if not str(error).startswith("Target"):
+                raise
+            raise ArgumentError(f"{error} Labels must be below the head's num_classes") from error
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+            _leave()
+
+
+def _leave() -> None:
+    """End this process at once: torch 2.14 with gloo now and then aborts while Python takes it down, all work done."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+# Tools that read a trained checkpoint.
+
+
+class Trained(NamedTuple):
+    """A trained model in eval mode, its config, validation images as it sees them (or None), the data set's meta data."""
+
+    cfg: Config
+    model: nn.Module
+    inputs: Tensor | None
+    dataset_meta: dict | None
+
+
+def add_trained_arguments(parser: argparse.ArgumentParser, no_real_data: str) -> None:
+    """Add the arguments of a tool that reads a trained checkpoint and writes what it makes of it.
+
+    Args:
+        parser: the tool's.
+        no_real_data: the help of that flag.
+    """
     parser.add_argument("config", help="config the checkpoint was trained with")
     parser.add_argument("checkpoint", help="trained checkpoint")
     parser.add_argument("--out-dir", help="folder for the files; default: the checkpoint's")
@@ -40,54 +74,79 @@ def add_arguments(parser: argparse.ArgumentParser, no_real_data: str) -> None:
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="changes to the config as key=value")
 
 
-def _check_outputs(
-    args: argparse.Namespace, out_dir: Path, read: Sequence[str], outputs: Sequence[str], precious: Sequence[str]
-) -> None:
-    """Refuse to replace what is read; and, in a folder that was not asked for by name, ``precious`` ones of before."""
-    if outputs:
-        check_writable(out_dir)
-    for path in (out_dir / name for name in outputs):
-        if path.resolve() in {Path(one).resolve() for one in read}:
+def output_folder(
+    args: argparse.Namespace,
+    outputs: Sequence[str],
+    precious: Sequence[str] = (),
+    more_files: Sequence[str | None] = (),
+) -> Path:
+    """Return the folder to write to, once it is known that nothing is replaced that should stay.
+
+    Args:
+        args: the parsed arguments of :func:`add_trained_arguments`.
+        outputs: names of the files to write.
+        precious: those of them that are replaced only in a folder that was asked for by name.
+        more_files: what is read beside config and checkpoint.
+
+    Raises:
+        FileNotFoundError: a file to read does not exist.
+        OSError: the folder cannot be written to.
+        ArgumentError: a file would be replaced that is read, or that is precious.
+    """
+    read = require_files(args.config, args.checkpoint, *more_files)
+    folder = Path(args.out_dir or Path(args.checkpoint).resolve().parent)
+    check_writable(folder)
+    for path in (folder / name for name in outputs):
+        if path.resolve() in read:
             raise ArgumentError(f"{path} is read and would be replaced: give another --out-dir")
         if path.exists() and not args.out_dir and path.name in precious:
             raise ArgumentError(f"{path} exists already: give --out-dir, another folder, or this one to replace it")
+    return folder
 
 
-def open_trained(
-    args: argparse.Namespace,
-    more_files: Sequence[str | None] = (),
-    outputs: Sequence[str] = (),
-    precious: Sequence[str] = (),
-) -> tuple[Config, nn.Module, Tensor | None, dict | None, Path]:
-    """Return (config, model, validation pictures or None, the data set's meta data, folder for the ``outputs``).
-
-    Raises FileNotFoundError for a file, of ``more_files`` too, that does not exist, OSError where ``outputs`` cannot be
-    written, ValueError where one of them would replace what it should not, and what loading raises.
-    """
-    read = [path for path in (args.config, args.checkpoint, *more_files) if path]
-    for path in read:
-        if not Path(path).is_file():
+def require_files(*paths: str | None) -> set[Path]:
+    """Return the resolved paths of files, None left out. Raises FileNotFoundError for the first that does not exist."""
+    given = [Path(path) for path in paths if path]
+    for path in given:
+        if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist, expected a file")
-    out_dir = Path(args.out_dir or Path(args.checkpoint).resolve().parent)
-    _check_outputs(args, out_dir, read, outputs, precious)
-    cfg = Config.fromfile(args.config)
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
-    model, meta = load_model(cfg, args.checkpoint)
+    return {path.resolve() for path in given}
+
+
+def open_trained(config: str, checkpoint: str, cfg_options: dict | None = None, real_data: bool = True) -> Trained:
+    """Build a config's model and load a checkpoint into it strictly; take images of the validation set.
+
+    Args:
+        config: path of the config.
+        checkpoint: path of the checkpoint.
+        cfg_options: changes to the config.
+        real_data: read the validation set, where the config has one.
+
+    Raises:
+        FileNotFoundError: a file does not exist.
+        ArgumentError: the config cannot be built.
+        CheckpointMismatchError: the checkpoint is not exactly the model's.
+        DataError: the validation set is missing, empty or broken.
+    """
+    require_files(config, checkpoint)
+    cfg = Config.fromfile(config)
+    if cfg_options:
+        cfg.merge_from_dict(cfg_options)
+    model, meta = load_model(cfg, checkpoint)
     inputs, dataset_meta = None, meta.get("dataset_meta")
-    if not args.no_real_data and cfg.get("val_dataloader"):
+    if real_data and cfg.get("val_dataloader"):
         check_data(cfg, ("val_dataloader",))
-        with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmpretrain")):
+        with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmpretrain")), config_errors():
             loader = Runner.build_dataloader(cfg.val_dataloader)
         inputs, dataset_meta = real_inputs(model, loader), dataset_meta or loader.dataset.metainfo
-    return cfg, model, inputs, dataset_meta, out_dir
+    return Trained(cfg, model, inputs, dataset_meta)
 
 
-CHECKPOINT_ERRORS = (UnsafeCheckpointError, UnreadableCheckpointError, CheckpointMismatchError)
+# Tools that run a Runner.
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags which training and testing share."""
+def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that training and testing share."""
     parser.add_argument("config", help="config file")
     parser.add_argument("--work-dir", help="folder for logs and results; default: work_dirs/<name of the config>")
     parser.add_argument("--amp", action="store_true", help="automatic mixed precision (bfloat16 on the CPU)")
@@ -104,7 +163,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """Read the config file and settle what both tools settle alike.
+    """Read the config of the arguments of :func:`add_runner_arguments`, with its launcher and work folder.
 
     Raises:
         ArgumentError: there is no such file.
@@ -121,22 +180,25 @@ def load_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def require_checkpoint(path: Any) -> None:
-    """Raises ArgumentError if ``path`` is neither an address, nor a file, nor (deepspeed) a folder."""
-    if path and "://" not in str(path) and not os.path.exists(os.path.expanduser(path)):
-        raise ArgumentError(f"checkpoint {path} does not exist, expected a file")
-
-
-def complete_dataloader(cfg: Config, name: str, **defaults: Any) -> None:
+def complete_dataloader(cfg: Config, name: str, pin_memory: bool = True, **defaults: Any) -> None:
     """Fill in the defaults of one dataloader where the config says nothing: those of the stock tool of its scope.
 
-    mmpretrain's pictures are of one size and stacked here; mmdet's and mmseg's go to the data preprocessor as a list.
+    mmpretrain's images are of one size and stacked here; mmdet's and mmseg's go to the data preprocessor as a list.
+
+    Args:
+        cfg: the config; it is changed.
+        name: ``train_dataloader`` and its like; one that the config does not have is passed over.
+        pin_memory: False switches it off whatever the config says.
+        **defaults: more defaults.
     """
-    if cfg.get(name) is not None:
-        if cfg.get("default_scope", "mmpretrain") == "mmpretrain":
-            defaults["collate_fn"] = dict(type="default_collate")
-        for key, value in {"pin_memory": get_device() != "cpu", **defaults}.items():
-            cfg[name].setdefault(key, value)
+    if cfg.get(name) is None:
+        return
+    if cfg.get("default_scope", "mmpretrain") == "mmpretrain":
+        defaults["collate_fn"] = dict(type="default_collate")
+    for key, value in {"pin_memory": get_device() != "cpu", **defaults}.items():
+        cfg[name].setdefault(key, value)
+    if not pin_memory:
+        cfg[name].pin_memory = False
 
 
 def use_amp(cfg: Config) -> None:
@@ -159,12 +221,28 @@ def use_amp(cfg: Config) -> None:
         wrapper.pop(key, None)
 
 
-def connect_on_cpu(cfg: Config) -> None:
-    """Join the other processes, which mmengine does not do without calling CUDA.
+def require_checkpoint(path: str | os.PathLike | None) -> None:
+    """Raise ArgumentError if ``path`` is neither an address, nor a file, nor (deepspeed) a folder."""
+    if path and "://" not in str(path) and not os.path.exists(os.path.expanduser(path)):
+        raise ArgumentError(f"checkpoint {path} does not exist, expected a file")
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Return the runner that the config asks for; its dataloaders refuse empty data sets.
 
     Raises:
-        ArgumentError: the backend is nccl.
+        ArgumentError: the config cannot be built, or connects processes through graphics cards where there are none.
     """
+    if cfg.launcher == "pytorch" and get_device() == "cpu":
+        _connect_on_cpu(cfg)
+    with config_errors():
+        runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    guard_dataloaders(runner)
+    return runner
+
+
+def _connect_on_cpu(cfg: Config) -> None:
+    """Join the other processes, which mmengine does not do without calling CUDA."""
     backend = (cfg.get("env_cfg") or {}).get("dist_cfg", {}).get("backend", "nccl")
     if backend == "nccl":
         raise ArgumentError(
@@ -181,50 +259,9 @@ def connect_on_cpu(cfg: Config) -> None:
     cfg.model_wrapper_cfg = dict(device_ids=None) | dict(wrapper)
 
 
-def build_runner(cfg: Config) -> Any:
-    """The runner which the config asks for; its dataloaders refuse empty data sets.
-
-    Raises:
-        ArgumentError: the config wants to connect processes through graphics cards where there are none.
-    """
-    if cfg.launcher == "pytorch" and get_device() == "cpu":
-        connect_on_cpu(cfg)
-    try:
-        runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
-    except (ValueError, TypeError, KeyError) as error:  # what a config's values raise when they are built
-        raise ArgumentError(f"the config cannot be built: {first_line(error)}") from error
-    guard_dataloaders(runner)
-    return runner
-
-
-def require_whole_checkpoint(runner: Any) -> None:
+def require_whole_checkpoint(runner: Runner) -> None:
     """Make the runner refuse a checkpoint that is not exactly its model's: mmengine would only warn."""
     model = runner.model
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     refuse_misfits(model)
-
-
-def leave() -> None:
-    """End this process at once: torch 2.14 with gloo now and then aborts while Python takes it down, all work done."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
-
-
-def run(main: Callable[[], None], *also: type[Exception]) -> None:
-    """Call ``main``; errors a user can mend (and those of ``also``) end in one line instead of a traceback."""
-    try:
-        enable_safe_loading()
-        name_broken_pictures()
-        main()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-            leave()
-    except (ArgumentError, DataError, *CHECKPOINT_ERRORS, OSError, *also) as error:
-        sys.exit(f"error: {first_line(error)}")
-    except IndexError as error:  # torch's cross entropy
-        if not str(error).startswith("Target"):
-            raise
-        sys.exit(f"error: {first_line(error)} Labels must be below the head's num_classes")

@@ -34,7 +34,8 @@ def _takes_deploy(type_name: object) -> bool:
     if not isinstance(type_name, str) or not type_name.startswith("rep_plugin."):
         return False
     found = MODELS.get(type_name.split(".", 1)[1])
-    return found is not None and "deploy" in inspect.signature(found).parameters
+    makers = [cls.__init__ for cls in found.__mro__] if inspect.isclass(found) else [found]  # a subclass hands it on
+    return any("deploy" in inspect.signature(maker).parameters for maker in makers if maker is not None)
 
 
 def drop_pretrained_(part: dict) -> None:

@@ -1,4 +1,4 @@
-"""Checks of the data sets named in a config, so that a missing or broken one is told in a line that names the file."""
+"""Checks of the data sets named in a config, so that a missing or broken one is reported in a line that names the file."""
 
 import functools
 import os
@@ -8,12 +8,12 @@ from urllib.error import URLError
 
 import mmcv.transforms
 
-from rep_plugin.errors import DataError
+from rep_plugin.errors import DataError, first_line
 
 # They fetch themselves when absent.
 _DOWNLOADED = {"MNIST", "FashionMNIST", "CIFAR10", "CIFAR100"}
 _WITH_FOLDERS = {"CustomDataset", "ImageNet", "ImageNet21k"}
-_PICTURES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+_IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _EMPTY_LIST_ERROR = "need at least one array to concatenate"
 
 
@@ -56,7 +56,7 @@ def _required(dataset: dict) -> tuple[list[str], list[str]]:
     return [ann_file] if ann_file else [], [folder for folder in folders if folder]
 
 
-def _has_picture(folder: str, endings: tuple[str, ...]) -> bool:
+def _has_image(folder: str, endings: tuple[str, ...]) -> bool:
     return any(name.lower().endswith(endings) for _, _, names in os.walk(folder, followlinks=True) for name in names)
 
 
@@ -75,16 +75,16 @@ def _problem(dataset: dict) -> str | None:
             return f"annotation file {file!r} of {kind} does not exist"
         with open(file, "rb") as opened:
             if not opened.read(4096).strip():
-                return f"annotation file {file!r} of {kind} is empty, expected at least one picture"
+                return f"annotation file {file!r} of {kind} is empty, expected at least one image"
     for folder in folders:
         if "://" not in folder and not os.path.isdir(folder):
-            return f"picture folder {folder!r} of {kind} does not exist"
+            return f"image folder {folder!r} of {kind} does not exist"
     if kind in _WITH_FOLDERS and not files:
-        endings = tuple(ending.lower() for ending in dataset.get("extensions") or _PICTURES)
+        endings = tuple(ending.lower() for ending in dataset.get("extensions") or _IMAGE_ENDINGS)
         folder = (folders or [root])[0]
         automatic = os.path.join(root, "meta", f"{dataset.get('split')}.txt")
-        if not os.path.isfile(automatic) and "://" not in folder and not _has_picture(folder, endings):
-            return f"picture folder {folder!r} of {kind} holds 0 pictures, expected files ending in {endings}"
+        if not os.path.isfile(automatic) and "://" not in folder and not _has_image(folder, endings):
+            return f"image folder {folder!r} of {kind} holds 0 images, expected files ending in {endings}"
     return None
 
 
@@ -112,7 +112,7 @@ def _hint(cfg: Any) -> str:
 
 
 def guard_dataloaders(runner: Any) -> None:
-    """Let ``runner`` refuse a data set which turns out to hold no picture once it is loaded.
+    """Let ``runner`` refuse a data set which turns out to hold no image once it is loaded.
 
     Only this runner is changed. When it then builds a dataloader, DataError is raised for an empty data set.
     """
@@ -140,14 +140,14 @@ def guard_dataloaders(runner: Any) -> None:
 def _empty(dataset: Any) -> str:
     leaves = list(_leaves(dataset))
     names = ", ".join(f"{_type_name(leaf)}({leaf.get('data_root') or leaf.get('ann_file')!r})" for leaf in leaves)
-    return f"data set {names or type(dataset).__name__} holds 0 pictures after loading, expected at least 1"
+    return f"data set {names or type(dataset).__name__} holds 0 images after loading, expected at least 1"
 
 
-def name_broken_pictures() -> None:
-    """Let LoadImageFromFile name the picture it fails on, which it does not for an empty file. Idempotent.
+def name_broken_images() -> None:
+    """Let LoadImageFromFile name the image it fails on, which it does not for an empty file. Idempotent.
 
     The class method is wrapped, so that the pipelines of all configs stay as they are. Afterwards loading raises
-    DataError for any picture that cannot be read.
+    DataError for any image that cannot be read.
     """
     loader = mmcv.transforms.LoadImageFromFile
     if hasattr(loader.transform, "__wrapped__"):
@@ -165,7 +165,7 @@ def name_broken_pictures() -> None:
             elif os.path.isfile(str(path)) and os.path.getsize(path) == 0:
                 reason = "the file is empty"
             else:
-                reason = next(iter(str(error).split("\n")), "") or type(error).__name__
-            raise DataError(f"cannot read picture {str(path)!r}: {reason}") from None
+                reason = first_line(error)
+            raise DataError(f"cannot read image {str(path)!r}: {reason}") from None
 
     loader.transform = transform

@@ -16,7 +16,7 @@ from rep_plugin.export.report import ExportReport
 from rep_plugin.measure.verify import default_inputs
 from rep_plugin.openmmlab.artefacts import misfit_of
 from rep_plugin.openmmlab.configs import plain_data
-from rep_plugin.openmmlab.load import REAL_PICTURES
+from rep_plugin.openmmlab.load import REAL_IMAGES
 
 LOADER = "LoadImageFromFile"
 
@@ -55,7 +55,7 @@ def write_onnx(
     return report
 
 
-def read_pictures(model: nn.Module, cfg: Config, folder: str | Path, count: int = REAL_PICTURES) -> Tensor:
+def read_images(model: nn.Module, cfg: Config, folder: str | Path, count: int = REAL_IMAGES) -> Tensor:
     """Return up to ``count`` pictures of a folder as the model sees them: through the config's pipeline, preprocessed.
 
     A pipeline that expects loaded pictures gets a loader in front. Raises FileNotFoundError where there are none.

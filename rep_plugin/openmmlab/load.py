@@ -3,29 +3,48 @@
 import copy
 import math
 import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS as ROOT_MODELS
-from mmengine.registry import DefaultScope
+from mmengine.registry import DefaultScope, build_from_cfg
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from rep_plugin.checkpoints.safe_load import load_checkpoint_file
 from rep_plugin.checkpoints.strict import require_fit
-from rep_plugin.errors import CheckpointMismatchError, EquivalenceError
+from rep_plugin.errors import ArgumentError, CheckpointMismatchError, EquivalenceError, RepPluginError, first_line
 from rep_plugin.measure.forward import run_model
 from rep_plugin.measure.verify import compare_outputs, verify_equivalence
 from rep_plugin.openmmlab.configs import drop_pretrained_, typed_dicts
 
-REAL_PICTURES, REAL_PIXELS = 8, 8 * 384 * 384  # for the proof on real data: float64 is slow
+REAL_IMAGES, REAL_PIXELS = 8, 8 * 384 * 384  # for the proof on real data: float64 is slow
+
+
+@contextmanager
+def config_errors() -> Iterator[None]:
+    """Turn what the values of a config raise when mmengine builds them into an ArgumentError that names the type."""
+    try:
+        yield
+    except RepPluginError:
+        raise
+    except (ValueError, TypeError, KeyError) as error:
+        frames = [
+            frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code is build_from_cfg.__code__
+        ]
+        built = [kind.__name__ for frame in frames if (kind := frame.f_locals.get("obj_cls")) is not None]
+        where = f" {built[-1]}:" if built else ""
+        raise ArgumentError(f"the config cannot be built:{where} {first_line(error)}") from error
 
 
 def build_model(cfg: Config) -> nn.Module:
-    """Build ``cfg.model`` as mmengine's Runner does, in eval mode."""
+    """Build ``cfg.model`` as mmengine's Runner does, in eval mode. Raises ArgumentError where that cannot be built."""
     model_cfg = copy.deepcopy(cfg.model)
     model_cfg.setdefault("data_preprocessor", cfg.get("data_preprocessor"))
-    with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmpretrain")):
+    with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmpretrain")), config_errors():
         model = ROOT_MODELS.build(model_cfg)
     model.eval()  # not chained: mmpretrain's return None
     return model
@@ -65,10 +84,10 @@ def load_model(cfg: Config, checkpoint: str) -> tuple[nn.Module, dict]:
     return model, meta
 
 
-def real_inputs(model: nn.Module, loader: DataLoader, count: int = REAL_PICTURES) -> Tensor:
-    """Return up to ``count`` pictures of a loader's data set, evenly spread, preprocessed as the model sees them.
+def real_inputs(model: nn.Module, loader: DataLoader, count: int = REAL_IMAGES) -> Tensor:
+    """Return up to ``count`` images of a loader's data set, evenly spread, preprocessed as the model sees them.
 
-    Pictures of several sizes do not make a batch: those of the most frequent size are taken, and of large ones fewer, but
+    Images of several sizes do not make a batch: those of the most frequent size are taken, and of large ones fewer, but
     two.
     """
     dataset = loader.dataset

@@ -51,7 +51,7 @@ def export_timm(
     known = len(cfg["mean"]) == shape[0]
     if folder is not None and not known:
         raise ArgumentError(f"{name} takes {shape[0]} channels, but its pretrained_cfg has {len(cfg['mean'])} means")
-    pictures = None if folder is None else read_pictures(folder, cfg | {"input_size": shape})
+    pictures = None if folder is None else read_images(folder, cfg | {"input_size": shape})
     if known:
         options = {"preprocessing": timm_preprocessing(cfg, shape)} | options
     return export_pictures(model, path, pictures, shape, batch, **options)
@@ -83,7 +83,7 @@ def load_timm(
     return model.eval()
 
 
-def read_pictures(folder: str | Path, cfg: Mapping, count: int = PICTURES) -> Tensor:
+def read_images(folder: str | Path, cfg: Mapping, count: int = PICTURES) -> Tensor:
     """Return up to ``count`` pictures of a folder as timm's evaluation transform gives them: (N, *cfg['input_size'])."""
     keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     transform = create_transform(**{key: cfg[key] for key in keys}, is_training=False)

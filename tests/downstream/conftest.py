@@ -106,7 +106,7 @@ def assert_same(first: list[torch.Tensor], second: list[torch.Tensor]) -> None:
 def lab(tmp_path_factory) -> Path:
     """A folder with drawn scenes, in which the tools run."""
     folder = tmp_path_factory.mktemp("downstream")
-    run("make_mini_scenes", "--out", "scenes", "--train", 8, "--val", 4, "--size", SIDE, cwd=folder)
+    run("dataset_converters/make_mini_scenes", "--out", "scenes", "--train", 8, "--val", 4, "--size", SIDE, cwd=folder)
     return folder
 
 

@@ -24,7 +24,7 @@ from rep_plugin.export.export_onnx import export_pictures
 from rep_plugin.export.graph import read_metadata
 from rep_plugin.measure.verify import rounding_error
 from rep_plugin.testing import calibrate_random_bn_
-from rep_plugin.timm.export import read_pictures
+from rep_plugin.timm.export import read_images
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -189,7 +189,7 @@ def test_a_picture_prepared_by_the_metadata_is_what_timm_feeds(tmp_path):
     smooth.save(tmp_path / "a.png")
     model = timm.create_model("test_resnet", num_classes=3, pretrained_cfg_overlay={"label_names": ["a", "b", "c"]})
     cfg = timm.data.resolve_data_config({"input_size": (3, 64, 64)}, model=model)
-    x = read_pictures(tmp_path, cfg)
+    x = read_images(tmp_path, cfg)
     assert x.shape == (1, 3, 64, 64)
     export(calibrate_random_bn_(model, torch.randn(4, 3, 64, 64)), tmp_path / "net.onnx", x)
     told = read_metadata(tmp_path / "net.onnx")

@@ -15,8 +15,9 @@ from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 from mmpretrain.structures import DataSample
 from torch import nn
 
-import rep_plugin.openmmlab.bilinear as parts
 from rep_plugin.bilinear.head import fold_bilinear_head
+from rep_plugin.openmmlab.bilinear_head import BilinearClsHead, TwoStreamBackbone
+from rep_plugin.openmmlab.bilinear_pooling import BilinearPooling
 from rep_plugin.registry import MODELS
 from tests.helpers import ROOT
 
@@ -50,15 +51,15 @@ def spread_(model):
 
 
 def test_types_are_registered_under_their_names():
-    for name in ("BilinearPooling", "BilinearClsHead", "TwoStreamBackbone"):
-        assert MODELS.get(name) is getattr(parts, name)
-        assert MMPRETRAIN_MODELS.get(f"rep_plugin.{name}") is getattr(parts, name)
+    for part in (BilinearPooling, BilinearClsHead, TwoStreamBackbone):
+        assert MODELS.get(part.__name__) is part
+        assert MMPRETRAIN_MODELS.get(f"rep_plugin.{part.__name__}") is part
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("step", ["", "_step1"])
 def test_parameter_counts_of_the_configs_are_the_published_ones(name, step):
-    cfg = Config.fromfile(ROOT / f"configs/bcnn_vgg16bn_{name}{step}.py")
+    cfg = Config.fromfile(ROOT / f"configs/bcnn/bcnn_vgg16bn_{name}{step}.py")
     classes, published = PUBLISHED[name]
     with torch.device("meta"):
         model = classifier(**{part: cfg.model[part] for part in ("backbone", "head")})
@@ -173,14 +174,14 @@ def test_vgg_keeps_the_map_before_the_fifth_pool():
 
 def test_head_refuses_no_classes():
     with pytest.raises(ValueError, match="num_classes must be >= 1, got 0"):
-        parts.BilinearClsHead(8, 0)
+        BilinearClsHead(8, 0)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("step", ["_step1", ""])
 def test_two_step_recipe_trains_the_right_parts(step):
     """A real optimizer step: the head alone (not even a BN statistic moves), then everything."""
-    cfg = Config.fromfile(ROOT / f"configs/bcnn_vgg16bn_cub{step}.py")
+    cfg = Config.fromfile(ROOT / f"configs/bcnn/bcnn_vgg16bn_cub{step}.py")
     backbone, head = cfg.model.backbone, cfg.model.head
     backbone.init_cfg, head.projection = None, 16  # no download, and a small head
     model = classifier(backbone=backbone, head=dict(head, num_classes=2))
@@ -206,7 +207,7 @@ def test_two_step_recipe_trains_the_right_parts(step):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_steps_hand_over_their_checkpoint(name):
-    first, second = (Config.fromfile(ROOT / f"configs/bcnn_vgg16bn_{name}{step}.py") for step in ("_step1", ""))
+    first, second = (Config.fromfile(ROOT / f"configs/bcnn/bcnn_vgg16bn_{name}{step}.py") for step in ("_step1", ""))
     assert second.load_from == f"work_dirs/bcnn_vgg16bn_{name}_step1/epoch_{first.train_cfg.max_epochs}.pth"
     assert first.load_from is None
     assert second.optim_wrapper.optimizer.lr == (0.1 if name == "cars" else 0.01)
@@ -221,7 +222,14 @@ def rendered(tmp_path_factory):
     folders = {}
     for layout in PUBLISHED:
         folders[layout] = tmp_path_factory.mktemp("birds") / layout
-        tool = [sys.executable, ROOT / "tools/make_mini_fgvc.py", "--layout", layout, "--out", folders[layout]]
+        tool = [
+            sys.executable,
+            ROOT / "tools/dataset_converters/make_mini_fgvc.py",
+            "--layout",
+            layout,
+            "--out",
+            folders[layout],
+        ]
         size = ["--classes", "2", "--train-per-class", "3", "--test-per-class", "2", "--size", "40", "--workers", "1"]
         subprocess.run([str(part) for part in tool + size], check=True, capture_output=True)
     return folders
@@ -229,7 +237,7 @@ def rendered(tmp_path_factory):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_configs_read_their_layout_with_the_stock_loaders(name, rendered):
-    cfg = Config.fromfile(ROOT / f"configs/bcnn_vgg16bn_{name}.py")
+    cfg = Config.fromfile(ROOT / f"configs/bcnn/bcnn_vgg16bn_{name}.py")
     for loader, length in ((cfg.train_dataloader, 6), (cfg.val_dataloader, 4), (cfg.test_dataloader, 4)):
         data = DATASETS.build(dict(loader.dataset, data_root=str(rendered[name])))
         assert len(data) == length

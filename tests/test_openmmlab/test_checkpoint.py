@@ -185,8 +185,8 @@ def test_data_that_is_there_passes(tmp_path):
     ("dataset", "word"),
     [
         (dict(type="CustomDataset", data_root="{0}/none"), "data_root '{0}/none' of CustomDataset does not exist"),
-        (dict(type="CustomDataset", data_root="{0}", data_prefix="val"), "picture folder '{0}/val'"),
-        (dict(type="CustomDataset", data_root="{0}", data_prefix="empty"), "holds 0 pictures"),
+        (dict(type="CustomDataset", data_root="{0}", data_prefix="val"), "image folder '{0}/val'"),
+        (dict(type="CustomDataset", data_root="{0}", data_prefix="empty"), "holds 0 images"),
         (dict(type="CustomDataset", data_root="{0}", ann_file="none.txt"), "annotation file '{0}/none.txt'"),
         (
             dict(type="CustomDataset", data_root="{0}", ann_file="blank.txt"),
@@ -195,7 +195,7 @@ def test_data_that_is_there_passes(tmp_path):
         (dict(type="CUB", data_root="{0}"), "annotation file '{0}/images.txt' of CUB"),
         (dict(type="FGVCAircraft", data_root="{0}", split="test"), "images_variant_test.txt"),
         (dict(type="StanfordCars", data_root="{0}", split="test"), "cars_test_annos_withlabels.mat"),
-        (dict(type="ImageNet", data_root="{0}", split="val"), "picture folder '{0}/val'"),
+        (dict(type="ImageNet", data_root="{0}", split="val"), "image folder '{0}/val'"),
         (dict(type="FashionMNIST", data_root="{0}/none", download=False), "data_root '{0}/none' of FashionMNIST"),
     ],
 )

@@ -86,7 +86,7 @@ def test_deploy_config_is_the_stock_config():
 
 def test_train_tool_hook_and_stock_loader(stock, checkpoint, tmp_path):
     render = ["--classes", 3, "--train-per-class", 8, "--test-per-class", 4, "--size", 48]
-    made = run(ROOT / "tools/make_mini_fgvc.py", "--out", tmp_path / "birds", *render, cwd=tmp_path)
+    made = run(ROOT / "tools/dataset_converters/make_mini_fgvc.py", "--out", tmp_path / "birds", *render, cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     loader = f'dict(batch_size=8, num_workers=0, dataset=dict(data_root="{tmp_path}/birds"))'
     (tmp_path / "config.py").write_text(

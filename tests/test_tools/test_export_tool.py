@@ -17,7 +17,7 @@ import rep_plugin
 from rep_plugin.checkpoints.files import save_checkpoint_file
 from rep_plugin.export.graph import read_metadata
 from rep_plugin.openmmlab.artefacts import write_deployed, write_pruned
-from rep_plugin.openmmlab.export import pipeline_of, preprocessing_of, read_pictures, write_onnx
+from rep_plugin.openmmlab.export import pipeline_of, preprocessing_of, read_images, write_onnx
 from rep_plugin.openmmlab.load import build_model, load_model
 from rep_plugin.testing import calibrate_random_bn_
 from rep_plugin.timm.artefacts import save_timm
@@ -133,7 +133,7 @@ def test_it_writes_configs_artefacts_and_timm_models(folder, tried, capsys):
 
     cfg = Config.fromfile(folder / "config.py")
     model, _ = load_model(cfg, folder / "epoch_1.pth")
-    pictures = read_pictures(model, cfg, folder / "pictures")
+    pictures = read_images(model, cfg, folder / "pictures")
     assert pictures.shape == (6, 3, 32, 36)
     assert differs(folder / "a.onnx", model, pictures) < 1e-4
     assert reports["a"]["compared"][0] == [6, 3, 32, 36] and reports["a"]["merge_rel_error"] < 1e-9
@@ -163,7 +163,7 @@ def test_metadata_tell_how_the_config_feeds_pictures(folder):
     # The pictures are 40 pixels high already.
     values = np.asarray(Image.open(folder / "pictures/crow/0.png"), np.float32)[4:36, 6:42]
     by_hand = ((values - np.float32(told["mean"])) / np.float32(told["std"])).transpose(2, 0, 1)
-    assert np.abs(read_pictures(model, cfg, folder / "pictures")[0].numpy() - by_hand).max() < 1e-5
+    assert np.abs(read_images(model, cfg, folder / "pictures")[0].numpy() - by_hand).max() < 1e-5
 
     cfg.test_dataloader = dict(dataset=dict(type="RepeatDataset", dataset=dict(pipeline=[
         dict(type="mmcv.Resize", scale=(20, 10), keep_ratio=True), dict(type="PackInputs"),
@@ -172,13 +172,13 @@ def test_metadata_tell_how_the_config_feeds_pictures(folder):
     told = preprocessing_of(model, cfg, (3, 10, 20))
     assert told["resize"] == {"edge": "fit", "size": [10, 20]} and told["channel_order"] == "BGR" and "mean" not in told
     assert len(pipeline_of(cfg)) == 2
-    assert read_pictures(model, cfg, folder / "pictures").shape[0] == 6  # a loader is put in front
+    assert read_images(model, cfg, folder / "pictures").shape[0] == 6  # a loader is put in front
 
 
 def test_another_size_than_the_pipelines_is_told(folder, tmp_path):
     cfg = Config.fromfile(folder / "config.py")
     model, _ = load_model(cfg, folder / "epoch_1.pth")
-    x = read_pictures(model, cfg, folder / "pictures", 2)
+    x = read_images(model, cfg, folder / "pictures", 2)
     report = write_onnx(model, cfg, tmp_path / "net.onnx", x, {"classes": ("one",)}, size=(24, 40), rounds=0)
     told = read_metadata(tmp_path / "net.onnx")
     assert told["preprocessing"]["then_resize"] == {"size": [24, 40], "interpolation": "bilinear"}

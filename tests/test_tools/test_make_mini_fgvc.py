@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.helpers import ROOT
 
-TOOL = ROOT / "tools" / "make_mini_fgvc.py"
+TOOL = ROOT / "tools/dataset_converters/make_mini_fgvc.py"
 spec = importlib.util.spec_from_file_location("make_mini_fgvc", TOOL)
 tool = importlib.util.module_from_spec(spec)
 # Registered by name: dataclasses look their module up.
@@ -38,7 +38,7 @@ def digest(folder: Path) -> dict:
 def test_the_small_birds_config_names_the_default_classes(tmp_path):
     assert tool.make(tmp_path / "birds", tool.Params(train_per_class=1, test_per_class=1, size=32))
     names = [line.split(".", 1)[1] for line in (tmp_path / "birds/classes.txt").read_text().splitlines()]
-    cfg = Config.fromfile(TOOL.parents[1] / "configs/rep_mbv2_mini_cub.py")
+    cfg = Config.fromfile(TOOL.parents[2] / "configs/rep_mbv2_mini_cub.py")
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         loader.dataset.data_root = str(tmp_path / "birds")
         assert list(DATASETS.build(loader.dataset).metainfo["classes"]) == names

@@ -29,7 +29,7 @@ THIN = 8
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Rendered birds in three layouts, and noise in the layout of CIFAR-10, whose checksums the stock loader is given."""
-    spec = importlib.util.spec_from_file_location("make_mini_fgvc", ROOT / "tools/make_mini_fgvc.py")
+    spec = importlib.util.spec_from_file_location("make_mini_fgvc", ROOT / "tools/dataset_converters/make_mini_fgvc.py")
     tool = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     root = tmp_path_factory.mktemp("data")

@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import re
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -255,13 +257,13 @@ def test_data_errors_are_one_line(lab, workers):
     for content, reason in ((b"", "the file is empty"), (b"hello", "failed to load image")):
         broken.write_bytes(content)
         message = error(f"dataset.data_prefix={broken.parents[1].name}")
-        assert message.startswith(f"error: cannot read picture '{broken}': {reason}")
+        assert message.startswith(f"error: cannot read image '{broken}': {reason}")
     if workers:
         return
     (lab.folder / "list.txt").write_text("a/0.png 0\n")
     for serialize in (True, False):
         options = ("dataset.ann_file=list.txt", "dataset.indices=0", f"dataset.serialize_data={serialize}")
-        assert "holds 0 pictures after loading" in error(*options)
+        assert "holds 0 images after loading" in error(*options)
 
 
 def test_a_download_that_fails_is_told_with_the_hint():
@@ -286,3 +288,25 @@ def test_launch_scripts(lab, whole):
     # Two processes share the eight pictures.
     assert "GPU" not in result.stderr and "Epoch(train) [1][1/1]" in result.stdout
     assert load_checkpoint_file(lab.folder / "spread" / "epoch_1.pth")["meta"]["iter"] == 1
+
+
+def test_a_bug_ends_in_a_traceback(lab, whole, monkeypatch):
+    """A TypeError of library code is no mistake of the user's."""
+
+    def broken(*args, **kwargs):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr("rep_plugin.pruning.plan_pruning", broken)
+    monkeypatch.setattr(sys, "argv", ["prune.py", lab.config, str(lab.folder / "whole/epoch_4.pth"), "--macs", "0.5"])
+    with pytest.raises(TypeError, match="a bug"):
+        runpy.run_path(str(ROOT / "tools/prune.py"), run_name="__main__")
+
+
+def test_a_value_that_a_type_refuses_is_one_line_with_its_name(lab):
+    for option, message in {
+        "model.backbone.depth=7": "ResNet: .*invalid depth 7",
+        "model.backbone.type=Nothing": "ImageClassifier: .*Nothing is not in the",
+        "model.backbone.wrong=1": "ResNet: .*unexpected keyword argument 'wrong'",
+    }.items():
+        text = lab.error(TRAIN, lab.config, "--work-dir", "refused", "--cfg-options", option)
+        assert re.search(f"^error: the config cannot be built: {message}", text), text

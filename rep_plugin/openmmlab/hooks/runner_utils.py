@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rep_plugin.errors import HookError
 from rep_plugin.measure.plots import accuracy_figure, to_array
-from rep_plugin.openmmlab.load import REAL_PICTURES, real_inputs
+from rep_plugin.openmmlab.load import REAL_IMAGES, real_inputs
 
 ALLOWED_LOSS = 0.1  # points of accuracy, where a method promises that merging costs nothing
 HIGH_IS_GOOD = ("accuracy", "precision", "recall", "f1", "mAP", "mIoU")
@@ -43,7 +43,7 @@ def optimizers_of(runner: Runner) -> list[torch.optim.Optimizer]:
     return [wrapper.optimizer] if isinstance(wrapper, OptimWrapper) else []
 
 
-def pictures_of(runner: Runner, count: int = REAL_PICTURES) -> Tensor:
+def pictures_of(runner: Runner, count: int = REAL_IMAGES) -> Tensor:
     """Return some preprocessed pictures (N, C, H, W), of validation where there is one; torch's random state stays."""
     loader = (runner.val_loop or runner.train_loop).dataloader
     with torch.random.fork_rng(devices=[]):

@@ -21,7 +21,7 @@ def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     data = folder / "birds"
     render = ["--classes", 4, "--train-per-class", 12, "--test-per-class", 6, "--size", 64]
-    made = run(ROOT / "tools/make_mini_fgvc.py", "--out", data, *render, cwd=folder)
+    made = run(ROOT / "tools/dataset_converters/make_mini_fgvc.py", "--out", data, *render, cwd=folder)
     assert made.returncode == 0, made.stderr
     (folder / "config.py").write_text(
         f"""

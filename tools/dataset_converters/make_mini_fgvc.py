@@ -13,8 +13,8 @@ their own long class lists (200, 196 and 100 names), of which the first ``--clas
 ``num_classes`` of the head to ``--classes``. ``mini_fgvc.json``, written last, records the parameters and the parts of
 each class.
 
-    python tools/make_mini_fgvc.py                                  # data/mini_cub, 20 x (60 + 20) pictures
-    python tools/make_mini_fgvc.py --layout cars --seed 1 --contact-sheet birds.png
+    python tools/dataset_converters/make_mini_fgvc.py                         # data/mini_cub, 20 x (60 + 20) pictures
+    python tools/dataset_converters/make_mini_fgvc.py --layout cars --seed 1 --contact-sheet birds.png
 """
 
 import argparse
@@ -37,7 +37,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 # Loaded by path (tests) as well as run as a script, and worker processes must find the drawing module in both cases.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from rep_plugin.errors import ArgumentError
+from rep_plugin.errors import ArgumentError, RepPluginError
 import _birds
 
 MARKER = "mini_fgvc.json"
@@ -72,7 +72,7 @@ ANNOTATIONS = {
 class Params:
     """What decides every byte of a set: counts per class, ``size`` in pixels, ``seed`` and the layout.
 
-    Raises ValueError, naming the value and the limits, if a field is out of range.
+    Raises ArgumentError, naming the value and the limits, if a field is out of range.
     """
 
     layout: str = "cub"
@@ -176,7 +176,7 @@ def _write_aircraft(root: Path, params: Params, pics: list, boxes: list) -> None
 
 
 def _is_complete(out: Path, params: Params, overwrite: bool) -> bool:
-    """True if ``out`` already holds this very set; ValueError if it holds anything that may not be replaced."""
+    """True if ``out`` already holds this very set; ArgumentError if it holds anything that may not be replaced."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     if not out.is_dir():
@@ -235,7 +235,7 @@ def make(
     """Writes the set into folder ``out``; returns False if the complete set is there already.
 
     The files are written to a hidden folder beside ``out`` and renamed at the end, so ``out`` never holds half a set.
-    With ``workers`` > 1 the caller's main module must be importable (the usual ``__main__`` guard). Raises ValueError
+    With ``workers`` > 1 the caller's main module must be importable (the usual ``__main__`` guard). Raises ArgumentError
     if ``out`` holds anything else or ``workers`` is below 1; ``overwrite`` replaces only sets made by this tool.
     """
     if workers < 1:
@@ -326,7 +326,7 @@ def main(argv: list | None = None) -> int:
             args.contact_sheet.parent.mkdir(parents=True, exist_ok=True)
             contact_sheet(params, args.samples).save(args.contact_sheet)
             print(f"{args.contact_sheet}: contact sheet, {params.classes} classes x {args.samples} pictures")
-    except (ValueError, OSError, ImportError) as error:
+    except (RepPluginError, OSError, ImportError) as error:
         print(f"make_mini_fgvc.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -7,19 +7,18 @@ OUT/masks/{train,val}2017                   the class of every pixel (0 backgrou
 
 Colour and place say nothing about a class; the same seed gives the same files.
 
-python tools/make_mini_scenes.py            # data/mini_scenes, 200 + 40 pictures, a second
+python tools/dataset_converters/make_mini_scenes.py            # data/mini_scenes, 200 + 40 pictures, a second
 """
 
 import argparse
 import json
 import os
 import shutil
-import sys
 import uuid
 from pathlib import Path
 
 import cv2
-from rep_plugin.errors import ArgumentError
+from rep_plugin.errors import ArgumentError, exit_on_user_errors
 import numpy as np
 
 CLASSES = ("disk", "box", "triangle")
@@ -79,7 +78,7 @@ def make_split(out: Path, split: str, count: int, size: int, seed: int) -> None:
 
 
 def make(out: Path, train: int = 200, val: int = 40, size: int = 128, seed: int = 0) -> None:
-    """Make the whole set, or nothing. Raises FileExistsError for a folder that exists, ValueError for bad numbers."""
+    """Make the whole set, or nothing. Raises FileExistsError for a folder that exists, ArgumentError for bad numbers."""
     if out.exists():
         raise FileExistsError(f"{out} exists, expected a new folder")
     for name, value, least in (("train", train, 1), ("val", val, 1), ("size", size, 32), ("seed", seed, 0)):
@@ -103,10 +102,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128, help="side of the square pictures in pixels")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files")
     args = parser.parse_args()
-    try:
+    with exit_on_user_errors():
         make(args.out, args.train, args.val, args.size, args.seed)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     print(f"{args.out}: made {args.train} + {args.val} pictures of {args.size} pixels, seed {args.seed}")
 
 
