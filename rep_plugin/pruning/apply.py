@@ -19,7 +19,7 @@ from rep_plugin.pruning.surgery.mask import KeptOutputs, mask_channels_
 from rep_plugin.pruning.surgery.remove import remove_channels_
 from rep_plugin.pruning.tracing.graph import Trace
 from rep_plugin.pruning.tracing.groups import frozen_roots
-from rep_plugin.pruning.tracing.kept import Kept, count_costs
+from rep_plugin.pruning.tracing.kept_channels import KeptChannels, count_costs
 from rep_plugin.pruning.tracing.tracer import trace_channels
 
 TOLERANCE = 1e-9  # relative, in float64
@@ -73,7 +73,7 @@ def apply_plan(
     optimizers = _optimizers(optimizer, model)
     shadow = None if ema is None else _shadow(ema, model)
     report = PruneReport("apply_plan", count_params(model), 0, input_shape=trace.shape)
-    report.macs_before = _macs(model, trace, Kept(trace))
+    report.macs_before = _macs(model, trace, KeptChannels(trace))
     if verify:
         _prove(model, trace, kept, proof_inputs(model, plan.input_shape, example_input), report)
     remove_channels_(model, trace, kept, optimizers)
@@ -88,7 +88,7 @@ def apply_plan(
         for name, layer in trace.layers.items()
         if kept.changes(layer.labels)
     ]
-    if trace.inner:
+    if trace.block_parameters:
         report.notes.append(f"merged, {plan.macs_before:,} multiply-adds are {plan.macs_after:,}: what budgets count")
     reasons: dict[str, list[str]] = {}
     for name, reason in plan.frozen.items():
@@ -106,9 +106,9 @@ def _replay(model: nn.Module, plan: Mapping | str) -> nn.Module:
     return model
 
 
-def _macs(model: nn.Module, trace: Trace, kept: Kept) -> int:
+def _macs(model: nn.Module, trace: Trace, kept: KeptChannels) -> int:
     """Multiply-adds of one forward pass of the model as it is; the trace knows them where it counts no merged form."""
-    if not trace.inner:
+    if not trace.block_parameters:
         return count_costs(trace, kept).macs
     first = next(model.parameters())
     return count_macs(model, torch.zeros(trace.shape, dtype=first.dtype, device=first.device))
@@ -119,7 +119,7 @@ def _frozen_note(names: list[str], reason: str) -> str:
     return f"frozen: {', '.join(names[:3])}{more}: {reason}"
 
 
-def kept_by(plan: PrunePlan, model: nn.Module, trace: Trace) -> Kept:
+def kept_by(plan: PrunePlan, model: nn.Module, trace: Trace) -> KeptChannels:
     """Return what a plan keeps of a traced model. Raises ValueError, naming the layer, where the two do not fit."""
     for name, (before, _) in plan.widths.items():
         if name not in trace.layers:
@@ -140,7 +140,7 @@ def kept_by(plan: PrunePlan, model: nn.Module, trace: Trace) -> Kept:
         stays = torch.zeros(len(trace.layers[name].labels), dtype=torch.bool)
         stays[list(indices)] = True
         removed += roots[trace.layers[name].labels[~stays]].tolist()
-    kept = Kept(trace, removed)
+    kept = KeptChannels(trace, removed)
     for name, layer in trace.layers.items():
         if (frozen[roots[layer.labels]] & ~kept.mask[layer.labels]).any():
             raise ArgumentError(f"the plan removes channels of {name!r}, which cannot be removed")
@@ -194,7 +194,7 @@ def proof_inputs(model: nn.Module, shape: Sequence[int], example_input: Tensor |
     return default_inputs(model, example_input)
 
 
-def _prove(model: nn.Module, trace: Trace, kept: Kept, inputs: list[Tensor], report: PruneReport) -> None:
+def _prove(model: nn.Module, trace: Trace, kept: KeptChannels, inputs: list[Tensor], report: PruneReport) -> None:
     # In float64 from the start: gains of normalised filters change, and would be rounded.
     masked = mask_channels_(copy.deepcopy(model).double(), trace, kept)
     removed = remove_channels_(copy.deepcopy(model).double(), trace, kept)

@@ -17,7 +17,7 @@ from rep_plugin.pruning.methods.clusters import Alignment, Clusters, leads_of
 from rep_plugin.pruning.surgery.remove import keep_filters_, measure_filters, remove_channels_
 from rep_plugin.pruning.tracing.graph import Trace
 from rep_plugin.pruning.tracing.groups import find_groups
-from rep_plugin.pruning.tracing.kept import Kept
+from rep_plugin.pruning.tracing.kept_channels import KeptChannels
 from rep_plugin.pruning.tracing.tracer import trace_channels
 
 
@@ -45,7 +45,7 @@ class Members:
         self.columns: dict[str, tuple[int, Tensor]] = {}
         self.groups: dict[str, Tensor] = {}
         roots = self.trace.channels.roots()
-        for name, dims in self.trace.cuts.items():
+        for name, dims in self.trace.slices.items():
             for dim, labels in dims.items():
                 target = aligned.targets(labels, leads)
                 if torch.equal(target, torch.arange(labels.shape[-1]).expand_as(target)):
@@ -227,4 +227,4 @@ def _sum_columns_(model: nn.Module, members: Members) -> None:
         for part, own in zip(parts, target.view(-1, target.shape[-1]).to(kernel.device), strict=True):
             whole = part.double()
             part.copy_(torch.zeros_like(whole).index_add_(dim, own, whole))
-    keep_filters_(model, trace, Kept(trace), filters)
+    keep_filters_(model, trace, KeptChannels(trace), filters)

@@ -18,7 +18,7 @@ from rep_plugin.pruning.planning.planner import plan_to_budget
 from rep_plugin.pruning.planning.select import nothing_to_prune
 from rep_plugin.pruning.tracing.graph import Trace
 from rep_plugin.pruning.tracing.groups import find_groups
-from rep_plugin.pruning.tracing.kept import Kept
+from rep_plugin.pruning.tracing.kept_channels import KeptChannels
 from rep_plugin.pruning.tracing.labels import squeeze_constant
 from rep_plugin.pruning.tracing.tracer import trace_channels
 
@@ -61,10 +61,10 @@ class Alignment:
 
     def __init__(self, trace: Trace):
         self.trace, self.roots = trace, trace.channels.roots().tolist()
-        cuts = [(f"{name}.{dim}", labels) for name, dims in trace.cuts.items() for dim, labels in dims.items()]
+        slices = [(f"{name}.{dim}", labels) for name, dims in trace.slices.items() for dim, labels in dims.items()]
         balanced = [(f"balance {place}", rows) for place, rows in enumerate(trace.channels.balanced)]
         found: list[list] = [[] for _ in self.roots]
-        for key, labels in (*cuts, *balanced):
+        for key, labels in (*slices, *balanced):
             for row, own in enumerate(labels.view(-1, labels.shape[-1])):
                 for label, number in zip(*(t.tolist() for t in own.unique(return_counts=True))):
                     found[label].append((key, row, number))
@@ -138,7 +138,7 @@ def leads_of(clusters: Clusters, trace: Trace) -> dict[int, int]:
 
 
 def cluster_points(points: Tensor, number: int, method: str, seed: int = 0) -> list[int]:
-    """Return the cluster of each point (N, D): exactly ``number`` of them, none empty.
+    """Return the cluster of each point: exactly ``number`` clusters, none empty.
 
     ``even``: runs of equal length. ``kmeans``: Lloyd's rounds from k-means++ starts (Arthur and Vassilvitskii, SODA 2007),
     drawn by a generator of their own.
@@ -180,7 +180,7 @@ def _fill_empty(nearest: Tensor, distances: Tensor, number: int) -> Tensor:
 def _kernels(model: nn.Module, aligned: Alignment, units: list[int]) -> Tensor:
     """Return the kernels that make the channels of units of one class, all layers side by side: (U, K)."""
     parts = []
-    for name, dims in aligned.trace.cuts.items():
+    for name, dims in aligned.trace.slices.items():
         if len(aligned.trace.sizes.get(name, ())) < 2:
             continue
         for dim, labels in dims.items():
@@ -249,7 +249,7 @@ def plan_clusters(
         first: dict[int, int] = {}
         for unit, cluster in zip(units, cluster_points(points, number, clusters, options.seed)):
             leads[unit] = first.setdefault(cluster, unit)
-    kept = Kept(trace, [unit for unit, lead in leads.items() if unit != lead])
+    kept = KeptChannels(trace, [unit for unit, lead in leads.items() if unit != lead])
     changed = {name: layer.labels for name, layer in trace.layers.items() if kept.changes(layer.labels)}
     what = budget if isinstance(budget, Budget) else f"widths of {len(budget)} layers"
     plan = replace(

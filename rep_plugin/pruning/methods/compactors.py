@@ -79,7 +79,7 @@ def find_sites(model: nn.Module, trace: Trace) -> list[Site]:
     each channel.
     """
     sites = []
-    for norm, conv in trace.follows.items():
+    for norm, conv in trace.conv_of_norm.items():
         layer, module = trace.layers[conv], model.get_submodule(conv)
         place = _place(model.get_submodule(norm), norm)
         if place is None or not isinstance(module, nn.Conv2d) or layer.weight != member(conv, "weight"):
@@ -115,9 +115,9 @@ def insert_compactors_(model: nn.Module, sites: Sequence[Site]) -> None:
 
 def require_running(model: nn.Module, sites: Sequence[Site], shape: tuple[int, ...]) -> None:
     """Raise ValueError where a forward pass does not run a compactor: what calls its norm does not call it as a module."""
-    cuts = trace_channels(model, shape).cuts
+    slices = trace_channels(model, shape).slices
     for site in sites:
-        if member(site.place, f"{NAME}.weight") not in cuts:
+        if member(site.place, f"{NAME}.weight") not in slices:
             raise ArgumentError(f"a compactor behind {site.place!r} is not run: the model does not call it as a module")
 
 

@@ -34,7 +34,7 @@ from rep_plugin.pruning.planning.select import (
     to_budget,
 )
 from rep_plugin.pruning.tracing.groups import frozen_roots
-from rep_plugin.pruning.tracing.kept import count_costs
+from rep_plugin.pruning.tracing.kept_channels import count_costs
 from rep_plugin.pruning.tracing.tracer import trace_channels
 
 _WITHOUT = "no compactor can make its channels zero"
@@ -74,7 +74,7 @@ class ResRep:
         sites = find_sites(model, trace_channels(model, shape))
         self.trace = trace_channels(model, shape, makers=[site.norm for site in sites])
         for name, dim in self.trace.masked_inputs:
-            labels = self.trace.cuts[name][dim]
+            labels = self.trace.slices[name][dim]
             self.trace.channels.freeze(labels, f"{_WITHOUT}: {name} would still see something of them")
         choice = self._candidates({site: torch.ones(len(self._labels(site))) for site in sites})
         roots, frozen = self.trace.channels.roots(), frozen_roots(self.trace)

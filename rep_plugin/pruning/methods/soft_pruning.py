@@ -7,11 +7,11 @@ from rep_plugin.pruning.apply import kept_by
 from rep_plugin.pruning.planning.plan import PrunePlan
 from rep_plugin.pruning.surgery.mask import mask_channels_
 from rep_plugin.pruning.tracing.graph import Trace
-from rep_plugin.pruning.tracing.kept import Kept
+from rep_plugin.pruning.tracing.kept_channels import KeptChannels
 from rep_plugin.pruning.tracing.tracer import trace_channels
 
 
-def _traced(model: nn.Module, plan: PrunePlan) -> tuple[Trace, Kept]:
+def _traced(model: nn.Module, plan: PrunePlan) -> tuple[Trace, KeptChannels]:
     trace = trace_channels(model, plan.input_shape, plan.prune_outputs)
     return trace, kept_by(plan, model, trace)
 
@@ -36,8 +36,8 @@ def count_returned(model: nn.Module, plan: PrunePlan) -> tuple[int, int]:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     returned = total = 0
     for name, dim in trace.makers:
-        labels = trace.cuts[name][dim]
+        labels = trace.slices[name][dim]
         if labels.dim() == 1 and kept.changes(labels):
-            rows = tensors[name].index_select(dim, kept.gone(labels).to(tensors[name].device)).movedim(dim, 0)
+            rows = tensors[name].index_select(dim, kept.removed(labels).to(tensors[name].device)).movedim(dim, 0)
             returned, total = returned + int(rows.reshape(len(rows), -1).any(1).sum()), total + len(rows)
     return returned, total

@@ -16,7 +16,7 @@ from rep_plugin.pruning.planning.latency_table import LatencyTable, Timer, timed
 from rep_plugin.pruning.planning.options import Budget
 from rep_plugin.pruning.planning.select import Candidate, Finish, kept_without
 from rep_plugin.pruning.tracing.graph import Trace
-from rep_plugin.pruning.tracing.kept import Kept
+from rep_plugin.pruning.tracing.kept_channels import KeptChannels
 
 TOLERANCE = 0.10  # of the asked latency
 _CLOSE = 0.04  # near enough to stop looking
@@ -53,7 +53,7 @@ class Search:
         for candidate in order:
             self.groups.setdefault(candidate.group, []).append(candidate)
         self.widths = {group: self._widths(members) for group, members in self.groups.items()}
-        self.dense = timed_copy(model, trace, Kept(trace))
+        self.dense = timed_copy(model, trace, KeptChannels(trace))
         self.table = LatencyTable(timer)
         self.dense_seconds = timer({"dense": (self.dense, (x,))}, _SECONDS)["dense"]
         (layers,) = self.table.add_up([self.dense], x)

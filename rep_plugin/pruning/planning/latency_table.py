@@ -14,7 +14,7 @@ from rep_plugin.measure.forward import run_model
 from rep_plugin.measure.latency import interleaved_medians, torch_threads
 from rep_plugin.pruning.surgery.remove import remove_channels_
 from rep_plugin.pruning.tracing.graph import Trace
-from rep_plugin.pruning.tracing.kept import Kept
+from rep_plugin.pruning.tracing.kept_channels import KeptChannels
 
 _SECONDS = 0.4  # spent on timing some layers
 
@@ -56,7 +56,7 @@ def _tensors(args: object) -> list[Tensor]:
     return [value for value in tree_flatten(args)[0] if isinstance(value, Tensor)]
 
 
-def timed_copy(model: nn.Module, trace: Trace, kept: Kept) -> nn.Module:
+def timed_copy(model: nn.Module, trace: Trace, kept: KeptChannels) -> nn.Module:
     """Return a copy in eval mode of what is ``kept``, as it would be deployed: every block one convolution.
 
     The copy shares the memory of tensors that stay whole; nobody may train it.

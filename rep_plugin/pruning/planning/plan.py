@@ -19,7 +19,7 @@ from rep_plugin.pruning.planning.select import (
     to_widths,
 )
 from rep_plugin.pruning.tracing.graph import Trace
-from rep_plugin.pruning.tracing.kept import count_costs
+from rep_plugin.pruning.tracing.kept_channels import count_costs
 from rep_plugin.pruning.tracing.tracer import trace_channels
 
 VERSION = 2

@@ -14,7 +14,7 @@ from rep_plugin.pruning.planning.balance import bundle_units
 from rep_plugin.pruning.planning.options import Budget
 from rep_plugin.pruning.tracing.graph import Trace
 from rep_plugin.pruning.tracing.groups import find_groups
-from rep_plugin.pruning.tracing.kept import Kept, count_costs
+from rep_plugin.pruning.tracing.kept_channels import KeptChannels, count_costs
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,9 +209,9 @@ def to_widths(choice: Choice, widths: Mapping[str, int]) -> list[Candidate]:
     return list(taken)
 
 
-def kept_without(trace: Trace, taken: Iterable[Candidate]) -> Kept:
+def kept_without(trace: Trace, taken: Iterable[Candidate]) -> KeptChannels:
     """Return what stays once the ``taken`` candidates are removed."""
-    return Kept(trace, [unit for candidate in taken for unit in candidate.units])
+    return KeptChannels(trace, [unit for candidate in taken for unit in candidate.units])
 
 
 def nothing_to_prune(model: nn.Module, reasons: Mapping[str, str], what: str = "pruned") -> ArgumentError:

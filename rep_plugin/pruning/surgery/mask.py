@@ -7,11 +7,11 @@ from rep_plugin.measure.forward import run_model
 from rep_plugin.measure.verify import flatten_outputs
 from rep_plugin.pruning.surgery.remove import keep_filters_, measure_filters
 from rep_plugin.pruning.tracing.graph import Trace
-from rep_plugin.pruning.tracing.kept import Kept, zero_gone_
+from rep_plugin.pruning.tracing.kept_channels import KeptChannels, zero_removed_
 
 
 @torch.no_grad()
-def mask_channels_(model: nn.Module, trace: Trace, kept: Kept) -> nn.Module:
+def mask_channels_(model: nn.Module, trace: Trace, kept: KeptChannels) -> nn.Module:
     """Set to zero, in place, whatever makes a removed channel: kernels and biases, gammas and betas.
 
     A channel that is zero so stays zero through ReLU, h-swish, pooling and gates. Where it does not (behind a sigmoid that
@@ -21,7 +21,7 @@ def mask_channels_(model: nn.Module, trace: Trace, kept: Kept) -> nn.Module:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     filters = measure_filters(model, trace)
     for name, dim in (*trace.makers, *trace.masked_inputs):
-        zero_gone_(tensors[name], dim, trace.cuts[name][dim], kept)
+        zero_removed_(tensors[name], dim, trace.slices[name][dim], kept)
     keep_filters_(model, trace, kept, filters)
     return model
 
@@ -29,7 +29,7 @@ def mask_channels_(model: nn.Module, trace: Trace, kept: Kept) -> nn.Module:
 class KeptOutputs(nn.Module):
     """A model whose output maps lose the channels that its pruned form does not have: for comparison."""
 
-    def __init__(self, model: nn.Module, trace: Trace, kept: Kept):
+    def __init__(self, model: nn.Module, trace: Trace, kept: KeptChannels):
         super().__init__()
         self.model, self.outputs, self.kept = model, trace.outputs, kept
         self.channels = trace.channels

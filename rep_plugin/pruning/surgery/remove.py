@@ -13,7 +13,7 @@ from rep_plugin.bilinear.pooling import BilinearPooling
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.layers import NormedConv2d
 from rep_plugin.pruning.tracing.graph import Trace, member
-from rep_plugin.pruning.tracing.kept import Kept, slice_tensor
+from rep_plugin.pruning.tracing.kept_channels import KeptChannels, slice_tensor
 
 _IN, _OUT = ("in_channels", "in_chs", "in_features"), ("out_channels", "out_chs")
 
@@ -25,7 +25,7 @@ def _like(tensor: Tensor, sliced: Tensor) -> Tensor:
     return sliced.contiguous()
 
 
-def _slice_parameter(parameter: nn.Parameter, dims: dict, kept: Kept, optimizers: Iterable) -> None:
+def _slice_parameter(parameter: nn.Parameter, dims: dict, kept: KeptChannels, optimizers: Iterable) -> None:
     old = parameter.shape
     for optimizer in optimizers:
         state = optimizer.state.get(parameter, {})
@@ -42,12 +42,12 @@ def _slice_parameter(parameter: nn.Parameter, dims: dict, kept: Kept, optimizers
 
 
 @torch.no_grad()
-def remove_channels_(model: nn.Module, trace: Trace, kept: Kept, optimizers: Iterable = ()) -> nn.Module:
+def remove_channels_(model: nn.Module, trace: Trace, kept: KeptChannels, optimizers: Iterable = ()) -> nn.Module:
     """Slice every tensor, gradient and optimizer state that follows a removed channel, and set the modules' numbers."""
     before = {module: _numbers(module) for module in model.modules()}
     filters = measure_filters(model, trace)
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-    for name, dims in trace.cuts.items():
+    for name, dims in trace.slices.items():
         if not any(kept.changes(labels) for labels in dims.values()):
             continue
         if name in parameters:
@@ -68,7 +68,9 @@ def _numbers(module: nn.Module) -> dict:
     return {name: value for name in names if isinstance(value := module.__dict__.get(name), (int, tuple))}
 
 
-def _shrink_pool(neck: BilinearPooling, given: tuple[Tensor, ...], pooled: tuple[Tensor, ...], kept: Kept) -> None:
+def _shrink_pool(
+    neck: BilinearPooling, given: tuple[Tensor, ...], pooled: tuple[Tensor, ...], kept: KeptChannels
+) -> None:
     widths = tuple(kept.count(labels) for labels in given)
     neck.in_channels = widths[0] if neck.symmetric else widths
     if isinstance(neck.pool, LowRank) or not any(kept.changes(labels) for labels in pooled):
@@ -77,8 +79,8 @@ def _shrink_pool(neck: BilinearPooling, given: tuple[Tensor, ...], pooled: tuple
     neck.pool.keep_(kept.index(pooled[0]).to(device), kept.index(pooled[-1]).to(device))
 
 
-def _set_numbers(name: str, module: nn.Module, old: dict, trace: Trace, kept: Kept) -> None:
-    if isinstance(module, _ConvNd) and member(name, "weight") in trace.cuts:
+def _set_numbers(name: str, module: nn.Module, old: dict, trace: Trace, kept: KeptChannels) -> None:
+    if isinstance(module, _ConvNd) and member(name, "weight") in trace.slices:
         outs, width = module.weight.shape[:2]
         if isinstance(module, _ConvTransposeNd):
             module.in_channels, module.out_channels = outs, width * module.groups
@@ -142,12 +144,12 @@ def measure_filters(model: nn.Module, trace: Trace) -> dict[str, Tensor]:
     return {
         name: _squared_norms(module)
         for name, module in model.named_modules()
-        if isinstance(module, NormedConv2d) and member(name, "weight") in trace.cuts
+        if isinstance(module, NormedConv2d) and member(name, "weight") in trace.slices
     }
 
 
 @torch.no_grad()
-def keep_filters_(model: nn.Module, trace: Trace, kept: Kept, before: dict[str, Tensor]) -> None:
+def keep_filters_(model: nn.Module, trace: Trace, kept: KeptChannels, before: dict[str, Tensor]) -> None:
     """Give the gains what the norms have lost since :func:`measure_filters`, by inputs that were removed or set to zero.
 
     ``kernel = weight * gain / sqrt(|w|^2 + eps)`` is then what it was, on the inputs that stay.
@@ -155,7 +157,7 @@ def keep_filters_(model: nn.Module, trace: Trace, kept: Kept, before: dict[str, 
     for name, old in before.items():
         conv = model.get_submodule(name)
         if len(old) != len(conv.weight):
-            labels = trace.cuts[member(name, "weight")][0]
+            labels = trace.slices[member(name, "weight")][0]
             old = old[kept.index(labels).to(old.device)]
         new = _squared_norms(conv)
         conv.gain.mul_(torch.where(new == old, 1.0, (new / old).sqrt()).to(conv.gain.dtype))

@@ -57,32 +57,42 @@ class Cost:
 class Trace:
     """The channels of one model.
 
-    ``cuts``: tensor name -> {dimension: labels}, all that has to be sliced; the inputs of a grouped kernel are labelled
-    (groups, I / groups). ``makers``: (tensor, dimension) that make a channel, so that it is zero once they are.
-    ``masked_inputs``: (tensor, dimension) that still see something of a channel then. ``groupwise``: kernels that lose
-    whole groups. ``layers`` by name, in order of execution; ``norms``: names of BNs -> labels. ``inner``: blocks that
-    are one unit -> the parameters inside. ``pools``: bilinear poolings -> labels of their maps, and of what they
-    multiply. ``counted``: channels that something counts, what it is: two equal ones are there not one of twice the
-    weight. ``sizes`` of all parameters; ``shape`` of the example; labels of the ``outputs``, and of those in train mode
-    where that runs more layers; ``follows``: norm -> the convolution whose outputs it reads, and nothing else does.
+    Attributes:
+        shape: Of the example input.
+        channels: The labels.
+        slices: {tensor name: {dimension: labels}}, all that is sliced when channels are removed; the inputs of a grouped
+            kernel are labelled (groups, I / groups).
+        layers: {name: layer that makes channels}, in order of execution.
+        norms: {name of a BN: labels}.
+        makers: (tensor, dimension) that make a channel: it is zero once they are.
+        groupwise: Kernels that lose whole groups.
+        sizes: {parameter name: shape}.
+        masked_inputs: (tensor, dimension) that still see something of a channel once its makers are zero.
+        block_parameters: {block that is one unit: names of the parameters inside}.
+        pools: {bilinear pooling: (labels of its maps, labels of what it multiplies)}.
+        counted: (labels, what counts them): there two equal channels are not one of twice the weight.
+        costs: Multiply-adds.
+        outputs: Labels of the outputs.
+        train_outputs: Labels of the outputs in train mode, where that runs more layers.
+        conv_of_norm: {norm: the convolution whose outputs it reads, and nothing else does}.
     """
 
     shape: tuple[int, ...]
     channels: Channels = field(default_factory=Channels)
-    cuts: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    slices: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     layers: dict[str, Layer] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)
     makers: set[tuple[str, int]] = field(default_factory=set)
     groupwise: set[str] = field(default_factory=set)
     sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     masked_inputs: set[tuple[str, int]] = field(default_factory=set)
-    inner: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    block_parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)
     pools: dict[str, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = field(default_factory=dict)
     counted: list[tuple[Tensor, str]] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     train_outputs: list[Tensor] = field(default_factory=list)
-    follows: dict[str, str] = field(default_factory=dict)
+    conv_of_norm: dict[str, str] = field(default_factory=dict)
 
 
 def where() -> str:

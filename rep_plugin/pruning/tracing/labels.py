@@ -5,34 +5,33 @@ belongs to. Whatever moves elements (view, cat, chunk, permute, flatten ...) mov
 rules are torch's own. Label 0 belongs to no channel that could go.
 """
 
+import numpy as np
 import torch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 FIXED = 0
 
 
 def connected(count: int, edges: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the smallest number of its component for each of 0..count-1: (count,) int64.
+    """Return the smallest number of its component for each of 0..count-1, (count,) int64.
 
-    Hooks larger roots to smaller ones and halves paths, all edges at once, until nothing moves.
+    Args:
+        count: How many numbers there are.
+        edges: Pairs of tensors (E,): each element of the first is connected to that of the second.
     """
-    root = torch.arange(count)
     if not edges:
-        return root
-    first = torch.cat([a for a, _ in edges])
-    second = torch.cat([b for _, b in edges])
-    while True:
-        a, b = root[first], root[second]
-        if torch.equal(a, b):
-            return root
-        low = torch.minimum(a, b)
-        root.scatter_reduce_(0, a, low, "amin").scatter_reduce_(0, b, low, "amin")
-        while not torch.equal(root, jumped := root[root]):
-            root = jumped
+        return torch.arange(count)
+    ends = [torch.cat(side).numpy() for side in zip(*edges)]
+    graph = coo_matrix((np.ones(len(ends[0]), dtype=bool), ends), shape=(count, count))
+    _, component = connected_components(graph, directed=False)
+    _, smallest = np.unique(component, return_index=True)
+    return torch.from_numpy(smallest[component])
 
 
 class Channels:
-    """The book of labels: draws new ones, ties, freezes, and knows which belong together.
+    """All labels of a model: draws new ones, ties and freezes them, and finds which belong together.
 
     A *product* label is an output of bilinear pooling: it stays where both channels it was made of stay.
     """
@@ -67,7 +66,13 @@ class Channels:
         return mask
 
     def tie(self, first: Tensor, second: Tensor, what: str) -> None:
-        """Let channels stand or fall together, elementwise; ``what`` ties them is said where products cannot follow."""
+        """Let channels stand or fall together.
+
+        Args:
+            first: Labels of any shape.
+            second: Labels of the same shape, each tied to that of ``first`` in its place.
+            what: The operation that ties them, for the reason where products of channels cannot follow.
+        """
         first, second = squeeze_constant(first, second)
         first, second = first.flatten(), second.flatten()
         differ = first != second
@@ -81,7 +86,13 @@ class Channels:
         self._roots = None
 
     def tie_along(self, labels: Tensor, dim: int, what: str) -> None:
-        """Tie what lies along a dimension; remembered as the reason where a whole layer ends up as one."""
+        """Tie all labels along a dimension.
+
+        Args:
+            labels: Of a map.
+            dim: The dimension.
+            what: The operation, for the reason where a whole layer becomes one unit.
+        """
         if self.varies(labels, dim):
             self.mixed.append((labels.unique(), what))
             self.tie(labels, labels.narrow(dim, 0, 1).expand_as(labels), what)

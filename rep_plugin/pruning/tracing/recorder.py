@@ -1,4 +1,4 @@
-"""What rules tell of a traced model: which channels every map and every parameter follows."""
+"""Records of a traced model: which channels every map and every parameter follows."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
@@ -12,14 +12,14 @@ from rep_plugin.pruning.tracing.labels import FIXED
 
 
 class Recorder:
-    """Keeps the marks of every map and writes the trace. Rules talk to it; the tracer owns it.
+    """Keeps the marks of every map and writes the trace. Rules call it; the tracer owns it.
 
     Attributes:
-        trace: what was found so far.
+        trace: the trace so far.
         channels: the labels of the trace, and which of them are tied or frozen.
         function: the torch function that a rule is asked about.
         function_name: its plain name.
-        seen: names of the parameters and buffers that the model has used.
+        used_names: names of the parameters and buffers that the model has used.
     """
 
     def __init__(self, model: nn.Module, shape: tuple[int, ...], makers: Collection[str] | None = None):
@@ -30,33 +30,35 @@ class Recorder:
         self.function_name = ""
         self.names = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
         self.trace.sizes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        self.seen: set[str] = set()
-        self._loose: set[str] = set()  # parameters in arithmetic whose channels are not known
+        self.used_names: set[str] = set()
+        self._unlabelled: set[str] = set()  # parameters in arithmetic whose channels are not known
         self._marks: dict[int, tuple[Mark, Tensor]] = {}  # the tensor is held: its id must not be used again
         self._reads: Counter[int] = Counter()  # of a map, by id
         self._made: dict[str, set[int]] = {}  # by a convolution: ids of maps
         self._normed: dict[str, set[int]] = {}  # by a batch norm
 
     def is_tracked(self, tensor: object) -> bool:
+        """Return whether this is a map of the traced run."""
         return isinstance(tensor, Tensor) and tensor.is_meta
 
     def makes_zero(self, name: str) -> bool:
         """Return whether a layer, or a norm, is set to zero for removed channels: by masking all are."""
         return self.makers is None or name in self.makers
 
-    def made_by(self, conv: str, tensor: Tensor) -> None:
-        """Note that a convolution made a map."""
+    def note_conv_output(self, conv: str, tensor: Tensor) -> None:
+        """Note that the convolution ``conv`` made a map."""
         self._made.setdefault(conv, set()).add(id(tensor))
 
-    def normed_by(self, norm: str, tensor: Tensor) -> None:
-        """Note that a batch norm reads a map."""
+    def note_norm_input(self, norm: str, tensor: Tensor) -> None:
+        """Note that the batch norm ``norm`` reads a map."""
         self._normed.setdefault(norm, set()).add(id(tensor))
 
-    def mark(self, tensor: Tensor, mark: Mark) -> None:
+    def set_mark(self, tensor: Tensor, mark: Mark) -> None:
+        """Note what is known of a map."""
         assert mark.labels.shape == tensor.shape, (mark.labels.shape, tensor.shape)
         self._marks[id(tensor)] = (mark, tensor)
 
-    def of(self, tensor: Tensor) -> Mark:
+    def mark_of(self, tensor: Tensor) -> Mark:
         """Return what is known of a map, or of a parameter that is used like one."""
         if (found := self._marks.get(id(tensor))) is not None:
             return found[0]
@@ -70,51 +72,70 @@ class Recorder:
         """A parameter or buffer in arithmetic: its one dimension that is longer than 1 may follow channels."""
         long = [dim for dim, size in enumerate(tensor.shape) if size > 1]
         mark = Mark(torch.tensor(FIXED).expand(tensor.shape), False)
-        if len(long) == 1 and name not in self.trace.cuts:
+        if len(long) == 1 and name not in self.trace.slices:
             (dim,) = long
             view = [1] * tensor.dim()
             view[dim] = -1
             labels = self.channels.fresh(tensor.shape[dim])
             mark = Mark(labels.view(view), self.makers is None)
-            self.cut(name, dim, labels, maker=True)
+            self.add_slice(name, dim, labels, maker=True)
         elif long:
-            self._loose.add(name)
-            for labels in self.trace.cuts.get(name, {}).values():
+            self._unlabelled.add(name)
+            for labels in self.trace.slices.get(name, {}).values():
                 self.channels.freeze(labels, f"{name} is also used in arithmetic at {where()}")
         self._marks[id(tensor)] = (mark, tensor)
         return mark
 
-    def name(self, tensor: object) -> str | None:
+    def name_of(self, tensor: object) -> str | None:
         """Return the name of a parameter or buffer, None for anything else."""
         return self.names.get(id(tensor))
 
-    def cut(self, name: str, dim: int, labels: Tensor, maker: bool = False) -> None:
-        """Say that a dimension of a tensor follows channels; ``maker``: set to zero, it makes them zero."""
+    def add_slice(self, name: str, dim: int, labels: Tensor, maker: bool = False) -> None:
+        """Note that a dimension of a tensor follows channels.
+
+        Args:
+            name: Of the parameter or buffer.
+            dim: Its dimension.
+            labels: Of the channels, (C,), or (groups, C / groups) for the inputs of a grouped kernel.
+            maker: Where the tensor is set to zero, its channels are zero.
+        """
         if maker:
             self.trace.makers.add((name, dim))
-        if name in self._loose:
+        if name in self._unlabelled:
             self.channels.freeze(labels, f"{name} is also used in arithmetic")
-        dims = self.trace.cuts.setdefault(name, {})
+        dims = self.trace.slices.setdefault(name, {})
         if dim in dims:
             self.channels.tie(dims[dim], labels, f"a second use of {name}")
         else:
             dims[dim] = labels
 
-    def see(self, name: str, dim: int, mark: Mark) -> None:
-        """Note that a layer reads a map; what is not zero there has to be masked at the reader."""
+    def note_input(self, name: str, dim: int, mark: Mark) -> None:
+        """Note that a layer reads a map; what is not zero there has to be masked at the layer.
+
+        Args:
+            name: Of the layer's kernel.
+            dim: The dimension of its inputs.
+            mark: Of the map.
+        """
         if not mark.zero:
             self.trace.masked_inputs.add((name, dim))
 
-    def cost(self, labels: Iterable[Tensor], count: Callable[..., int]) -> None:
+    def add_cost(self, labels: Iterable[Tensor], count: Callable[..., int]) -> None:
+        """Add multiply-adds: ``count(*kept)`` for the numbers that stay of each of ``labels``."""
         self.trace.costs.append(Cost(tuple(labels), count))
 
-    def give_up(self, what: str, tensors: Iterable[Tensor]) -> None:
-        """Freeze the channels of all these tensors."""
-        for tensor in tensors:
-            if self.is_tracked(tensor) or self.name(tensor) is not None:
-                self.channels.freeze(self.of(tensor).labels, f"no rule for {what}")
+    def freeze_maps(self, what: str, tensors: Iterable[Tensor]) -> None:
+        """Freeze the channels of all these tensors.
 
-    def read(self, tensors: Iterable[Tensor]) -> None:
+        Args:
+            what: The function without a rule, for the reason.
+            tensors: Its arguments.
+        """
+        for tensor in tensors:
+            if self.is_tracked(tensor) or self.name_of(tensor) is not None:
+                self.channels.freeze(self.mark_of(tensor).labels, f"no rule for {what}")
+
+    def note_reads(self, tensors: Iterable[Tensor]) -> None:
         """Note that a function reads these maps."""
         self._reads.update(id(t) for t in tensors if t.is_meta)
 
@@ -123,4 +144,4 @@ class Recorder:
         for norm, maps in self._normed.items():
             conv = next((name for name, made in self._made.items() if made == maps), None)
             if conv is not None and all(self._reads[id_] == 1 for id_ in maps):
-                self.trace.follows[norm] = conv
+                self.trace.conv_of_norm[norm] = conv

@@ -2,8 +2,7 @@
 
 The model runs in eval mode on the ``meta`` device: shapes are real, so that control flow on them resolves, values do not
 exist, so that nothing is computed, no statistic and no random state moves, and a branch on values is an error. The rules
-for operations are in :mod:`rep_plugin.pruning.tracing.rules`, for modules that are one unit in
-:mod:`rep_plugin.pruning.tracing.modules`. An operation without a rule freezes the channels it touches.
+are in :mod:`rep_plugin.pruning.tracing.rules`. An operation without a rule freezes the channels it touches.
 """
 
 import copy
@@ -17,13 +16,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from rep_plugin.errors import ArgumentError, TraceError
+from rep_plugin.errors import ArgumentError, TraceError, first_line
 from rep_plugin.measure.forward import forward_of
 from rep_plugin.pruning.tracing.graph import Mark, Trace, is_quiet, member, tensors_in, where
 from rep_plugin.pruning.tracing.labels import FIXED
-from rep_plugin.pruning.tracing.modules import find_leaf
 from rep_plugin.pruning.tracing.recorder import Recorder
-from rep_plugin.pruning.tracing.rules import find_rule
+from rep_plugin.pruning.tracing.rules import find_module_rule, find_rule
 
 
 def _location(error: BaseException) -> str:
@@ -36,12 +34,12 @@ class Tracer(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, shape: tuple[int, ...], makers: Collection[str] | None = None):
         super().__init__()
-        self.model = _twin(model)
+        self.model = _copy_for_trace(model)
         self.recorder = Recorder(self.model, shape, makers)
         self.trace = self.recorder.trace
         for name, module in self.model.named_modules():
-            if (rule := find_leaf(module)) is not None:
-                module.forward = self._leaf(rule, name, module)
+            if (rule := find_module_rule(module)) is not None:
+                module.forward = self._as_one_unit(rule, name, module)
 
     def run(self) -> Trace:
         """Trace the forward pass in eval mode; once more in train mode where parameters were not used (auxiliary heads).
@@ -65,19 +63,23 @@ class Tracer(TorchFunctionMode):
         return self.trace
 
     def _unused(self) -> list[str]:
-        return [name for name, p in self.model.named_parameters() if p.requires_grad and name not in self.recorder.seen]
+        return [
+            name
+            for name, p in self.model.named_parameters()
+            if p.requires_grad and name not in self.recorder.used_names
+        ]
 
     def _outputs(self, run: Callable[[nn.Module, Tensor], object], shape: tuple[int, ...]) -> list[Tensor]:
         dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
         x = torch.empty(shape, dtype=dtype, device="meta")
-        self.recorder.mark(x, Mark(torch.tensor(FIXED).expand(x.shape), False))
+        self.recorder.set_mark(x, Mark(torch.tensor(FIXED).expand(x.shape), False))
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]), self:
                 output = run(self.model, x)
         except TraceError:
             raise
         except Exception as error:  # whatever the model's own code raises
-            text = (str(error).splitlines() or [type(error).__name__])[0]
+            text = first_line(error)
             if isinstance(error, NotImplementedError) and "nonzero" in text:  # torch would advise to pretend
                 text = (
                     "values decide which rows of a tensor go on, not shapes alone: plan the part in front of it by itself "
@@ -85,12 +87,12 @@ class Tracer(TorchFunctionMode):
                 )
             what = f"{type(self.model).__name__} on an input {tuple(shape)}"
             raise TraceError(f"cannot trace {what} at {_location(error)}: {text}") from error
-        return [self.recorder.of(t).labels for t in _maps_of(output) if self.recorder.is_tracked(t)]
+        return [self.recorder.mark_of(t).labels for t in _maps_of(output) if self.recorder.is_tracked(t)]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         given = tensors_in((args, kwargs))
-        self.recorder.seen.update(self.recorder.names[id(t)] for t in given if id(t) in self.recorder.names)
+        self.recorder.used_names.update(self.recorder.names[id(t)] for t in given if id(t) in self.recorder.names)
         if not any(self.recorder.is_tracked(t) or id(t) in self.recorder.names for t in given):
             args, kwargs = _on_cpu((args, kwargs))
             return func(*args, **kwargs)
@@ -105,17 +107,17 @@ class Tracer(TorchFunctionMode):
         if not made and name != "__setitem__":
             return out  # the answer to a question: size, dim, is_contiguous ...
         self.recorder.function, self.recorder.function_name = func, name
-        self.recorder.read(given)
+        self.recorder.note_reads(given)
         marks = None if rule is None else rule(self.recorder, out, *args, **kwargs)
         if marks is None:
-            self.recorder.give_up(f"{name} at {where()}", given)
+            self.recorder.freeze_maps(f"{name} at {where()}", given)
             with FlopCounterMode(display=False) as counter:
                 func(*meta_args, **meta_kwargs)
             if macs := counter.get_total_flops() // 2:
-                self.recorder.cost((), lambda: macs)
+                self.recorder.add_cost((), lambda: macs)
             marks = [Mark(torch.tensor(FIXED).expand(t.shape), False) for t in made]
         for tensor, mark in zip(made, [marks] if isinstance(marks, Mark) else marks, strict=True):
-            self.recorder.mark(tensor, mark)
+            self.recorder.set_mark(tensor, mark)
         return out
 
     def _as_meta(self, value: object) -> object:
@@ -127,13 +129,13 @@ class Tracer(TorchFunctionMode):
             return value  # a number
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
-    def _leaf(self, rule, name: str, module: nn.Module):
+    def _as_one_unit(self, rule, name: str, module: nn.Module):
         def forward(*args):
-            self.recorder.seen.update(member(name, key) for key, _ in module.named_parameters())
+            self.recorder.used_names.update(member(name, key) for key, _ in module.named_parameters())
             with torch._C.DisableTorchFunction():
                 out, marks = rule(self.recorder, name, module, *args)
                 for tensor, mark in zip(tensors_in(out), marks, strict=True):
-                    self.recorder.mark(tensor, mark)
+                    self.recorder.set_mark(tensor, mark)
                 return out
 
         return forward
@@ -158,13 +160,13 @@ def _maps_of(output: object) -> list[Tensor]:
     return [t for t in tensors_in(output) if t.is_floating_point()]
 
 
-def _twin(model: nn.Module) -> nn.Module:
-    """A copy of the modules in eval mode that shares the parameters, and has its own buffers."""
+def _copy_for_trace(model: nn.Module) -> nn.Module:
+    """Return a copy in eval mode that shares the parameters, and has its own buffers."""
     memo = {id(p): p for p in model.parameters()} | {id(b): b.detach().clone() for b in model.buffers()}
-    twin = copy.deepcopy(model, memo)
-    for module in twin.modules():
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
         module.training = False
-    return twin
+    return copied
 
 
 def trace_channels(

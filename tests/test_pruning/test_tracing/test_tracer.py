@@ -52,12 +52,12 @@ def test_concat_keeps_its_parts_apart():
     trace, groups = groups_of(ConvBN(3, 4), Concat(4, 5, 7), ConvBN(12, 6), Pooled(6))
     assert sizes(groups)[("1.left.conv",)] == 5 and sizes(groups)[("1.right.conv",)] == 7
     right = trace.layers["1.right.conv"].labels
-    assert trace.cuts["2.conv.weight"][1][5:].tolist() == right.tolist()
+    assert trace.slices["2.conv.weight"][1][5:].tolist() == right.tolist()
 
 
 def test_flatten_gives_every_channel_its_columns():
     trace, _ = groups_of(ConvBN(3, 4), Flat(4, side=3))
-    columns, channels = trace.cuts["1.fc.weight"][1], trace.layers["0.conv"].labels
+    columns, channels = trace.slices["1.fc.weight"][1], trace.layers["0.conv"].labels
     assert columns.tolist() == channels.repeat_interleave(9).tolist()
 
 
@@ -101,7 +101,7 @@ def test_native_channel_shuffle_equals_the_written_one():
     roots = trace.channels.roots()
     rows = roots[trace.layers["0.conv"].labels].view(2, 3)
     assert torch.equal(rows[0], rows[1])
-    assert roots[trace.cuts["2.conv.weight"][1]].tolist() == rows.T.flatten().tolist()
+    assert roots[trace.slices["2.conv.weight"][1]].tolist() == rows.T.flatten().tolist()
 
 
 def test_layer_norm_freezes_its_channels_but_not_the_inner_ones():
@@ -207,7 +207,7 @@ def test_shared_layers_and_broadcast_parameters():
     trace, groups = groups_of(ConvBN(3, 4), Scaled(), Pooled(4))
     assert sizes(groups)[("0.conv", "1.shared.conv")] == 4
     roots = trace.channels.roots()
-    assert torch.equal(roots[trace.cuts["1.gamma"][0]], roots[trace.layers["1.shared.conv"].labels])
+    assert torch.equal(roots[trace.slices["1.gamma"][0]], roots[trace.layers["1.shared.conv"].labels])
 
 
 @pytest.mark.parametrize("kind", [RepVGGBlock, DiverseBranchBlock, MobileOneBlock])
@@ -223,7 +223,7 @@ def test_a_bilinear_head_multiplies_channels():
     net = nn.Sequential(ConvBN(3, 4), Call(lambda x: (x,)), BilinearHead(4, 5))
     trace = trace_channels(net, SHAPE)
     start, first, _ = trace.channels.products[0]
-    assert len(first) == 16 and torch.equal(trace.cuts["2.fc.weight"][1], torch.arange(start, start + 16))
+    assert len(first) == 16 and torch.equal(trace.slices["2.fc.weight"][1], torch.arange(start, start + 16))
     assert [len(g.units) for g in find_groups(trace)] == [4, 0]
 
 
@@ -286,7 +286,7 @@ def test_auxiliary_heads_are_seen():
             return (self.head(x), self.aux(x)) if self.training else self.head(x)
 
     trace = trace_channels(Auxiliary(), SHAPE)
-    assert trace.cuts["aux.fc.weight"][1].tolist() == trace.layers["conv.conv"].labels.repeat_interleave(16).tolist()
+    assert trace.slices["aux.fc.weight"][1].tolist() == trace.layers["conv.conv"].labels.repeat_interleave(16).tolist()
     assert [len(g.units) for g in find_groups(trace)] == [4, 0, 0]
 
 

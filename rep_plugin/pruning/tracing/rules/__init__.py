@@ -1,6 +1,17 @@
-"""What each torch function does to the channels of its maps; importing this room registers the rules."""
+"""What each torch function, and each module that is one unit, does to channels; importing this room registers the rules."""
 
-from rep_plugin.pruning.tracing.rules import arithmetic, layers, layout
+from rep_plugin.pruning.tracing.rules import (
+    concat_split_reshape,
+    convolution_linear_norm,
+    elementwise_pooling_reduction,
+)
+from rep_plugin.pruning.tracing.rules.blocks_and_bilinear import find_module_rule
 from rep_plugin.pruning.tracing.rules.registry import find_rule
 
-__all__ = ["arithmetic", "find_rule", "layers", "layout"]
+__all__ = [
+    "concat_split_reshape",
+    "convolution_linear_norm",
+    "elementwise_pooling_reduction",
+    "find_module_rule",
+    "find_rule",
+]

@@ -10,45 +10,45 @@ from rep_plugin.pruning.tracing.recorder import Recorder
 from rep_plugin.pruning.tracing.rules.registry import fixed_like, rule, spread
 
 
-def _all_zero(t: Recorder, *values) -> bool:
-    return all(t.of(value).zero for value in tensors_in(values))
+def _all_zero(recorder: Recorder, *values) -> bool:
+    return all(recorder.mark_of(value).zero for value in tensors_in(values))
 
 
-def rectangular(t: Recorder, labels: Tensor) -> Tensor:
+def rectangular(recorder: Recorder, labels: Tensor) -> Tensor:
     """A map must stay a box when channels go: where they vary along several dimensions, only the longest gives way."""
     labels = compress(labels)
-    dims = t.channels.varying(labels)
+    dims = recorder.channels.varying(labels)
     if len(dims) > 1:
         longest = max(dims, key=lambda d: labels.shape[d])
         for dim in dims:
             if dim != longest:
-                t.channels.tie_along(labels, dim, f"a reshape at {where()}")
+                recorder.channels.tie_along(labels, dim, f"a reshape at {where()}")
     return labels
 
 
 @rule("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as")
-def _reshape(t, out, input, *args, **kwargs):
+def _reshape(recorder, out, input, *args, **kwargs):
     if not isinstance(out, Tensor) or any(isinstance(a, torch.dtype) for a in args):
         return None
-    return Mark(rectangular(t, t.of(input).labels.reshape(out.shape)), t.of(input).zero)
+    return Mark(rectangular(recorder, recorder.mark_of(input).labels.reshape(out.shape)), recorder.mark_of(input).zero)
 
 
 @rule(
     "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "T", "mT", "squeeze", "unsqueeze",
     "expand", "expand_as", "broadcast_to",
 )  # fmt: skip
-def _rearrange(t, out, input, *args, **kwargs):
-    labels = t.of(input).labels
-    if t.function_name.startswith("expand") or t.function_name == "broadcast_to":
-        return Mark(labels.expand(out.shape), t.of(input).zero)
-    return Mark(t.function(labels[...], *args, **kwargs), t.of(input).zero)
+def _rearrange(recorder, out, input, *args, **kwargs):
+    labels = recorder.mark_of(input).labels
+    if recorder.function_name.startswith("expand") or recorder.function_name == "broadcast_to":
+        return Mark(labels.expand(out.shape), recorder.mark_of(input).zero)
+    return Mark(recorder.function(labels[...], *args, **kwargs), recorder.mark_of(input).zero)
 
 
 @rule("cat", "concat", "concatenate", "stack")
-def _cat(t, out, tensors, dim=0, axis=None, *, out_=None):
+def _cat(recorder, out, tensors, dim=0, axis=None, *, out_=None):
     dim = dim if axis is None else axis
-    labels = [t.of(tensor).labels for tensor in tensors]
-    if t.function_name == "stack":
+    labels = [recorder.mark_of(tensor).labels for tensor in tensors]
+    if recorder.function_name == "stack":
         labels = [part.unsqueeze(dim) for part in labels]
     dim %= labels[0].dim()
     labels = [part for part in labels if part.dim() == out.dim()]  # torch lets an empty 1-d tensor pass
@@ -56,51 +56,54 @@ def _cat(t, out, tensors, dim=0, axis=None, *, out_=None):
     for d in joint:
         labels = [part.narrow(d, 0, 1) for part in labels]
     joined = torch.cat(labels, dim).expand(out.shape)
-    return Mark(rectangular(t, joined), _all_zero(t, *tensors))
+    return Mark(rectangular(recorder, joined), _all_zero(recorder, *tensors))
 
 
 @rule("repeat_interleave", "flip", "channel_shuffle")
-def _move_whole(t, out, input, *args, **kwargs):
-    mark = t.of(input)
-    if t.function_name == "channel_shuffle":
+def _move_whole(recorder, out, input, *args, **kwargs):
+    mark = recorder.mark_of(input)
+    if recorder.function_name == "channel_shuffle":
         groups = args[0] if args else kwargs["groups"]
         rows = mark.labels.unflatten(1, (groups, -1))
-        t.channels.tie_along(rows, 1, f"a channel shuffle at {where()}")
+        recorder.channels.tie_along(rows, 1, f"a channel shuffle at {where()}")
         return Mark(rows.transpose(1, 2).flatten(1, 2), mark.zero)
-    if t.function_name == "repeat_interleave" and t.channels.varying(mark.labels) and not isinstance(args[0], int):
+    repeats = recorder.function_name == "repeat_interleave"
+    if repeats and recorder.channels.varying(mark.labels) and not isinstance(args[0], int):
         return None
-    return Mark(t.function(mark.labels[...], *args, **kwargs), mark.zero)
+    return Mark(recorder.function(mark.labels[...], *args, **kwargs), mark.zero)
 
 
 @rule("chunk", "tensor_split")
-def _chunk(t, out, input, chunks, dim=0):
-    mark = t.of(input)
-    parts = mark.labels.chunk(chunks, dim) if t.function_name == "chunk" else mark.labels.tensor_split(chunks, dim)
-    if t.channels.varies(mark.labels, dim):
+def _chunk(recorder, out, input, chunks, dim=0):
+    mark = recorder.mark_of(input)
+    parts = (
+        mark.labels.chunk(chunks, dim) if recorder.function_name == "chunk" else mark.labels.tensor_split(chunks, dim)
+    )
+    if recorder.channels.varies(mark.labels, dim):
         if not isinstance(chunks, int) or len({part.shape[dim] for part in parts}) > 1:
             return None
         for part in parts[1:]:  # the halves must stay halves
             rows = torch.stack([parts[0], part])
-            t.channels.tie_along(rows, 0, f"a chunk at {where()}")
+            recorder.channels.tie_along(rows, 0, f"a chunk at {where()}")
     return [Mark(part, mark.zero) for part in parts]
 
 
 @rule("split", "split_with_sizes", "unbind", "narrow", "select")
-def _split(t, out, input, *args, **kwargs):
-    mark = t.of(input)
-    place = 1 if t.function_name.startswith("split") else 0
+def _split(recorder, out, input, *args, **kwargs):
+    mark = recorder.mark_of(input)
+    place = 1 if recorder.function_name.startswith("split") else 0
     dim = kwargs.get("dim", args[place] if len(args) > place else 0)
-    if t.function_name.startswith("split") and len(out) == 1:
+    if recorder.function_name.startswith("split") and len(out) == 1:
         return [mark]
-    if t.channels.varies(mark.labels, dim):
+    if recorder.channels.varies(mark.labels, dim):
         return None  # sizes in numbers, which would not shrink with the channels
-    parts = t.function(mark.labels, *args, **kwargs)
+    parts = recorder.function(mark.labels, *args, **kwargs)
     return [Mark(part, mark.zero) for part in tensors_in(parts)]
 
 
 @rule("__getitem__")
-def _getitem(t, out, input, index):
-    mark = t.of(input)
+def _getitem(recorder, out, input, index):
+    mark = recorder.mark_of(input)
     items = list(index) if isinstance(index, tuple) else [index]
     if not isinstance(out, Tensor) or any(isinstance(i, (Tensor, list, bool)) for i in items):
         return None
@@ -114,19 +117,19 @@ def _getitem(t, out, input, index):
             continue
         size = input.shape[dim]
         whole = isinstance(item, slice) and range(*item.indices(size)) == range(size)
-        if not whole and t.channels.varies(mark.labels, dim):
+        if not whole and recorder.channels.varies(mark.labels, dim):
             return None
         dim += 1
     return Mark(mark.labels[index], mark.zero)
 
 
 @rule("pad")
-def _pad(t, out, input, pad, mode="constant", value=None):
-    mark = t.of(input)
+def _pad(recorder, out, input, pad, mode="constant", value=None):
+    mark = recorder.mark_of(input)
     labels, zero = mark.labels, mark.zero and (mode != "constant" or not value)
     for position in range(len(pad) // 2):
         dim = input.dim() - 1 - position
-        if t.channels.varies(labels, dim):
+        if recorder.channels.varies(labels, dim):
             if mode != "constant" or min(pad[2 * position : 2 * position + 2]) < 0:
                 return None
             widths = [0] * (2 * position) + list(pad[2 * position : 2 * position + 2])
@@ -139,17 +142,17 @@ def _pad(t, out, input, pad, mode="constant", value=None):
 
 
 @rule("pixel_shuffle")
-def _pixel_shuffle(t, out, input, upscale_factor):
-    mark = t.of(input)
-    labels = t.channels.along(mark.labels, 1)
+def _pixel_shuffle(recorder, out, input, upscale_factor):
+    mark = recorder.mark_of(input)
+    labels = recorder.channels.along(mark.labels, 1)
     if labels is None:
         return None
     rows = labels.view(-1, upscale_factor**2)
-    t.channels.tie_along(rows, 1, f"a pixel shuffle at {where()}")
+    recorder.channels.tie_along(rows, 1, f"a pixel shuffle at {where()}")
     return Mark(spread(rows[:, 0], 1, out.shape), mark.zero)
 
 
 @rule("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones", "new_full",
       "new_empty", "new_tensor")  # fmt: skip
-def _constant(t, out, *args, **kwargs):
+def _constant(recorder, out, *args, **kwargs):
     return fixed_like(out)

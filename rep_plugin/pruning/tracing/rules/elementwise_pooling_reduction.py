@@ -37,71 +37,71 @@ QUOTIENT = (
 
 
 @rule(*SAME)
-def _same(t, out, input, *args, **kwargs):
-    mark = t.of(input)
+def _same(recorder, out, input, *args, **kwargs):
+    mark = recorder.mark_of(input)
     return mark if mark.labels.shape == out.shape else None
 
 
 def elementwise(name: str) -> Callable:
-    def apply(t: Recorder, out, *args, **kwargs):
+    def apply(recorder: Recorder, out, *args, **kwargs):
         maps = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0]
         if not isinstance(out, Tensor) or "out" in kwargs or not maps:
             return None
         if out.shape != torch.broadcast_shapes(*(value.shape for value in maps)):
             return None  # torch.max of one tensor is a reduction
-        marks = [t.of(value) for value in maps]
+        marks = [recorder.mark_of(value) for value in maps]
         if len(marks) == 1:
             labels, zero = marks[0].labels.expand(out.shape), marks[0].zero
             if name in PRODUCT or (name in QUOTIENT and args and args[0] is maps[0]):
                 return Mark(labels, zero)
-            return Mark(labels, zero and _keeps_zero(t, args, kwargs, maps[0]))
+            return Mark(labels, zero and _keeps_zero(recorder, args, kwargs, maps[0]))
         if len(marks) != 2 or name in UNARY:
             return None
-        labels = join(t, marks[0].labels, marks[1].labels, out.shape)
+        labels = join(recorder, marks[0].labels, marks[1].labels, out.shape)
         if name in PRODUCT:
             return Mark(labels, marks[0].zero or marks[1].zero)
         if name in QUOTIENT:
-            return None if t.channels.varying(marks[1].labels) else Mark(labels, marks[0].zero)
+            return None if recorder.channels.varying(marks[1].labels) else Mark(labels, marks[0].zero)
         return Mark(labels, marks[0].zero and marks[1].zero)
 
     return apply
 
 
-def _keeps_zero(t: Recorder, args, kwargs, tensor: Tensor) -> bool:
+def _keeps_zero(recorder: Recorder, args, kwargs, tensor: Tensor) -> bool:
     """Try the function on a zero, of as many dimensions as the map."""
     zero = torch.zeros((1,) * tensor.dim())
     args, kwargs = tree_map(lambda value: zero if value is tensor else value, (tuple(args), dict(kwargs)))
-    result = t.function(*args, **kwargs)
+    result = recorder.function(*args, **kwargs)
     return bool((result == 0).all())
 
 
-def join(t: Recorder, first: Tensor, second: Tensor, shape: Sequence[int]) -> Tensor:
+def join(recorder: Recorder, first: Tensor, second: Tensor, shape: Sequence[int]) -> Tensor:
     """Tie the labels of two maps that meet element by element, broadcast to ``shape``; return those of the result."""
     both = []
     for labels, other in ((first, second), (second, first)):
         lead = len(shape) - labels.dim()
         other = other.expand(shape)
         stretched = [d for d in range(len(shape)) if (d < lead or labels.shape[d - lead] == 1) and shape[d] > 1]
-        if any(t.channels.varies(other, d) for d in stretched):
+        if any(recorder.channels.varies(other, d) for d in stretched):
             # One channel meets many: it is needed as long as any of them.
-            t.channels.freeze(labels, f"broadcast over channels at {where()}")
+            recorder.channels.freeze(labels, f"broadcast over channels at {where()}")
             both.append(None)
         else:
             both.append(labels.expand(shape))
     if both[0] is None or both[1] is None:
         kept = both[0] if both[0] is not None else both[1]
         return torch.tensor(FIXED).expand(shape) if kept is None else kept
-    _tie_maps(t, both[0], both[1])
+    _tie_maps(recorder, both[0], both[1])
     return both[0]
 
 
-def _tie_maps(t: Recorder, first: Tensor, second: Tensor) -> None:
+def _tie_maps(recorder: Recorder, first: Tensor, second: Tensor) -> None:
     what = f"arithmetic at {where()}"
     first, second = torch.broadcast_tensors(*squeeze_constant(first, second))
     known = (first != FIXED) & (second != FIXED)
-    t.channels.tie(first[known], second[known], what)
+    recorder.channels.tie(first[known], second[known], what)
     for labels, other in ((first, second), (second, first)):
-        t.channels.freeze(labels[other == FIXED], f"meets channels that stay in {what}")
+        recorder.channels.freeze(labels[other == FIXED], f"meets channels that stay in {what}")
 
 
 for _name in (*UNARY, *ADDITIVE, *PRODUCT, *QUOTIENT):
@@ -112,11 +112,11 @@ for _name in (*UNARY, *ADDITIVE, *PRODUCT, *QUOTIENT):
     "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d",
     "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d", "interpolate", "upsample",
 )  # fmt: skip
-def _pool(t, out, input, *args, **kwargs):
-    mark = t.of(input)
+def _pool(recorder, out, input, *args, **kwargs):
+    mark = recorder.mark_of(input)
     if not isinstance(out, Tensor) or out.dim() != input.dim() or out.shape[:2] != input.shape[:2]:
         return None
-    if any(t.channels.varies(mark.labels, dim) for dim in range(2, input.dim())):
+    if any(recorder.channels.varies(mark.labels, dim) for dim in range(2, input.dim())):
         return None
     labels = mark.labels
     for dim in range(2, input.dim()):
@@ -125,8 +125,8 @@ def _pool(t, out, input, *args, **kwargs):
 
 
 @rule("mean", "sum", "amax", "amin", "std", "var")
-def _reduce(t, out, input, dim=None, keepdim=False, *, dtype=None, correction=1, unbiased=True, axis=None):
-    mark = t.of(input)
+def _reduce(recorder, out, input, dim=None, keepdim=False, *, dtype=None, correction=1, unbiased=True, axis=None):
+    mark = recorder.mark_of(input)
     dim = axis if dim is None else dim
     if not isinstance(out, Tensor) or isinstance(dim, bool):
         return None
@@ -134,6 +134,6 @@ def _reduce(t, out, input, dim=None, keepdim=False, *, dtype=None, correction=1,
     dims = sorted(d % input.dim() for d in dims)
     labels = mark.labels
     for d in dims:
-        t.channels.tie_along(labels, d, f"a reduction over channels at {where()}")
+        recorder.channels.tie_along(labels, d, f"a reduction over channels at {where()}")
         labels = labels.narrow(d, 0, 1)
     return Mark(labels.reshape(out.shape), mark.zero)

@@ -9,7 +9,7 @@ from torch import Tensor
 from rep_plugin.pruning.tracing.graph import Layer, Trace
 
 
-class Kept:
+class KeptChannels:
     """The labels that stay when some units are removed.
 
     Args:
@@ -33,7 +33,7 @@ class Kept:
         """Places that stay, ascending."""
         return self.mask[labels].nonzero().flatten()
 
-    def gone(self, labels: Tensor) -> Tensor:
+    def removed(self, labels: Tensor) -> Tensor:
         """Places that go, ascending."""
         return (~self.mask[labels]).nonzero().flatten()
 
@@ -41,7 +41,7 @@ class Kept:
         return not bool(self.mask[labels].all())
 
 
-def slice_tensor(tensor: Tensor, dims: dict[int, Tensor], kept: Kept) -> Tensor:
+def slice_tensor(tensor: Tensor, dims: dict[int, Tensor], kept: KeptChannels) -> Tensor:
     """Return what stays of a tensor; ``dims``: {dimension: labels}, (groups, width) for a grouped kernel's inputs."""
     for dim, labels in sorted(dims.items(), reverse=True):
         if not kept.changes(labels):
@@ -55,16 +55,16 @@ def slice_tensor(tensor: Tensor, dims: dict[int, Tensor], kept: Kept) -> Tensor:
     return tensor
 
 
-def zero_gone_(tensor: Tensor, dim: int, labels: Tensor, kept: Kept) -> None:
+def zero_removed_(tensor: Tensor, dim: int, labels: Tensor, kept: KeptChannels) -> None:
     """Set the entries of the removed channels along a dimension to zero."""
     if labels.dim() == 1:
-        tensor.index_fill_(dim, kept.gone(labels).to(tensor.device), 0)
+        tensor.index_fill_(dim, kept.removed(labels).to(tensor.device), 0)
         return
     for row, own in zip(tensor.unflatten(0, (len(labels), -1)), labels):
-        row.index_fill_(1, kept.gone(own).to(tensor.device), 0)
+        row.index_fill_(1, kept.removed(own).to(tensor.device), 0)
 
 
-def _block_params(layer: Layer, kept: Kept) -> int:
+def _block_params(layer: Layer, kept: KeptChannels) -> int:
     outs = kept.count(layer.labels)
     width = len(layer.inputs_per_group) if layer.groupwise else kept.count(layer.inputs_per_group)
     return outs * width * layer.taps + outs
@@ -77,16 +77,16 @@ class Costs(NamedTuple):
     macs: int
 
 
-def count_costs(trace: Trace, kept: Kept | None = None) -> Costs:
+def count_costs(trace: Trace, kept: KeptChannels | None = None) -> Costs:
     """Return the costs of what stays of a model (default: all); a block counts as its one convolution."""
-    kept = kept or Kept(trace)
-    inner = {name for names in trace.inner.values() for name in names}
-    params = sum(_block_params(trace.layers[name], kept) for name in trace.inner)
+    kept = kept or KeptChannels(trace)
+    inner = {name for names in trace.block_parameters.values() for name in names}
+    params = sum(_block_params(trace.layers[name], kept) for name in trace.block_parameters)
     for name, shape in trace.sizes.items():
         if name in inner:
             continue
         sizes = list(shape)
-        for dim, labels in trace.cuts.get(name, {}).items():
+        for dim, labels in trace.slices.get(name, {}).items():
             sizes[dim] = kept.count(labels)
         params += torch.Size(sizes).numel()
     macs = sum(cost.count(*(kept.count(labels) for labels in cost.labels)) for cost in trace.costs)

@@ -1,0 +1,184 @@
+"""Rules for layers: convolutions, linear layers and normalisations."""
+
+from torch import Tensor
+
+from rep_plugin.pruning.tracing.graph import Layer, Mark, owner_of, where
+from rep_plugin.pruning.tracing.recorder import Recorder
+from rep_plugin.pruning.tracing.rules.registry import rule, spread
+
+
+def goes_by_group(recorder: Recorder, per_group: Tensor) -> bool:
+    """True where a convolution's groups, with inputs (groups, width), go or stay as a whole: a depthwise one's do."""
+    groups, width = per_group.shape
+    if groups == 1 or width == 1:
+        return groups > 1
+    return not recorder.channels.varies(per_group, 1) and recorder.channels.varies(per_group, 0)
+
+
+def convolve(
+    recorder: Recorder, inputs: Tensor, weight: str, bias: str | None, groups: int, shape
+) -> tuple[Tensor, bool]:
+    """Return the labels (O,) of a convolution's outputs, and whether it keeps or loses whole groups.
+
+    ``inputs`` (I,), ``shape`` of the kernel. Other grouped convolutions keep their groups, and lose as many channels in
+    each: the labels of their inputs are cut as (groups, I / groups).
+    """
+    outs, width = shape[:2]
+    per_group = inputs.view(groups, width)
+    groupwise = goes_by_group(recorder, per_group)
+    if groupwise:
+        recorder.trace.groupwise.add(weight)
+        labels = per_group[:, 0].repeat_interleave(outs // groups)
+    else:
+        recorder.channels.balance(per_group)
+        recorder.add_slice(weight, 1, per_group if groups > 1 else inputs)
+        labels = recorder.trace.slices[weight].get(0)
+        if labels is None:
+            labels = recorder.channels.fresh(outs)
+            recorder.channels.balance(labels.view(groups, -1))
+    recorder.add_slice(weight, 0, labels, maker=True)
+    if bias is not None:
+        recorder.add_slice(bias, 0, labels, maker=True)
+    return labels, groupwise
+
+
+@rule("conv1d", "conv2d", "conv3d")
+def _conv(recorder, out, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    mark, name = recorder.mark_of(input), recorder.name_of(weight)
+    inputs = recorder.channels.along(mark.labels, 1)
+    if (
+        inputs is None
+        or name is None
+        or (bias is not None and recorder.name_of(bias) is None)
+        or input.dim() != weight.dim()
+    ):
+        return None
+    labels, groupwise = convolve(recorder, inputs, name, recorder.name_of(bias), groups, weight.shape)
+    if not groupwise:
+        recorder.note_input(name, 1, mark)
+    elif not mark.zero:
+        mark = Mark(mark.labels, True)  # the kernel's rows are set to zero, whatever it sees
+    layer = owner_of(name)
+    positions, taps = out.numel() // out.shape[1], weight[0, 0].numel()
+    recorder.trace.layers.setdefault(layer, Layer(layer, "conv", labels, inputs, name, groupwise, groups, taps))
+    if groupwise:
+        width = weight.shape[1]
+        recorder.add_cost([labels], lambda kept: positions * taps * width * kept)
+    else:
+        recorder.add_cost([labels, inputs[: weight.shape[1]]], lambda kept, seen: positions * taps * kept * seen)
+    recorder.note_conv_output(layer, out)
+    return Mark(spread(labels, 1, out.shape), recorder.makes_zero(layer))
+
+
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def _conv_transpose(
+    recorder, out, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
+):
+    mark, name = recorder.mark_of(input), recorder.name_of(weight)
+    inputs = recorder.channels.along(mark.labels, 1)
+    if inputs is None or name is None or groups != 1 or (bias is not None and recorder.name_of(bias) is None):
+        return None
+    recorder.add_slice(name, 0, inputs)
+    recorder.note_input(name, 0, mark)
+    labels = recorder.trace.slices[name].get(1)
+    labels = recorder.channels.fresh(weight.shape[1]) if labels is None else labels
+    recorder.add_slice(name, 1, labels, maker=True)
+    if bias is not None:
+        recorder.add_slice(recorder.name_of(bias), 0, labels, maker=True)
+    layer = owner_of(name)
+    recorder.trace.layers.setdefault(layer, Layer(layer, "conv_transpose", labels, inputs, name))
+    positions, taps = input.numel() // input.shape[1], weight[0, 0].numel()
+    recorder.add_cost([inputs, labels], lambda seen, kept: positions * taps * kept * seen)
+    return Mark(spread(labels, 1, out.shape), recorder.makes_zero(layer))
+
+
+@rule("linear")
+def _linear(recorder, out, input, weight, bias=None):
+    mark, name = recorder.mark_of(input), recorder.name_of(weight)
+    inputs = recorder.channels.along(mark.labels, -1)
+    if inputs is None or name is None or (bias is not None and recorder.name_of(bias) is None):
+        return None
+    recorder.add_slice(name, 1, inputs)
+    recorder.note_input(name, 1, mark)
+    labels = recorder.trace.slices[name].get(0)
+    labels = recorder.channels.fresh(weight.shape[0]) if labels is None else labels
+    recorder.add_slice(name, 0, labels, maker=True)
+    if bias is not None:
+        recorder.add_slice(recorder.name_of(bias), 0, labels, maker=True)
+    layer = owner_of(name)
+    recorder.trace.layers.setdefault(layer, Layer(layer, "linear", labels, inputs, name))
+    rows = out.numel() // out.shape[-1]
+    recorder.add_cost([labels, inputs], lambda kept, seen: rows * kept * seen)
+    return Mark(spread(labels, -1, out.shape), recorder.makes_zero(layer))
+
+
+def normalise(recorder: Recorder, labels: Tensor, names: dict[str, str | None]) -> None:
+    """A per-channel normalisation: ``names`` of its weight, bias, running_mean and running_var follow the channels."""
+    for role, name in names.items():
+        if name is not None:
+            recorder.add_slice(name, 0, labels, maker=role in ("weight", "bias"))
+    if names.get("weight") is not None and names.get("running_var") is not None:
+        recorder.trace.norms.setdefault(owner_of(names["weight"]), labels)
+
+
+@rule("batch_norm", "instance_norm")
+def _batch_norm(
+    recorder, out, input, running_mean=None, running_var=None, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5,
+    use_input_stats=True,
+):  # fmt: skip
+    mark = recorder.mark_of(input)
+    labels = recorder.channels.along(mark.labels, 1)
+    given = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    given = {role: tensor for role, tensor in given.items() if tensor is not None}
+    if labels is None or any(recorder.name_of(tensor) is None for tensor in given.values()):
+        return None
+    normalise(recorder, labels, {role: recorder.name_of(tensor) for role, tensor in given.items()})
+    name = owner_of(recorder.name_of(next(iter(given.values())))) if given else ""
+    recorder.note_norm_input(name, input)
+    affine = weight is not None and bias is not None and recorder.makes_zero(name)
+    return Mark(spread(labels, 1, out.shape), affine or (mark.zero and running_mean is None and bias is None))
+
+
+@rule("prelu")
+def _prelu(recorder, out, input, weight):
+    mark = recorder.mark_of(input)
+    labels = recorder.channels.along(mark.labels, 1) if input.dim() > 1 else None
+    if weight.numel() > 1:
+        if labels is None or recorder.name_of(weight) is None:
+            return None
+        recorder.add_slice(recorder.name_of(weight), 0, labels)
+    return mark
+
+
+@rule("layer_norm", "rms_norm")
+def _layer_norm(recorder, out, input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    labels = recorder.mark_of(input).labels
+    for dim in range(input.dim() - len(normalized_shape), input.dim()):
+        recorder.channels.tie_along(labels, dim, f"a layer norm over channels at {where()}")
+    return Mark(labels, False)
+
+
+@rule("group_norm")
+def _group_norm(recorder, out, input, num_groups, weight=None, bias=None, eps=1e-5):
+    labels = recorder.mark_of(input).labels
+    recorder.channels.tie_along(labels, 1, f"a group norm over channels at {where()}")
+    return Mark(labels, False)
+
+
+@rule("softmax", "log_softmax")
+def _softmax(recorder, out, input, dim=None, _stacklevel=3, dtype=None):
+    labels = recorder.mark_of(input).labels
+    if dim is None:
+        return None
+    recorder.channels.tie_along(labels, dim, f"a softmax over channels at {where()}")
+    return Mark(labels, False)
+
+
+@rule("normalize")
+def _normalize(recorder, made, input, p=2.0, dim=1, eps=1e-12, out=None):  # torch hands `out` over by name
+    mark = recorder.mark_of(input)
+    if not mark.zero:  # zeros add nothing to a norm
+        recorder.channels.tie_along(mark.labels, dim, f"a norm over channels at {where()}")
+    elif recorder.channels.varies(mark.labels, dim):
+        recorder.trace.counted.append((mark.labels, f"a norm over channels at {where()}"))
+    return mark
