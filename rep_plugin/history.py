@@ -30,12 +30,18 @@ def history_of(model: nn.Module) -> list[dict]:
 
 
 def record_(model: nn.Module, before: list[dict], **step: object) -> None:
-    """Note that ``model`` is what one more step has made of a model with the history ``before``."""
+    """Note one more step on a model.
+
+    Args:
+        model: the result of the step.
+        before: the history of the model that the step was given.
+        step: ``step``, its name, and what it takes to repeat it, as plain data.
+    """
     setattr(model, ATTRIBUTE, [*before, step])
 
 
 def check_history(history: Sequence[Mapping]) -> None:
-    """Raise ValueError, naming the step, for what is no history."""
+    """Raise ArgumentError, naming the step, for what is no history."""
     if not isinstance(history, (list, tuple)):
         raise ArgumentError(f"a history must be a list of steps, got {type(history).__name__}")
     for place, step in enumerate(history):
@@ -47,19 +53,19 @@ def check_history(history: Sequence[Mapping]) -> None:
 
 
 def rebuild_(model: nn.Module, history: Sequence[Mapping]) -> nn.Module:
-    """Give a freshly built model the structure that ``history`` describes.
+    """Give a freshly built model the structure that a history describes.
 
     The weights mean nothing yet, so nothing is proven: load the state dict next, strictly. The mode is kept.
 
     Args:
-        model: what the history began with.
+        model: the model that the history began with.
         history: steps, oldest first, as :func:`history_of` returns them.
 
     Returns:
         The model; its root may be another object.
 
     Raises:
-        ValueError: an unknown step, or a plan that is not for this model.
+        ArgumentError: an unknown step, or a plan that is not for this model.
     """
     check_history(history)
     training = model.training

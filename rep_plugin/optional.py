@@ -13,7 +13,16 @@ def is_missing(package: str) -> bool:
 
 
 def require(package: str, extra: str, needed_by: str) -> None:
-    """Raise MissingPackageError, with the command that installs it, where a package is not installed."""
+    """Raise an error with the command that installs it where a package is not installed.
+
+    Args:
+        package: name of the package.
+        extra: the extra of ours that installs it.
+        needed_by: what needs it, for the message.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
     if is_missing(package):
         text = f"{needed_by} needs {package}, which is not installed: pip install 'rep-plugin[{extra}]'"
         raise MissingPackageError(text, name=package)

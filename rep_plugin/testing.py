@@ -8,9 +8,23 @@ from rep_plugin.measure.forward import run_model
 
 
 def calibrate_random_bn_(model: nn.Module, x: Tensor, seed: int = 0) -> nn.Module:
-    """Give every BN random gammas (a quarter negative), betas, and statistics that fit ``x``; return the eval model.
+    """Give every BN random gammas (a quarter negative), betas, and statistics that fit an input.
 
-    A fresh BN is the identity and hides a wrong fold; uncalibrated statistics squash deep signals and hide it too.
+    For tests of merges, folds and pruning: a fresh BN is the identity and hides a wrong fold, and uncalibrated statistics
+    squash deep signals and hide it too.
+
+    Args:
+        model: the model, changed in place.
+        x: images (N, C, H, W).
+        seed: seed of the random values.
+
+    Returns:
+        The model, in eval mode.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+        >>> bool((calibrate_random_bn_(model, torch.randn(8, 3, 5, 5))[1].weight != 1).all())
+        True
     """
     generator = torch.Generator().manual_seed(seed)
     bns = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

@@ -20,10 +20,14 @@ def check_writable(folder: Path) -> None:
 
 
 def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then put it in place in one step.
+    """Write a file under a temporary name, then put it in place in one step.
+
+    Args:
+        path: the file.
+        write: function that is given the open temporary file.
 
     Raises:
-        OSError: the disk refused; ``path`` still holds what it held before and the temporary file is gone.
+        OSError: the disk refused. ``path`` still holds its old content, and the temporary file is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,9 +56,14 @@ def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> N
 
 
 def write_together(out_dir: Path, files: Mapping[str, Callable[[Path], None]]) -> None:
-    """Let every function write its file under another name; once all are on disk they get their names.
+    """Write several files under temporary names; once all are on disk they get their names.
 
-    Raises OSError where a file cannot be written; older files then stay.
+    Args:
+        out_dir: their folder, made where it is missing.
+        files: name -> function that is given the path to write.
+
+    Raises:
+        OSError: a file cannot be written. Older files then stay.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     written = [out_dir / f"{name}.new" for name in files]
@@ -72,10 +81,19 @@ def write_together(out_dir: Path, files: Mapping[str, Callable[[Path], None]]) -
 
 
 def save_checkpoint_file(obj: Any, path: str | os.PathLike) -> None:
-    """Save ``obj`` with ``torch.save`` so that ``path`` is at every moment the old or the new file, complete.
+    """Save with ``torch.save`` so that the file is at every moment the old or the new one, complete.
+
+    Args:
+        obj: the checkpoint.
+        path: the file.
 
     Raises:
-        OSError: the disk refused; ``path`` still holds what it held before and the temporary file is gone.
+        OSError: the disk refused. ``path`` still holds its old content.
+
+    Example:
+        >>> save_checkpoint_file({"epoch": 3}, "checkpoint.pth")
+        >>> torch.load("checkpoint.pth")
+        {'epoch': 3}
     """
     write_atomic(path, lambda file: torch.save(obj, file))
 

@@ -257,13 +257,25 @@ _restricted_pickle = types.SimpleNamespace(
 def load_checkpoint_file(path: str | os.PathLike | BinaryIO, map_location: Any = "cpu") -> Any:
     """Read a checkpoint written by ``torch.save`` without ever running code from it.
 
-    ``path`` may also be a seekable binary file object. What ``weights_only=True`` refuses is read once more with an
-    allow-list that adds numpy arrays of numbers and mmengine's HistoryBuffer.
+    A file that ``weights_only=True`` refuses is read once more with an allow-list that adds numpy arrays of numbers and
+    mmengine's HistoryBuffer.
+
+    Args:
+        path: a file, or a seekable binary file object.
+        map_location: where tensors go, as for ``torch.load``.
+
+    Returns:
+        The content.
 
     Raises:
         FileNotFoundError: ``path`` is no file.
         UnsafeCheckpointError: the file asks for a global, call or state outside the allow-list.
         UnreadableCheckpointError: the file is torn, or is no checkpoint.
+
+    Example:
+        >>> torch.save({"epoch": 3}, "checkpoint.pth")
+        >>> load_checkpoint_file("checkpoint.pth")
+        {'epoch': 3}
     """
     is_stream = hasattr(path, "read")
     label = getattr(path, "name", "checkpoint stream") if is_stream else os.fspath(path)

@@ -9,9 +9,20 @@ from rep_plugin.errors import CheckpointMismatchError
 
 
 def describe_mismatch(own: Mapping, given: Mapping) -> str:
-    """Return what differs between two state dicts, the first three keys of each kind; '' where they fit.
+    """Return the differences of two state dicts.
 
-    The alphas of annealed blocks are 1 where they are absent: plain and finished annealed checkpoints fit each other.
+    Args:
+        own: the state dict of the model. Alphas of annealed blocks are 1 where they are absent: plain and finished annealed
+            checkpoints fit each other.
+        given: the state dict to load.
+
+    Returns:
+        The number and the first three keys of each kind; '' where they fit.
+
+    Example:
+        >>> import torch
+        >>> describe_mismatch({"weight": torch.zeros(2)}, {"weight": torch.zeros(3)})
+        '1 of another shape (first: weight)'
     """
     counters = ".num_batches_tracked"  # absent from old checkpoints, and torch fills it in
     missing = [key for key in own if key not in given and not key.endswith((counters, ALPHA))]
@@ -22,20 +33,47 @@ def describe_mismatch(own: Mapping, given: Mapping) -> str:
 
 
 def require_fit(model: nn.Module, state_dict: Mapping, source: str = "the checkpoint") -> None:
-    """Raise CheckpointMismatchError with the first keys that differ where a state dict is not exactly the model's."""
+    """Refuse a state dict that is not exactly the model's.
+
+    Args:
+        model: the model.
+        state_dict: the state dict to load.
+        source: its name, for the message.
+
+    Raises:
+        CheckpointMismatchError: keys or shapes differ; it names the first ones.
+
+    Example:
+        >>> from torch import nn
+        >>> require_fit(nn.Linear(2, 2), nn.Linear(2, 2).state_dict())
+    """
     if mismatch := describe_mismatch(model.state_dict(), state_dict):
         raise CheckpointMismatchError(f"{source} does not fit {type(model).__name__}: {mismatch}; nothing was loaded")
 
 
 def load_whole(model: nn.Module, load: Callable, state_dict: Mapping, strict: bool, assign: bool):
-    """Call torch's ``load`` where the state dict fits or ``strict`` is off: torch itself loads first and complains then."""
+    """Load a state dict where it fits or ``strict`` is off: torch itself loads first and complains then.
+
+    Args:
+        model: the model.
+        load: torch's ``load_state_dict`` of the model.
+        state_dict: the state dict to load.
+        strict: refuse one that is not exactly the model's.
+        assign: as for torch's.
+
+    Returns:
+        The result of ``load``.
+
+    Raises:
+        CheckpointMismatchError: keys or shapes differ, and ``strict`` is on.
+    """
     if strict:
         require_fit(model, state_dict)
     return load(state_dict, strict=strict, assign=assign)
 
 
 def refuse_misfits(model: nn.Module) -> None:
-    """Make ``model`` raise CheckpointMismatchError for a checkpoint that does not fit, also as a part of a larger model.
+    """Make a model refuse a checkpoint that does not fit, with CheckpointMismatchError, also as a part of a larger model.
 
     For mmengine: it loads every checkpoint leniently and only warns (35 of 242 tensors, say, and a network of noise).
     """

@@ -22,7 +22,17 @@ ANY_ARCH = "any"  # converts what fits none of the published archs
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was converted: family, formats, published arch (None: not one), form, number of tensors, classifier or not."""
+    """The facts of one conversion.
+
+    Args:
+        family: ``repvgg``, ``mobileone`` or ``replknet``.
+        source: format of the checkpoint.
+        target: format it was converted to.
+        arch: the published arch (None: not one).
+        deployed: in merged form.
+        tensors: number of tensors.
+        classifier: with its classifier.
+    """
 
     family: str
     source: str
@@ -50,7 +60,16 @@ def _family_of(arch: str | None) -> str | None:
 
 
 def build_like(family: str, arch: str, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Return the plain backbone, without memory (meta device), whose form a checkpoint of ours has."""
+    """Return the plain backbone, without memory (meta device), whose form a checkpoint of ours has.
+
+    Args:
+        family: ``repvgg``, ``mobileone`` or ``replknet``.
+        arch: name of a published arch.
+        tensors: the checkpoint, under our keys.
+
+    Returns:
+        The backbone.
+    """
     deploy = any(".reparam_conv." in key for key in tensors)
     stem = "stem.0." if family == "replknet" else "stem."
     first = next((t for key, t in tensors.items() if key.startswith(stem) and t.dim() == 4), None)
@@ -89,11 +108,25 @@ def _check_arch(family: str, arch: str | None, tensors: Mapping[str, Tensor]) ->
 def convert_state_dict(
     tensors: Mapping[str, Tensor], to: str = "rep_plugin", arch: str | None = None
 ) -> tuple[dict[str, Tensor], Conversion]:
-    """Return the same tensors under the keys of format ``to``, and what was found out about them.
+    """Return the same tensors under the keys of another format. The source's format is recognised by its keys.
 
-    ``to``: ``rep_plugin`` (our timm names and plain backbones), ``rep_plugin_mm`` (our types in an ImageClassifier),
-    ``official``, ``timm`` or ``mmpretrain``. The source's format is told by its keys. Without ``arch`` the checkpoint must be
-    one of the published ones, whole; ``any`` lifts that. Raises KeyMapError for unknown, ambiguous or incomplete ones.
+    Args:
+        tensors: the checkpoint.
+        to: ``rep_plugin`` (our timm names and plain backbones), ``rep_plugin_mm`` (our types in an ImageClassifier),
+            ``official``, ``timm`` or ``mmpretrain``.
+        arch: the published arch that it must be, whole; None: any published one; ``any``: no check.
+
+    Returns:
+        The tensors under their new keys, and the facts of the conversion.
+
+    Raises:
+        KeyMapError: the layout is unknown, ambiguous or incomplete.
+
+    Example:
+        >>> from rep_plugin.backbones.repvgg import RepVGG
+        >>> tensors, conversion = convert_state_dict(RepVGG("A0").state_dict(), to="official")
+        >>> conversion.arch, "stage1.0.rbr_dense.conv.weight" in tensors
+        ('A0', True)
     """
     own, layout = to_own(tensors, _family_of(arch))
     found = _check_arch(layout.family, arch, own)
@@ -104,10 +137,12 @@ def convert_state_dict(
 
 
 def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Read a checkpoint's named tensors, safely: ``.safetensors``, or what ``torch.save`` wrote.
+    """Read a checkpoint's named tensors, safely: ``.safetensors``, or a file of ``torch.save``.
 
-    Looks under ``state_dict`` or ``model`` where there is one, and drops a ``module.`` that all keys start with. Raises
-    UnreadableCheckpointError for a torn file, or one without named tensors.
+    Looks under ``state_dict`` or ``model`` where there is one, and drops a ``module.`` that all keys start with.
+
+    Raises:
+        UnreadableCheckpointError: the file is torn, or holds no named tensors.
     """
     if Path(path).suffix == ".safetensors":
         from safetensors import SafetensorError
@@ -131,7 +166,15 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:
-    """Write named tensors, ``.safetensors`` or with ``torch.save``; ``path`` is at every moment the old or the new file."""
+    """Write named tensors; the file is at every moment the old or the new one.
+
+    Args:
+        tensors: the tensors.
+        path: the file: ``.safetensors``, or else of ``torch.save``.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     if Path(path).suffix == ".safetensors":
         from safetensors.torch import save
 
@@ -144,7 +187,28 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> Non
 def convert_file(
     source: str | os.PathLike, target: str | os.PathLike, to: str = "rep_plugin", arch: str | None = None
 ) -> Conversion:
-    """Convert a checkpoint file, see :func:`convert_state_dict`; nothing is written where that raises."""
+    """Convert a checkpoint file, see :func:`convert_state_dict`; nothing is written where that raises.
+
+    Args:
+        source: the file to read.
+        target: the file to write, another one.
+        to: the format to convert to.
+        arch: the published arch that it must be.
+
+    Returns:
+        The facts of the conversion.
+
+    Raises:
+        KeyMapError: the layout is unknown, ambiguous or incomplete, or both files are the same.
+        UnreadableCheckpointError: the file is torn, or holds no named tensors.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.backbones.repvgg import RepVGG
+        >>> torch.save(RepVGG("A0").state_dict(), "ours.pth")
+        >>> convert_file("ours.pth", "official.pth", to="official").target
+        'official'
+    """
     if Path(target).exists() and os.path.samefile(source, target):
         raise KeyMapError(f"{target} is the checkpoint to convert, expected another file to write")
     tensors, conversion = convert_state_dict(read_tensors(source), to, arch)

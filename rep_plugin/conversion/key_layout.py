@@ -16,8 +16,14 @@ Pair = tuple[str, str]  # their template, ours
 
 @dataclass(frozen=True)
 class Layout:
-    """The keys of one project's networks of one family. ``head`` is its classifier; ``wrapped``: one that has a
-    classifier keeps the network itself under ``backbone.``.
+    """The keys of one project's networks of one family.
+
+    Args:
+        family: ``repvgg``, ``mobileone`` or ``replknet``.
+        format: the project.
+        pairs: templates of keys, theirs and ours.
+        head: prefix of its classifier.
+        wrapped: a network with a classifier keeps the backbone under ``backbone.``.
     """
 
     family: str

@@ -180,8 +180,15 @@ def _looks_like(family: str, tensors: Mapping[str, Tensor]) -> bool:
 def to_own(tensors: Mapping[str, Tensor], family: str | None = None) -> tuple[dict[str, Tensor], Layout]:
     """Return a checkpoint under our own keys (``rep_plugin``), and the layout it had.
 
-    ``family`` limits the search to ``repvgg``, ``mobileone`` or ``replknet``. Raises KeyMapError where no layout, or
-    more than one, has all of the keys.
+    Args:
+        tensors: the checkpoint.
+        family: limits the search to ``repvgg``, ``mobileone`` or ``replknet``.
+
+    Returns:
+        The tensors, and the layout.
+
+    Raises:
+        KeyMapError: no layout, or more than one, has all of the keys.
     """
     if not tensors:
         raise KeyMapError("the checkpoint is empty, expected the tensors of a RepVGG, MobileOne or RepLKNet")
@@ -213,7 +220,16 @@ def to_own(tensors: Mapping[str, Tensor], family: str | None = None) -> tuple[di
 def from_own(tensors: Mapping[str, Tensor], family: str, to: str) -> dict[str, Tensor]:
     """Return a checkpoint of ours under the keys of another format.
 
-    Raises KeyMapError for an unknown format, one that the family does not have, or a key without a counterpart there.
+    Args:
+        tensors: the checkpoint, under our keys.
+        family: ``repvgg``, ``mobileone`` or ``replknet``.
+        to: one of FORMATS.
+
+    Returns:
+        The tensors.
+
+    Raises:
+        KeyMapError: the format is unknown, the family is not in it, or a key has no counterpart there.
     """
     if to not in FORMATS:
         raise KeyMapError(f"unknown format {to!r}, expected one of {', '.join(FORMATS)}")

@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -12,27 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rep_plugin.checkpoints.files import check_writable, write_atomic
-from rep_plugin.errors import ArgumentError, EquivalenceError, TrainModeError, first_line
+from rep_plugin.errors import ArgumentError, EquivalenceError, NothingToMergeError, TrainModeError, first_line
 from rep_plugin.export.graph import INPUT, name_outputs, open_dims, shapes_of, to_onnx
 from rep_plugin.export.preprocessing import metadata_of
 from rep_plugin.export.report import ExportReport, RuntimeReport
-from rep_plugin.export.runtimes import (
-    RUNTIMES,
-    check_runtimes,
-    compare_runtime,
-    open_model,
-    require,
-    version_of,
-)
+from rep_plugin.export.runtimes import RUNTIMES, check_runtimes, compare_runtime, open_model
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.latency import eager_calls, interleaved_medians
 from rep_plugin.measure.verify import Equivalence, flatten_outputs, sensitivity_of
-from rep_plugin.reparam import NothingToMergeError, find_adapter
-from rep_plugin.reparam import reparameterize as merge
+from rep_plugin.optional import require
+from rep_plugin.reparam.adapters import find_adapter
+from rep_plugin.reparam.reparameterize import reparameterize as merge
 
 TOLERANCE = 1e-4  # relative, in float32
 OPSET = 18
-PICTURES_AT_ONCE = 8
+IMAGES_AT_ONCE = 8
 
 
 def export_onnx(
@@ -53,34 +48,52 @@ def export_onnx(
     tolerance: float = TOLERANCE,
     rounds: int = 20,
 ) -> ExportReport:
-    """Write ``model`` to ``path`` as ONNX once its outputs in every runtime agree with PyTorch's; return a report.
+    """Write a model as ONNX once its outputs in every runtime agree with PyTorch's; return a report.
 
-    ``model`` must be in eval mode and float32, and is left as it is: a copy is merged first, with the proof of
-    :func:`rep_plugin.reparameterize` (``reparameterize=False`` writes the model as it stands). The file's outputs are what
-    ``model(x)`` returns: logits of a classifier, without softmax; one output for each map of a backbone.
-    ``output_names`` replaces the names :func:`rep_plugin.export.graph.name_outputs` gives.
+    A copy is merged first, with the proof of :func:`rep_plugin.reparameterize`; the model is left as it is. The outputs of
+    the file are those of ``model(x)``: logits of a classifier, without softmax; one output for each map of a backbone. The
+    file is written when all is proven: until then an older one stays.
 
-    ``example_input`` (N, C, H, W) are preprocessed pictures, best real ones; ``images`` (M, C, H, W) are more of them to
-    compare on. ``dynamic_batch`` leaves the number of pictures open (else it is N), ``dynamic_size`` height and width. What
-    is open is compared at other values too: one picture and three, an odd size and a larger one of another aspect. Errors
-    are relative to the largest value of each output. Then a call on one picture is timed, the median of ``rounds`` (0:
-    not timed), with as many threads as torch has.
+    Args:
+        model: a model in eval mode and float32.
+        path: file to write, ending in ``.onnx``.
+        example_input: preprocessed images (N, C, H, W), best real ones.
+        reparameterize: merge first; False writes the model as it is.
+        images: more images (M, C, H, W) to compare on.
+        dynamic_batch: leave the number of images open (else N); compared with one and three images too.
+        dynamic_size: leave height and width open; compared at an odd size and at a larger one of another aspect too.
+        opset: version of the ONNX operators.
+        dynamo: use torch's newer exporter, 10 to 1000 times as slow and as exact as the tracing one.
+        output_names: names of the outputs; the default is :func:`rep_plugin.export.graph.name_outputs`.
+        class_names: written as metadata; the default is a timm model's own.
+        preprocessing: plain data, written as metadata; the default is a timm model's own.
+        runtimes: where to run the file, of ``onnxruntime`` and ``openvino``.
+        tolerance: largest allowed difference, relative to the largest value of each output.
+        rounds: how often a call on one image is timed, with as many threads as torch has; 0: not timed.
 
-    ``class_names`` and ``preprocessing`` (plain data; by default a timm model's own) go into the file as metadata, for
-    :func:`rep_plugin.export.graph.read_metadata`. ``dynamo=True`` takes torch's newer exporter in the place of the one that
-    traces, which torch calls legacy: both write all of our networks and measure equally exact, but it takes 10 to 1000
-    times as long (six minutes for an EfficientNet of open size).
+    Returns:
+        The report of the file, its errors and its latency.
 
-    Raises RuntimeError in train mode; ValueError for arguments that do not fit; ImportError, naming the extra, where a
-    runtime is not installed; what ``reparameterize`` raises;
-    :class:`rep_plugin.errors.ExportError` where torch cannot write the model or a runtime cannot run it;
-    :class:`rep_plugin.errors.EquivalenceError` over ``tolerance`` or on a non-finite value; OSError where the file cannot
-    be written. The file gets its name when all is proven: until then an older one stays.
+    Raises:
+        ArgumentError: an argument does not fit.
+        TrainModeError: a module is in train mode.
+        MissingPackageError: a runtime is not installed.
+        ExportError: torch cannot write the model, or a runtime cannot run it.
+        EquivalenceError: over the tolerance, or a value is not finite.
+        OSError: the file cannot be written.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4)).eval()
+        >>> report = export_onnx(model, "model.onnx", torch.randn(2, 3, 8, 8), runtimes=["onnxruntime"], rounds=0)
+        >>> report.outputs["map0"]
+        ['batch', 4, 8, 8]
     """
     started = time.perf_counter()
     path = Path(path)
     check_runtimes(runtimes)
-    require("onnx", *runtimes)
+    for package in ("onnx", *runtimes):
+        require(package, "export", "exporting")
     _check(model, path, example_input, images, dynamic_size)
     if not 0 < tolerance < math.inf:
         raise ArgumentError(f"tolerance must be a finite number > 0, got {tolerance}")
@@ -91,7 +104,7 @@ def export_onnx(
     written = copy.deepcopy(model).cpu()
     report.macs_before = count_macs(written, single)
     if reparameterize:
-        written = _merged(written, x[:PICTURES_AT_ONCE], report)
+        written = _merged(written, x[:IMAGES_AT_ONCE], report)
     elif left := [name for name, module in written.named_modules() if find_adapter(module) is not None]:
         report.notes.append(f"written as it stands: {len(left)} modules could be merged, first {left[0]!r}")
     report.params_after, report.macs_after = count_params(written), count_macs(written, single)
@@ -124,9 +137,10 @@ def export_onnx(
         session = open_model(runtime, data, torch.get_num_threads())
         found = compare_runtime(runtime, session, written, inputs, expected, tolerance)
         proof.total.include(found)
-        report.runtimes.append(RuntimeReport(runtime, version_of(runtime), found.max_abs, found.max_rel))
+        report.runtimes.append(RuntimeReport(runtime, version(runtime), found.max_abs, found.max_rel))
         calls[runtime] = lambda session=session: session(single)
     report.add_proof(proof)
+    report.border_rel_error = report.interior_rel_error = None  # a report's are in float64
     if rounds:
         medians = {name: seconds * 1e3 for name, seconds in interleaved_medians(calls, rounds).items()}
         report.pytorch_milliseconds = medians["PyTorch"]
@@ -137,35 +151,47 @@ def export_onnx(
     return report
 
 
-def export_pictures(
+def export_images(
     model: nn.Module,
     path: str | Path,
-    pictures: Tensor | None,
+    images: Tensor | None,
     shape: Sequence[int],
     batch: int | None = None,
     size: Sequence[int] | None = None,
     **options,
 ) -> ExportReport:
-    """Call :func:`export_onnx` on preprocessed pictures (N, C, H, W), or on random ones of ``shape`` (C, H, W) where None.
+    """Call :func:`export_onnx` on preprocessed images, or on random ones.
 
-    ``batch`` fixes the number of pictures of a call (None: open), ``size`` (H, W) scales the pictures first; ``options`` are
-    those of :func:`export_onnx`. Raises ValueError for numbers < 1, and what :func:`export_onnx` raises.
+    Args:
+        model: as for :func:`export_onnx`, as is ``path``.
+        path: file to write.
+        images: images (N, C, H, W); None: two random ones.
+        shape: shape (C, H, W) of the random images.
+        batch: fixed number of images of a call; None: open.
+        size: (H, W) to scale the images to.
+        options: the others of :func:`export_onnx`.
+
+    Returns:
+        The report of :func:`export_onnx`.
+
+    Raises:
+        ArgumentError: a number below 1; and what :func:`export_onnx` raises.
     """
     if batch is not None and batch < 1:
         raise ArgumentError(f"batch must be >= 1, got {batch}")
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise ArgumentError(f"size must be two numbers >= 1, got {tuple(size)}")
-    notes = [] if pictures is not None else ["compared on random pictures, as none were given"]
-    if pictures is None:
-        pictures = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-    if size is not None and tuple(size) != tuple(pictures.shape[2:]):
-        pictures = F.interpolate(pictures, tuple(size), mode="bilinear", antialias=True)
+    notes = [] if images is not None else ["compared on random images, as none were given"]
+    if images is None:
+        images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    if size is not None and tuple(size) != tuple(images.shape[2:]):
+        images = F.interpolate(images, tuple(size), mode="bilinear", antialias=True)
     if batch is not None:
-        index = torch.arange(batch) % len(pictures)
-        options |= {"images": pictures, "dynamic_batch": False}
-        report = export_onnx(model, path, pictures[index], **options)
+        index = torch.arange(batch) % len(images)
+        options |= {"images": images, "dynamic_batch": False}
+        report = export_onnx(model, path, images[index], **options)
     else:
-        report = export_onnx(model, path, pictures, **options)
+        report = export_onnx(model, path, images, **options)
     report.notes += notes
     return report
 
@@ -181,23 +207,12 @@ def _check(model: nn.Module, path: Path, x: Tensor, images: Tensor | None, dynam
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise ArgumentError(f"the model must be float32, but {name!r} is {tensor.dtype}: call model.float() first")
-    for name, pictures in {"example_input": x, "images": images}.items():
-        if pictures is None and name == "images":
-            continue
-        if (
-            not isinstance(pictures, Tensor)
-            or pictures.dtype != torch.float32
-            or pictures.dim() < 2
-            or not len(pictures)
-        ):
-            got = (
-                f"{pictures.dtype} {tuple(pictures.shape)}" if isinstance(pictures, Tensor) else type(pictures).__name__
-            )
+    for name, batch in {"example_input": x, **({} if images is None else {"images": images})}.items():
+        if not isinstance(batch, Tensor) or batch.dtype != torch.float32 or batch.dim() < 2 or not len(batch):
+            got = f"{batch.dtype} {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
             raise ArgumentError(f"{name} must be a float32 tensor (N, C, ...), N >= 1, got {got}")
     if images is not None and images.shape[1:] != x.shape[1:]:
-        raise ArgumentError(
-            f"images are {tuple(images.shape[1:])}, but example_input is {tuple(x.shape[1:])} a picture"
-        )
+        raise ArgumentError(f"images are {tuple(images.shape[1:])}, but example_input is {tuple(x.shape[1:])} an image")
     if dynamic_size and x.dim() != 4:
         raise ArgumentError(f"dynamic_size needs an example_input (N, C, H, W), got {tuple(x.shape)}")
 
@@ -214,24 +229,24 @@ def _merged(model: nn.Module, x: Tensor, report: ExportReport) -> nn.Module:
 
 
 def _inputs(x: Tensor, images: Tensor | None, dynamic_batch: bool) -> list[Tensor]:
-    """Return the batches to compare: all pictures, and the first of them at other numbers where these are open."""
-    pictures = x if images is None else torch.cat((x, images.detach().cpu()))
-    if dynamic_batch and len(pictures) == 1:  # repeated, it would not tell whether the output depends on it
-        noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
-        pictures = torch.cat((pictures, pictures.mean() + noise * (pictures.std() if pictures.std() > 0 else 1)))
-    count = min(len(pictures), PICTURES_AT_ONCE) if dynamic_batch else len(x)
+    """Return the batches to compare: all images, and the first of them at other numbers where these are open."""
+    every = x if images is None else torch.cat((x, images.detach().cpu()))
+    if dynamic_batch and len(every) == 1:  # repeated, it would not tell whether the output depends on it
+        noise = torch.randn(every.shape, generator=torch.Generator().manual_seed(0))
+        every = torch.cat((every, every.mean() + noise * (every.std() if every.std() > 0 else 1)))
+    count = min(len(every), IMAGES_AT_ONCE) if dynamic_batch else len(x)
 
     def take(start: int, number: int) -> Tensor:
-        return pictures[torch.arange(start, start + number) % len(pictures)]
+        return every[torch.arange(start, start + number) % len(every)]
 
-    batches = [take(start, count) for start in range(0, len(pictures), count)]
+    batches = [take(start, count) for start in range(0, len(every), count)]
     if dynamic_batch:
         batches += [take(0, number) for number in (1, 3) if number != count]
     return batches
 
 
 def _other_sizes(model: nn.Module, x: Tensor, report: ExportReport) -> tuple[list[Tensor], list]:
-    """Return pictures at two other sizes, odd ones where the model takes them, else multiples of 32, with a note; and the
+    """Return images at two other sizes, odd ones where the model takes them, else multiples of 32, with a note; and the
     model's outputs for them.
 
     Raises ValueError where it takes neither.

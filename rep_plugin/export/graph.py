@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from rep_plugin.errors import ExportError, first_line
-from rep_plugin.export.runtimes import require
 from rep_plugin.measure.verify import flatten_outputs
+from rep_plugin.optional import require
 
 INPUT = "input"
 
@@ -32,8 +32,12 @@ class _Flat(nn.Module):
 def name_outputs(model: nn.Module, output: object) -> list[str]:
     """Return a name for each tensor of a model's output.
 
-    Those of a dict keep theirs; maps are ``stride4`` ... where the model has timm's ``feature_info``, else ``map0`` ...; one
-    vector a picture is ``logits``, or ``features`` where the model says that it has 0 classes.
+    Args:
+        model: the model. Its ``feature_info`` (timm) names maps by stride; a vector is ``features`` with 0 ``num_classes``.
+        output: its output. Tensors of a dict keep their names.
+
+    Returns:
+        Names such as ``stride4`` or ``map0`` of maps, and ``logits`` or ``features`` of one vector an image.
     """
     tensors = flatten_outputs(output)
     if isinstance(output, Mapping) and all(isinstance(value, Tensor) for value in output.values()):
@@ -49,7 +53,16 @@ def name_outputs(model: nn.Module, output: object) -> list[str]:
 
 
 def open_dims(inputs: Sequence[Tensor], outputs: Sequence[Sequence[Tensor]], names: Sequence[str]) -> dict[str, dict]:
-    """Return {input or output: {dimension: name}} of what varies over several runs: ``batch height width ...``."""
+    """Return the dimensions that vary over several runs.
+
+    Args:
+        inputs: the input of each run.
+        outputs: the output tensors of each run.
+        names: names of the output tensors.
+
+    Returns:
+        {input or output: {dimension: name}}; names are ``batch``, ``height``, ``width`` or, of others, ``NAME_dim2``.
+    """
     found = {INPUT: _varying([tuple(x.shape) for x in inputs], {0: "batch", 2: "height", 3: "width"}, INPUT)}
     batches = [x.shape[0] for x in inputs]
     for index, name in enumerate(names):
@@ -70,11 +83,25 @@ def _varying(shapes: list[tuple[int, ...]], known: Mapping[int, str], name: str)
 def to_onnx(
     model: nn.Module, x: Tensor, names: Sequence[str], dims: Mapping[str, Mapping], opset: int, dynamo: bool
 ) -> Any:
-    """Return the graph (``onnx.ModelProto``) of an eval-mode model traced on ``x``; ``dims`` as :func:`open_dims` says.
+    """Return the graph (``onnx.ModelProto``) of a model.
 
-    Raises ExportError where torch cannot write it, or not in this opset, or the result is not valid ONNX.
+    Args:
+        model: a model in eval mode.
+        x: images (N, C, H, W) to trace it on.
+        names: names of the outputs.
+        dims: the open dimensions, see :func:`open_dims`.
+        opset: version of the ONNX operators.
+        dynamo: use torch's newer exporter.
+
+    Returns:
+        The graph, checked by onnx.
+
+    Raises:
+        MissingPackageError: onnx, or onnxscript with ``dynamo``, is not installed.
+        ExportError: torch cannot write the model, or not in this opset, or the result is not valid ONNX.
     """
-    require("onnx", *(["onnxscript"] if dynamo else []))
+    for package in ("onnx", *(["onnxscript"] if dynamo else [])):
+        require(package, "export", "exporting")
     onnx = import_module("onnx")
     if 0 in dims[INPUT] and len(x) == 1:
         x = x.expand(2, *x.shape[1:])  # a 1 would be taken for a constant
@@ -113,7 +140,17 @@ def shapes_of(entries: Sequence[Any]) -> dict[str, list[int | str]]:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """Return what an exported file says of itself: ``class_names`` (a list) and ``preprocessing`` (a dict), where known."""
-    require("onnx")
+    """Return the metadata of an exported file: ``class_names`` (a list) and ``preprocessing`` (a dict), where known.
+
+    Raises:
+        MissingPackageError: onnx is not installed.
+
+    Example:
+        >>> import onnx
+        >>> _ = onnx.save(onnx.ModelProto(metadata_props=[{"key": "class_names", "value": '["cat"]'}]), "model.onnx")
+        >>> read_metadata("model.onnx")
+        {'class_names': ['cat']}
+    """
+    require("onnx", "export", "exporting")
     proto = import_module("onnx").load(str(path), load_external_data=False)
     return {entry.key: json.loads(entry.value) for entry in proto.metadata_props}

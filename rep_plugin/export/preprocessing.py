@@ -1,4 +1,4 @@
-"""How pictures become a network's input, as plain data that an exported file can carry, and where to find pictures."""
+"""How images become a network's input, as plain data that an exported file can carry, and where to find images."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,28 +8,43 @@ from torch import Tensor, nn
 
 from rep_plugin.errors import ArgumentError
 
-PICTURES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
-def find_pictures(folder: str | Path, count: int) -> list[Path]:
-    """Return up to ``count`` pictures in a folder and the folders below it, evenly spread over their sorted names.
+def find_images(folder: str | Path, count: int) -> list[Path]:
+    """Return images of a folder and the folders below it, evenly spread over their sorted names.
 
-    Raises FileNotFoundError where there is no such folder, or no picture in it.
+    Args:
+        folder: where to look.
+        count: largest number of images.
+
+    Returns:
+        Their paths.
+
+    Raises:
+        FileNotFoundError: no such folder, or no image in it.
     """
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder} does not exist, expected a folder of pictures")
-    found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
+        raise FileNotFoundError(f"{folder} does not exist, expected a folder of images")
+    found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_ENDINGS and path.is_file())
     if not found:
-        raise FileNotFoundError(f"{folder} holds 0 pictures, expected files ending in {', '.join(PICTURES)}")
+        raise FileNotFoundError(f"{folder} holds 0 images, expected files ending in {', '.join(IMAGE_ENDINGS)}")
     return found[:: max(1, len(found) // count)][:count]
 
 
 def timm_preprocessing(cfg: Mapping, input_size: tuple[int, int, int]) -> dict:
-    """Return what timm's evaluation transform does to a picture for an ``input_size`` (C, H, W), from a ``pretrained_cfg``.
+    """Return the steps of timm's evaluation transform as plain data.
 
-    In this order: resize ``resize.edge`` (short, long or both) to ``resize.size`` (H, W) by ``interpolation``, crop (or
-    pad, where the edge is the long one) the centre to ``crop``, scale so that white is ``white``, subtract ``mean``,
-    divide by ``std``.
+    In this order: resize ``resize.edge`` (short, long or both) to ``resize.size`` (H, W) by ``interpolation``, crop (or pad,
+    where the edge is the long one) the centre to ``crop``, scale so that white is ``white``, subtract ``mean``, divide by
+    ``std``.
+
+    Args:
+        cfg: a ``pretrained_cfg``.
+        input_size: (C, H, W) of the network's input.
+
+    Returns:
+        The steps, in the order above.
     """
     channels, height, width = input_size
     share = cfg.get("crop_pct") or 0.875
@@ -53,9 +68,20 @@ def metadata_of(
     class_names: Sequence[str] | None = None,
     preprocessing: Mapping | None = None,
 ) -> dict:
-    """Return what a file is to say of itself: what is given, else what a timm model's ``pretrained_cfg`` says.
+    """Return the metadata of a file: the given ones, else those of a timm model's ``pretrained_cfg``.
 
-    ``input_shape`` is that of one picture. Raises ValueError where the names are not as many as the logits.
+    Args:
+        model: the model.
+        input_shape: shape (C, H, W) of one image.
+        outputs: its output tensors.
+        class_names: one for each logit.
+        preprocessing: plain data.
+
+    Returns:
+        ``class_names`` and ``preprocessing``, where known.
+
+    Raises:
+        ArgumentError: the names are not as many as the logits.
     """
     cfg = getattr(model, "pretrained_cfg", None) or {}
     classes = outputs[0].shape[1] if len(outputs) == 1 and outputs[0].dim() == 2 else None

@@ -10,7 +10,15 @@ from rep_plugin.measure.report import Report
 
 @dataclass
 class RuntimeReport:
-    """One runtime: its largest differences from PyTorch in float32, and the median milliseconds of one call."""
+    """One runtime: its largest differences from PyTorch in float32, and the latency of one call.
+
+    Args:
+        name: name of the runtime.
+        version: installed version.
+        max_abs_error: largest absolute error.
+        max_rel_error: largest relative error.
+        milliseconds: median latency (None: not timed).
+    """
 
     name: str
     version: str
@@ -21,12 +29,23 @@ class RuntimeReport:
 
 @dataclass
 class ExportReport(Report):
-    """A report that also holds the file's facts. ``max_*_error`` are the largest over the runtimes, in float32.
+    """The report of an exported file. ``max_*_error`` are the largest over the runtimes, in float32.
 
-    ``params_*`` and ``macs_*`` are of the given model and of the one in the file (None of ``macs_*``: not countable);
-    ``input_shape`` is that of one call that was counted and timed. ``inputs`` and ``outputs``: name -> shape, with names
-    for dimensions that vary. ``compared``: the shapes of the inputs that were compared. ``merge_rel_error`` is the merge's
-    own error, in float64 (None: nothing was merged).
+    ``params_*`` and ``macs_*`` are of the given model and of the one in the file; ``input_shape`` is that of the call that
+    was counted and timed.
+
+    Args:
+        path: the file.
+        size_bytes: its size.
+        opset: version of the ONNX operators.
+        tolerance: largest allowed relative error.
+        inputs: name -> shape, with names for dimensions that vary.
+        outputs: name -> shape, likewise.
+        metadata: ``class_names`` and ``preprocessing``, where known.
+        compared: shapes of the inputs that were compared.
+        runtimes: one report each.
+        pytorch_milliseconds: median latency in PyTorch (None: not timed).
+        merge_rel_error: the merge's own error, in float64 (None: nothing was merged).
     """
 
     path: str = ""

@@ -5,24 +5,13 @@ They are imported when they are asked for: the package works without them.
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from importlib.metadata import version
-from importlib.util import find_spec
 
 from torch import Tensor, from_numpy, nn
 
-from rep_plugin.errors import ArgumentError, EquivalenceError, ExportError, MissingPackageError, first_line
+from rep_plugin.errors import ArgumentError, EquivalenceError, ExportError, first_line
 from rep_plugin.measure.verify import Difference, compare_outputs, rounding_error
 
 Session = Callable[[Tensor], list[Tensor]]
-
-
-def require(*modules: str) -> None:
-    """Raise ImportError, naming the extra to install, where a module that exporting needs is missing."""
-    for name in modules:
-        if find_spec(name) is None:
-            raise MissingPackageError(
-                f"exporting needs {name}, which is not installed: pip install 'rep-plugin[export]'"
-            )
 
 
 def _open_onnxruntime(model: bytes, threads: int) -> Session:
@@ -54,7 +43,7 @@ RUNTIMES = tuple(OPENERS)
 
 
 def check_runtimes(names: Sequence[str]) -> None:
-    """Raise ValueError for no runtime, one named twice, or an unknown one."""
+    """Raise ArgumentError for no runtime, one named twice, or an unknown one."""
     if isinstance(names, str) or not names or len(set(names)) != len(names) or not set(names) <= set(RUNTIMES):
         raise ArgumentError(f"runtimes must be some of {RUNTIMES}, got {names!r}")
 
@@ -62,7 +51,16 @@ def check_runtimes(names: Sequence[str]) -> None:
 def open_model(runtime: str, model: bytes, threads: int) -> Session:
     """Return a function (N, ...) -> list of outputs that runs an ONNX model on the CPU, in float32.
 
-    Raises ExportError where the runtime refuses it.
+    Args:
+        runtime: one of RUNTIMES.
+        model: the content of the file.
+        threads: number of threads.
+
+    Returns:
+        The function.
+
+    Raises:
+        ExportError: the runtime refuses the model.
     """
     try:
         return OPENERS[runtime](model, threads)
@@ -78,10 +76,22 @@ def compare_runtime(
     expected: Sequence[object],
     tolerance: float,
 ) -> Difference:
-    """Return the largest differences between what ``model`` put out for some inputs (``expected``) and a session does.
+    """Return the largest differences between a model's outputs and those of a runtime.
 
-    Raises EquivalenceError over ``tolerance`` (relative), on a non-finite value or other shapes, ExportError where the
-    runtime fails; both name runtime and input.
+    Args:
+        runtime: its name, for messages.
+        session: the function of :func:`open_model`.
+        model: the model that was exported.
+        inputs: images (N, C, H, W), one batch after the other.
+        expected: the model's output for each.
+        tolerance: largest allowed relative difference.
+
+    Returns:
+        The largest differences over all inputs.
+
+    Raises:
+        EquivalenceError: over the tolerance, another shape, or a value is not finite. It names runtime and input.
+        ExportError: the runtime fails.
     """
     total = Difference()
     for x, wanted in zip(inputs, expected, strict=True):
@@ -101,8 +111,3 @@ def compare_runtime(
                 f"float32 differs from its float64 by {rounding_error(model, x):.2e}"
             )
     return total
-
-
-def version_of(runtime: str) -> str:
-    """Return the installed version."""
-    return version(runtime)

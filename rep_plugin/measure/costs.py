@@ -12,7 +12,12 @@ from rep_plugin.measure.forward import run_model
 
 
 def count_params(model: nn.Module) -> int:
-    """Return the number of parameters, shared ones once."""
+    """Return the number of parameters, shared ones once.
+
+    Example:
+        >>> count_params(nn.Linear(3, 4))
+        16
+    """
     return sum(p.numel() for p in model.parameters())
 
 
@@ -52,10 +57,21 @@ def _shapes_of(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def count_macs(model: nn.Module, example_input: torch.Tensor) -> int:
-    """Return the multiply-adds of all convolutions and matrix products of one forward pass on ``example_input``.
+    """Return the multiply-adds of all convolutions and matrix products of one forward pass.
 
-    Elementwise work, normalisation and pooling are not counted. The model is left as it is. Only shapes are computed, on
-    a copy, unless the forward needs values.
+    Elementwise work, normalisation and pooling are not counted. Only shapes are computed, on a copy, unless the forward needs
+    values; the model is left as it is.
+
+    Args:
+        model: the model.
+        example_input: images (N, C, H, W).
+
+    Returns:
+        The number for all N images.
+
+    Example:
+        >>> count_macs(nn.Conv2d(3, 4, 1), torch.zeros(1, 3, 5, 5))
+        300
     """
     shapes = _shapes_of(model)
     shapes.eval()

@@ -13,7 +13,7 @@ from rep_plugin.measure.forward import run_model
 
 @contextmanager
 def torch_threads(count: int):
-    """Run with ``count`` threads inside an operator."""
+    """Set the number of threads inside an operator, for the body of a ``with``."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -23,7 +23,19 @@ def torch_threads(count: int):
 
 
 def interleaved_medians(contenders: Mapping[str, Callable[[], object]], rounds: int = 50) -> dict[str, float]:
-    """Return the median seconds of each call; every round times each contender once, after three rounds of warm-up."""
+    """Return the median latency of each call; every round times each contender once, after three rounds of warm-up.
+
+    Args:
+        contenders: name -> call.
+        rounds: number of timed rounds.
+
+    Returns:
+        name -> seconds.
+
+    Example:
+        >>> list(interleaved_medians({"a": lambda: None, "b": lambda: None}, rounds=3))
+        ['a', 'b']
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for index in range(rounds + 3):
         for name, call in contenders.items():
@@ -35,7 +47,15 @@ def interleaved_medians(contenders: Mapping[str, Callable[[], object]], rounds: 
 
 
 def eager_calls(models: Mapping[str, nn.Module], x: Tensor) -> dict[str, Callable[[], object]]:
-    """Return a call for each eval-mode model on ``x``, without gradients."""
+    """Return a call for each model, in eval mode and without gradients.
+
+    Args:
+        models: name -> model.
+        x: images (N, C, H, W).
+
+    Returns:
+        name -> call, for :func:`interleaved_medians`.
+    """
 
     def call(model: nn.Module) -> Callable[[], object]:
         def run():

@@ -1,4 +1,4 @@
-"""Pictures of what was done, drawn with matplotlib and no display: figures, as PNG files or as arrays."""
+"""Plots of what was done, drawn with matplotlib and no display: as PNG files or as arrays."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import BinaryIO
@@ -16,12 +16,17 @@ DPI = 120
 
 
 def save_figure(figure: Figure, file: BinaryIO) -> None:
-    """Write a PNG."""
+    """Write a plot as PNG.
+
+    Args:
+        figure: the plot.
+        file: an open binary file.
+    """
     figure.savefig(file, format="png", dpi=DPI)
 
 
 def to_array(figure: Figure) -> np.ndarray:
-    """Return a figure as RGB pixels (H, W, 3), 8 bit."""
+    """Return a plot as RGB pixels (H, W, 3), 8 bit."""
     figure.set_dpi(DPI)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -31,14 +36,27 @@ def to_array(figure: Figure) -> np.ndarray:
 def draw_widths(
     widths: Mapping[str, tuple[int, int]], file: BinaryIO, title: str = "", frozen: Collection[str] = ()
 ) -> None:
-    """Write :func:`widths_figure` as a PNG."""
+    """Write :func:`widths_figure` as PNG.
+
+    Args:
+        widths: layer -> channels (before, after).
+        file: an open binary file.
+        title: title of the plot.
+        frozen: layers that cannot be pruned.
+    """
     save_figure(widths_figure(widths, title, frozen), file)
 
 
 def widths_figure(widths: Mapping[str, tuple[int, int]], title: str = "", frozen: Collection[str] = ()) -> Figure:
-    """Return bars: the channels of each layer before (pale) and after; frozen layers are grey.
+    """Return a bar plot of each layer's channels, before (pale) and after; frozen layers are grey.
 
-    ``widths``: layer -> (before, after).
+    Args:
+        widths: layer -> channels (before, after).
+        title: title of the plot.
+        frozen: layers that cannot be pruned.
+
+    Returns:
+        The plot.
     """
     figure = Figure(figsize=(9, max(2.5, 0.22 * len(widths) + 1.2)), layout="constrained")
     axes = figure.subplots()
@@ -64,10 +82,19 @@ def widths_figure(widths: Mapping[str, tuple[int, int]], title: str = "", frozen
 
 
 def gammas_figure(gammas: Sequence[float] | np.ndarray, title: str = "") -> Figure:
-    """Return how large the scaling factors of batch norms are: a histogram of |gamma| and its cumulative distribution.
+    """Return a histogram of the absolute scaling factors of batch norms, and their cumulative distribution.
 
-    Of the 128 bins the first one, which holds what is near zero, is red, with its share; the cumulative curve tells which
-    gamma a pruning of so many percent cuts at. Raises ValueError for no gammas.
+    The first of the 128 bins, near zero, is red, with its share. The curve shows the gamma below which a share lies.
+
+    Args:
+        gammas: scaling factors.
+        title: title of the plot.
+
+    Returns:
+        The plot.
+
+    Raises:
+        ArgumentError: no gammas.
     """
     sizes = np.sort(np.abs(np.asarray(gammas, dtype=np.float64)))
     if not len(sizes):
@@ -110,13 +137,22 @@ def gammas_figure(gammas: Sequence[float] | np.ndarray, title: str = "") -> Figu
 def accuracy_figure(
     curves: Mapping[str, Mapping[float, float]], what: str = "top-1, %", title: str = "", dense: float | None = None
 ) -> Figure:
-    """Return a figure of validation over how much was removed, one curve for each label.
+    """Return a plot of a validation metric over the share of channels removed, one curve for each label.
 
-    ``curves``: label -> {share of channels removed: figure of validation}; ``dense``: that of the network before, a dashed
-    line. Raises ValueError for no point at all.
+    Args:
+        curves: label -> {share of channels removed: metric}.
+        what: label of the metric's axis.
+        title: title of the plot.
+        dense: the metric before pruning, drawn as a dashed line.
+
+    Returns:
+        The plot.
+
+    Raises:
+        ArgumentError: no point at all.
     """
     if not any(curves.values()):
-        raise ArgumentError("got no figures of validation to draw, expected at least 1")
+        raise ArgumentError("got no metrics to draw, expected at least 1")
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes = figure.subplots()
     for index, (label, points) in enumerate(curves.items()):

@@ -246,11 +246,14 @@ def _run(forward: Callable, *args, **kwargs) -> object:
 
 
 def rounding_error(model: nn.Module, x: Tensor) -> float:
-    """Return how far an eval-mode model's own output lies from that of the same model in float64, relative.
+    """Return how far a model's own output lies from that of the same model in float64, relative.
 
     Args:
         model: the model, in eval mode.
         x: images (N, C, H, W).
+
+    Returns:
+        The largest relative error.
     """
     return compare_outputs(_run(copy.deepcopy(model).double(), x.double()), _run(model, x)).max_rel
 

@@ -10,8 +10,8 @@ from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
 from rep_plugin.errors import ArgumentError
-from rep_plugin.export.export_onnx import export_pictures
-from rep_plugin.export.preprocessing import find_pictures
+from rep_plugin.export.export_onnx import export_images
+from rep_plugin.export.preprocessing import find_images
 from rep_plugin.export.report import ExportReport
 from rep_plugin.measure.verify import default_inputs
 from rep_plugin.openmmlab.artefacts import misfit_of
@@ -49,7 +49,7 @@ def write_onnx(
     misfit = misfit_of(names, model)
     if names and not misfit and hasattr(getattr(model, "head", None), "num_classes"):
         told["class_names"] = list(names)
-    report = export_pictures(model, path, inputs, shape, batch, size, **(told | options))
+    report = export_images(model, path, inputs, shape, batch, size, **(told | options))
     if misfit and "class_names" not in options:
         report.notes.append(misfit)
     return report
@@ -66,7 +66,7 @@ def read_images(model: nn.Module, cfg: Config, folder: str | Path, count: int = 
         steps = [dict(type=LOADER, color_type="grayscale" if grey else "color"), *steps]
     with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmpretrain")):
         pipeline = Compose(steps)
-    batch = pseudo_collate([pipeline({"img_path": str(path)}) for path in find_pictures(folder, count)])
+    batch = pseudo_collate([pipeline({"img_path": str(path)}) for path in find_images(folder, count)])
     with torch.no_grad():
         return model.data_preprocessor(batch, False)["inputs"]
 

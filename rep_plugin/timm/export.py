@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from rep_plugin.checkpoints.strict import require_fit
 from rep_plugin.errors import ArgumentError, CheckpointMismatchError, first_line
-from rep_plugin.export.export_onnx import export_pictures
-from rep_plugin.export.preprocessing import find_pictures, timm_preprocessing
+from rep_plugin.export.export_onnx import export_images
+from rep_plugin.export.preprocessing import find_images, timm_preprocessing
 from rep_plugin.export.report import ExportReport
 
 PICTURES = 8
@@ -54,7 +54,7 @@ def export_timm(
     pictures = None if folder is None else read_images(folder, cfg | {"input_size": shape})
     if known:
         options = {"preprocessing": timm_preprocessing(cfg, shape)} | options
-    return export_pictures(model, path, pictures, shape, batch, **options)
+    return export_images(model, path, pictures, shape, batch, **options)
 
 
 def load_timm(
@@ -88,4 +88,4 @@ def read_images(folder: str | Path, cfg: Mapping, count: int = PICTURES) -> Tens
     keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     transform = create_transform(**{key: cfg[key] for key in keys}, is_training=False)
     mode = "L" if cfg["input_size"][0] == 1 else "RGB"
-    return torch.stack([transform(Image.open(path).convert(mode)) for path in find_pictures(folder, count)])
+    return torch.stack([transform(Image.open(path).convert(mode)) for path in find_images(folder, count)])

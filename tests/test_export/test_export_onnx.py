@@ -20,7 +20,7 @@ from rep_plugin.bilinear.methods import METHODS
 from rep_plugin.blocks.families import DiverseBranchBlock, RepVGGBlock
 from rep_plugin.errors import EquivalenceError, ExportError, InconclusiveWarning
 from rep_plugin.export import runtimes
-from rep_plugin.export.export_onnx import export_pictures
+from rep_plugin.export.export_onnx import export_images
 from rep_plugin.export.graph import read_metadata
 from rep_plugin.measure.verify import rounding_error
 from rep_plugin.testing import calibrate_random_bn_
@@ -111,17 +111,17 @@ def test_bilinear_heads(method, tmp_path):
 
 def test_a_fixed_batch_takes_pictures_in_turns(tmp_path):
     model, path, pictures = trained(), tmp_path / "net.onnx", torch.randn(5, 3, 16, 16)
-    report = export_pictures(model, path, pictures, (3, 16, 16), batch=2, rounds=0)
+    report = export_images(model, path, pictures, (3, 16, 16), batch=2, rounds=0)
     assert report.inputs == {"input": [2, 3, 16, 16]} and report.outputs == {"logits": [2, 5]}
     assert report.compared == [(2, 3, 16, 16)] and report.input_shape == (2, 3, 16, 16) and not report.notes
     assert differs(path, model, pictures[:2]) < 1e-5
     with pytest.raises(Exception, match="invalid dimensions"):
         in_onnxruntime(path, pictures[:3])
-    report = export_pictures(model, path, None, (3, 16, 16), size=(12, 20), rounds=0)
+    report = export_images(model, path, None, (3, 16, 16), size=(12, 20), rounds=0)
     assert report.inputs == {"input": ["batch", 3, 12, 20]} and "random" in report.notes[0]
     for wrong in ({"batch": 0}, {"size": (0, 5)}, {"size": (5,)}):
         with pytest.raises(ValueError, match="must be"):
-            export_pictures(model, path, None, (3, 16, 16), **wrong)
+            export_images(model, path, None, (3, 16, 16), **wrong)
 
 
 def test_backbones_have_an_output_a_map(tmp_path):

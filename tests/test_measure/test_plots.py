@@ -36,7 +36,7 @@ def test_accuracy_has_a_curve_for_each_label_in_the_order_of_shares():
     first, second, dense = axes.get_lines()
     assert list(first.get_xdata()) == [10, 50] and list(first.get_ydata()) == [90, 60]
     assert list(second.get_ydata()) == [91] and dense.get_ydata()[0] == 92
-    with pytest.raises(ValueError, match="got no figures of validation to draw"):
+    with pytest.raises(ValueError, match="got no metrics to draw"):
         accuracy_figure({"a": {}})
 
 
