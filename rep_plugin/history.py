@@ -47,7 +47,7 @@ def check_history(history: Sequence[Mapping]) -> None:
     for place, step in enumerate(history):
         if not isinstance(step, Mapping) or step.get("step") not in _REPLAYS:
             what = step.get("step") if isinstance(step, Mapping) else step
-            raise ArgumentError(f"unknown step {what!r} in the history, expected one of {', '.join(_REPLAYS)}")
+            raise ArgumentError(f"unknown step {what!r} in the history, expected one of {', '.join(sorted(_REPLAYS))}")
         if odd := sorted((step.keys() - {"step"}) ^ _REPLAYS[step["step"]][0]):
             raise ArgumentError(f"step {place} of the history ({step['step']}): missing or unknown {odd}")
 

@@ -84,7 +84,7 @@ def test_plans_in_any_form(tmp_path):
     ("history", "message"),
     [
         ("prune", "a history must be a list of steps, got str"),
-        (["prune"], "unknown step 'prune' in the history, expected one of prune, reparameterize, classifier"),
+        (["prune"], "unknown step 'prune' in the history, expected one of classifier, prune, reparameterize"),
         ([{"step": "fuse"}], "unknown step 'fuse'"),
         ([{}], "unknown step None"),
         (
