@@ -113,7 +113,7 @@ def test_detectors_train_deploy_and_are_pruned(kind):
         assert relative_error(ours["boxes"], theirs["boxes"]) < 1e-4
 
     with pytest.raises(
-        TraceError, match=r"cannot trace .*: values decide which rows .* \(a detector's backbone, say\)$"
+        TraceError, match=r"cannot trace .*: values decide which rows .* \(a detector's backbone, for example\)$"
     ):
         rep_plugin.plan_pruning(model, (2, 3, 64, 64), "l1", 0.3)
     plan = rep_plugin.plan_pruning(model.backbone, (2, 3, 64, 64), "l1", 0.3)

@@ -1,4 +1,4 @@
-"""``apply_plan``: remove the channels that a plan does not keep, prove it on copies first, and say what was done."""
+"""``apply_plan``: remove the channels that a plan does not keep, proven on copies first, and report it."""
 
 import copy
 import time
@@ -9,7 +9,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from rep_plugin.errors import ArgumentError, EquivalenceError
+from rep_plugin.errors import ArgumentError, EquivalenceError, first_line
 from rep_plugin.history import history_of, record_, replays
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.report import BlockReport, Report
@@ -27,8 +27,20 @@ TOLERANCE = 1e-9  # relative, in float64
 
 @dataclass
 class PruneReport(Report):
-    """A report that also holds ``widths`` (layer -> before, after), ``frozen`` (layer -> reason), and the plan's measured
-    milliseconds, where it was made by latency."""
+    """A report of :func:`apply_plan`, with the widths of layers.
+
+    Attributes:
+        widths: {layer: (channels before, after)}.
+        frozen: {layer: why it stays as it is}.
+        latency_before: Milliseconds of the dense model, where the plan was made by latency.
+        latency_after: Milliseconds of the pruned one.
+
+    Example:
+        >>> from rep_plugin.pruning import PruneReport
+        >>> report = PruneReport("apply_plan", 500, 300, widths={"conv": (16, 9)})
+        >>> report.table().title
+        'apply_plan: 1 of 1 layers narrower, 0 frozen'
+    """
 
     widths: dict[str, tuple[int, int]] = field(default_factory=dict)
     frozen: dict[str, str] = field(default_factory=dict)
@@ -36,7 +48,7 @@ class PruneReport(Report):
     latency_after: float | None = None
 
     def table(self) -> Table:
-        """Return the figures as a rich table."""
+        """Return the metrics as a rich table."""
         table = super().table()
         changed = sum(before != after for before, after in self.widths.values())
         table.title = f"{self.action}: {changed} of {len(self.widths)} layers narrower, {len(self.frozen)} frozen"
@@ -54,16 +66,34 @@ def apply_plan(
     verify: bool = True,
     example_input: Tensor | None = None,
 ) -> PruneReport:
-    """Remove channels from ``model``, in place, as ``plan`` says, and return a report.
+    """Remove the channels that ``plan`` does not keep, in place.
 
-    Parameters stay the same objects, with their gradients; the state of ``optimizer`` (or several; a wrapper with an
-    ``optimizer`` inside will do) is sliced along. ``ema`` is a second copy of the model (or a wrapper with one as
-    ``module``), pruned alike. ``verify`` first compares, in float64 and on copies, the model with removed channels set to
-    zero (:func:`rep_plugin.pruning.surgery.mask.mask_channels_`) and the one without them, on ``example_input`` (default:
-    random, of the plan's shape) and on another size; relative tolerance 1e-9.
+    Parameters stay the same objects, with their gradients.
 
-    Raises ValueError where the plan is not for this model, or the model is wrapped (DDP: pass ``.module``, wrap again
-    after), :class:`rep_plugin.errors.EquivalenceError` where the proof fails. Everything is then as it was.
+    Args:
+        model: Not wrapped: pass the ``.module`` of DDP, and wrap it again after.
+        plan: Made for this model.
+        optimizer: One or several whose state is sliced along; a wrapper with an ``optimizer`` inside will do.
+        ema: A second copy of the model (or a wrapper with one as ``module``), pruned alike.
+        verify: First compare, in float64 and on copies, the model with removed channels set to zero and the one without
+            them, at a relative tolerance of 1e-9.
+        example_input: For that, (N, C, H, W); random and of the plan's shape by default. Another size is tried as well.
+
+    Returns:
+        The report.
+
+    Raises:
+        ArgumentError: The plan is not for this model, the model is wrapped, or an optimizer or ``ema`` does not fit.
+            Everything is then as it was.
+        EquivalenceError: The proof fails. Everything is then as it was.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin import apply_plan, plan_pruning
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 1)).eval()
+        >>> report = apply_plan(net, plan_pruning(net, (1, 3, 8, 8), "l1", 0.5))
+        >>> net[0].weight.shape, report.max_rel_error < 1e-9
+        (torch.Size([4, 3, 3, 3]), True)
     """
     started = time.perf_counter()
     if not isinstance(plan, PrunePlan):
@@ -107,7 +137,7 @@ def _replay(model: nn.Module, plan: Mapping | str) -> nn.Module:
 
 
 def _macs(model: nn.Module, trace: Trace, kept: KeptChannels) -> int:
-    """Multiply-adds of one forward pass of the model as it is; the trace knows them where it counts no merged form."""
+    """Multiply-adds of one forward pass of the model as it is; the trace contains them where it counts no merged form."""
     if not trace.block_parameters:
         return count_costs(trace, kept).macs
     first = next(model.parameters())
@@ -120,7 +150,19 @@ def _frozen_note(names: list[str], reason: str) -> str:
 
 
 def kept_by(plan: PrunePlan, model: nn.Module, trace: Trace) -> KeptChannels:
-    """Return what a plan keeps of a traced model. Raises ValueError, naming the layer, where the two do not fit."""
+    """Return what a plan keeps of a traced model.
+
+    Args:
+        plan: Of this model.
+        model: For its name in messages.
+        trace: Of the model.
+
+    Returns:
+        The channels that stay.
+
+    Raises:
+        ArgumentError: The plan does not fit; the message names the layer.
+    """
     for name, (before, _) in plan.widths.items():
         if name not in trace.layers:
             raise ArgumentError(
@@ -187,7 +229,16 @@ def _refresh_table(ema: nn.Module, shadow: nn.Module) -> None:
 
 
 def proof_inputs(model: nn.Module, shape: Sequence[int], example_input: Tensor | None) -> list[Tensor]:
-    """Return what a proof runs a model on: the example, or two random pictures of the traced shape, and another size."""
+    """Return the inputs of a proof: the example, or two random images of the traced shape, and another size.
+
+    Args:
+        model: That is compared.
+        shape: Of the traced input, (N, C, H, W).
+        example_input: Taken instead of random images where one is given.
+
+    Returns:
+        The inputs.
+    """
     if example_input is None:
         shape = (max(2, shape[0]), *shape[1:])
         example_input = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -202,12 +253,8 @@ def _prove(model: nn.Module, trace: Trace, kept: KeptChannels, inputs: list[Tens
         masked = KeptOutputs(masked, trace, kept)
     try:
         found = verify_equivalence(masked, removed, inputs, tolerance=TOLERANCE, keep=False)
-    except (RuntimeError, IndexError) as error:
-        if isinstance(error, EquivalenceError):
-            raise EquivalenceError(f"removing channels does not equal setting them to zero: {error}") from error
+    except EquivalenceError as error:
+        raise EquivalenceError(f"removing channels does not equal setting them to zero: {error}") from error
+    except (RuntimeError, IndexError) as error:  # torch's, of shapes that do not fit
         raise EquivalenceError(f"the model does not run without the removed channels: {first_line(error)}") from error
     report.add_proof(found)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

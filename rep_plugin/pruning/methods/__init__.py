@@ -1,1 +1,22 @@
-"""Training methods that make channels removable."""
+"""Training that prepares a model for pruning: sparsity, soft pruning, ResRep and centripetal SGD."""
+
+from rep_plugin.pruning.methods.centripetal import Centripetal, cluster_distances, merge_clusters_, snap_clusters_
+from rep_plugin.pruning.methods.clusters import Clusters, plan_clusters
+from rep_plugin.pruning.methods.resrep import Forgetting, ResRep
+from rep_plugin.pruning.methods.soft_pruning import count_returned, zero_channels_
+from rep_plugin.pruning.methods.sparsity import Sparsity, prunable_parts
+
+__all__ = [
+    "Centripetal",
+    "Clusters",
+    "Forgetting",
+    "ResRep",
+    "Sparsity",
+    "cluster_distances",
+    "count_returned",
+    "merge_clusters_",
+    "plan_clusters",
+    "prunable_parts",
+    "snap_clusters_",
+    "zero_channels_",
+]

@@ -14,8 +14,9 @@ from rep_plugin.errors import ArgumentError
 from rep_plugin.measure.verify import verify_equivalence
 from rep_plugin.pruning.apply import TOLERANCE, PruneReport, apply_plan, kept_by, proof_inputs
 from rep_plugin.pruning.methods.clusters import Alignment, Clusters, leads_of
+from rep_plugin.pruning.methods.sparsity import trained_parameters, was_skipped
 from rep_plugin.pruning.surgery.remove import keep_filters_, measure_filters, remove_channels_
-from rep_plugin.pruning.tracing.graph import Trace
+from rep_plugin.pruning.tracing.graph import Trace, named_tensors
 from rep_plugin.pruning.tracing.groups import find_groups
 from rep_plugin.pruning.tracing.kept_channels import KeptChannels
 from rep_plugin.pruning.tracing.tracer import trace_channels
@@ -24,11 +25,19 @@ from rep_plugin.pruning.tracing.tracer import trace_channels
 class Members:
     """The places of clusters in a model's tensors.
 
-    ``rows``: tensor name -> (dimension, target (C,)), for all that makes channels or goes along with them: kernels and
-    biases, gammas, betas and running statistics; ``columns``: the same, or (groups, width), for kernels that read them.
-    ``groups``: tensor name -> number of the group (C,) of each place, in ``names``; -1 outside of clusters.
+    Args:
+        model: That the clusters are for.
+        clusters: Of its channels.
 
-    Raises ValueError where the clusters are not for this model.
+    Attributes:
+        rows: {tensor name: (dimension, target (C,))}, for all that makes channels or goes along with them: kernels and
+            biases, gammas, betas and running statistics.
+        columns: The same, or targets (groups, width), for kernels that read channels.
+        groups: {tensor name: number of the group (C,) of each place, in ``names``}; -1 outside of clusters.
+        names: The first layer of each group.
+
+    Raises:
+        ArgumentError: The clusters are not for this model.
     """
 
     def __init__(self, model: nn.Module, clusters: Clusters):
@@ -58,7 +67,16 @@ class Members:
 
 
 def cluster_means(tensor: Tensor, dim: int, target: Tensor) -> Tensor:
-    """Return a tensor whose entries along ``dim`` are the means over places with the same ``target`` (C,)."""
+    """Return a tensor whose entries along a dimension are the means over the places of one cluster.
+
+    Args:
+        tensor: Of any shape.
+        dim: The dimension of the clusters, of length C.
+        target: The place that stays for each place (C,); a cluster has one.
+
+    Returns:
+        A tensor of the same shape.
+    """
     rows = tensor.movedim(dim, 0)
     flat = rows.reshape(len(target), -1)  # torch adds rows of a matrix ten times faster than those of a kernel
     sizes = torch.bincount(target, minlength=len(target)).clamp_min_(1).to(flat.dtype)
@@ -69,18 +87,32 @@ def cluster_means(tensor: Tensor, dim: int, target: Tensor) -> Tensor:
 class Centripetal:
     """Draws the filters of each cluster together, at every real step of an optimizer.
 
-    With SGD, before the step each filter's gradient becomes its cluster's mean, plus ``strength`` (the paper's epsilon)
-    times the filter's distance from the cluster's mean: after gradients are accumulated, averaged over processes, unscaled
-    (also where a fused optimizer does that itself) and clipped, so that the pull is never clipped and is there once a step;
-    a step that mixed precision leaves out leaves it out. Gammas, betas, biases and depthwise kernels likewise. Momentum and
-    weight decay are the optimizer's: linear, so alike for all members, and decay shrinks distances as well, in all by
-    about ``exp(-(strength + weight_decay) * sum(lr) / (1 - momentum))``, and by no more than sqrt(momentum) a step.
+    With SGD, before the step each filter's gradient becomes its cluster's mean, plus ``strength`` times the filter's
+    distance from the cluster's mean. This is after gradients are accumulated, averaged over processes, unscaled (also where
+    a fused optimizer does that itself) and clipped: the pull is never clipped, and is there once a step. A step that mixed
+    precision leaves out leaves it out. Gammas, betas, biases and depthwise kernels likewise. Momentum and weight decay are
+    the optimizer's: linear, so alike for all members. Decay shrinks distances as well, in all by about
+    ``exp(-(strength + weight_decay) * sum(lr) / (1 - momentum))``, and by no more than sqrt(momentum) a step.
 
     Optimizers that divide by second moments would divide each member's pull by something else, and remember it. So with
     any other than SGD the gradient is the mean alone, and after the step each filter is moved to the mean by ``lr *
     strength`` of its distance, which falls as ``exp(-strength * sum(lr))``: take a larger strength.
 
-    Raises ValueError, on attaching, where a parameter of a cluster is in none of the optimizers.
+    Args:
+        model: In training.
+        clusters: Of its channels.
+        strength: The paper's epsilon.
+
+    Raises:
+        ArgumentError: The clusters are not for this model; on attaching, a parameter of a cluster is in no optimizer.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.pruning.methods import Centripetal, plan_clusters
+        >>> from rep_plugin.pruning.planning import Budget
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 1))
+        >>> pull = Centripetal(net, plan_clusters(net, (1, 3, 8, 8), Budget(0.5)))
+        >>> pull.attach([torch.optim.SGD(net.parameters(), 0.1)])
     """
 
     def __init__(self, model: nn.Module, clusters: Clusters, strength: float = 3e-3):
@@ -116,11 +148,9 @@ class Centripetal:
         self._handles = []
 
     def _each(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[nn.Parameter, int, Tensor, dict]]:
-        # Groups are looked at anew: loading an optimizer's state replaces them.
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                if p in self._places and p.grad is not None:
-                    yield p, *self._places[p], group
+        for p, group in trained_parameters(optimizer):
+            if p in self._places:
+                yield p, *self._places[p], group
 
     @torch.no_grad()
     def _pull(self, optimizer: torch.optim.Optimizer, strength: float) -> None:
@@ -132,25 +162,38 @@ class Centripetal:
 
     @torch.no_grad()
     def _draw(self, optimizer: torch.optim.Optimizer) -> None:
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and bool(found_inf):
-            return  # the optimizer was called, and has done nothing
+        if was_skipped(optimizer):
+            return
         for p, dim, target, group in self._each(optimizer):
             p.lerp_(cluster_means(p, dim, target), min(1.0, float(group["lr"]) * self.strength))
 
 
 def _cluster_tensors(model: nn.Module, members: Members) -> Iterator[tuple[str, Tensor, int, Tensor]]:
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = named_tensors(model)
     for name, (dim, target) in members.rows.items():
         yield name, tensors[name], dim, target.to(tensors[name].device)
 
 
 @torch.no_grad()
 def cluster_distances(model: nn.Module, clusters: Clusters | Members) -> dict[str, tuple[float, float]]:
-    """Return {first layer of a group: (max, relative)}, how far filters are from the means of their clusters.
+    """Return how far the filters of each group are from the means of their clusters.
 
-    Over all parameters of the group's clusters: the largest difference, and the norm of all differences divided by that of
-    the parameters.
+    Args:
+        model: In training.
+        clusters: Of its channels.
+
+    Returns:
+        {first layer of a group: (max, relative)}, over all parameters of the group's clusters: the largest difference, and
+        the norm of all differences divided by that of the parameters.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.pruning.methods import cluster_distances, plan_clusters
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 1))
+        >>> torch.nn.init.ones_(net[0].weight), torch.nn.init.zeros_(net[0].bias)  # doctest: +ELLIPSIS
+        (...
+        >>> cluster_distances(net, plan_clusters(net, (1, 3, 8, 8), {"0": 4}))
+        {'0': (0.0, 0.0)}
     """
     members = clusters if isinstance(clusters, Members) else Members(model, clusters)
     largest, gaps, norms = torch.zeros(3, len(members.names), dtype=torch.float64)
@@ -170,7 +213,23 @@ def cluster_distances(model: nn.Module, clusters: Clusters | Members) -> dict[st
 
 @torch.no_grad()
 def snap_clusters_(model: nn.Module, clusters: Clusters) -> dict[str, tuple[float, float]]:
-    """Set every filter, gamma, beta and running statistic to its cluster's mean; return the distances before."""
+    """Set every filter, gamma, beta and running statistic to its cluster's mean.
+
+    Args:
+        model: Changed in place.
+        clusters: Of its channels.
+
+    Returns:
+        The distances before, as :func:`cluster_distances`.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.pruning.methods import plan_clusters, snap_clusters_
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 1))
+        >>> clusters = plan_clusters(net, (1, 3, 8, 8), {"0": 1})
+        >>> list(snap_clusters_(net, clusters)), bool((net[0].weight == net[0].weight[0]).all())
+        (['0'], True)
+    """
     members = Members(model, clusters)
     distances = cluster_distances(model, members)
     for _, tensor, dim, target in _cluster_tensors(model, members):
@@ -186,14 +245,31 @@ def merge_clusters_(
     verify: bool = True,
     example_input: Tensor | None = None,
 ) -> PruneReport:
-    """Make every cluster one channel, in place, after :func:`snap_clusters_`, and return the report of the removal.
+    """Make every cluster one channel, in place, after :func:`snap_clusters_`.
 
-    The layers that read a cluster's channels read their one channel by the sum of their columns. ``verify`` first compares
-    the model with its merged form, in float64 and on copies, on ``example_input`` (default: random) and on another size;
-    relative tolerance 1e-9.
+    The layers that read a cluster's channels read their one channel by the sum of their columns.
 
-    Raises ValueError where members of a cluster are not equal, or the clusters are not for this model, and
-    :class:`rep_plugin.errors.EquivalenceError` where the proof fails. The model is then as it was.
+    Args:
+        model: Of which the members of each cluster are equal.
+        clusters: Of its channels.
+        verify: First compare the model with its merged form, in float64 and on copies, at a relative tolerance of 1e-9.
+        example_input: For that, (N, C, H, W); random by default. Another size is tried as well.
+
+    Returns:
+        The report of the removal.
+
+    Raises:
+        ArgumentError: Members of a cluster are not equal, or the clusters are not for this model. It is then as it was.
+        EquivalenceError: The proof fails. The model is then as it was.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.pruning.methods import merge_clusters_, plan_clusters, snap_clusters_
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 1)).eval()
+        >>> clusters = plan_clusters(net, (1, 3, 8, 8), {"0": 5})
+        >>> distances = snap_clusters_(net, clusters)
+        >>> merge_clusters_(net, clusters).max_rel_error < 1e-9, net[1].weight.shape
+        (True, torch.Size([4, 5, 1, 1]))
     """
     started = time.perf_counter()
     members = Members(model, clusters)
@@ -218,7 +294,7 @@ def _prove(model: nn.Module, members: Members, inputs: list[Tensor]):
 
 @torch.no_grad()
 def _sum_columns_(model: nn.Module, members: Members) -> None:
-    """The column of the channel that stays becomes the sum over its cluster, the others zero."""
+    """Set the column of the channel that stays to the sum over its cluster, the others to zero."""
     trace: Trace = members.trace
     filters = measure_filters(model, trace)
     for name, (dim, target) in members.columns.items():

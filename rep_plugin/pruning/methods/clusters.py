@@ -29,17 +29,34 @@ _ROUNDS = 30
 
 @dataclass(frozen=True)
 class Clusters:
-    """``plan`` keeps the first channel of every cluster; ``stands_for``: layer -> for each channel, which stays for it."""
+    """Which channels shall become one.
+
+    Args:
+        plan: Keeps the first channel of every cluster.
+        stands_for: {layer: for each of its channels, the one that stays for it}.
+
+    Example:
+        >>> from rep_plugin.pruning.methods import plan_clusters
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 4, 1))
+        >>> plan_clusters(net, (1, 3, 8, 8), {"0": 2}, clusters="even").stands_for
+        {'0': (0, 0, 2, 2)}
+    """
 
     plan: PrunePlan
     stands_for: dict[str, tuple[int, ...]]
 
     def to_json(self) -> str:
+        """Return the clusters, with their plan, as JSON text."""
         return json.dumps({"plan": asdict(self.plan), "stands_for": self.stands_for})
 
     @classmethod
     def from_json(cls, text: str) -> "Clusters":
-        """Raises ValueError, in one line, for what is none."""
+        """Return the clusters of a JSON text.
+
+        Raises:
+            ArgumentError: It is no such text.
+        """
         data = json.loads(text)
         if not isinstance(data, dict) or set(data) != {"plan", "stands_for"}:
             raise ArgumentError(f"the text holds no clusters, expected plan and stands_for, got {text[:40]!r}")
@@ -129,7 +146,15 @@ class Alignment:
 
 
 def leads_of(clusters: Clusters, trace: Trace) -> dict[int, int]:
-    """Return {unit: the unit that stays for it} for the units that go."""
+    """Return the units that go, with the unit that stays for each.
+
+    Args:
+        clusters: Of a model.
+        trace: Of the same model.
+
+    Returns:
+        {unit: the unit that stays for it}.
+    """
     roots, leads = trace.channels.roots(), {}
     for name, stands_for in clusters.stands_for.items():
         units = roots[trace.layers[name].labels]
@@ -140,9 +165,17 @@ def leads_of(clusters: Clusters, trace: Trace) -> dict[int, int]:
 def cluster_points(points: Tensor, number: int, method: str, seed: int = 0) -> list[int]:
     """Return the cluster of each point: exactly ``number`` clusters, none empty.
 
-    ``even``: runs of equal length. ``kmeans``: Lloyd's rounds from k-means++ starts (Arthur and Vassilvitskii, SODA 2007),
-    drawn by a generator of their own.
+    Args:
+        points: (N, D).
+        number: Of the clusters, N at most.
+        method: ``even``, runs of equal length; or ``kmeans``, Lloyd's rounds from k-means++ starts (Arthur and
+            Vassilvitskii, SODA 2007).
+        seed: Of the starts.
+
+    Returns:
+        The cluster of each point, N numbers.
     """
+    # scipy's k-means may leave clusters empty, where points are equal for example; a plan needs all of them.
     if method == "even":
         return [place * number // len(points) for place in range(len(points))]
     if points.shape[1] > len(points):
@@ -220,6 +253,14 @@ def plan_clusters(
     Raises:
         ArgumentError: The method is unknown, or as :func:`rep_plugin.plan_pruning` says.
         TraceError: The model cannot be traced.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.pruning.methods import plan_clusters
+        >>> from rep_plugin.pruning.planning import Budget
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 1))
+        >>> plan_clusters(net, (1, 3, 8, 8), Budget(prune_fraction=0.5)).plan.widths["0"]
+        (8, 4)
     """
     if clusters not in METHODS:
         raise ArgumentError(f"clusters must be one of {METHODS}, got {clusters!r}")

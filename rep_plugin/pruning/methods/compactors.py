@@ -20,8 +20,15 @@ NAME = "compactor"  # of the child that a compactor becomes, so that every other
 
 
 class Compactor(nn.Module):
-    """A 1x1 convolution (C, C / groups, 1, 1) without bias that begins as the identity. No ``nn.Conv2d``: a network's own
-    initialisation, which goes by type, must leave it alone."""
+    """A 1x1 convolution (C, C / groups, 1, 1) without bias that begins as the identity.
+
+    No ``nn.Conv2d``: a network's own initialisation, which goes by type, must leave it alone.
+
+    Args:
+        channels: C.
+        groups: Of the convolution.
+        like: A tensor whose dtype and device it gets.
+    """
 
     def __init__(self, channels: int, groups: int = 1, like: Tensor | None = None):
         super().__init__()
@@ -47,10 +54,16 @@ class Compactor(nn.Module):
 
 @dataclass(frozen=True)
 class Site:
-    """Where a compactor stands: behind the output of ``place``, which is that of ``norm`` behind ``conv``.
+    """Where a compactor stands.
 
-    ``place`` is the norm, or what timm's BatchNormAct2d calls between norm and activation. ``scored``: its rows tell what
-    a channel is worth; a depthwise convolution's, whose groups are single channels, only follow.
+    Attributes:
+        conv: The convolution before.
+        norm: The batch norm that alone reads it.
+        place: The module whose output the compactor takes: the norm, or what timm's BatchNormAct2d calls between norm and
+            activation.
+        groups: Of the compactor.
+        scored: Its rows are part of a channel's score; those of a depthwise convolution, whose groups are single channels,
+            only follow.
     """
 
     conv: str
@@ -73,10 +86,17 @@ def _place(bn: nn.Module, name: str) -> str | None:
 
 
 def find_sites(model: nn.Module, trace: Trace) -> list[Site]:
-    """Return where compactors can stand: behind each batch norm that alone reads a convolution, in order of execution.
+    """Return where compactors can stand: behind each batch norm that alone reads a convolution.
 
     A compactor has the groups of its convolution, so that it merges into that; behind a depthwise one it is a factor for
     each channel.
+
+    Args:
+        model: Left as it is.
+        trace: Of the model.
+
+    Returns:
+        The places, in order of execution.
     """
     sites = []
     for norm, conv in trace.conv_of_norm.items():
@@ -94,14 +114,27 @@ def _compact(place: nn.Module, args: tuple, output: Tensor) -> Tensor:
 
 
 def compactors_of(model: nn.Module, sites: Iterable[Site]) -> dict[str, Compactor]:
-    """Return the compactors of a model by the names of their convolutions."""
+    """Return the compactors of a model.
+
+    Args:
+        model: With compactors.
+        sites: Where they stand.
+
+    Returns:
+        {name of the convolution: compactor}.
+    """
     return {site.conv: getattr(model.get_submodule(site.place), NAME) for site in sites}
 
 
 def insert_compactors_(model: nn.Module, sites: Sequence[Site]) -> None:
     """Put an identity behind every site, as a child named ``compactor``: all other keys of the state dict stay.
 
-    Raises ValueError where there is something of that name.
+    Args:
+        model: Changed in place.
+        sites: Where the compactors shall stand.
+
+    Raises:
+        ArgumentError: A site has something of that name.
     """
     for site in sites:
         place = model.get_submodule(site.place)
@@ -114,7 +147,16 @@ def insert_compactors_(model: nn.Module, sites: Sequence[Site]) -> None:
 
 
 def require_running(model: nn.Module, sites: Sequence[Site], shape: tuple[int, ...]) -> None:
-    """Raise ValueError where a forward pass does not run a compactor: what calls its norm does not call it as a module."""
+    """Require that a forward pass runs every compactor.
+
+    Args:
+        model: With compactors.
+        sites: Where they stand.
+        shape: Of an input, (N, C, H, W).
+
+    Raises:
+        ArgumentError: A compactor is not run: the model does not call its norm as a module.
+    """
     slices = trace_channels(model, shape).slices
     for site in sites:
         if member(site.place, f"{NAME}.weight") not in slices:
@@ -123,12 +165,16 @@ def require_running(model: nn.Module, sites: Sequence[Site], shape: tuple[int, .
 
 @torch.no_grad()
 def merge_compactors_(model: nn.Module, sites: Iterable[Site]) -> None:
-    """Merge every compactor into the convolution before its batch norm, in place; the keys are the stock network's again.
+    """Merge every compactor into the convolution before its batch norm; the keys are the stock network's again.
 
     In eval mode nothing changes: the convolution takes the norm's scale and the compactor in, and the norm takes their
-    shift: ``beta' = Q beta``, ``mean' = Q (scale * mean)``, a bias of the convolution likewise. Its variance, which says
-    nothing in eval mode (``gamma' = sqrt(var' + eps)``), is the sum of ``Q^2 gamma^2``: that of its input as far as
-    channels are not correlated, so that fine-tuning begins near this function. Computed in float64.
+    shift: ``beta' = Q beta``, ``mean' = Q (scale * mean)``, a bias of the convolution likewise. Its variance, which is free
+    in eval mode (``gamma' = sqrt(var' + eps)``), is the sum of ``Q^2 gamma^2``: that of its input as far as channels are
+    not correlated, so that fine-tuning begins near this function. Computed in float64.
+
+    Args:
+        model: With compactors, changed in place.
+        sites: Where they stand.
     """
     for site in sites:
         conv, bn = model.get_submodule(site.conv), model.get_submodule(site.norm)

@@ -59,6 +59,15 @@ class ResRep:
         ArgumentError: The budget is another one or cannot be met, a pattern fits no layer, or the model has no place for a
             compactor.
         TraceError: The model cannot be traced.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.pruning.methods import ResRep
+        >>> from rep_plugin.pruning.planning import Budget
+        >>> layers = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Conv2d(8, 4, 1)
+        >>> resrep = ResRep(torch.nn.Sequential(*layers), (1, 3, 8, 8), Budget(macs=0.5))
+        >>> [site.conv for site in resrep.sites], resrep.macs_before, resrep.target
+        (['0'], 8928, 4464)
     """
 
     def __init__(
@@ -120,10 +129,17 @@ class ResRep:
         return [compactor.weight for compactor in compactors_of(model, self.sites).values()]
 
     def choose(self, model: nn.Module, macs: int | None = None) -> PrunePlan:
-        """Return what is to be forgotten so that ``macs`` (default: the target) remain: the channels of the lowest scores.
+        """Return the plan of what is to be forgotten: the channels of the lowest scores.
 
-        The plan is for the model without compactors. Raises ValueError where so few cannot remain, and for rows that are
-        not finite.
+        Args:
+            model: With compactors; the plan is for the model without.
+            macs: How many shall remain (default: the target).
+
+        Returns:
+            The plan.
+
+        Raises:
+            ArgumentError: So few cannot remain, or a row is not finite.
         """
         macs = self.target if macs is None else macs
         compactors = compactors_of(model, self.sites)
@@ -145,8 +161,16 @@ class ResRep:
         return rows
 
     def rows_left(self, model: nn.Module, plan: PrunePlan) -> dict[str, float]:
-        """Return what forgetting has come to: ``largest_dropped_row`` and ``smallest_kept_row``, norms, and
-        ``largest_dropped_share``, a dropped row's norm by the mean of those that stay beside it."""
+        """Return the progress of forgetting.
+
+        Args:
+            model: With compactors.
+            plan: Of :meth:`choose`.
+
+        Returns:
+            ``largest_dropped_row`` and ``smallest_kept_row``, norms, and ``largest_dropped_share``, a dropped row's norm by
+            the mean of those that stay beside it.
+        """
         forgotten, compactors = self.forgotten(plan), compactors_of(model, self.sites)
         found = dict(largest_dropped_row=0.0, largest_dropped_share=0.0, smallest_kept_row=torch.inf)
         for name, compactor in compactors.items():
@@ -161,11 +185,19 @@ class ResRep:
         return found
 
     def compact_(self, model: nn.Module, plan: PrunePlan, example_input: Tensor | None = None) -> PruneReport:
-        """Merge the compactors of a model and remove what ``plan`` forgets, in place; return the report.
+        """Merge the compactors of a model and remove what ``plan`` forgets, in place.
 
-        The one thing that is lost are the forgotten rows, as small as they are by now: they are set to zero. Two
-        proofs in float64 (relative tolerance 1e-9), on copies: the plan's, and the narrow network against the one with
-        compactors. Raises what :func:`rep_plugin.apply_plan` raises; the model is then as it was.
+        The one thing that is lost are the forgotten rows, as small as they are by now: they are set to zero. Two proofs in
+        float64 (relative tolerance 1e-9), on copies: the plan's, and the narrow network against the one with compactors.
+        Where something is raised, as by :func:`rep_plugin.apply_plan`, the model is as it was.
+
+        Args:
+            model: With compactors.
+            plan: Of :meth:`choose`.
+            example_input: For the proofs, (N, C, H, W); random by default.
+
+        Returns:
+            The report.
         """
         reference = copy.deepcopy(model).double()
         compactors, forgotten = compactors_of(reference, self.sites), self.forgotten(plan)
@@ -173,26 +205,41 @@ class ResRep:
             for name, rows in forgotten.items():
                 weight = compactors[name].weight
                 weight.index_fill_(0, rows.to(weight.device), 0)
-        twin = copy.deepcopy(reference)
-        merge_compactors_(twin, self.sites)
-        report = apply_plan(twin, plan, example_input=example_input)
+        merged = copy.deepcopy(reference)
+        merge_compactors_(merged, self.sites)
+        report = apply_plan(merged, plan, example_input=example_input)
         inputs = proof_inputs(model, plan.input_shape, example_input)
-        found = verify_equivalence(reference, twin, inputs, tolerance=TOLERANCE, keep=False)
+        found = verify_equivalence(reference, merged, inputs, tolerance=TOLERANCE, keep=False)
         report.max_abs_error = max(report.max_abs_error, found.total.max_abs)
         report.max_rel_error = max(report.max_rel_error, found.total.max_rel)
         merge_compactors_(model, self.sites)
         apply_plan(model, plan, verify=False)
-        model.load_state_dict(twin.state_dict())  # rounded once
+        model.load_state_dict(merged.state_dict())  # rounded once
         return report
 
 
 class Forgetting:
-    """What makes compactors forget, at every real step of an optimizer: group lasso of ``strength`` pulls all rows, the
-    gradient of the objective does not reach those that are marked, and these are pulled by ``marked_strength`` instead. A
-    marked row that reaches zero stays there, its momentum too: the paper's swing through it, for as long as momentum lasts.
-    It goes straight there: what momentum has of the objective is dropped when a row is marked.
+    """Makes compactors forget, at every real step of an optimizer.
+
+    Group lasso of ``strength`` pulls all rows. The gradient of the objective does not reach those that are marked, and
+    these are pulled by ``marked_strength`` instead. A marked row that reaches zero stays there, its momentum too: the
+    paper's swing through it, for as long as momentum lasts. It goes straight there: what momentum has of the objective is
+    dropped when a row is marked.
 
     It acts where :class:`rep_plugin.pruning.methods.sparsity.Sparsity` does, after accumulation, unscaling and clipping.
+
+    Args:
+        compactors: {name: weight of a compactor}.
+        strength: Of the lasso on all rows.
+        marked_strength: Of the lasso on marked rows, ``strength`` by default.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.pruning.methods import Forgetting
+        >>> weight = torch.nn.Parameter(torch.eye(2).view(2, 2, 1, 1))
+        >>> forgetting = Forgetting({"conv": weight}, 0.1)
+        >>> forgetting.mark({"conv": torch.tensor([1])})
+        >>> forgetting.attach([torch.optim.SGD([weight], 0.1, momentum=0.9)])
     """
 
     def __init__(self, compactors: dict[str, nn.Parameter], strength: float, marked_strength: float | None = None):
@@ -217,7 +264,11 @@ class Forgetting:
                 _forget_momentum_(optimizer, weight, new)
 
     def attach(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        """Act on the steps of these optimizers. Raises ValueError where none of them has any of the compactors."""
+        """Act on the steps of these optimizers.
+
+        Raises:
+            ArgumentError: None of them has any of the compactors.
+        """
         self._optimizers = optimizers = list(optimizers)
         # Hooks run in the order in which they are registered: the gradient is replaced, then the lasso is added.
         self._handles = [one.register_step_pre_hook(lambda optimizer, *_: self._mask(optimizer)) for one in optimizers]

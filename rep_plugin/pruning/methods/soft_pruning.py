@@ -6,7 +6,7 @@ from torch import nn
 from rep_plugin.pruning.apply import kept_by
 from rep_plugin.pruning.planning.plan import PrunePlan
 from rep_plugin.pruning.surgery.mask import mask_channels_
-from rep_plugin.pruning.tracing.graph import Trace
+from rep_plugin.pruning.tracing.graph import Trace, named_tensors
 from rep_plugin.pruning.tracing.kept_channels import KeptChannels
 from rep_plugin.pruning.tracing.tracer import trace_channels
 
@@ -17,10 +17,26 @@ def _traced(model: nn.Module, plan: PrunePlan) -> tuple[Trace, KeptChannels]:
 
 
 def zero_channels_(model: nn.Module, plan: PrunePlan) -> None:
-    """Set to zero, in place, what makes the channels that ``plan`` removes: kernels and biases, gammas and betas.
+    """Set to zero what makes the channels that ``plan`` removes: kernels and biases, gammas and betas.
 
     The model then computes what it would without them. Behind a ReLU their gradients are zero as well: they come back by
-    the momentum that the optimizer has for them, which stays. Raises ValueError where the plan is not for this model.
+    the momentum that the optimizer has for them, which stays.
+
+    Args:
+        model: Changed in place.
+        plan: Made for this model.
+
+    Raises:
+        ArgumentError: The plan is not for this model.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin import plan_pruning
+        >>> from rep_plugin.pruning.methods import zero_channels_
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 1))
+        >>> zero_channels_(net, plan_pruning(net, (1, 3, 8, 8), "l1", 0.5))
+        >>> int((net[0].weight.abs().sum((1, 2, 3)) == 0).sum())
+        4
     """
     trace, kept = _traced(model, plan)
     mask_channels_(model, trace, kept)
@@ -28,12 +44,27 @@ def zero_channels_(model: nn.Module, plan: PrunePlan) -> None:
 
 @torch.no_grad()
 def count_returned(model: nn.Module, plan: PrunePlan) -> tuple[int, int]:
-    """Return how many of the channels that :func:`zero_channels_` set to zero are not any more, and how many it were.
+    """Return how many of the channels that :func:`zero_channels_` set to zero are not zero any more.
 
-    Channels are counted once in every tensor that makes them.
+    Args:
+        model: In training.
+        plan: By which channels were set to zero.
+
+    Returns:
+        (how many are not zero, how many were set to zero); channels are counted once in every tensor that makes them.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin import plan_pruning
+        >>> from rep_plugin.pruning.methods import count_returned, zero_channels_
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, bias=False), torch.nn.Conv2d(8, 4, 1))
+        >>> plan = plan_pruning(net, (1, 3, 8, 8), "l1", 0.5)
+        >>> zero_channels_(net, plan)
+        >>> count_returned(net, plan)
+        (0, 4)
     """
     trace, kept = _traced(model, plan)
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = named_tensors(model)
     returned = total = 0
     for name, dim in trace.makers:
         labels = trace.slices[name][dim]

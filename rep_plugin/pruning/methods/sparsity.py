@@ -5,7 +5,7 @@ Algorithms" (2014): soft thresholding; Wen et al., "Structured Sparsity" (NeurIP
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 
 import torch
@@ -23,8 +23,24 @@ MODES = ("subgradient", "proximal")
 def prunable_parts(model: nn.Module, shape: tuple[int, ...]) -> tuple[list[str], list[str]]:
     """Return the names of the batch norms and of the convolutions with channels that could be removed.
 
-    Of a block only the output norms count: gammas inside are no signal. ``shape`` (N, C, ...) of an input. Raises
-    :class:`rep_plugin.pruning.TraceError` where the model cannot be traced.
+    Of a block only the output norms count: gammas inside are no signal.
+
+    Args:
+        model: Left as it is.
+        shape: Of an input, (N, C, ...).
+
+    Returns:
+        (batch norms, convolutions).
+
+    Raises:
+        TraceError: The model cannot be traced.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.pruning.methods import prunable_parts
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Conv2d(8, 4, 1))
+        >>> prunable_parts(net, (1, 3, 8, 8))
+        (['1'], ['0'])
     """
     trace = trace_channels(model, shape)
     roots, frozen = trace.channels.roots(), frozen_roots(trace)
@@ -52,16 +68,36 @@ def _has_gamma(module: nn.Module) -> bool:
 
 
 def check_strength(name: str, value: object) -> float:
-    """Return a strength as a float. Raises ValueError for what is no finite number >= 0."""
+    """Return a strength as a float.
+
+    Args:
+        name: Of the argument, for the message.
+        value: The strength.
+
+    Returns:
+        The value.
+
+    Raises:
+        ArgumentError: It is no finite number >= 0.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise ArgumentError(f"{name} must be a finite number >= 0, got {value!r}")
     return float(value)
 
 
 def strengths_of(names: Iterable[str], strength: float, overrides: Mapping[str, float]) -> dict[str, float]:
-    """Return {name: strength}: that of the first pattern that fits, or else the common one.
+    """Return the strength of each name: that of the first pattern that fits, or else the common one.
 
-    Raises ValueError for a pattern that fits no name.
+    Args:
+        names: Of batch norms.
+        strength: The common one.
+        overrides: {pattern: strength}.
+
+    Returns:
+        {name: strength}.
+
+    Raises:
+        ArgumentError: A pattern fits no name.
     """
     names = list(names)
     for pattern in overrides:
@@ -72,6 +108,18 @@ def strengths_of(names: Iterable[str], strength: float, overrides: Mapping[str, 
     return {n: next((value for p, value in overrides.items() if fnmatchcase(n, p)), strength) for n in names}
 
 
+def trained_parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[nn.Parameter, dict]]:
+    """Yield every parameter with a gradient, and its group, which loading an optimizer's state replaces."""
+    for group in optimizer.param_groups:
+        yield from ((p, group) for p in group["params"] if p.grad is not None)
+
+
+def was_skipped(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether the step did nothing: mixed precision told a fused optimizer of gradients that are not finite."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
+
+
 class Sparsity:
     """L1 on vectors (gammas) and group lasso on the rows of kernels, at every real step of an optimizer.
 
@@ -79,10 +127,30 @@ class Sparsity:
     the gradients are accumulated, averaged over processes, unscaled (also where a fused optimizer unscales them itself) and
     clipped. The term is thus never clipped, and is there once a step. ``proximal``: after the step every value is moved
     towards zero by ``lr * strength`` and stops there; filters shrink by as much in norm. Steps that mixed precision
-    leaves out leave the terms out. ``factor`` scales all strengths, for schedules. Parameters without a gradient are
-    not touched.
+    leaves out leave the terms out. Parameters without a gradient are not touched. Parameters keep their strength when
+    channels are removed in place.
 
-    Parameters keep their strength when channels are removed in place. Raises ValueError for a bad mode.
+    Args:
+        gammas: {parameter: strength} of L1.
+        kernels: {parameter: strength} of group lasso.
+        mode: ``subgradient`` or ``proximal``.
+
+    Attributes:
+        factor: Scales all strengths, for schedules.
+
+    Raises:
+        ArgumentError: The mode is unknown.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.pruning.methods import Sparsity
+        >>> gamma = torch.nn.Parameter(torch.tensor([1.0, 0.05]))
+        >>> optimizer = torch.optim.SGD([gamma], 0.1)
+        >>> Sparsity({gamma: 1.0}, mode="proximal").attach([optimizer])
+        >>> gamma.grad = torch.zeros(2)
+        >>> optimizer.step()
+        >>> [round(value, 2) for value in gamma.tolist()]
+        [0.9, 0.0]
     """
 
     def __init__(
@@ -97,7 +165,11 @@ class Sparsity:
         self._handles: list = []
 
     def attach(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        """Act on the steps of these optimizers. Raises ValueError where none of them has any of the parameters."""
+        """Act on the steps of these optimizers.
+
+        Raises:
+            ArgumentError: None of them has any of the parameters.
+        """
         optimizers = list(optimizers)
         held = {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
         if not any(id(p) in held for p in (*self.gammas, *self.kernels)):
@@ -114,39 +186,29 @@ class Sparsity:
             handle.remove()
         self._handles = []
 
-    def _each(self, optimizer: torch.optim.Optimizer, act: Callable[[nn.Parameter, float, bool, dict], None]) -> None:
-        # Groups are looked at anew: loading an optimizer's state replaces them.
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                for strengths, rows in ((self.gammas, False), (self.kernels, True)):
-                    strength = strengths.get(parameter, 0.0) * self.factor
-                    if strength and parameter.grad is not None:
-                        act(parameter, strength, rows, group)
+    def _each(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[nn.Parameter, float, bool, dict]]:
+        for parameter, group in trained_parameters(optimizer):
+            for strengths, rows in ((self.gammas, False), (self.kernels, True)):
+                if strength := strengths.get(parameter, 0.0) * self.factor:
+                    yield parameter, strength, rows, group
 
     @torch.no_grad()
     def _add_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         scale = getattr(optimizer, "grad_scale", None)  # set by GradScaler where the optimizer unscales on its own
-
-        def add(parameter: nn.Parameter, strength: float, rows: bool, group: dict) -> None:
+        for parameter, strength, rows, _ in self._each(optimizer):
             term = directions(parameter) if rows else parameter.sign()
             parameter.grad.add_(term if scale is None else term * scale.to(term.device), alpha=strength)
 
-        self._each(optimizer, add)
-
     @torch.no_grad()
     def _shrink(self, optimizer: torch.optim.Optimizer) -> None:
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and bool(found_inf):
-            return  # the optimizer was called, and has done nothing
-
-        def shrink(parameter: nn.Parameter, strength: float, rows: bool, group: dict) -> None:
+        if was_skipped(optimizer):
+            return
+        for parameter, strength, rows, group in self._each(optimizer):
             threshold = strength * float(group["lr"])
             if rows:
                 parameter.mul_((1 - threshold / _norms(parameter)).clamp_min_(0))
             else:
                 parameter.copy_(nn.functional.softshrink(parameter, threshold))
-
-        self._each(optimizer, shrink)
 
 
 def _norms(kernel: Tensor) -> Tensor:

@@ -55,10 +55,18 @@ def _combination(
 
 
 def bundle_units(trace: Trace, units: Tensor, scores: Tensor) -> tuple[list[list[int]], list[int]]:
-    """Return (bundles, left): lists of units to remove together, lowest ``scores`` first, and units that fit in none.
+    """Return lists of units to remove together, and the units that fit in none.
 
-    ``units`` (U,) roots of one group, ``scores`` (U,). Most bundles are single units. In a grouped convolution a bundle
-    takes one channel, the lowest that is left, from each of its groups.
+    Most bundles are single units. In a grouped convolution a bundle takes one channel, the lowest that is left, from each
+    of its groups.
+
+    Args:
+        trace: Of the model.
+        units: Roots of the units of one group (U,).
+        scores: Of the units (U,).
+
+    Returns:
+        (bundles, lowest scores first; units that are left).
     """
     counts = _counts(trace, units)
     order = torch.argsort(scores, stable=True)

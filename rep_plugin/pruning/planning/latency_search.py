@@ -1,6 +1,6 @@
 """Which channels go so that the model takes a given time, by the table of layers and by timing what is really pruned.
 
-Multiply-adds do not tell the time: a convolution with 61 channels can take longer than one with 64. The table is quick and
+Multiply-adds are not time: a convolution with 61 channels can take longer than one with 64. The table is quick and
 adds up to an estimate; what counts is the pruned model itself, timed in turns with the dense one. (Yang et al.,
 "NetAdapt", ECCV 2018, choose widths by a table of measured layers too.)
 """
@@ -28,7 +28,7 @@ _SECONDS = 3.0  # spent on timing two models
 
 @dataclass(frozen=True)
 class LatencyChoice:
-    """Which of the candidates go, and the measured seconds of the dense model and of the pruned one."""
+    """Which of the candidates are removed, and the measured seconds of the dense model and of the pruned one."""
 
     chosen: list[Candidate]
     before: float
@@ -37,7 +37,13 @@ class LatencyChoice:
 
 @dataclass(frozen=True)
 class Trial:
-    """How many candidates of the order were wanted, how many of each group go, and the measured ``share`` of the time."""
+    """What was tried.
+
+    Attributes:
+        number: How many candidates of the order were asked for.
+        counts: {group: how many of its candidates are removed}.
+        share: Of the dense model's time, measured.
+    """
 
     number: int
     counts: dict[int, int]
@@ -45,7 +51,16 @@ class Trial:
 
 
 class Search:
-    """``order``: candidates as they are to go; ``finish``: what really goes when some of them do."""
+    """Widths, their estimated and their measured times.
+
+    Args:
+        model: Left as it is.
+        trace: Of the model.
+        x: The input that is timed, (N, C, ...).
+        order: Candidates, the first to be removed first.
+        finish: What is really removed when some of them are chosen.
+        timer: Measures seconds.
+    """
 
     def __init__(self, model, trace: Trace, x: Tensor, order: list[Candidate], finish: Finish, timer: Timer):
         self.model, self.trace, self.x, self.order, self.finish, self.timer = model, trace, x, order, finish, timer
@@ -79,9 +94,11 @@ class Search:
         return counts
 
     def chosen(self, counts: Mapping[int, int]) -> list[Candidate]:
+        """Return the candidates that are removed."""
         return [c for group, members in self.groups.items() for c in members[: counts[group]]]
 
     def build(self, counts: Mapping[int, int]) -> nn.Module:
+        """Return a copy without them, as it is deployed."""
         return timed_copy(self.model, self.trace, kept_without(self.trace, self.finish(self.chosen(counts))))
 
     def estimate(self, *several: Mapping[int, int]) -> list[float]:
@@ -91,11 +108,16 @@ class Search:
 
     def measure(self, counts: Mapping[int, int]) -> float:
         """Return the share of the dense model's time that the pruned one takes."""
-        found = self.timer({"dense": (self.dense, (self.x,)), "pruned": (self.build(counts), (self.x,))}, _SECONDS)
-        return found["pruned"] / found["dense"]
+        seconds = self.timer({"dense": (self.dense, (self.x,)), "pruned": (self.build(counts), (self.x,))}, _SECONDS)
+        return seconds["pruned"] / seconds["dense"]
 
     def near(self, group: int, count: int) -> list[int]:
-        """Counts that leave a multiple of 8 or 16 channels, a little more or fewer than ``count`` leaves; nearest first."""
+        """Return counts that leave a multiple of 8 or 16 channels, a little more or fewer than ``count`` does; nearest first.
+
+        Args:
+            group: Number of the group.
+            count: How many of its candidates are removed.
+        """
         widths = self.widths[group]
         width, found = widths[count], {}
         for step in _STEPS:
@@ -114,6 +136,10 @@ class Search:
 
         Fastest: the most below the straight line from the narrowest width to the widest, the nearest of those about as
         much. A width that is no faster than a wider one is never taken.
+
+        Args:
+            wanted: {group: how many of its candidates shall be removed}.
+            counts: The same, of all groups.
         """
         counts = dict(counts)
         for group, count in wanted.items():
@@ -130,9 +156,14 @@ class Search:
         return counts
 
     def first_below(self, aim: float, asked: float) -> Trial:
-        """Return the trial in which the estimate falls to ``aim``, to 1/256 of the candidates; all go where it never does.
+        """Return the trial in which the estimate falls to ``aim``, to 1/256 of the candidates; of all where it never does.
 
-        Raises ValueError where that is slower than the ``asked`` share.
+        Args:
+            aim: A share of the dense model's time.
+            asked: The share that must be met.
+
+        Raises:
+            ArgumentError: Without all candidates the model is slower than the asked share.
         """
         low, high = 0, len(self.order)
         while high - low > max(1, len(self.order) // 256):
@@ -143,10 +174,14 @@ class Search:
         return Trial(high, self.snap(self.wanted(high), self.plain(high)))
 
     def between(self, tried: Sequence[Trial], goal: float) -> Trial | None:
-        """Return what lies between the slowest that is fast enough and the fastest that is not, None without these.
+        """Return a trial between the slowest that is fast enough and the fastest that is not, None without these.
 
         Far apart: the number of candidates on the line between the two. Near: some groups are as in the one, the others
-        as in the other, as the table says.
+        as in the other, by the table.
+
+        Args:
+            tried: The trials so far.
+            goal: The share of the time to meet.
         """
         slow = min((t for t in tried if t.share > goal), key=lambda t: t.share, default=None)
         fast = max((t for t in tried if t.share <= goal), key=lambda t: t.share, default=None)
@@ -166,7 +201,11 @@ class Search:
         return Trial(number, steps[place]) if 0 < place < len(steps) - 1 else None
 
     def all_gone(self, asked: float) -> dict[int, int]:
-        """Return the counts when all goes. Raises ValueError where that is too slow, or no faster than the asked share."""
+        """Return the counts when all candidates are removed.
+
+        Raises:
+            ArgumentError: That is slower than the ``asked`` share.
+        """
         counts = {group: len(members) for group, members in self.groups.items()}
         if (least := self.measure(counts)) > asked:
             raise ArgumentError(f"{self._cannot(asked)}: the least that remains is {self._amount(least)}")
@@ -178,8 +217,9 @@ class Search:
     def _cannot(self, asked: float) -> str:
         return f"latency (={self._amount(asked)} of {self.dense_seconds * 1e3:.3g} ms) cannot be met"
 
-    def refuse(self, asked: float, nearest: float) -> ValueError:
-        return ValueError(f"{self._cannot(asked)}: the nearest plan found takes {self._amount(nearest)}")
+    def refusal(self, asked: float, nearest: float) -> ArgumentError:
+        """Return the error for a share that is not met; ``nearest`` is the share of the best plan."""
+        return ArgumentError(f"{self._cannot(asked)}: the nearest plan found takes {self._amount(nearest)}")
 
 
 def to_latency(
@@ -191,13 +231,25 @@ def to_latency(
     budget: Budget,
     timer: Timer,
 ) -> LatencyChoice:
-    """Return what goes so that the pruned model takes what a budget of latency asks for.
+    """Return what is removed so that the pruned model meets a budget of latency.
 
-    ``order``: candidates as they are to go; ``finish``: what really goes when some of them do. Widths come from the order
-    and the table; a copy that is really pruned is then timed in turns with the dense model, and what goes is
-    corrected by what it takes, until that is within 4 %, six times at most.
+    Widths come from the order and the table; a copy that is really pruned is then timed in turns with the dense model, and
+    the choice is corrected by its time, until that is within 4 %, six times at most.
 
-    Raises ValueError where nothing within 10 % (or below) is found, or nothing faster than the dense model.
+    Args:
+        model: Left as it is.
+        trace: Of the model.
+        x: The input that is timed, (N, C, ...).
+        order: Candidates, the first to be removed first.
+        finish: What is really removed when some of them are chosen.
+        budget: Of latency.
+        timer: Measures seconds.
+
+    Returns:
+        The candidates, and the measured times.
+
+    Raises:
+        ArgumentError: Nothing within 10 % (or below) is found, or nothing faster than the dense model.
     """
     search = Search(model, trace, x, order, finish, timer)
     dense_ms = search.dense_seconds * 1e3
@@ -218,5 +270,5 @@ def to_latency(
     met = [trial for trial in tried if trial.share <= min(1.0, asked * (1 + TOLERANCE))]
     best = min(met or tried, key=lambda trial: abs(trial.share / goal - 1))
     if not met:
-        raise search.refuse(asked, best.share)
+        raise search.refusal(asked, best.share)
     return LatencyChoice(search.chosen(best.counts), search.dense_seconds, best.share * search.dense_seconds)

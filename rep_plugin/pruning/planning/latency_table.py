@@ -1,19 +1,18 @@
 """Measured time on this machine: of whole models in turns, and of every layer by its widths, in a table."""
 
-import copy
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.errors import ArgumentError
 from rep_plugin.measure.forward import run_model
 from rep_plugin.measure.latency import interleaved_medians, torch_threads
 from rep_plugin.pruning.surgery.remove import remove_channels_
-from rep_plugin.pruning.tracing.graph import Trace
+from rep_plugin.pruning.tracing.graph import Trace, eval_copy, tensors_in
 from rep_plugin.pruning.tracing.kept_channels import KeptChannels
 
 _SECONDS = 0.4  # spent on timing some layers
@@ -24,10 +23,21 @@ Timer = Callable[[Mapping[Hashable, Job], float], dict[Hashable, float]]  # of t
 
 @dataclass(frozen=True)
 class EagerTimer:
-    """Median seconds of eager calls on the CPU, in turns, with ``threads`` threads inside an operator.
+    """Median seconds of eager calls on the CPU, in turns, as many rounds as fit into the given seconds.
 
-    As many rounds as fit into the given seconds, within ``rounds`` (fewest, most). Raises ValueError for a model
-    elsewhere.
+    Args:
+        threads: Inside an operator.
+        rounds: (fewest, most).
+
+    Raises:
+        ArgumentError: When called, with a model that is not on the CPU.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.pruning import EagerTimer
+        >>> times = EagerTimer(rounds=(1, 3))({"conv": (torch.nn.Conv2d(3, 4, 3), (torch.zeros(1, 3, 8, 8),))}, 0.01)
+        >>> times["conv"] > 0
+        True
     """
 
     threads: int = 1
@@ -35,7 +45,7 @@ class EagerTimer:
 
     def __call__(self, jobs: Mapping[Hashable, Job], seconds: float) -> dict[Hashable, float]:
         for _, args in jobs.values():
-            if (odd := next((t.device for t in _tensors(args) if t.device.type != "cpu"), None)) is not None:
+            if (odd := next((t.device for t in tensors_in(args) if t.device.type != "cpu"), None)) is not None:
                 raise ArgumentError(f"latency is measured on the CPU, the model is on {odd}: move it, or give a timer")
         calls = {key: _call(*job) for key, job in jobs.items()}
         with torch_threads(self.threads):
@@ -52,25 +62,24 @@ def _call(module: nn.Module, args: tuple) -> Callable[[], object]:
     return run
 
 
-def _tensors(args: object) -> list[Tensor]:
-    return [value for value in tree_flatten(args)[0] if isinstance(value, Tensor)]
-
-
 def timed_copy(model: nn.Module, trace: Trace, kept: KeptChannels) -> nn.Module:
-    """Return a copy in eval mode of what is ``kept``, as it would be deployed: every block one convolution.
+    """Return a pruned copy in eval mode, as it would be deployed: every block one convolution.
 
-    The copy shares the memory of tensors that stay whole; nobody may train it.
+    Args:
+        model: The copy shares the memory of tensors that stay whole; nobody may train it.
+        trace: Of the model.
+        kept: The channels that stay.
+
+    Returns:
+        The copy.
     """
     memo: dict[int, object] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     memo |= {id(b): b.detach() for b in model.buffers()}
-    twin = copy.deepcopy(model, memo)
-    for module in twin.modules():
-        module.training = False
-    remove_channels_(twin, trace, kept)
-    for module in list(twin.modules()):
+    pruned = remove_channels_(eval_copy(model, memo), trace, kept)
+    for module in list(pruned.modules()):
         if isinstance(module, RepBlock):
             module.switch_to_deploy()
-    return twin
+    return pruned
 
 
 def _units(model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
@@ -87,17 +96,21 @@ def _units(model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
 
 def _configuration(name: str, module: nn.Module, args: tuple) -> Hashable:
     """What a module's time depends on: layers of torch that are built alike count as one, others go by their name."""
-    tensors = (*module.parameters(), *module.buffers(), *_tensors(args))
+    tensors = (*module.parameters(), *module.buffers(), *tensors_in(args))
     which = repr(module) if type(module).__module__.startswith("torch.nn.") else name
     return which, tuple((tuple(t.shape), t.stride()) for t in tensors)
 
 
 @dataclass
 class LatencyTable:
-    """Seconds of layers by configuration, measured once with ``timer``.
+    """Seconds of layers by configuration, measured once.
 
     The slowest layer that was measured first is measured along with all that come later: times of a busy minute are
     brought to those of the first.
+
+    Args:
+        timer: Measures seconds.
+        seconds: {configuration: seconds} that are known already.
     """
 
     timer: Timer
@@ -105,7 +118,15 @@ class LatencyTable:
     _reference: tuple[Hashable, Job] | None = None
 
     def add_up(self, models: Iterable[nn.Module], x: Tensor) -> list[float]:
-        """Return for each model the sum of its layers on ``x``; what is not known is measured, in turns."""
+        """Return for each model the sum of its layers; what is not known is measured, in turns.
+
+        Args:
+            models: In eval mode.
+            x: The input (N, C, ...).
+
+        Returns:
+            Seconds of each model.
+        """
         jobs: dict[Hashable, Job] = {}
         used = [self._calls(model, x, jobs) for model in models]
         if jobs:

@@ -145,7 +145,15 @@ class PruneOptions:
 
 
 def check_fraction(name: str, value: object) -> None:
-    """Raise ArgumentError unless ``value``, called ``name`` in the message, is a number in [0, 1)."""
+    """Require a number in [0, 1).
+
+    Args:
+        name: Of the argument, for the message.
+        value: The number.
+
+    Raises:
+        ArgumentError: It is none.
+    """
     if not _is_number(value) or not 0 <= value < 1:
         raise ArgumentError(f"{name} must lie in [0, 1), got {value!r}")
 

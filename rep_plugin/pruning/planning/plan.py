@@ -27,15 +27,34 @@ VERSION = 2
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """What stays of a model.
+    """What stays of a model, as plain data. A unit are channels that are only removed together.
 
-    ``kept``: layer -> ascending indices of the output channels that stay, for every layer that loses some; ``widths``:
-    layer -> (before, after) for every layer that makes channels; ``groups``: layers whose channels are coupled;
-    ``frozen``: layer -> why it stays as it is; ``scores``: layer -> score of each channel (null: not scored); ``why``:
-    what was asked for. ``params_*`` and ``macs_*`` (multiply-adds for one ``input_shape``) are exact; a block that
-    deploys as one convolution counts as that one. ``units``: (number of units that could go, number that go), a unit
-    being channels that only go together. ``latency_*``: milliseconds of the dense and of the pruned model as measured on
-    the machine that planned by latency, else None.
+    Args:
+        model: Its class, for messages.
+        input_shape: Of the example, (N, C, ...).
+        kept: {layer: ascending indices of the output channels that stay}, of every layer that loses some.
+        widths: {layer: (channels before, after)}, of every layer that makes channels.
+        groups: Layers whose channels are coupled.
+        frozen: {layer: why it stays as it is}.
+        scores: {layer: the score of each channel, None where it has none}.
+        why: What was asked for.
+        params_before: Parameters; a block that deploys as one convolution counts as that one.
+        params_after: The same, pruned.
+        macs_before: Multiply-adds for one ``input_shape``.
+        macs_after: The same, pruned.
+        units: (number of units that could be removed, number that are).
+        prune_outputs: Output maps may lose channels as well.
+        latency_before: Milliseconds, measured on the machine that planned by latency.
+        latency_after: The same, pruned.
+        version: Of the format.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin import PrunePlan, plan_pruning
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 1))
+        >>> plan = plan_pruning(net, (1, 3, 8, 8), "l1", 0.5)
+        >>> plan.widths, PrunePlan.from_json(plan.to_json()) == plan
+        ({'0': (8, 4), '1': (4, 4)}, True)
     """
 
     model: str
@@ -68,8 +87,20 @@ class PrunePlan:
     ) -> "PrunePlan":
         """Return the plan that keeps these numbers of channels, as they are: no minimum, no rounding.
 
-        ``widths``: layer name -> channels kept; layers coupled to it follow, others stay. ``scores`` choose which, see
-        :func:`plan_pruning`. Raises ValueError for unknown layers, widths out of range or not reachable.
+        Args:
+            model: Left as it is.
+            example_input: A tensor (N, C, ...) or its shape.
+            widths: {layer: channels kept}; layers coupled to it follow, others stay.
+            scores: Choose which channels, see :func:`rep_plugin.plan_pruning`.
+            prune_outputs: Output maps may lose channels as well.
+            seed: Of ``scores='random'``.
+
+        Returns:
+            The plan.
+
+        Raises:
+            ArgumentError: A layer is unknown, or a width is out of range or not reachable.
+            TraceError: The model cannot be traced.
         """
         options = PruneOptions(scores, prune_outputs=prune_outputs, seed=seed)
         trace = trace_channels(model, example_input, prune_outputs)
@@ -90,7 +121,8 @@ class PrunePlan:
     def from_json(cls, source: str | Path) -> "PrunePlan":
         """Return the plan of a JSON text or file; version 1 had no latency.
 
-        Raises ValueError, in one line, for anything that is not a plan.
+        Raises:
+            ArgumentError: It is no plan; the message is one line.
         """
         is_text = isinstance(source, str) and source.lstrip().startswith("{")
         text = source if is_text else Path(source).read_text()
@@ -147,7 +179,19 @@ def not_scored(options: PruneOptions) -> str:
 def make_plan(
     model: nn.Module, trace: Trace, choice: Choice, taken: list[Candidate], why: str, prune_outputs: bool
 ) -> PrunePlan:
-    """Return the plan that removes the ``taken`` candidates of a choice; ``why`` says what was asked for."""
+    """Return the plan that removes some candidates.
+
+    Args:
+        model: For its name.
+        trace: Of the model.
+        choice: All candidates.
+        taken: Those that are removed.
+        why: What was asked for.
+        prune_outputs: As the trace was made.
+
+    Returns:
+        The plan.
+    """
     kept = kept_without(trace, taken)
     layers = trace.layers
     before, after = count_costs(trace), count_costs(trace, kept)
@@ -178,8 +222,10 @@ def make_plan(
 def compose_plans(plans: Sequence[PrunePlan]) -> PrunePlan:
     """Return the plan that removes at once what ``plans``, each made for the result of the one before, remove in turn.
 
-    Scores are dropped: they belong to different weights. Raises ValueError for no plans, or where one does not follow the
-    other.
+    Scores are dropped: they belong to different weights.
+
+    Raises:
+        ArgumentError: There are no plans, or one does not follow the other.
     """
     if not plans:
         raise ArgumentError("got no plans, expected at least 1")
@@ -213,7 +259,9 @@ def compose_plans(plans: Sequence[PrunePlan]) -> PrunePlan:
 def as_plan(plan: PrunePlan | Mapping | str) -> PrunePlan:
     """Return a plan that is given as such, as its plain data, as JSON text, or as the path of a JSON file.
 
-    Raises ValueError, in one line, for what is none of these; FileNotFoundError for a path that does not exist.
+    Raises:
+        ArgumentError: It is none of these.
+        FileNotFoundError: The path does not exist.
     """
     if isinstance(plan, PrunePlan):
         return plan

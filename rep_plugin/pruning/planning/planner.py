@@ -49,23 +49,45 @@ def plan_pruning(
 ) -> PrunePlan:
     """Return a plan that removes the channels with the lowest scores. The model is not touched.
 
-    ``example_input``: a tensor (N, C, ...) or its shape. ``scores``: ``bn_gamma``, ``l1``, ``l2``, ``fpgm``, ``taylor``
-    (needs ``loader`` of (inputs, targets) and ``loss(outputs, targets)``), ``random`` (``seed``), or {layer: a number for
-    each channel}; ``reduction`` ``mean``, ``sum`` or ``max`` joins those of coupled layers.
+    Exactly one of ``prune_fraction``, ``params``, ``macs``, ``latency`` and ``latency_ms`` is given. Latency is that of eager
+    calls on a batch as large as ``example_input`` on this machine, every block as one convolution, and is met within 10 %.
+    Planning by it takes a minute or two, and moves widths a little up or down to those that are really faster.
 
-    One of: ``prune_fraction`` in [0, 1), the share of prunable channels that goes, coupled ones counted once; ``params``
-    or ``macs``, what may remain: a whole number, or a float as a share; ``latency``, a share in (0, 1] of the time that
-    this model takes on this machine, or ``latency_ms``, milliseconds, within 10 %: eager calls on a batch as large as
-    ``example_input``, by ``timer`` (default ``EagerTimer(threads=1)``), every block as one convolution. Planning by
-    latency takes a minute or two, and moves widths a little up or down to those that are really faster.
+    Args:
+        model: Left as it is.
+        example_input: A tensor (N, C, ...) or its shape.
+        scores: ``bn_gamma``, ``l1``, ``l2``, ``fpgm``, ``taylor``, ``random``, or {layer: a number for each channel}.
+        prune_fraction: Share of the prunable channels that is removed, in [0, 1); coupled channels count once.
+        params: Parameters that may remain, a share as a float or a whole number.
+        macs: Multiply-adds that may remain, a share as a float or a whole number.
+        latency: Share of the model's own time that may remain, in (0, 1].
+        latency_ms: Milliseconds that may remain.
+        scope: ``global`` compares scores over all layers, ``layer`` takes an equal share of each.
+        min_channels: No layer falls below this width.
+        round_to: Widths that shrink are rounded up to multiples of this, where coupling lets them.
+        overrides: {layer pattern: a fraction of its own, or ``'frozen'``}, for the groups of the matching layers.
+        ignore: Layer patterns whose groups stay as they are.
+        reduction: Joins the scores of coupled layers: ``mean``, ``sum`` or ``max``.
+        prune_outputs: Output maps may lose channels as well, a bare backbone's for example.
+        seed: Of ``scores='random'``.
+        loader: Batches of (inputs, targets), for ``taylor``.
+        loss: Of (outputs, targets), for ``taylor``.
+        timer: Of budgets of latency (default ``EagerTimer()``).
 
-    ``scope`` ``global`` compares scores over all layers, ``layer`` takes an equal share of each. ``overrides``: name
-    pattern -> a fraction of its own, or ``'frozen'``, for the groups of the matching layers; ``ignore``: patterns to
-    freeze. No layer falls below ``min_channels``; widths that shrink are rounded up to multiples of ``round_to`` where
-    coupling lets them. ``prune_outputs`` also frees the channels of output maps (a bare backbone's).
+    Returns:
+        The plan.
 
-    Raises ValueError for numbers out of range, patterns that match no layer, a budget that cannot be met (saying what
-    can) and a model without anything to prune; TraceError where the model cannot be traced.
+    Raises:
+        ArgumentError: A number is out of range, a pattern matches no layer, the budget cannot be met (the message contains
+            what can), or nothing of the model can be pruned.
+        TraceError: The model cannot be traced.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin import plan_pruning
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 1))
+        >>> plan_pruning(net, (1, 3, 8, 8), "l1", macs=0.5).widths
+        {'0': (8, 4), '1': (4, 4)}
     """
     budget = Budget(prune_fraction, params, macs, latency, latency_ms)
     options = PruneOptions(scores, scope, min_channels, round_to, overrides, ignore, reduction, prune_outputs, seed)
@@ -82,13 +104,13 @@ def plan_to_budget(
     loss: Callable | None = None,
     timer: Timer | None = None,
 ) -> PrunePlan:
-    """Return the plan that meets a budget: :func:`plan_pruning` with its arguments in two objects.
+    """Return the plan that meets a budget: :func:`plan_pruning`, with its arguments in two objects.
 
     Args:
         model: Left as it is.
         example_input: A tensor (N, C, ...) or its shape.
-        budget: How much goes, or may remain.
-        options: How the channels are chosen.
+        budget: How much is removed, or may remain.
+        options: How channels are chosen.
         loader: Batches of (inputs, targets), for ``taylor``.
         loss: Of (outputs, targets), for ``taylor``.
         timer: Of budgets of latency (default ``EagerTimer()``).
@@ -97,14 +119,13 @@ def plan_to_budget(
         The plan.
 
     Raises:
-        ArgumentError: See :func:`plan_pruning`.
+        ArgumentError: As :func:`plan_pruning`.
         TraceError: The model cannot be traced.
 
     Example:
         >>> import torch
-        >>> from torch import nn
         >>> from rep_plugin.pruning.planning import Budget, PruneOptions, plan_to_budget
-        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1))
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 1))
         >>> plan_to_budget(net, (1, 3, 8, 8), Budget(0.5), PruneOptions("l1")).widths
         {'0': (8, 4), '1': (4, 4)}
     """

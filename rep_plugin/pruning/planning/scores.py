@@ -5,7 +5,6 @@ al., "Filter Pruning via Geometric Median" (CVPR 2019, ``fpgm``); Molchanov et a
 ``taylor``).
 """
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.errors import ArgumentError
 from rep_plugin.pruning.planning.options import PruneOptions
-from rep_plugin.pruning.tracing.graph import Layer, Trace
+from rep_plugin.pruning.tracing.graph import Layer, Trace, eval_copy
 from rep_plugin.pruning.tracing.groups import frozen_roots
 
 Members = list[tuple[Tensor, Tensor]]  # (labels, value of each)
@@ -25,9 +24,7 @@ def _kernel(model: nn.Module, layer: Layer) -> Tensor:
     module = model.get_submodule(layer.name)
     if isinstance(module, RepBlock):
         if not module.deployed:
-            module = copy.deepcopy(module)
-            for part in module.modules():
-                part.training = False
+            module = eval_copy(module)
         return module.merged_kernel()[0].detach().flatten(1)
     weight = model.get_parameter(layer.weight).detach()
     return (weight.transpose(0, 1) if layer.kind == "conv_transpose" else weight).flatten(1)
@@ -74,18 +71,14 @@ def _taylor_members(model: nn.Module, trace: Trace, loader: Iterable, loss: Call
     """|sum of weight * gradient| of every output, averaged over the batches; of a block, over its output BNs."""
     if loader is None or loss is None:
         raise ArgumentError("scores='taylor' needs loader (batches of (inputs, targets)) and loss (outputs, targets)")
-    twin = copy.deepcopy(model)
-    for module in twin.modules():
-        module.training = False
-    for parameter in twin.parameters():
-        parameter.requires_grad_(True)
+    copied = eval_copy(model).requires_grad_(True)
     totals: dict[str, Tensor] = {}
     batches = 0
     for inputs, targets in loader:
-        twin.zero_grad(set_to_none=True)
-        loss(twin(inputs), targets).backward()
+        copied.zero_grad(set_to_none=True)
+        loss(copied(inputs), targets).backward()
         for layer in trace.layers.values():
-            found = [p for p in _taylor_parameters(twin, layer) if p.grad is not None]
+            found = [p for p in _taylor_parameters(copied, layer) if p.grad is not None]
             products = [_per_output(p.detach() * p.grad, layer) for p in found]
             if products:
                 value = torch.stack(products).sum(0).abs().double().cpu()
@@ -130,10 +123,20 @@ def score_units(
     loader: Iterable | None = None,
     loss: Callable | None = None,
 ) -> Tensor:
-    """Return the score of every unit by its root, (count,) float64; NaN where nothing scores it. Nothing is changed.
+    """Return the score of every unit by its root; NaN where nothing scores it.
 
-    A unit's members are joined by ``options.reduction``. Raises ValueError for numbers that are not finite, and
-    ``bn_gamma`` where the model has no BN.
+    Args:
+        model: Left as it is.
+        trace: Of the model.
+        options: ``scores``, and ``reduction``, which joins the members of a unit; ``seed``.
+        loader: Batches of (inputs, targets), for ``taylor``.
+        loss: Of (outputs, targets), for ``taylor``.
+
+    Returns:
+        (count,) float64.
+
+    Raises:
+        ArgumentError: A score is not finite, scores name another model's layers, or ``bn_gamma`` finds no BN.
     """
     scores, reduction = options.scores, options.reduction
     roots = trace.channels.roots()

@@ -32,7 +32,14 @@ Finish = Callable[[list[Candidate]], list[Candidate]]  # what is really removed 
 
 @dataclass
 class Choice:
-    """All candidates of a model by group (ascending scores), and the layers that are frozen, with the reason."""
+    """All candidates of a model, by group and with ascending scores.
+
+    Attributes:
+        layers: Of each group.
+        candidates: Of each group.
+        frozen: {layer: why it stays as it is}.
+        widths: {layer: channels}.
+    """
 
     layers: list[tuple[str, ...]]
     candidates: list[list[Candidate]]
@@ -49,7 +56,18 @@ class Choice:
 
 
 def match_layers(patterns: Sequence[str], names: Sequence[str]) -> dict[str, str]:
-    """Return {layer: first pattern that fits}. Raises ValueError for a pattern that fits no layer."""
+    """Return the first pattern that fits each layer.
+
+    Args:
+        patterns: As in :mod:`fnmatch`.
+        names: Of the layers.
+
+    Returns:
+        {layer: pattern}, of layers that one fits.
+
+    Raises:
+        ArgumentError: A pattern fits no layer.
+    """
     found = {}
     for pattern in patterns:
         fitting = [name for name in names if fnmatchcase(name, pattern)]
@@ -69,7 +87,20 @@ def _total(several: Iterable[list[tuple[str, int]]]) -> list[tuple[str, int]]:
 
 
 def find_candidates(trace: Trace, scores: Tensor, ignore: Sequence[str] = (), without: str = "no score") -> Choice:
-    """Return what may be removed; groups with a layer that is ``ignore``d, or without scores, are frozen."""
+    """Return what may be removed.
+
+    Args:
+        trace: Of the model.
+        scores: Of the units by root, (count,).
+        ignore: Layer patterns whose groups are frozen.
+        without: The reason for a group without scores, which is frozen as well.
+
+    Returns:
+        The candidates.
+
+    Raises:
+        ArgumentError: A pattern fits no layer.
+    """
     ignored = match_layers(ignore, list(trace.layers))
     roots, values = trace.channels.roots(), scores.tolist()
     shared: dict[tuple, tuple] = {}
@@ -104,7 +135,15 @@ def find_candidates(trace: Trace, scores: Tensor, ignore: Sequence[str] = (), wi
 
 
 def in_order(groups: Sequence[Sequence[Candidate]], scope: str) -> list[Candidate]:
-    """Return candidates as they are to go: by score over all groups, or every group losing an equal share."""
+    """Return candidates, the first to be removed first.
+
+    Args:
+        groups: Candidates of each group, with ascending scores.
+        scope: ``global``, by score over all groups; or ``layer``, every group losing an equal share.
+
+    Returns:
+        All of them.
+    """
     if scope == "global":
         return sorted((c for group in groups for c in group), key=lambda c: c.score)
     ranked = [((place + 0.5) / len(group), c) for group in groups for place, c in enumerate(group)]
@@ -112,7 +151,16 @@ def in_order(groups: Sequence[Sequence[Candidate]], scope: str) -> list[Candidat
 
 
 def allowed(order: Sequence[Candidate], widths: Mapping[str, int], min_channels: int) -> list[Candidate]:
-    """Leave out the candidates that would bring a layer below ``min_channels`` once those before them are gone."""
+    """Leave out the candidates that would bring a layer below a width once those before them are removed.
+
+    Args:
+        order: Candidates, the first to be removed first.
+        widths: {layer: channels}.
+        min_channels: The least width.
+
+    Returns:
+        The others.
+    """
     left = dict(widths)
     kept = []
     for candidate in order:
@@ -124,7 +172,15 @@ def allowed(order: Sequence[Candidate], widths: Mapping[str, int], min_channels:
 
 
 def take_units(order: Sequence[Candidate], number: int) -> list[Candidate]:
-    """Return the first candidates that together hold ``number`` units, or the nearest to it."""
+    """Return the first candidates that together hold a number of units, or the nearest to it.
+
+    Args:
+        order: Candidates, the first to be removed first.
+        number: Of units.
+
+    Returns:
+        The candidates.
+    """
     taken, total = [], 0
     for candidate in order:
         if total + len(candidate.units) / 2 > number:
@@ -135,7 +191,16 @@ def take_units(order: Sequence[Candidate], number: int) -> list[Candidate]:
 
 
 def round_widths(taken: Sequence[Candidate], widths: Mapping[str, int], round_to: int) -> list[Candidate]:
-    """Give back the best of the ``taken`` until all widths that shrink are multiples of ``round_to``, or nothing shrinks."""
+    """Give back the best candidates until all widths that shrink are multiples, or nothing shrinks.
+
+    Args:
+        taken: Candidates that are removed.
+        widths: {layer: channels}.
+        round_to: The number of which widths are multiples.
+
+    Returns:
+        The candidates that are still removed.
+    """
     if round_to == 1:
         return list(taken)
     by_group: dict[int, list[Candidate]] = {}
@@ -156,9 +221,19 @@ def round_widths(taken: Sequence[Candidate], widths: Mapping[str, int], round_to
 
 
 def to_budget(trace: Trace, order: list[Candidate], finish: Finish, budget: Budget) -> list[Candidate]:
-    """Return the fewest first candidates whose removal, as ``finish`` completes it, meets a budget of params or macs.
+    """Return the fewest first candidates whose removal meets a budget.
 
-    Raises ValueError where removing all of them does not.
+    Args:
+        trace: Of the model.
+        order: Candidates, the first to be removed first.
+        finish: What is really removed when some of them are chosen.
+        budget: Of params or macs.
+
+    Returns:
+        The candidates.
+
+    Raises:
+        ArgumentError: Removing all of them does not meet it.
     """
     name, _ = budget.item
 
@@ -172,9 +247,17 @@ def to_budget(trace: Trace, order: list[Candidate], finish: Finish, budget: Budg
 
 
 def to_widths(choice: Choice, widths: Mapping[str, int]) -> list[Candidate]:
-    """Return the lowest candidates that bring layers to these widths.
+    """Return the lowest candidates that bring layers to given widths.
 
-    Raises ValueError for names and numbers that do not exist, and where coupled layers are given different widths.
+    Args:
+        choice: All candidates.
+        widths: {layer: channels kept}.
+
+    Returns:
+        The candidates.
+
+    Raises:
+        ArgumentError: A name or a number does not exist, or coupled layers are given different widths.
     """
     left = dict(choice.widths)
     taken: dict[Candidate, None] = {}
@@ -210,11 +293,28 @@ def to_widths(choice: Choice, widths: Mapping[str, int]) -> list[Candidate]:
 
 
 def kept_without(trace: Trace, taken: Iterable[Candidate]) -> KeptChannels:
-    """Return what stays once the ``taken`` candidates are removed."""
+    """Return what stays once candidates are removed.
+
+    Args:
+        trace: Of the model.
+        taken: The candidates.
+
+    Returns:
+        The channels that stay.
+    """
     return KeptChannels(trace, [unit for candidate in taken for unit in candidate.units])
 
 
 def nothing_to_prune(model: nn.Module, reasons: Mapping[str, str], what: str = "pruned") -> ArgumentError:
-    """Return the error for a model of which nothing can be ``what``; ``reasons``: {frozen layer: why}."""
+    """Return the error for a model without candidates.
+
+    Args:
+        model: For its name.
+        reasons: {frozen layer: why}; the first is named.
+        what: Was asked for.
+
+    Returns:
+        The error.
+    """
     name, reason = next(iter(reasons.items()), ("it", "it has no layer that makes channels"))
     return ArgumentError(f"nothing in {type(model).__name__} can be {what}: {name!r}: {reason}")

@@ -6,19 +6,37 @@ from torch import Tensor, nn
 from rep_plugin.measure.forward import run_model
 from rep_plugin.measure.verify import flatten_outputs
 from rep_plugin.pruning.surgery.remove import keep_filters_, measure_filters
-from rep_plugin.pruning.tracing.graph import Trace
+from rep_plugin.pruning.tracing.graph import Trace, named_tensors
 from rep_plugin.pruning.tracing.kept_channels import KeptChannels, zero_removed_
 
 
 @torch.no_grad()
 def mask_channels_(model: nn.Module, trace: Trace, kept: KeptChannels) -> nn.Module:
-    """Set to zero, in place, whatever makes a removed channel: kernels and biases, gammas and betas.
+    """Set to zero whatever makes a removed channel: kernels and biases, gammas and betas.
 
     A channel that is zero so stays zero through ReLU, h-swish, pooling and gates. Where it does not (behind a sigmoid that
     is no gate, a constant that is added), the layer that reads it gets zeros in the channel's columns instead: its
     contribution is removed there.
+
+    Args:
+        model: Changed in place.
+        trace: Of the model.
+        kept: The channels that stay.
+
+    Returns:
+        The model.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.pruning.surgery import mask_channels_
+        >>> from rep_plugin.pruning.tracing import KeptChannels, trace_channels
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 1))
+        >>> trace = trace_channels(net, (1, 3, 8, 8))
+        >>> net = mask_channels_(net, trace, KeptChannels(trace, trace.layers["0"].labels[:3]))
+        >>> int(net[0].weight.abs().sum((1, 2, 3)).count_nonzero())
+        5
     """
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = named_tensors(model)
     filters = measure_filters(model, trace)
     for name, dim in (*trace.makers, *trace.masked_inputs):
         zero_removed_(tensors[name], dim, trace.slices[name][dim], kept)
@@ -27,7 +45,13 @@ def mask_channels_(model: nn.Module, trace: Trace, kept: KeptChannels) -> nn.Mod
 
 
 class KeptOutputs(nn.Module):
-    """A model whose output maps lose the channels that its pruned form does not have: for comparison."""
+    """A model whose output maps lose the channels that its pruned form does not have: for comparison.
+
+    Args:
+        model: With all channels.
+        trace: Of the model.
+        kept: The channels that stay.
+    """
 
     def __init__(self, model: nn.Module, trace: Trace, kept: KeptChannels):
         super().__init__()

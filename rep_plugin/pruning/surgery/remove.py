@@ -43,7 +43,26 @@ def _slice_parameter(parameter: nn.Parameter, dims: dict, kept: KeptChannels, op
 
 @torch.no_grad()
 def remove_channels_(model: nn.Module, trace: Trace, kept: KeptChannels, optimizers: Iterable = ()) -> nn.Module:
-    """Slice every tensor, gradient and optimizer state that follows a removed channel, and set the modules' numbers."""
+    """Slice every tensor, gradient and optimizer state that follows a removed channel, and set the modules' numbers.
+
+    Args:
+        model: Changed in place; parameters stay the same objects.
+        trace: Of the model, or of one that it is a copy of.
+        kept: The channels that stay.
+        optimizers: Whose state is sliced along.
+
+    Returns:
+        The model.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.pruning.surgery import remove_channels_
+        >>> from rep_plugin.pruning.tracing import KeptChannels, trace_channels
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 1))
+        >>> trace = trace_channels(net, (1, 3, 8, 8))
+        >>> remove_channels_(net, trace, KeptChannels(trace, trace.layers["0"].labels[:3]))[1].weight.shape
+        torch.Size([4, 5, 1, 1])
+    """
     before = {module: _numbers(module) for module in model.modules()}
     filters = measure_filters(model, trace)
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
@@ -140,7 +159,15 @@ def _squared_norms(conv: NormedConv2d) -> Tensor:
 
 
 def measure_filters(model: nn.Module, trace: Trace) -> dict[str, Tensor]:
-    """Return {name: |w|^2 + eps of each filter (O,)} for the normalised convolutions of a trace."""
+    """Return the squared norms of the filters of normalised convolutions.
+
+    Args:
+        model: Left as it is.
+        trace: Of the model.
+
+    Returns:
+        {name: |w|^2 + eps of each filter (O,)}.
+    """
     return {
         name: _squared_norms(module)
         for name, module in model.named_modules()
@@ -150,9 +177,15 @@ def measure_filters(model: nn.Module, trace: Trace) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def keep_filters_(model: nn.Module, trace: Trace, kept: KeptChannels, before: dict[str, Tensor]) -> None:
-    """Give the gains what the norms have lost since :func:`measure_filters`, by inputs that were removed or set to zero.
+    """Give the gains what the norms have lost, by inputs that were removed or set to zero.
 
     ``kernel = weight * gain / sqrt(|w|^2 + eps)`` is then what it was, on the inputs that stay.
+
+    Args:
+        model: Changed in place.
+        trace: Of the model.
+        kept: The channels that stay.
+        before: Of :func:`measure_filters`, before anything was removed.
     """
     for name, old in before.items():
         conv = model.get_submodule(name)

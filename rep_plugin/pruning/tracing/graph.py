@@ -1,5 +1,6 @@
 """What a trace of a model holds: its layers, and which channels every dimension of every tensor follows."""
 
+import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from rep_plugin.pruning.tracing.labels import Channels
@@ -17,8 +18,12 @@ _QUIET = (Path(torch.__file__).parent, Path(__file__).parent)
 
 @dataclass(frozen=True)
 class Mark:
-    """What is known of a map: the ``labels`` of its elements, and whether removed channels are ``zero`` here once the
-    layers that make them are set to zero."""
+    """What is known of a map.
+
+    Attributes:
+        labels: Of its elements.
+        zero: Removed channels are zero here once the layers that make them are set to zero.
+    """
 
     labels: Tensor
     zero: bool = True
@@ -26,9 +31,17 @@ class Mark:
 
 @dataclass
 class Layer:
-    """A layer that makes channels. ``labels`` of its outputs; ``weight`` names its kernel, None for a block.
+    """A layer that makes channels.
 
-    ``groupwise``: every group of the convolution goes or stays as a whole, as in a depthwise one. ``taps`` of the window.
+    Attributes:
+        name: Of the module.
+        kind: ``conv``, ``conv_transpose``, ``linear`` or ``block``.
+        labels: Of its outputs.
+        inputs: Labels of its inputs.
+        weight: Name of its kernel, None for a block.
+        groupwise: Every group of the convolution is kept or removed as a whole, as in a depthwise one.
+        groups: Of the convolution.
+        taps: Of the window.
     """
 
     name: str
@@ -115,8 +128,37 @@ def owner_of(name: str) -> str:
 
 
 def member(module: str, name: str) -> str:
-    """Return the name of a parameter of a module."""
+    """Return the name of a parameter or a child of a module.
+
+    Args:
+        module: Its name, empty for the root.
+        name: Inside of the module.
+
+    Returns:
+        The whole name.
+    """
     return f"{module}.{name}" if module else name
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters and buffers by name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def eval_copy(model: nn.Module, memo: dict[int, object] | None = None) -> nn.Module:
+    """Return a copy in eval mode; a module's own ``eval()`` is not called.
+
+    Args:
+        model: Left as it is.
+        memo: Tensors to share, by id, as in :func:`copy.deepcopy`.
+
+    Returns:
+        The copy.
+    """
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        module.training = False
+    return copied
 
 
 def tensors_in(values: object) -> list[Tensor]:

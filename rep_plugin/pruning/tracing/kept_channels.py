@@ -15,6 +15,14 @@ class KeptChannels:
     Args:
         trace: Of the model.
         removed: Roots of the units that are removed (U,); without any, everything stays.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.pruning.tracing import KeptChannels, trace_channels
+        >>> trace = trace_channels(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 1)), (1, 3, 8, 8))
+        >>> labels = trace.layers["0"].labels
+        >>> KeptChannels(trace, labels[:3]).index(labels).tolist()
+        [3, 4, 5, 6, 7]
     """
 
     def __init__(self, trace: Trace, removed: Sequence[int] | Tensor = ()):
@@ -42,7 +50,16 @@ class KeptChannels:
 
 
 def slice_tensor(tensor: Tensor, dims: dict[int, Tensor], kept: KeptChannels) -> Tensor:
-    """Return what stays of a tensor; ``dims``: {dimension: labels}, (groups, width) for a grouped kernel's inputs."""
+    """Return what stays of a tensor.
+
+    Args:
+        tensor: Of any shape.
+        dims: {dimension: labels}, (groups, width) for a grouped kernel's inputs.
+        kept: The channels that stay.
+
+    Returns:
+        The slice.
+    """
     for dim, labels in sorted(dims.items(), reverse=True):
         if not kept.changes(labels):
             continue
@@ -56,7 +73,14 @@ def slice_tensor(tensor: Tensor, dims: dict[int, Tensor], kept: KeptChannels) ->
 
 
 def zero_removed_(tensor: Tensor, dim: int, labels: Tensor, kept: KeptChannels) -> None:
-    """Set the entries of the removed channels along a dimension to zero."""
+    """Set the entries of the removed channels along a dimension to zero.
+
+    Args:
+        tensor: Changed in place.
+        dim: The dimension.
+        labels: Along it, (groups, width) for a grouped kernel's inputs.
+        kept: The channels that stay.
+    """
     if labels.dim() == 1:
         tensor.index_fill_(dim, kept.removed(labels).to(tensor.device), 0)
         return
@@ -78,7 +102,21 @@ class Costs(NamedTuple):
 
 
 def count_costs(trace: Trace, kept: KeptChannels | None = None) -> Costs:
-    """Return the costs of what stays of a model (default: all); a block counts as its one convolution."""
+    """Return the costs of what stays of a model; a block counts as its one convolution.
+
+    Args:
+        trace: Of the model.
+        kept: The channels that stay, all by default.
+
+    Returns:
+        Parameters, and multiply-adds for the traced input.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.pruning.tracing import count_costs, trace_channels
+        >>> count_costs(trace_channels(torch.nn.Conv2d(3, 8, 3), (1, 3, 8, 8)))
+        Costs(params=224, macs=7776)
+    """
     kept = kept or KeptChannels(trace)
     inner = {name for names in trace.block_parameters.values() for name in names}
     params = sum(_block_params(trace.layers[name], kept) for name in trace.block_parameters)

@@ -15,11 +15,14 @@ FIXED = 0
 
 
 def connected(count: int, edges: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the smallest number of its component for each of 0..count-1, (count,) int64.
+    """Return the smallest number of its component for each of 0..count-1.
 
     Args:
         count: How many numbers there are.
         edges: Pairs of tensors (E,): each element of the first is connected to that of the second.
+
+    Returns:
+        (count,) int64.
     """
     if not edges:
         return torch.arange(count)
@@ -53,7 +56,12 @@ class Channels:
         return labels
 
     def product(self, first: Tensor, second: Tensor) -> Tensor:
-        """Return new labels that stay where the channels ``first`` and ``second`` (each (D,)) both stay: (D,)."""
+        """Return new labels that stay where two channels both stay.
+
+        Args:
+            first: Labels (D,).
+            second: Labels (D,).
+        """
         labels = self.fresh(len(first))
         self.products.append((int(labels[0]), first, second))
         return labels
@@ -103,7 +111,12 @@ class Channels:
             self.balanced.append(rows)
 
     def freeze(self, labels: Tensor, reason: str) -> None:
-        """Let channels stay for good; the owners of products as well."""
+        """Let channels stay for good; the owners of products as well.
+
+        Args:
+            labels: Of any shape.
+            reason: Why.
+        """
         labels = squeeze_constant(labels)[0].unique()
         labels = labels[labels != FIXED]
         if not len(labels):
@@ -124,7 +137,12 @@ class Channels:
         return self._roots
 
     def varies(self, labels: Tensor, dim: int) -> bool:
-        """True where channels of different tied sets lie along a dimension."""
+        """Return whether channels of different tied sets lie along a dimension.
+
+        Args:
+            labels: Of a map.
+            dim: The dimension.
+        """
         if labels.shape[dim] < 2 or labels.stride(dim) == 0:
             return False
         labels = squeeze_constant(labels)[0]
@@ -138,7 +156,12 @@ class Channels:
         return [dim for dim in range(labels.dim()) if self.varies(labels, dim)]
 
     def along(self, labels: Tensor, dim: int) -> Tensor | None:
-        """Return the labels along one dimension, or None where another one varies too."""
+        """Return the labels along one dimension, or None where another one varies too.
+
+        Args:
+            labels: Of a map.
+            dim: The dimension.
+        """
         others = [other for other in range(labels.dim()) if other != dim % labels.dim()]
         if any(self.varies(labels, other) for other in others):
             return None

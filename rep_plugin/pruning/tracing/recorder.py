@@ -7,19 +7,24 @@ import torch
 from torch import Tensor, nn
 
 from rep_plugin.errors import TraceError
-from rep_plugin.pruning.tracing.graph import Cost, Mark, Trace, where
+from rep_plugin.pruning.tracing.graph import Cost, Mark, Trace, named_tensors, where
 from rep_plugin.pruning.tracing.labels import FIXED
 
 
 class Recorder:
     """Keeps the marks of every map and writes the trace. Rules call it; the tracer owns it.
 
+    Args:
+        model: On which the rules are run.
+        shape: Of the example input.
+        makers: The only layers and norms that are set to zero for removed channels (default: all).
+
     Attributes:
-        trace: the trace so far.
-        channels: the labels of the trace, and which of them are tied or frozen.
-        function: the torch function that a rule is asked about.
-        function_name: its plain name.
-        used_names: names of the parameters and buffers that the model has used.
+        trace: The trace so far.
+        channels: The labels of the trace, and which of them are tied or frozen.
+        function: The torch function that a rule is asked about.
+        function_name: Its plain name.
+        used_names: Names of the parameters and buffers that the model has used.
     """
 
     def __init__(self, model: nn.Module, shape: tuple[int, ...], makers: Collection[str] | None = None):
@@ -28,7 +33,7 @@ class Recorder:
         self.makers = makers
         self.function: Callable | None = None
         self.function_name = ""
-        self.names = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
+        self.names = {id(t): name for name, t in named_tensors(model).items()}
         self.trace.sizes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.used_names: set[str] = set()
         self._unlabelled: set[str] = set()  # parameters in arithmetic whose channels are not known
@@ -121,7 +126,12 @@ class Recorder:
             self.trace.masked_inputs.add((name, dim))
 
     def add_cost(self, labels: Iterable[Tensor], count: Callable[..., int]) -> None:
-        """Add multiply-adds: ``count(*kept)`` for the numbers that stay of each of ``labels``."""
+        """Add multiply-adds.
+
+        Args:
+            labels: Of the channels that they depend on.
+            count: Returns them for the numbers that stay of each of ``labels``.
+        """
         self.trace.costs.append(Cost(tuple(labels), count))
 
     def freeze_maps(self, what: str, tensors: Iterable[Tensor]) -> None:

@@ -5,7 +5,6 @@ exist, so that nothing is computed, no statistic and no random state moves, and 
 are in :mod:`rep_plugin.pruning.tracing.rules`. An operation without a rule freezes the channels it touches.
 """
 
-import copy
 import traceback
 from collections.abc import Callable, Collection
 from functools import partial
@@ -18,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rep_plugin.errors import ArgumentError, TraceError, first_line
 from rep_plugin.measure.forward import forward_of
-from rep_plugin.pruning.tracing.graph import Mark, Trace, is_quiet, member, tensors_in, where
+from rep_plugin.pruning.tracing.graph import Mark, Trace, eval_copy, is_quiet, member, tensors_in, where
 from rep_plugin.pruning.tracing.labels import FIXED
 from rep_plugin.pruning.tracing.recorder import Recorder
 from rep_plugin.pruning.tracing.rules import find_module_rule, find_rule
@@ -29,12 +28,14 @@ def _location(error: BaseException) -> str:
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "torch"
 
 
-class Tracer(TorchFunctionMode):
+class _Tracer(TorchFunctionMode):
     """Runs a model on the meta device and asks a rule about every operation."""
 
     def __init__(self, model: nn.Module, shape: tuple[int, ...], makers: Collection[str] | None = None):
         super().__init__()
-        self.model = _copy_for_trace(model)
+        # Parameters are shared, buffers are not: a forward pass may write to them.
+        memo = {id(p): p for p in model.parameters()} | {id(b): b.detach().clone() for b in model.buffers()}
+        self.model = eval_copy(model, memo)
         self.recorder = Recorder(self.model, shape, makers)
         self.trace = self.recorder.trace
         for name, module in self.model.named_modules():
@@ -83,7 +84,7 @@ class Tracer(TorchFunctionMode):
             if isinstance(error, NotImplementedError) and "nonzero" in text:  # torch would advise to pretend
                 text = (
                     "values decide which rows of a tensor go on, not shapes alone: plan the part in front of it by itself "
-                    "(a detector's backbone, say)"
+                    "(a detector's backbone, for example)"
                 )
             what = f"{type(self.model).__name__} on an input {tuple(shape)}"
             raise TraceError(f"cannot trace {what} at {_location(error)}: {text}") from error
@@ -160,29 +161,37 @@ def _maps_of(output: object) -> list[Tensor]:
     return [t for t in tensors_in(output) if t.is_floating_point()]
 
 
-def _copy_for_trace(model: nn.Module) -> nn.Module:
-    """Return a copy in eval mode that shares the parameters, and has its own buffers."""
-    memo = {id(p): p for p in model.parameters()} | {id(b): b.detach().clone() for b in model.buffers()}
-    copied = copy.deepcopy(model, memo)
-    for module in copied.modules():
-        module.training = False
-    return copied
-
-
 def trace_channels(
     model: nn.Module,
     example_input: Tensor | tuple[int, ...],
     prune_outputs: bool = False,
     makers: Collection[str] | None = None,
 ) -> Trace:
-    """Return the channels of a model, as its forward pass on ``example_input`` (a tensor (N, C, ...) or a shape) ties them.
+    """Return the channels of a model, as its forward pass ties them.
 
-    The channels of the input and of the model's outputs are frozen; ``prune_outputs`` frees those of output *maps*
-    (N, C, H, W), as a backbone's are. ``makers`` names the only layers and norms behind which a removed channel is zero
-    (default: all are set to zero), so that ``masked_inputs`` are what still sees something of it. The model is left as it
-    is, mode, statistics and random state included.
+    The channels of the input and of the model's outputs are frozen. The model is left as it is, mode, statistics and
+    random state included.
 
-    Raises TraceError, with file and line, where the forward pass depends on values, leaves torch or fails.
+    Args:
+        model: Not wrapped, not compiled.
+        example_input: A tensor (N, C, ...) or its shape.
+        prune_outputs: The channels of output *maps* (N, C, H, W) are free, as a backbone's are.
+        makers: The only layers and norms behind which a removed channel is zero (default: all are set to zero);
+            ``masked_inputs`` are then what still sees something of it.
+
+    Returns:
+        The trace.
+
+    Raises:
+        ArgumentError: The model is wrapped, or ``example_input`` is neither a tensor nor a shape.
+        TraceError: The forward pass depends on values, leaves torch or fails; the message contains file and line.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.pruning import trace_channels
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 1))
+        >>> {name: len(layer.labels) for name, layer in trace_channels(net, (1, 3, 8, 8)).layers.items()}
+        {'0': 8, '1': 4}
     """
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise ArgumentError(f"got a {type(model).__name__}: pass its .module, and wrap the model again after pruning")
@@ -196,7 +205,7 @@ def trace_channels(
     if not isinstance(shape, (list, tuple)) or not all(isinstance(size, int) and size > 0 for size in shape):
         raise ArgumentError(f"example_input must be a tensor (N, C, ...) or its shape, got {example_input!r}")
     shape = tuple(shape)
-    trace = Tracer(model, shape, makers).run()
+    trace = _Tracer(model, shape, makers).run()
     for labels in (*trace.outputs, *trace.train_outputs):
         if not (prune_outputs and labels.dim() == 4):
             trace.channels.freeze(labels, "model output")

@@ -167,7 +167,7 @@ def _bilinear_pooling(recorder: Recorder, name: str, neck: BilinearPooling, feat
 
 
 def _pool_macs(pool: nn.Module, one: int, two: int, positions: int, symmetric: bool) -> int:
-    """Matrix products of one picture, as the pool's forward runs them on ``one`` and ``two`` channels."""
+    """Matrix products of one image, as the pool's forward runs them on ``one`` and ``two`` channels."""
     products = one * two * positions
     if isinstance(pool, ISqrtCov):
         return products + (3 * pool.iterations - 3 if pool.iterations > 1 else 1) * one**3

@@ -14,7 +14,7 @@ def _all_zero(recorder: Recorder, *values) -> bool:
     return all(recorder.mark_of(value).zero for value in tensors_in(values))
 
 
-def rectangular(recorder: Recorder, labels: Tensor) -> Tensor:
+def _rectangular(recorder: Recorder, labels: Tensor) -> Tensor:
     """A map must stay a box when channels go: where they vary along several dimensions, only the longest gives way."""
     labels = compress(labels)
     dims = recorder.channels.varying(labels)
@@ -30,7 +30,7 @@ def rectangular(recorder: Recorder, labels: Tensor) -> Tensor:
 def _reshape(recorder, out, input, *args, **kwargs):
     if not isinstance(out, Tensor) or any(isinstance(a, torch.dtype) for a in args):
         return None
-    return Mark(rectangular(recorder, recorder.mark_of(input).labels.reshape(out.shape)), recorder.mark_of(input).zero)
+    return Mark(_rectangular(recorder, recorder.mark_of(input).labels.reshape(out.shape)), recorder.mark_of(input).zero)
 
 
 @rule(
@@ -56,7 +56,7 @@ def _cat(recorder, out, tensors, dim=0, axis=None, *, out_=None):
     for d in joint:
         labels = [part.narrow(d, 0, 1) for part in labels]
     joined = torch.cat(labels, dim).expand(out.shape)
-    return Mark(rectangular(recorder, joined), _all_zero(recorder, *tensors))
+    return Mark(_rectangular(recorder, joined), _all_zero(recorder, *tensors))
 
 
 @rule("repeat_interleave", "flip", "channel_shuffle")

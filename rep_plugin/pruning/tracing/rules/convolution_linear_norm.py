@@ -8,7 +8,15 @@ from rep_plugin.pruning.tracing.rules.registry import rule, spread
 
 
 def goes_by_group(recorder: Recorder, per_group: Tensor) -> bool:
-    """True where a convolution's groups, with inputs (groups, width), go or stay as a whole: a depthwise one's do."""
+    """Return whether a convolution's groups are kept or removed as a whole: a depthwise one's are.
+
+    Args:
+        recorder: Of the trace.
+        per_group: Labels of the inputs (groups, width).
+
+    Returns:
+        True where they are.
+    """
     groups, width = per_group.shape
     if groups == 1 or width == 1:
         return groups > 1
@@ -18,10 +26,21 @@ def goes_by_group(recorder: Recorder, per_group: Tensor) -> bool:
 def convolve(
     recorder: Recorder, inputs: Tensor, weight: str, bias: str | None, groups: int, shape
 ) -> tuple[Tensor, bool]:
-    """Return the labels (O,) of a convolution's outputs, and whether it keeps or loses whole groups.
+    """Follow channels through a convolution.
 
-    ``inputs`` (I,), ``shape`` of the kernel. Other grouped convolutions keep their groups, and lose as many channels in
-    each: the labels of their inputs are cut as (groups, I / groups).
+    A grouped convolution keeps or loses whole groups, or keeps its groups and loses as many channels in each: the labels
+    of its inputs are then (groups, I / groups).
+
+    Args:
+        recorder: Of the trace.
+        inputs: Labels of the inputs (I,).
+        weight: Name of the kernel.
+        bias: Name of the bias.
+        groups: Of the convolution.
+        shape: Of the kernel.
+
+    Returns:
+        The labels of the outputs (O,), and whether whole groups are kept or removed.
     """
     outs, width = shape[:2]
     per_group = inputs.view(groups, width)
@@ -113,7 +132,13 @@ def _linear(recorder, out, input, weight, bias=None):
 
 
 def normalise(recorder: Recorder, labels: Tensor, names: dict[str, str | None]) -> None:
-    """A per-channel normalisation: ``names`` of its weight, bias, running_mean and running_var follow the channels."""
+    """Follow channels through a normalisation of each channel.
+
+    Args:
+        recorder: Of the trace.
+        labels: Of the channels (C,).
+        names: Of its ``weight``, ``bias``, ``running_mean`` and ``running_var``.
+    """
     for role, name in names.items():
         if name is not None:
             recorder.add_slice(name, 0, labels, maker=role in ("weight", "bias"))

@@ -42,7 +42,7 @@ def _same(recorder, out, input, *args, **kwargs):
     return mark if mark.labels.shape == out.shape else None
 
 
-def elementwise(name: str) -> Callable:
+def _elementwise(name: str) -> Callable:
     def apply(recorder: Recorder, out, *args, **kwargs):
         maps = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0]
         if not isinstance(out, Tensor) or "out" in kwargs or not maps:
@@ -57,7 +57,7 @@ def elementwise(name: str) -> Callable:
             return Mark(labels, zero and _keeps_zero(recorder, args, kwargs, maps[0]))
         if len(marks) != 2 or name in UNARY:
             return None
-        labels = join(recorder, marks[0].labels, marks[1].labels, out.shape)
+        labels = _join(recorder, marks[0].labels, marks[1].labels, out.shape)
         if name in PRODUCT:
             return Mark(labels, marks[0].zero or marks[1].zero)
         if name in QUOTIENT:
@@ -75,7 +75,7 @@ def _keeps_zero(recorder: Recorder, args, kwargs, tensor: Tensor) -> bool:
     return bool((result == 0).all())
 
 
-def join(recorder: Recorder, first: Tensor, second: Tensor, shape: Sequence[int]) -> Tensor:
+def _join(recorder: Recorder, first: Tensor, second: Tensor, shape: Sequence[int]) -> Tensor:
     """Tie the labels of two maps that meet element by element, broadcast to ``shape``; return those of the result."""
     both = []
     for labels, other in ((first, second), (second, first)):
@@ -105,7 +105,7 @@ def _tie_maps(recorder: Recorder, first: Tensor, second: Tensor) -> None:
 
 
 for _name in (*UNARY, *ADDITIVE, *PRODUCT, *QUOTIENT):
-    RULES[_name] = elementwise(_name)
+    RULES[_name] = _elementwise(_name)
 
 
 @rule(

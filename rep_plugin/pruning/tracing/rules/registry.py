@@ -1,7 +1,7 @@
-"""The book of rules, and what several of them need.
+"""The register of rules, and what several of them need.
 
 A rule takes the recorder, the (valueless) output and the torch function's own arguments, and returns the mark of every
-output tensor, or None where it cannot say: then the channels are frozen.
+output tensor, or None where that is not known: then the channels are frozen.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,16 @@ def fixed_like(out: Tensor) -> Mark:
 
 
 def spread(labels: Tensor, dim: int, shape: Sequence[int]) -> Tensor:
-    """Return labels (C,) as those of a whole map of ``shape`` with its channels along ``dim``."""
+    """Return the labels of channels as those of a whole map.
+
+    Args:
+        labels: (C,).
+        dim: The dimension of the channels.
+        shape: Of the map.
+
+    Returns:
+        Labels of that shape.
+    """
     view = [1] * len(shape)
     view[dim] = -1
     return labels.view(view).expand(tuple(shape))
