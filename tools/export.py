@@ -22,8 +22,8 @@ from rep_plugin.optional import require_or_exit
 
 def model_arg(text: str) -> tuple[str, object]:
     """KEY=VALUE, the value as Python writes it, else a word."""
-    key, found, value = text.partition("=")
-    if not found or not key.isidentifier():
+    key, separator, value = text.partition("=")
+    if not separator or not key.isidentifier():
         raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
     try:
         return key, ast.literal_eval(value)

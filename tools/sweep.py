@@ -113,15 +113,15 @@ def starts(args: argparse.Namespace, out: Path, console: Console) -> dict[str, s
         if not path or not Path(path).is_file():
             raise ArgumentError(f"checkpoint {path} does not exist: give --checkpoint, or --sparse to train it")
         return {"": str(path)}
-    found = {}
+    checkpoints = {}
     for strength in args.strengths or [None]:
         label = "" if strength is None else f"L1 {strength:g}"
         folder = out / ("sparse" if strength is None else f"sparse_{strength:g}")
         chosen = [] if strength is None else [f"{hook_key(args.sparse, ('SparsityHook',), 'strength')}={strength}"]
         console.print(f"{' '.join(['sparse training', label]).strip()}: {folder}", markup=False)
         train(args.sparse, folder, [*args.sparse_options, *chosen])
-        found[label] = str(find_latest_checkpoint(str(folder)))
-    return found
+        checkpoints[label] = str(find_latest_checkpoint(str(folder)))
+    return checkpoints
 
 
 def row_of(folder: Path, label: str, rate: float) -> dict:
@@ -178,8 +178,8 @@ def curves_of(rows: list[dict]) -> dict[str, dict[float, float]]:
     curves: dict[str, dict[float, float]] = {}
     for row in rows:
         best = row["after"] if row["tuned"] is None else row["tuned"]
-        found = {row["start"]: best} if len(labels) > 1 else {"pruned": row["after"], "fine-tuned": row["tuned"]}
-        for label, value in found.items():
+        values = {row["start"]: best} if len(labels) > 1 else {"pruned": row["after"], "fine-tuned": row["tuned"]}
+        for label, value in values.items():
             if value is not None:
                 curves.setdefault(label, {})[row["rate"]] = value
     return curves

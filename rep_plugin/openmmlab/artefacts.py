@@ -1,8 +1,8 @@
-"""Deployed models as stock code loads them: ``deploy.pth`` and ``deploy.py``, written together or not at all."""
+"""Deployed and pruned models as stock code loads them: a checkpoint and a config, written together or not at all."""
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -30,54 +30,47 @@ def write_deployed(
 ) -> Report:
     """Merge a copy of a trained model, prove it, and write ``deploy.pth``, ``deploy.py`` and ``deploy.json`` (the report).
 
-    ``model`` is what ``cfg.model`` builds, in any mode; ``inputs`` are preprocessed pictures (N, C, H, W) for the proof
-    beside random ones. The files are what ``init_model`` of ``mmpretrain.apis`` and ``mmseg.apis``, ``init_detector`` of
-    ``mmdet.apis`` and the stock ``tools/test.py`` load. Raises what :func:`rep_plugin.reparameterize` raises, or OSError
-    where a file cannot be written; older files then stay.
+    The files are what ``init_model`` of ``mmpretrain.apis`` and ``mmseg.apis``, ``init_detector`` of ``mmdet.apis`` and the
+    stock ``tools/test.py`` load. Where anything fails, older files stay.
+
+    Args:
+        model: what ``cfg.model`` builds, in any mode.
+        cfg: the config it was trained with.
+        out_dir: folder of the files.
+        inputs: preprocessed images (N, C, H, W) for the proof, beside random ones.
+        dataset_meta: meta data of the data set; class names go into the file.
+
+    Returns:
+        The report.
+
+    Raises:
+        EquivalenceError: the merged model computes something else, and what else
+            :func:`rep_plugin.reparameterize` raises.
+        OSError: a file cannot be written.
+
+    Example:
+        >>> from mmengine.config import Config
+        >>> from rep_plugin.openmmlab import build_model, write_deployed
+        >>> net = dict(type="ImageClassifier", backbone=dict(type="rep_plugin.RepMobileNetV2", widen_factor=0.1))
+        >>> cfg = Config(dict(default_scope="mmpretrain", model=net))
+        >>> report = write_deployed(build_model(cfg), cfg, "out")
+        >>> len(report.blocks), Config.fromfile("out/deploy.py").model.backbone.deploy
+        (19, True)
     """
-    out_dir = Path(out_dir)
     deployed = deploy_config(cfg)
     source = copy.deepcopy(model)
     source.eval()
     merged, report = reparameterize(source, inputs, inplace=True, fold_bn=False)
     merged.cpu()
     if describe_mismatch(build_model(deployed).state_dict(), merged.state_dict()):
-        deployed = deploy_config(
-            cfg, as_stock=False
-        )  # biases that the stock network has not: no batch norm took them up
-    example = inputs if inputs is not None else torch.zeros(report.input_shape)
-    check_rebuilt(deployed, merged, example)
+        # The merge left biases that the stock network has not, and no batch norm took them up.
+        deployed = deploy_config(cfg, as_stock=False)
+    check_rebuilt(deployed, merged, inputs if inputs is not None else torch.zeros(report.input_shape))
 
-    meta = file_meta(merged, dataset_meta, report.notes)
-    pretty = deployed.pretty_text.encode()
-    write_together(
-        out_dir,
-        {
-            "deploy.pth": lambda path: save_checkpoint_file({"meta": meta, "state_dict": merged.state_dict()}, path),
-            "deploy.py": lambda path: write_atomic(path, lambda file: file.write(pretty)),
-            "deploy.json": lambda path: write_atomic(path, lambda file: file.write(report.to_json().encode())),
-        },
-    )
+    meta = _file_meta(merged, dataset_meta, report.notes)
+    texts = {"deploy.py": deployed.pretty_text, "deploy.json": report.to_json()}
+    write_together(Path(out_dir), _writers("deploy.pth", merged, meta, texts))
     return report
-
-
-def file_meta(model: nn.Module, dataset_meta: dict | None, notes: list[str]) -> dict:
-    """Return the meta data of an artefact's file; class names that cannot be the classifier's are left out, with a note."""
-    told = plain_data(dataset_meta or {})
-    if "classes" in told and (misfit := misfit_of(told["classes"], model)):
-        del told["classes"]
-        notes.append(misfit)
-    return {"rep_plugin_version": __version__, "dataset_meta": told}
-
-
-def misfit_of(class_names: Sequence[str] | None, model: nn.Module) -> str:
-    """Return why the names of a data set are not those of a classifier's outputs; empty where they may be."""
-    outputs = getattr(getattr(model, "head", None), "num_classes", None)
-    if not class_names or outputs in (None, len(class_names)):
-        return ""
-    return (
-        f"class names left out: the data set has {len(class_names)}, the head {outputs} (give the data set classes=...)"
-    )
 
 
 def write_pruned(
@@ -88,12 +81,37 @@ def write_pruned(
     inputs: Tensor | None = None,
     dataset_meta: dict | None = None,
 ) -> PruneReport:
-    """Prune a copy of a model by ``plan``, prove it, and write ``pruned.pth pruned.py pruned.plan.json pruned.json .png``.
+    """Prune a copy of a model by a plan, prove it, and write ``pruned.pth pruned.py pruned.plan.json pruned.json .png``.
 
-    ``model`` is what ``cfg.model`` builds; ``inputs`` are preprocessed pictures (N, C, H, W) for the proof. The first two
-    files are what stock ``init_model``, ``init_detector`` and ``tools/test.py`` load, and ``load_from`` for fine-tuning;
-    pruning them again, or merging them, nests in the config. Raises what :func:`rep_plugin.apply_plan` raises, or OSError
-    where a file cannot be written; older files then stay.
+    The first two files are what stock ``init_model``, ``init_detector`` and ``tools/test.py`` load, and ``load_from`` for
+    fine-tuning; pruning them again, or merging them, nests in the config. Where anything fails, older files stay.
+
+    Args:
+        model: what ``cfg.model`` builds, in any mode.
+        cfg: the config it was trained with.
+        plan: what to remove.
+        out_dir: folder of the files.
+        inputs: preprocessed images (N, C, H, W) for the proof, beside random ones.
+        dataset_meta: meta data of the data set; class names go into the file.
+
+    Returns:
+        The report.
+
+    Raises:
+        EquivalenceError: the pruned model computes something else than the masked one, and what else
+            :func:`rep_plugin.apply_plan` raises.
+        OSError: a file cannot be written.
+
+    Example:
+        >>> from mmengine.config import Config
+        >>> from rep_plugin import plan_pruning
+        >>> from rep_plugin.openmmlab import build_model, write_pruned
+        >>> net = dict(type="ImageClassifier", backbone=dict(type="rep_plugin.RepMobileNetV2", widen_factor=0.1))
+        >>> cfg = Config(dict(default_scope="mmpretrain", model=net))
+        >>> model = build_model(cfg)
+        >>> report = write_pruned(model, cfg, plan_pruning(model, (1, 3, 32, 32), "l1", 0.3), "out")
+        >>> report.params_after < report.params_before
+        True
     """
     pruned = copy.deepcopy(model)
     pruned.eval()
@@ -112,27 +130,66 @@ def write_pruned_model(
     dataset_meta: dict | None = None,
     more_texts: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the files of :func:`write_pruned` for a model that is what ``plan`` makes of ``cfg.model``.
+    """Write the files of :func:`write_pruned` for a model that is pruned already.
 
-    It is moved to the CPU and put in eval mode. ``more_texts``: file name -> text, written along.
+    Args:
+        pruned: what ``plan`` makes of ``cfg.model``; it is moved to the CPU and put in eval mode.
+        cfg: the config of the model before.
+        plan: what was removed.
+        report: what :func:`rep_plugin.apply_plan` returned.
+        out_dir: folder of the files.
+        inputs: preprocessed images (N, C, H, W) to compare on; None for zeros.
+        dataset_meta: meta data of the data set.
+        more_texts: file name -> text, written along.
     """
     written = pruned_config(cfg, plan, all(part.alpha == 1 for part in annealed_modules(pruned)))
     pruned.eval()
     pruned.cpu()
     check_rebuilt(written, pruned, inputs if inputs is not None else torch.zeros(1, *plan.input_shape[1:]))
 
-    meta = file_meta(pruned, dataset_meta, report.notes)
+    meta = _file_meta(pruned, dataset_meta, report.notes)
     texts = {
         "pruned.py": written.pretty_text,
         "pruned.plan.json": plan.to_json() + "\n",
         "pruned.json": report.to_json() + "\n",
         **(more_texts or {}),
     }
-    files = {"pruned.pth": lambda path: save_checkpoint_file({"meta": meta, "state_dict": pruned.state_dict()}, path)}
-    for name, text in texts.items():
-        files[name] = lambda path, text=text: write_atomic(path, lambda file: file.write(text.encode()))
+    files = _writers("pruned.pth", pruned, meta, texts)
     title = f"{plan.why}: {report.params_after:,} of {report.params_before:,} parameters"
     files["pruned.png"] = lambda path: write_atomic(
         path, lambda file: draw_widths(plan.widths, file, title, plan.frozen)
     )
     write_together(Path(out_dir), files)
+
+
+def _writers(name: str, model: nn.Module, meta: dict, texts: Mapping[str, str]) -> dict[str, Callable[[Path], None]]:
+    """File name -> what writes it, for a checkpoint and the texts beside it."""
+    files = {name: lambda path: save_checkpoint_file({"meta": meta, "state_dict": model.state_dict()}, path)}
+    for file_name, text in texts.items():
+        files[file_name] = lambda path, text=text: write_atomic(path, lambda file: file.write(text.encode()))
+    return files
+
+
+def _file_meta(model: nn.Module, dataset_meta: dict | None, notes: list[str]) -> dict:
+    """The meta data of an artefact's file; class names that cannot be the classifier's are left out, with a note."""
+    meta = plain_data(dataset_meta or {})
+    if reason := why_not_class_names(meta.get("classes"), model):
+        del meta["classes"]
+        notes.append(reason)
+    return {"rep_plugin_version": __version__, "dataset_meta": meta}
+
+
+def why_not_class_names(names: Sequence[str] | None, model: nn.Module) -> str | None:
+    """Return why the class names of a data set are not those of a classifier's outputs.
+
+    Args:
+        names: the names, if any.
+        model: a classifier, or any other model.
+
+    Returns:
+        The reason, or None where they may be.
+    """
+    outputs = getattr(getattr(model, "head", None), "num_classes", None)
+    if not names or outputs in (None, len(names)):
+        return None
+    return f"class names left out: the data set has {len(names)}, the head {outputs} (give the data set classes=...)"

@@ -1,7 +1,7 @@
-"""Pruned and merged models as config types: structure is built from the stock model's own config and what was done to it.
+"""Pruned, merged and expanded models as config types: built from the stock model's own config and what was done to it.
 
 ``dict(type='rep_plugin.Pruned', model=<config>, plan=<plan>)`` in the place of ``model``; they nest, innermost first, so a
-config tells the whole history.
+config holds the whole history.
 
 Stock code reaches into ``model`` as if it were the network's own config: mmdet's ``init_detector`` looks at
 ``model.backbone``, mmseg's ``init_model`` sets ``model.pretrained`` and ``model.train_cfg`` to None. So both types take
@@ -27,9 +27,15 @@ from rep_plugin.registry import MODELS
 from rep_plugin.reparam import expand
 
 
-def _build_inner(
-    model: Mapping, data_preprocessor: Mapping | None, backbone: Mapping | None, pretrained: None, train_cfg: None
+def _rebuilt(
+    steps: Sequence[dict],
+    model: Mapping,
+    data_preprocessor: Mapping | None = None,
+    backbone: Mapping | None = None,
+    pretrained: None = None,
+    train_cfg: None = None,
 ) -> nn.Module:
+    """Build the inner model and repeat the steps on it."""
     if not isinstance(model, Mapping) or "type" not in model:
         raise ArgumentError(f"model must be the config of a model with a 'type', got {model!r}")
     for name, value in (("pretrained", pretrained), ("train_cfg", train_cfg)):
@@ -42,53 +48,51 @@ def _build_inner(
         drop_pretrained_(part)
     if data_preprocessor is not None and not isinstance(data_preprocessor, nn.Module):
         inner.setdefault("data_preprocessor", data_preprocessor)
-    return ROOT_MODELS.build(inner)
-
-
-def _rebuilt(steps: Sequence[dict], *inner_config: Mapping | None) -> nn.Module:
-    inner = _build_inner(*inner_config)
-    before = history_of(inner)
-    rebuilt = rebuild_(inner, steps)
+    built = ROOT_MODELS.build(inner)
+    before = history_of(built)
+    rebuilt = rebuild_(built, steps)
     setattr(rebuilt, ATTRIBUTE, [*before, *steps])
     refuse_misfits(rebuilt)
     return rebuilt
 
 
 @MODELS.register_module()
-def Pruned(
-    model: Mapping,
-    plan: PrunePlan | Mapping | str | Sequence,
-    data_preprocessor: Mapping | None = None,
-    backbone: Mapping | None = None,
-    pretrained: None = None,
-    train_cfg: None = None,
-) -> nn.Module:
-    """Build a stock model from its config and remove what ``plan`` removes; keys of the checkpoint stay the stock ones.
+def Pruned(model: Mapping, plan: PrunePlan | Mapping | str | Sequence, **stock_fields) -> nn.Module:
+    """Build a stock model from its config and remove what a plan removes; keys of the checkpoint stay the stock ones.
 
-    ``plan``: a plan's JSON text, its data, or the path of its file; or several, applied one after the other. A checkpoint
-    that does not fit is refused whole. Raises ValueError where a plan is not for this model.
+    A checkpoint that does not fit is refused whole.
+
+    Args:
+        model: config of the stock model.
+        plan: a plan's JSON text, its data, or the path of its file; or several, applied one after the other.
+        **stock_fields: ``data_preprocessor``, ``backbone``, ``pretrained``, ``train_cfg``, see the top of this module.
+
+    Returns:
+        The model; its weights mean nothing yet.
+
+    Raises:
+        ArgumentError: a plan is not for this model.
     """
     plans = plan if isinstance(plan, (list, tuple)) else [plan]
     steps = [{"step": "prune", "plan": asdict(as_plan(one))} for one in plans]
-    return _rebuilt(steps, model, data_preprocessor, backbone, pretrained, train_cfg)
+    return _rebuilt(steps, model, **stock_fields)
 
 
 @MODELS.register_module()
-def Merged(
-    model: Mapping,
-    fold_bn: bool = False,
-    merge_linear: bool = False,
-    data_preprocessor: Mapping | None = None,
-    backbone: Mapping | None = None,
-    pretrained: None = None,
-    train_cfg: None = None,
-) -> nn.Module:
+def Merged(model: Mapping, fold_bn: bool = False, merge_linear: bool = False, **stock_fields) -> nn.Module:
     """Build a model from its config and merge its blocks, as :func:`rep_plugin.reparameterize` does; load weights next.
 
-    ``fold_bn`` and ``merge_linear`` must be what they were when the weights were merged.
+    Args:
+        model: config of the model before.
+        fold_bn: what it was when the weights were merged.
+        merge_linear: the same.
+        **stock_fields: ``data_preprocessor``, ``backbone``, ``pretrained``, ``train_cfg``, see the top of this module.
+
+    Returns:
+        The model; its weights mean nothing yet.
     """
     step = {"step": "reparameterize", "fold_bn": fold_bn, "merge_linear": merge_linear}
-    return _rebuilt([step], model, data_preprocessor, backbone, pretrained, train_cfg)
+    return _rebuilt([step], model, **stock_fields)
 
 
 @MODELS.register_module()
@@ -99,12 +103,21 @@ def Expanded(
     checkpoint: str | None = None,
     data_preprocessor: dict | None = None,
 ) -> nn.Module:
-    """Build a stock model, initialise it, load ``checkpoint`` into it where one is given, and expand it.
+    """Build a stock model, initialise it, load its weights where a checkpoint is given, and expand it.
 
-    ``model`` is any stock model config; a ``Pretrained`` init_cfg in it is honoured. ``checkpoint`` is one of that very
-    model, in full. ``block`` and ``where`` as in :func:`rep_plugin.expand`. The Runner's ``init_weights()`` then changes
-    nothing, and a checkpoint that does not fit the expanded network is refused. To test or resume, the checkpoint of the
-    run itself is loaded afterwards, as ever. ``deploy.py`` holds the stock config alone.
+    The Runner's ``init_weights()`` then changes nothing, and a checkpoint that does not fit the expanded network is
+    refused. To test or resume, the checkpoint of the run itself is loaded afterwards, as ever. ``deploy.py`` holds the
+    stock config alone.
+
+    Args:
+        model: config of any stock model; a ``Pretrained`` init_cfg in it is honoured.
+        block: as in :func:`rep_plugin.expand`.
+        where: as in :func:`rep_plugin.expand`.
+        checkpoint: one of that very model, in full.
+        data_preprocessor: config of the preprocessor, where ``model`` has none.
+
+    Returns:
+        The expanded model.
     """
     stock = copy.deepcopy(model)
     if data_preprocessor is not None:

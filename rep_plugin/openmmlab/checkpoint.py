@@ -28,6 +28,13 @@ _LATEST_USERS = (
 def load_from_local(filename: str, map_location: Any = None) -> Any:
     """Loader for checkpoints on this machine, in place of mmengine's own of this name.
 
+    Args:
+        filename: path of the checkpoint.
+        map_location: as in ``torch.load``.
+
+    Returns:
+        The file's content.
+
     Raises:
         FileNotFoundError: ``filename`` is no file.
         UnsafeCheckpointError: the file asks for something outside the allow-list.
@@ -78,9 +85,9 @@ def find_latest_checkpoint(path: str) -> str | None:
     is_folder = "\0" not in named and named.endswith(".pth") and os.path.isdir(named)
     if is_folder or "://" in named or ("\0" not in named and is_complete(named)):
         return named
-    found = [file for file in Path(path).iterdir() if re.fullmatch(r"(epoch|iter)_\d+\.pth", file.name)]
-    found = sorted((file for file in found if is_complete(file)), key=lambda file: file.stat().st_mtime_ns)
-    latest = str(found[-1]) if found else None
+    complete = [file for file in Path(path).iterdir() if re.fullmatch(r"(epoch|iter)_\d+\.pth", file.name)]
+    complete = sorted((file for file in complete if is_complete(file)), key=lambda file: file.stat().st_mtime_ns)
+    latest = str(complete[-1]) if complete else None
     print_log(
         f"{record} names {named!r}, which is no complete checkpoint; resuming from {latest or 'nothing'} instead.",
         logger="current",

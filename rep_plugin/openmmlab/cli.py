@@ -80,13 +80,16 @@ def output_folder(
     precious: Sequence[str] = (),
     more_files: Sequence[str | None] = (),
 ) -> Path:
-    """Return the folder to write to, once it is known that nothing is replaced that should stay.
+    """Find the folder to write to, and check that nothing is replaced that should stay.
 
     Args:
         args: the parsed arguments of :func:`add_trained_arguments`.
         outputs: names of the files to write.
         precious: those of them that are replaced only in a folder that was asked for by name.
         more_files: what is read beside config and checkpoint.
+
+    Returns:
+        The folder.
 
     Raises:
         FileNotFoundError: a file to read does not exist.
@@ -121,6 +124,9 @@ def open_trained(config: str, checkpoint: str, cfg_options: dict | None = None, 
         checkpoint: path of the checkpoint.
         cfg_options: changes to the config.
         real_data: read the validation set, where the config has one.
+
+    Returns:
+        The model, and what came with it.
 
     Raises:
         FileNotFoundError: a file does not exist.

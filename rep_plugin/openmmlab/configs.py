@@ -1,4 +1,4 @@
-"""Configs of deployed and pruned models, made from the configs they were trained with."""
+"""Configs of deployed and pruned models, made from the configs they were trained with; nothing is built here."""
 
 import copy
 import inspect
@@ -19,63 +19,21 @@ NARROWING_HOOKS = (
 )  # fmt: skip
 
 
-def typed_dicts(node: object) -> Iterator[dict]:
-    if isinstance(node, dict):
-        if "type" in node:
-            yield node
-        for value in node.values():
-            yield from typed_dicts(value)
-    elif isinstance(node, (list, tuple)):
-        for value in node:
-            yield from typed_dicts(value)
-
-
-def _takes_deploy(type_name: object) -> bool:
-    if not isinstance(type_name, str) or not type_name.startswith("rep_plugin."):
-        return False
-    found = MODELS.get(type_name.split(".", 1)[1])
-    makers = [cls.__init__ for cls in found.__mro__] if inspect.isclass(found) else [found]  # a subclass hands it on
-    return any("deploy" in inspect.signature(maker).parameters for maker in makers if maker is not None)
-
-
-def drop_pretrained_(part: dict) -> None:
-    """Drop what loads other weights when a part is built or initialised: an artefact's come from its own file."""
-    init = part.get("init_cfg")
-    kept = [one for one in (init if isinstance(init, (list, tuple)) else [init]) if one and one["type"] != "Pretrained"]
-    if init is not None:
-        part["init_cfg"] = kept or None
-    part.pop("pretrained", None)
-    if part["type"] == "rep_plugin.Expanded":
-        part["checkpoint"] = None
-
-
-def _as_stock(node: object) -> tuple[object, int]:
-    """Return a config with the stock parts that our look-alikes and ``Expanded`` merge into, and how many there were."""
-    found = 0
-    if isinstance(node, dict):
-        if node.get("type") == "rep_plugin.Expanded":
-            outer, node, found = node, node["model"], 1
-            if outer.get("data_preprocessor") is not None:
-                node.setdefault("data_preprocessor", outer["data_preprocessor"])
-            for part in typed_dicts(node):
-                drop_pretrained_(part)
-        elif node.get("type") in CONV_TYPES:
-            return type(node)(type="Conv2d"), 1
-        for key, value in node.items():
-            node[key], count = _as_stock(value)
-            found += count
-    elif isinstance(node, (list, tuple)):
-        pairs = [_as_stock(value) for value in node]
-        return type(node)(value for value, _ in pairs), sum(count for _, count in pairs)
-    return node, found
-
-
 def deploy_config(cfg: Config, as_stock: bool = True) -> Config:
-    """Return a copy of a config that builds the deployed network: the same file in all else.
+    """Make the config of a deployed network: the same file in all else.
 
-    An ``Expanded`` model and ``conv_cfg`` look-alikes become the stock network they merge into; a pruned model is merged
-    when it is built, its plan being for the layers before, and so is any model with ``as_stock=False``. Raises ValueError
-    where the model holds no rep_plugin type that has a deployed form.
+    An ``Expanded`` model and ``conv_cfg`` look-alikes become the stock network they merge into. A pruned model is merged
+    when it is built, its plan being for the layers before.
+
+    Args:
+        cfg: the config it was trained with.
+        as_stock: False merges any model when it is built.
+
+    Returns:
+        A changed copy.
+
+    Raises:
+        ArgumentError: the model holds no rep_plugin type that has a deployed form.
     """
     cfg = copy.deepcopy(cfg)
     parts = []
@@ -90,17 +48,50 @@ def deploy_config(cfg: Config, as_stock: bool = True) -> Config:
     for part in parts:
         part["deploy"] = True
         part.pop("init_cfg", None)  # the weights come from deploy.pth
-    finish_(cfg, ("ReparamHook", *NARROWING_HOOKS))
+    _finish_(cfg, ("ReparamHook", *NARROWING_HOOKS))
     return cfg
 
 
-def finish_(cfg: Config, hooks_over: Sequence[str]) -> None:
-    """Take out of a config what belongs to the training that is over, its own hooks (by name) among it."""
-    cfg.load_from, cfg.resume = None, False
-    for key in ("work_dir", "launcher"):  # a Runner writes its config into work_dir, over this very file
-        cfg.pop(key, None)
-    over = [f"rep_plugin.{name}" for name in hooks_over]
-    cfg.custom_hooks = [hook for hook in cfg.get("custom_hooks") or [] if str(hook.get("type")) not in over]
+def pruned_config(cfg: Config, plan: PrunePlan, linear: bool = True) -> Config:
+    """Make the config of a pruned model, with its structure inside: the same file in all else.
+
+    Args:
+        cfg: the config of the model before.
+        plan: what was removed.
+        linear: no anneal is under way, so that ``LinearizeHook`` has nothing to do.
+
+    Returns:
+        A changed copy.
+    """
+    cfg = copy.deepcopy(cfg)
+    # As text, and without the scores: mmengine takes seconds to print thousands of indented numbers.
+    text = json.dumps(asdict(replace(plan, scores={})), separators=(",", ":"))
+    cfg.model = dict(type="rep_plugin.Pruned", model=cfg.model, plan=text, backbone=dict())
+    _finish_(cfg, [name for name in NARROWING_HOOKS if linear or name != "LinearizeHook"])
+    return cfg
+
+
+def typed_dicts(node: object) -> Iterator[dict]:
+    """Yield every dict with a ``type`` in a config, outer ones first."""
+    if isinstance(node, dict):
+        if "type" in node:
+            yield node
+        for value in node.values():
+            yield from typed_dicts(value)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            yield from typed_dicts(value)
+
+
+def drop_pretrained_(part: dict) -> None:
+    """Drop what loads other weights when a part is built or initialised: an artefact's come from its own file."""
+    init = part.get("init_cfg")
+    kept = [one for one in (init if isinstance(init, (list, tuple)) else [init]) if one and one["type"] != "Pretrained"]
+    if init is not None:
+        part["init_cfg"] = kept or None
+    part.pop("pretrained", None)
+    if part["type"] == "rep_plugin.Expanded":
+        part["checkpoint"] = None
 
 
 def plain_data(value: object) -> object:
@@ -112,14 +103,44 @@ def plain_data(value: object) -> object:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-def pruned_config(cfg: Config, plan: PrunePlan, linear: bool = True) -> Config:
-    """Return a copy of a config whose model is the pruned one, with its structure inside: the same file in all else.
+def _finish_(cfg: Config, hooks_over: Sequence[str]) -> None:
+    """Take out of a config what belongs to the training that is over.
 
-    ``linear``: no anneal is under way, so that ``LinearizeHook`` has nothing to do.
+    Args:
+        cfg: the config; it is changed.
+        hooks_over: names of our hooks that have done their work.
     """
-    cfg = copy.deepcopy(cfg)
-    # As text, and without the scores: mmengine takes seconds to print thousands of indented numbers.
-    text = json.dumps(asdict(replace(plan, scores={})), separators=(",", ":"))
-    cfg.model = dict(type="rep_plugin.Pruned", model=cfg.model, plan=text, backbone=dict())
-    finish_(cfg, [name for name in NARROWING_HOOKS if linear or name != "LinearizeHook"])
-    return cfg
+    cfg.load_from, cfg.resume = None, False
+    for key in ("work_dir", "launcher"):  # a Runner writes its config into work_dir, over this very file
+        cfg.pop(key, None)
+    over = [f"rep_plugin.{name}" for name in hooks_over]
+    cfg.custom_hooks = [hook for hook in cfg.get("custom_hooks") or [] if str(hook.get("type")) not in over]
+
+
+def _as_stock(node: object) -> tuple[object, int]:
+    """Return a config with the stock parts that our look-alikes and ``Expanded`` merge into, and how many there were."""
+    total = 0
+    if isinstance(node, dict):
+        if node.get("type") == "rep_plugin.Expanded":
+            outer, node, total = node, node["model"], 1
+            if outer.get("data_preprocessor") is not None:
+                node.setdefault("data_preprocessor", outer["data_preprocessor"])
+            for part in typed_dicts(node):
+                drop_pretrained_(part)
+        elif node.get("type") in CONV_TYPES:
+            return type(node)(type="Conv2d"), 1
+        for key, value in node.items():
+            node[key], count = _as_stock(value)
+            total += count
+    elif isinstance(node, (list, tuple)):
+        pairs = [_as_stock(value) for value in node]
+        return type(node)(value for value, _ in pairs), sum(count for _, count in pairs)
+    return node, total
+
+
+def _takes_deploy(type_name: object) -> bool:
+    if not isinstance(type_name, str) or not type_name.startswith("rep_plugin."):
+        return False
+    part = MODELS.get(type_name.split(".", 1)[1])
+    makers = [cls.__init__ for cls in part.__mro__] if inspect.isclass(part) else [part]  # a subclass hands it on
+    return any("deploy" in inspect.signature(maker).parameters for maker in makers if maker is not None)

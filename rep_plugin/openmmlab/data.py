@@ -91,8 +91,12 @@ def _problem(dataset: dict) -> str | None:
 def check_data(cfg: Any, which: Sequence[str] = ("train_dataloader",)) -> None:
     """Check that the data sets of the dataloaders named in ``which`` are there, before anything costly is built.
 
-    Dataloaders which the config does not have, or has as None, are passed over, and so are data sets which download
-    themselves or lie at an address. The config's ``missing_data_hint``, if any, ends the message.
+    Data sets which download themselves or lie at an address are passed over. The config's ``missing_data_hint``, if any,
+    ends the message.
+
+    Args:
+        cfg: the config.
+        which: names of dataloaders; those that the config does not have, or has as None, are passed over.
 
     Raises:
         DataError: the folder or an annotation file is missing or empty.

@@ -1,4 +1,4 @@
-"""mmpretrain models written as ONNX: pictures through the config's own pipeline, and what it tells as metadata."""
+"""mmpretrain models written as ONNX: images come through the config's own pipeline, which is written as metadata."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from rep_plugin.export.export_onnx import export_images
 from rep_plugin.export.preprocessing import find_images
 from rep_plugin.export.report import ExportReport
 from rep_plugin.measure.verify import default_inputs
-from rep_plugin.openmmlab.artefacts import misfit_of
+from rep_plugin.openmmlab.artefacts import why_not_class_names
 from rep_plugin.openmmlab.configs import plain_data
 from rep_plugin.openmmlab.load import REAL_IMAGES
 
@@ -33,32 +33,54 @@ def write_onnx(
 ) -> ExportReport:
     """Write the model that ``cfg.model`` builds, in eval mode, as :func:`rep_plugin.export_onnx` does: logits, no softmax.
 
-    ``inputs`` are preprocessed pictures (N, C, H, W) to compare on (None: random ones, of ``size``). ``batch`` fixes the
-    number of pictures (None: open); ``size`` (H, W) is the input's, by default that of the pictures. Class names come from
-    ``dataset_meta``, preprocessing from the pipeline and the model's data_preprocessor. ``options`` are those of
-    :func:`rep_plugin.export_onnx`. Raises ValueError where neither pictures nor size are given, and what the export raises.
+    Args:
+        model: the model, in eval mode.
+        cfg: its config; the preprocessing comes from its pipeline and the model's data_preprocessor.
+        path: the file to write.
+        inputs: preprocessed images (N, C, H, W) to compare on; None for random ones, of ``size``.
+        dataset_meta: meta data of the data set, for the class names.
+        batch: the number of images to fix; None leaves it open.
+        size: (H, W) of the input; None for that of the images.
+        **options: as in :func:`rep_plugin.export_onnx`.
+
+    Returns:
+        The report.
+
+    Raises:
+        ArgumentError: neither images nor size are given.
+        ExportError: as the export.
     """
     if inputs is None and size is None:
-        raise ArgumentError("without validation pictures the input size is needed: size=(H, W)")
+        raise ArgumentError("without validation images the input size is needed: size=(H, W)")
     channels = inputs.shape[1] if inputs is not None else default_inputs(model)[0].shape[1]
     shape = (channels, *(size or inputs.shape[2:]))
     names = (dataset_meta or {}).get("classes")
-    told = {"preprocessing": preprocessing_of(model, cfg, shape)}
+    metadata = {"preprocessing": preprocessing_of(model, cfg, shape)}
     if inputs is not None and shape != tuple(inputs.shape[1:]):
-        told["preprocessing"]["then_resize"] = {"size": list(shape[1:]), "interpolation": "bilinear"}
-    misfit = misfit_of(names, model)
-    if names and not misfit and hasattr(getattr(model, "head", None), "num_classes"):
-        told["class_names"] = list(names)
-    report = export_images(model, path, inputs, shape, batch, size, **(told | options))
-    if misfit and "class_names" not in options:
-        report.notes.append(misfit)
+        metadata["preprocessing"]["then_resize"] = {"size": list(shape[1:]), "interpolation": "bilinear"}
+    reason = why_not_class_names(names, model)
+    if names and reason is None and hasattr(getattr(model, "head", None), "num_classes"):
+        metadata["class_names"] = list(names)
+    report = export_images(model, path, inputs, shape, batch, size, **(metadata | options))
+    if reason and "class_names" not in options:
+        report.notes.append(reason)
     return report
 
 
 def read_images(model: nn.Module, cfg: Config, folder: str | Path, count: int = REAL_IMAGES) -> Tensor:
-    """Return up to ``count`` pictures of a folder as the model sees them: through the config's pipeline, preprocessed.
+    """Read images of a folder as the model sees them: through the config's pipeline, preprocessed.
 
-    A pipeline that expects loaded pictures gets a loader in front. Raises FileNotFoundError where there are none.
+    Args:
+        model: the model.
+        cfg: its config; a pipeline that expects loaded images gets a loader in front.
+        folder: where the images are.
+        count: how many at most.
+
+    Returns:
+        The images, (N, C, H, W).
+
+    Raises:
+        FileNotFoundError: there are none.
     """
     steps = pipeline_of(cfg)
     if not any(_kind(step) == LOADER for step in steps):
@@ -72,7 +94,7 @@ def read_images(model: nn.Module, cfg: Config, folder: str | Path, count: int = 
 
 
 def pipeline_of(cfg: Config) -> list[dict]:
-    """Return the steps of the config's test pipeline, else of its validation pipeline. Raises ValueError for neither."""
+    """Return the steps of the config's test pipeline, else of its validation pipeline. Raises ArgumentError for neither."""
     for name in ("test_dataloader", "val_dataloader"):
         dataset = (cfg.get(name) or {}).get("dataset")
         while isinstance(dataset, Mapping) and "dataset" in dataset:  # RepeatDataset and its like
@@ -83,38 +105,46 @@ def pipeline_of(cfg: Config) -> list[dict]:
 
 
 def preprocessing_of(model: nn.Module, cfg: Config, input_size: tuple[int, int, int]) -> dict:
-    """Return what is done to a picture on its way into the model, as plain data.
+    """Describe what is done to an image on its way into the model.
 
     In this order: ``resize`` its ``edge`` (short, long, both; ``fit``: the largest that fits) to ``size`` (H, W), ``crop``
     the centre (H, W), bring the channels in order, subtract ``mean``, divide by ``std``, white being ``white``.
     ``pipeline`` holds the config's own steps, also those that have no place in this list.
+
+    Args:
+        model: the model.
+        cfg: its config.
+        input_size: (C, H, W).
+
+    Returns:
+        The steps as plain data.
     """
     try:
         steps = pipeline_of(cfg)
-    except ValueError:
+    except ArgumentError:
         steps = []
     data = getattr(model, "data_preprocessor", None)
     to_rgb = getattr(data, "to_rgb", False)
-    found = {
+    description = {
         "input_size": list(input_size),
         "channel_order": {1: "GRAY", 3: "RGB" if to_rgb else "BGR"}.get(input_size[0]),
         "white": 255.0,
         "pipeline": plain_data(steps),
     }
     if getattr(data, "_enable_normalize", False):
-        found |= {name: _numbers(getattr(data, name)) for name in ("mean", "std")}
+        description |= {name: _numbers(getattr(data, name)) for name in ("mean", "std")}
     for step in steps:
         kind = _kind(step)
         if kind == "ResizeEdge":
-            found["resize"] = {"edge": step.get("edge", "short"), "size": [step["scale"]] * 2}
+            description["resize"] = {"edge": step.get("edge", "short"), "size": [step["scale"]] * 2}
         elif kind == "Resize" and step.get("scale") is not None:
             edge = "fit" if step.get("keep_ratio") else "both"
-            found["resize"] = {"edge": edge, "size": _height_width(step["scale"])}
+            description["resize"] = {"edge": edge, "size": _height_width(step["scale"])}
         elif kind == "CenterCrop":
-            found["crop"] = _height_width(step["crop_size"])
+            description["crop"] = _height_width(step["crop_size"])
         if kind in ("ResizeEdge", "Resize"):
-            found["interpolation"] = step.get("interpolation", "bilinear")
-    return found
+            description["interpolation"] = step.get("interpolation", "bilinear")
+    return description
 
 
 def _numbers(tensor: Tensor) -> list[float]:

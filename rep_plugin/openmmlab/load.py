@@ -53,7 +53,13 @@ def build_model(cfg: Config) -> nn.Module:
 def load_strictly(model: nn.Module, state_dict: dict, source: str) -> None:
     """Load a state dict that must fit exactly; on a mismatch nothing is loaded.
 
-    Raises RuntimeError with the first missing, unexpected and differently shaped keys.
+    Args:
+        model: the model.
+        state_dict: names and tensors.
+        source: what to call it in the message.
+
+    Raises:
+        CheckpointMismatchError: it does not fit; the message names the first keys that do not.
     """
     require_fit(model, state_dict, source)
     model.load_state_dict(state_dict)
@@ -72,7 +78,30 @@ def read_state_dict(checkpoint: str | os.PathLike) -> tuple[dict, dict]:
 
 
 def load_model(cfg: Config, checkpoint: str) -> tuple[nn.Module, dict]:
-    """Build a config's model and load a checkpoint into it strictly; return it in eval mode, with the file's meta data."""
+    """Build a config's model and load a checkpoint into it strictly.
+
+    Args:
+        cfg: the config.
+        checkpoint: path of the checkpoint.
+
+    Returns:
+        The model in eval mode, and the file's meta data.
+
+    Raises:
+        ArgumentError: the config cannot be built.
+        CheckpointMismatchError: the checkpoint is not exactly the model's.
+
+    Example:
+        >>> import torch
+        >>> from mmengine.config import Config
+        >>> from rep_plugin.openmmlab import build_model, load_model
+        >>> net = dict(type="ImageClassifier", backbone=dict(type="rep_plugin.RepMobileNetV2", widen_factor=0.1))
+        >>> cfg = Config(dict(default_scope="mmpretrain", model=net))
+        >>> torch.save({"state_dict": build_model(cfg).state_dict(), "meta": {"epoch": 1}}, "epoch_1.pth")
+        >>> model, meta = load_model(cfg, "epoch_1.pth")
+        >>> model.training, meta
+        (False, {'epoch': 1})
+    """
     state_dict, meta = read_state_dict(checkpoint)
     cfg = copy.deepcopy(cfg)
     for part in typed_dicts(cfg.model):
@@ -85,10 +114,18 @@ def load_model(cfg: Config, checkpoint: str) -> tuple[nn.Module, dict]:
 
 
 def real_inputs(model: nn.Module, loader: DataLoader, count: int = REAL_IMAGES) -> Tensor:
-    """Return up to ``count`` images of a loader's data set, evenly spread, preprocessed as the model sees them.
+    """Take images of a loader's data set, evenly spread, preprocessed as the model sees them.
 
     Images of several sizes do not make a batch: those of the most frequent size are taken, and of large ones fewer, but
     two.
+
+    Args:
+        model: the model.
+        loader: the dataloader.
+        count: how many at most.
+
+    Returns:
+        The images, (N, C, H, W).
     """
     dataset = loader.dataset
     step = max(1, len(dataset) // count)
@@ -102,7 +139,17 @@ def real_inputs(model: nn.Module, loader: DataLoader, count: int = REAL_IMAGES) 
 
 
 def check_rebuilt(cfg: Config, merged: nn.Module, inputs: Tensor) -> None:
-    """What stock code will build from the written config must load the weights and say the same as the given model."""
+    """Check that what stock code will build from a written config loads a model's weights and computes the same.
+
+    Args:
+        cfg: the config to be written.
+        merged: the model whose weights go into the file.
+        inputs: preprocessed images (N, C, H, W).
+
+    Raises:
+        CheckpointMismatchError: the weights do not fit.
+        EquivalenceError: the output differs.
+    """
     rebuilt = build_model(cfg)
     load_strictly(rebuilt, merged.state_dict(), "what was made of the model")
     with torch.no_grad():
@@ -111,5 +158,5 @@ def check_rebuilt(cfg: Config, merged: nn.Module, inputs: Tensor) -> None:
         try:
             verify_equivalence(merged, rebuilt, [inputs.cpu()])
         except EquivalenceError:
-            found = f"{difference.max_rel:.2e} relative"
-            raise EquivalenceError(f"the model built from the written config differs by {found}") from None
+            text = f"the model built from the written config differs by {difference.max_rel:.2e} relative"
+            raise EquivalenceError(text) from None

@@ -1,4 +1,4 @@
-"""mmpretrain's MobileNetV3 for small pictures: ``backbone=dict(type='rep_plugin.MobileNetV3_CIFAR')``."""
+"""mmpretrain's MobileNetV3 for small images: ``backbone=dict(type='rep_plugin.MobileNetV3_CIFAR')``."""
 
 from collections.abc import Sequence
 
@@ -12,9 +12,13 @@ MOBILENET_V3_NORM = dict(type="BN", eps=0.001, momentum=0.01)  # mmpretrain's de
 
 @MODELS.register_module()
 class MobileNetV3_CIFAR(MobileNetV3):
-    """mmpretrain's MobileNetV3 for small pictures, as its ``ResNet_CIFAR`` is for ResNet: the stem has stride 1.
+    """mmpretrain's MobileNetV3 for small images, as its ``ResNet_CIFAR`` is for ResNet: the stem has stride 1.
 
-    ``in_channels`` of the pictures; all else, and the checkpoint's keys, as in mmpretrain's MobileNetV3.
+    The checkpoint's keys are those of mmpretrain's MobileNetV3.
+
+    Args:
+        in_channels: channels of the images.
+        arch, norm_cfg, out_indices, frozen_stages, norm_eval, with_cp: as in mmpretrain's MobileNetV3.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ from rep_plugin.errors import ArgumentError, CheckpointMismatchError
 from rep_plugin.history import ATTRIBUTE, check_history, history_of, rebuild_, replays
 
 ARCHITECTURE, CONFIG, WEIGHTS = "rep_rebuilt", "config.json", "model.safetensors"
-# What of a model's pretrained_cfg tells how to feed it; where its first weights came from does not hold any more.
+# The part of a pretrained_cfg that describes the input; where its first weights came from does not hold any more.
 KEPT_CFG = (
     "input_size", "min_input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std",
     "num_classes", "license", "label_names", "label_descriptions",
@@ -31,10 +31,24 @@ default_cfgs = generate_default_cfgs({f"{ARCHITECTURE}.untrained": {"url": ""}})
 def save_timm(model: nn.Module, folder: str | Path) -> None:
     """Write a pruned or merged timm model so that ``timm.create_model('local-dir:FOLDER')`` loads it.
 
-    The structure is built again from its history first, so that what is written is known to load. Raises ValueError for a
-    model that timm did not create, or with arguments that JSON does not hold,
-    :class:`rep_plugin.errors.CheckpointMismatchError` where it was changed by something that its history does
-    not tell, OSError where a file cannot be written; older files then stay.
+    The structure is built again from the model's history first, so that what is written loads. Where anything fails, older
+    files stay.
+
+    Args:
+        model: made by ``timm.create_model``.
+        folder: where ``config.json`` and ``model.safetensors`` go.
+
+    Raises:
+        ArgumentError: timm did not create the model, or JSON does not hold its arguments.
+        CheckpointMismatchError: the model was changed by something that is not in its history.
+        OSError: a file cannot be written.
+
+    Example:
+        >>> import os, timm, rep_plugin
+        >>> model = timm.create_model("rep_mobilenetv2_035", num_classes=2).eval()
+        >>> rep_plugin.timm.save_timm(rep_plugin.reparameterize(model)[0], "saved")
+        >>> sorted(os.listdir("saved")), timm.create_model("local-dir:saved").num_classes
+        (['config.json', 'model.safetensors'], 2)
     """
     pretrained_cfg = getattr(model, "pretrained_cfg", None) or {}
     if not pretrained_cfg.get("architecture") or not hasattr(model, "_model_args"):
@@ -68,7 +82,7 @@ def save_timm(model: nn.Module, folder: str | Path) -> None:
 
 
 def _args_of(model: nn.Module) -> dict:
-    """What timm.create_model was given."""
+    """The arguments of timm.create_model."""
     return {name: value for name, value in model._model_args.items() if name != "pretrained_model_args"}
 
 
@@ -82,7 +96,7 @@ def _require_plain(name: str, value: object) -> None:
 def _with_classifiers(model: nn.Module) -> tuple[list[dict], int]:
     """Return a model's history with the steps that put fresh classifiers in place, and the classes before the first.
 
-    Those are no steps that anybody records (timm's ``reset_classifier``): what plans say of the classifier tells them.
+    timm's ``reset_classifier`` records no step; the widths in the plans show where the number of classes changed.
     """
     steps = [step for step in history_of(model) if step["step"] != "classifier"]
     classifier = model.get_classifier()
@@ -121,12 +135,25 @@ def rep_rebuilt(
     drop_path_rate: float | None = None,
     weights: bool = True,
 ) -> nn.Module:
-    """What a folder of :func:`save_timm` holds; its weights are loaded unless ``weights=False`` (from scratch).
+    """Build what a folder of :func:`save_timm` holds, for ``timm.create_model('local-dir:FOLDER')``.
 
-    ``num_classes`` other than the saved ones puts a fresh classifier on it (0: none). ``drop_rate`` and
-    ``drop_path_rate`` are passed on; ``in_chans``, which timm's own scripts give, must be the model's. Raises ValueError
-    for other arguments, or where it is not called with a folder,
-    :class:`rep_plugin.errors.CheckpointMismatchError` where the weights do not fit.
+    Args:
+        pretrained, pretrained_cfg_overlay, pretrained_model_args, cache_dir: timm passes them; they change nothing.
+        pretrained_cfg: what timm made of the folder's ``config.json``, with the folder as ``file``.
+        base: name of the network before the history.
+        base_args: arguments of that network.
+        history: what was done to it, see :mod:`rep_plugin.history`.
+        num_classes: another number than the saved one puts a fresh classifier on it, 0: none.
+        in_chans: timm's own scripts give it; must be the model's.
+        drop_rate, drop_path_rate: passed on to the network.
+        weights: load the saved weights; False trains from scratch.
+
+    Returns:
+        The model.
+
+    Raises:
+        ArgumentError: an argument does not fit, or timm was not called with a folder.
+        CheckpointMismatchError: the weights do not fit.
     """
     folder = (pretrained_cfg or {}).get("file") if isinstance(pretrained_cfg, Mapping) else None
     if not base or not folder:
@@ -167,10 +194,21 @@ def _read_weights(path: Path) -> dict:
 
 @replays("classifier", "layer", "num_classes")
 def set_classes_(model: nn.Module, layer: str, num_classes: int) -> nn.Module:
-    """Put a fresh linear layer of ``num_classes`` in the place of one (0: none); ``model.num_classes`` follows.
+    """Put a fresh linear layer in the place of a classifier; ``model.num_classes`` follows.
 
-    The live weights tell its inputs, where timm's ``reset_classifier`` reads them from attributes that pruning leaves as
-    they were. Raises ValueError where ``layer`` is not linear.
+    Its inputs are those of the old weights: timm's ``reset_classifier`` reads them from attributes that pruning leaves as
+    they were.
+
+    Args:
+        model: the network; it is changed.
+        layer: name of the classifier.
+        num_classes: classes, 0 for none.
+
+    Returns:
+        The model.
+
+    Raises:
+        ArgumentError: ``layer`` is not linear.
     """
     old = model.get_submodule(layer)
     if not isinstance(old, nn.Linear):

@@ -1,7 +1,6 @@
 """timm's classifier interface for our backbones: one mixin, nothing of it copied for each network."""
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import SelectAdaptivePool2d
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint_seq
@@ -13,8 +12,14 @@ from rep_plugin.errors import ArgumentError
 class ClassifierMixin:
     """Give a :class:`rep_plugin.backbones.staged.StagedNetwork` timm's interface: write it before the network.
 
-    (N, in_chans, H, W) -> logits (N, num_classes). ``drop_rate`` is the dropout before the classifier, ``output_stride``
-    (default 32) as timm's; all other arguments are the network's own.
+    (N, in_chans, H, W) -> logits (N, num_classes).
+
+    Args:
+        num_classes: classes, 0 for pooled features.
+        in_chans: channels of the images.
+        global_pool: one of timm's pools, or "" for none, which needs ``num_classes=0``.
+        drop_rate: dropout before the classifier.
+        **backbone_args: the network's own arguments; ``output_stride`` is 32 by default, as timm's.
     """
 
     def __init__(
@@ -57,7 +62,12 @@ class ClassifierMixin:
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Put a fresh classifier of ``num_classes`` (0: none, the model then returns pooled features).
 
-        Raises ValueError for a classifier without pooling (``global_pool=""``), and leaves the model as it was.
+        Args:
+            num_classes: classes.
+            global_pool: one of timm's pools, or "" for none; None keeps the present one.
+
+        Raises:
+            ArgumentError: a classifier without pooling; the model stays as it was.
         """
         pools = self.global_pool.pool_type if global_pool is None else global_pool
         if num_classes and not pools:
@@ -80,7 +90,12 @@ class ClassifierMixin:
         return self.finish(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return logits, or with ``pre_logits`` the pooled features (N, num_features)."""
+        """Return logits.
+
+        Args:
+            x: the last map, (N, num_features, H', W').
+            pre_logits: return the pooled features (N, num_features) instead.
+        """
         x = self.global_pool(x)
         x = nn.functional.dropout(x, p=self.drop_rate, training=self.training)
         return x if pre_logits else self.classifier(x)
@@ -97,10 +112,18 @@ class ClassifierMixin:
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ):
-        """Return the chosen maps (by index into ``feature_info``), and the final map unless told otherwise.
+        """Return the final map and the chosen intermediate ones.
 
-        ``norm`` gives the last stage's map as it leaves the network. Raises ValueError for an ``output_fmt`` other than
-        NCHW.
+        Args:
+            x: images, (N, in_chans, H, W).
+            indices: indices into ``feature_info``, or how many of its last entries; None for all.
+            norm: give the last stage's map as it leaves the network.
+            stop_early: run no stage that is not needed; the final map is then the last one that was run.
+            output_fmt: NCHW.
+            intermediates_only: return the list of maps alone.
+
+        Raises:
+            ArgumentError: another ``output_fmt``.
         """
         if output_fmt != "NCHW":
             raise ArgumentError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
@@ -124,34 +147,16 @@ class ClassifierMixin:
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the chosen intermediates do not need; return their indices."""
+        """Drop what the chosen intermediates do not need; return their indices.
+
+        Args:
+            indices: as in :meth:`forward_intermediates`.
+            prune_norm: drop the last norm, where the network has one of its own.
+            prune_head: drop the classifier and what stands before it.
+        """
         wanted, last = feature_take_indices(len(self.feature_info), indices)
         self.stages = self.stages[: self._stages_up_to(last)]
         if prune_head:
             self.drop_finish()
             self.reset_classifier(0, "")
         return wanted
-
-
-def pretrained_cfg(first_conv: str | tuple[str, ...], **changes) -> dict:
-    """Return a ``default_cfgs`` entry: ImageNet's 224x224 pictures, no weights to download."""
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": first_conv,
-        "classifier": "classifier",
-        "license": "apache-2.0",
-        **changes,
-    }
-
-
-def name_first_conv_(options: dict, first_conv: str | tuple[str, ...]) -> None:
-    """Let the ``pretrained_cfg`` of a model that is built deployed name the convolution that it has."""
-    given = options.get("pretrained_cfg_overlay") or {}
-    options["pretrained_cfg_overlay"] = {"first_conv": first_conv, **given}

@@ -1,4 +1,4 @@
-"""timm models by name, with a checkpoint and pictures as timm itself reads them, written as ONNX."""
+"""timm models by name, with a checkpoint and images as timm itself reads them, written as ONNX."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from rep_plugin.export.export_onnx import export_images
 from rep_plugin.export.preprocessing import find_images, timm_preprocessing
 from rep_plugin.export.report import ExportReport
 
-PICTURES = 8
+IMAGES = 8
 
 
 def export_timm(
@@ -34,14 +34,25 @@ def export_timm(
 ) -> ExportReport:
     """Build ``timm.create_model(name)``, load it, and write it as :func:`rep_plugin.export_onnx` does.
 
-    ``name`` may be ``local-dir:FOLDER``, which comes with its weights. ``model_args`` go to ``timm.create_model``.
-    ``folder`` holds pictures to compare on, preprocessed by timm's evaluation transform (None: random ones). ``size`` (H,
-    W) of the input, by default the model's own; ``batch`` fixes the number of pictures (None: open). ``options`` are those
-    of :func:`rep_plugin.export_onnx`.
+    Args:
+        name: timm's name, or ``local-dir:FOLDER``, which comes with its weights.
+        path: the file to write.
+        checkpoint: weights to load.
+        pretrained: load timm's own weights.
+        model_args: arguments of ``timm.create_model``.
+        folder: images to compare on, preprocessed by timm's evaluation transform; None for random ones.
+        size: (H, W) of the input; None for the model's own.
+        batch: the number of images to fix; None leaves it open.
+        **options: as in :func:`rep_plugin.export_onnx`.
 
-    Raises RuntimeError or ValueError for a name or arguments that timm does not know, FileNotFoundError for a file or
-    folder that does not exist, :class:`rep_plugin.errors.CheckpointMismatchError` where the checkpoint is not
-    the model's, and what the export raises.
+    Returns:
+        The report.
+
+    Raises:
+        ArgumentError: timm does not know the name or the arguments.
+        FileNotFoundError: a file or folder does not exist.
+        CheckpointMismatchError: the checkpoint is not the model's.
+        ExportError: as the export.
     """
     model = load_timm(name, checkpoint, pretrained, model_args)
     cfg = resolve_data_config({}, model=model)
@@ -51,16 +62,37 @@ def export_timm(
     known = len(cfg["mean"]) == shape[0]
     if folder is not None and not known:
         raise ArgumentError(f"{name} takes {shape[0]} channels, but its pretrained_cfg has {len(cfg['mean'])} means")
-    pictures = None if folder is None else read_images(folder, cfg | {"input_size": shape})
+    images = None if folder is None else read_images(folder, cfg | {"input_size": shape})
     if known:
         options = {"preprocessing": timm_preprocessing(cfg, shape)} | options
-    return export_images(model, path, pictures, shape, batch, **options)
+    return export_images(model, path, images, shape, batch, **options)
 
 
 def load_timm(
     name: str, checkpoint: str | Path | None = None, pretrained: bool = False, model_args: Mapping | None = None
 ) -> nn.Module:
-    """Return a timm model in eval mode, with the weights of a checkpoint that must fit exactly (EMA weights come first)."""
+    """Build a timm model and load a checkpoint, which must fit exactly.
+
+    Args:
+        name: timm's name, or ``local-dir:FOLDER``.
+        checkpoint: weights to load; EMA weights come first.
+        pretrained: load timm's own weights.
+        model_args: arguments of ``timm.create_model``.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        ArgumentError: timm does not know the name or the arguments.
+        FileNotFoundError: a file or folder does not exist.
+        CheckpointMismatchError: the checkpoint is not the model's.
+
+    Example:
+        >>> from rep_plugin.timm import load_timm
+        >>> model = load_timm("rep_mobilenetv2_035", model_args={"num_classes": 2})
+        >>> model.num_classes, model.training
+        (2, False)
+    """
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise FileNotFoundError(f"{checkpoint} does not exist, expected a file")
     local = name.startswith("local-dir:")
@@ -83,8 +115,17 @@ def load_timm(
     return model.eval()
 
 
-def read_images(folder: str | Path, cfg: Mapping, count: int = PICTURES) -> Tensor:
-    """Return up to ``count`` pictures of a folder as timm's evaluation transform gives them: (N, *cfg['input_size'])."""
+def read_images(folder: str | Path, cfg: Mapping, count: int = IMAGES) -> Tensor:
+    """Read images as timm's evaluation transform gives them.
+
+    Args:
+        folder: where they are.
+        cfg: timm's data config.
+        count: how many at most.
+
+    Returns:
+        The images, (N, *cfg['input_size']).
+    """
     keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     transform = create_transform(**{key: cfg[key] for key in keys}, is_training=False)
     mode = "L" if cfg["input_size"][0] == 1 else "RGB"

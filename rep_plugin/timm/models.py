@@ -1,12 +1,13 @@
-"""The timm side: ``timm.create_model('rep_mobilenetv2_100')`` and its sisters, registered by ``import rep_plugin``."""
+"""Our networks under timm's names: ``timm.create_model('rep_mobilenetv2_100')`` and all others of the table MODELS."""
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg
 from torch import nn
 
 from rep_plugin.backbones import mobileone, replknet, repvgg
 from rep_plugin.backbones.rep_mobilenet_v2 import RepMobileNetV2
-from rep_plugin.timm.classifier import ClassifierMixin, name_first_conv_, pretrained_cfg
+from rep_plugin.timm.classifier import ClassifierMixin
+from rep_plugin.timm.register import name_first_conv_, pretrained_cfg, register
 
 
 class RepMobileNetV2Classifier(ClassifierMixin, RepMobileNetV2):
@@ -43,7 +44,7 @@ class RepLKNetClassifier(ClassifierMixin, replknet.RepLKNet):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the chosen intermediates do not need; return their indices."""
+        """As the mixin's; ``prune_norm`` drops the BN of the last map."""
         wanted = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         if prune_norm:
             self.drop_finish()
@@ -66,12 +67,9 @@ MODELS = {
     **{f"rep_mobileone_{arch}": (MobileOneClassifier, {"arch": arch}) for arch in mobileone.ARCHS},
     **{f"rep_replknet_{arch.lower()}": (RepLKNetClassifier, {"arch": arch}) for arch in replknet.ARCHS},
 }
-default_cfgs = generate_default_cfgs(
-    {f"{name}.untrained": pretrained_cfg(FIRST_CONVS[kind]) for name, (kind, _) in MODELS.items()}
-)
 
 
-def _create(variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
+def _create(variant: str, pretrained: bool, **kwargs) -> nn.Module:
     kind, arguments = MODELS[variant]
     kwargs = arguments | kwargs
     if kwargs.get("deploy") and not kwargs.get("keep_bn"):
@@ -81,18 +79,8 @@ def _create(variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
     return build_model_with_cfg(kind, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 
-def _register(name: str) -> None:
-    kind, arguments = MODELS[name]
-
-    def entry(pretrained: bool = False, **kwargs) -> nn.Module:
-        return _create(name, pretrained, **kwargs)
-
-    entry.__name__ = entry.__qualname__ = name
-    entry.__doc__ = (
-        f"{kind.__mro__[2].__name__} with {', '.join(f'{key}={value!r}' for key, value in arguments.items())}."
+for _name, (_kind, _arguments) in MODELS.items():
+    _described = (
+        f"{_kind.__mro__[2].__name__} with {', '.join(f'{key}={value!r}' for key, value in _arguments.items())}."
     )
-    globals()[name] = register_model(entry)
-
-
-for _name in MODELS:
-    _register(_name)
+    register(__name__, _name, _create, pretrained_cfg(FIRST_CONVS[_kind]), _described)

@@ -11,13 +11,13 @@ from functools import partial
 
 import timm
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg
 from torch import nn
 
 from rep_plugin.blocks.conv_like import like_conv, look_alike, why_not_replaceable
 from rep_plugin.reparam.expand import own_convs
 from rep_plugin.reparam.fold_bn import fold_conv_bn_, replace_module_
-from rep_plugin.timm.classifier import name_first_conv_, pretrained_cfg
+from rep_plugin.timm.register import name_first_conv_, pretrained_cfg, register
 
 BLOCKS = ("dbb", "acb")
 # timm's network -> its first convolution and its classifier.
@@ -31,7 +31,15 @@ NAMES = tuple(f"{block}_{stock}" for stock in STOCK for block in BLOCKS)
 
 
 def plug_in_(model: nn.Module, block: str) -> nn.Module:
-    """Put a block, all of its branches live, in the place of every convolution with 1 < K < 7, and return the model."""
+    """Put a block, all of its branches live, in the place of every convolution with 1 < K < 7.
+
+    Args:
+        model: the network; it is changed.
+        block: ``dbb`` or ``acb``.
+
+    Returns:
+        The model.
+    """
     for _, conv in list(own_convs(model)):
         if not why_not_replaceable(conv) and max(conv.kernel_size) < 7:
             replace_module_(model, conv, like_conv(conv, block))
@@ -47,7 +55,7 @@ def _build(block: str, stock: str, deploy: bool, **kwargs) -> nn.Module:
 
 
 def _first_convs(block: str, stock: str, deploy: bool) -> str | tuple[str, ...]:
-    """Names of the convolutions that read the picture, as timm's ``first_conv``: several in a block."""
+    """Names of the convolutions that read the image, as timm's ``first_conv``: several in a block."""
     first = STOCK[stock][0]
     if deploy or stock.startswith("resnet"):
         return first
@@ -57,15 +65,7 @@ def _first_convs(block: str, stock: str, deploy: bool) -> str | tuple[str, ...]:
     return tuple(f"{first}.branches.{name}.{layer}" for name, (layer, _) in heads.items())
 
 
-def _cfg(name: str) -> dict:
-    block, stock = name.split("_", 1)
-    return pretrained_cfg(_first_convs(block, stock, deploy=False), classifier=STOCK[stock][1])
-
-
-default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg(name) for name in NAMES})
-
-
-def _create(name: str, pretrained: bool = False, deploy: bool = False, **kwargs) -> nn.Module:
+def _create(name: str, pretrained: bool, deploy: bool = False, **kwargs) -> nn.Module:
     block, stock = name.split("_", 1)
     if deploy:
         name_first_conv_(kwargs, _first_convs(block, stock, deploy))
@@ -75,19 +75,11 @@ def _create(name: str, pretrained: bool = False, deploy: bool = False, **kwargs)
     )
 
 
-def _register(name: str) -> None:
-    block, stock = name.split("_", 1)
-
-    def entry(pretrained: bool = False, **kwargs) -> nn.Module:
-        return _create(name, pretrained, **kwargs)
-
-    entry.__name__ = entry.__qualname__ = name
-    entry.__doc__ = (
-        f"timm's {stock} with {look_alike(block).__name__} for its convolutions of 1 < K < 7; arguments as timm's.\n\n"
-        "``deploy=True`` builds what :func:`rep_plugin.reparameterize` makes of it: no branches, no BN."
-    )
-    register_model(entry)
-
-
 for _name in NAMES:
-    _register(_name)
+    _block, _stock = _name.split("_", 1)
+    _cfg = pretrained_cfg(_first_convs(_block, _stock, deploy=False), classifier=STOCK[_stock][1])
+    _described = f"""timm's {_stock} with {look_alike(_block).__name__} for its convolutions of 1 < K < 7.
+
+    ``deploy=True`` builds what :func:`rep_plugin.reparameterize` makes of it: no branches, no BN.
+    """
+    register(__name__, _name, _create, _cfg, _described)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import mmengine.config.config
 import pytest
 
+from rep_plugin.openmmlab.checkpoint import enable_safe_loading
 from tests.test_openmmlab.test_hooks.conftest import ROOT
 from tests.test_openmmlab.test_hooks.tiny import config
 
@@ -33,7 +34,7 @@ def tool(monkeypatch):
     monkeypatch.setattr(
         mmengine.config.config, "FormatCode", lambda text, **_: (text, True), raising=False
     )  # yapf takes its time
-    train.enable_safe_loading()
+    enable_safe_loading()
     return sweep
 
 
