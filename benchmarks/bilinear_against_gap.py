@@ -2,8 +2,8 @@
 """Bilinear pooling against global average pooling on the rendered birds: same backbone, schedule and seeds.
 
 As published, both start from a backbone that was trained on other pictures: here with average pooling on 40 other rendered
-species. Then every run is `tools/train.py configs/bcnn/bcnn_rep_mbv2_mini_cub.py` with options; the arms differ in neck and head
-(and its learning rate) alone.
+species. Then every run is `tools/train.py configs/bcnn/bcnn_rep_mbv2_mini_cub.py` with options; the arms differ
+in neck and head (and its learning rate) alone.
 
     python benchmarks/bilinear_against_gap.py                  # about an hour on two cores
     python benchmarks/bilinear_against_gap.py --from-scratch   # without the first step

@@ -1,5 +1,5 @@
-# Rep-MobileNetV2 on the small rendered birds (python tools/dataset_converters/make_mini_fgvc.py): CUB's layout and loader, small images,
-# a schedule that fits two CPU cores.
+# Rep-MobileNetV2 on the small rendered birds (python tools/dataset_converters/make_mini_fgvc.py):
+# CUB's layout and loader, small images, a schedule that fits two CPU cores.
 _base_ = ["./rep_mbv2_cub.py"]
 
 missing_data_hint = "render it: python tools/dataset_converters/make_mini_fgvc.py --out data/mini_cub"

@@ -1,7 +1,10 @@
 _base_ = ["./fgvc_224.py"]
 
 data_root = "data/fgvc-aircraft-2013b"
-missing_data_hint = "put FGVC Aircraft there, or render birds in its layout: tools/dataset_converters/make_mini_fgvc.py --layout aircraft"
+missing_data_hint = (
+    "put FGVC Aircraft there, or render birds in its layout: "
+    "tools/dataset_converters/make_mini_fgvc.py --layout aircraft"
+)
 
 data_preprocessor = dict(num_classes=100)
 train_dataloader = dict(dataset=dict(type="FGVCAircraft", data_root=data_root, split="trainval"))

@@ -1,7 +1,9 @@
 _base_ = ["./fgvc_224.py"]
 
 data_root = "data/Stanford_Cars"
-missing_data_hint = "put Stanford Cars there, or render birds in its layout: tools/dataset_converters/make_mini_fgvc.py --layout cars"
+missing_data_hint = (
+    "put Stanford Cars there, or render birds in its layout: tools/dataset_converters/make_mini_fgvc.py --layout cars"
+)
 
 data_preprocessor = dict(num_classes=196)
 train_dataloader = dict(dataset=dict(type="StanfordCars", data_root=data_root, split="train"))

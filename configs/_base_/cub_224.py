@@ -1,7 +1,9 @@
 _base_ = ["./fgvc_224.py"]
 
 data_root = "data/CUB_200_2011"
-missing_data_hint = "put CUB-200-2011 there, or render birds in its layout: tools/dataset_converters/make_mini_fgvc.py --layout cub"
+missing_data_hint = (
+    "put CUB-200-2011 there, or render birds in its layout: tools/dataset_converters/make_mini_fgvc.py --layout cub"
+)
 
 data_preprocessor = dict(num_classes=200)
 train_dataloader = dict(dataset=dict(type="CUB", data_root=data_root, split="train"))

@@ -1,4 +1,5 @@
-# Bilinear Rep-MobileNetV2 on the rendered birds: python tools/dataset_converters/make_mini_fgvc.py (20 classes, 128 x 128), from scratch.
+# Bilinear Rep-MobileNetV2 on the rendered birds: 20 classes, 128 x 128, from scratch (draw them:
+# python tools/dataset_converters/make_mini_fgvc.py).
 _base_ = ["mmpretrain::_base_/default_runtime.py"]
 
 data_root = "data/mini_cub"

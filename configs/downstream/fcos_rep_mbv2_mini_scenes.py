@@ -1,4 +1,5 @@
-# FCOS with a narrow Rep-MobileNetV2 on small drawn scenes (python tools/dataset_converters/make_mini_scenes.py): minutes on two CPU cores.
+# FCOS with a narrow Rep-MobileNetV2 on small drawn scenes (python tools/dataset_converters/make_mini_scenes.py):
+# minutes on two CPU cores.
 _base_ = ["./fcos_rep_mbv2_coco.py"]
 
 missing_data_hint = "draw it: python tools/dataset_converters/make_mini_scenes.py"
