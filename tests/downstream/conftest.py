@@ -15,7 +15,7 @@ from rep_plugin.testing import calibrate_random_bn_
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs/downstream").glob("*.py"))
-SIDE = 64  # of the pictures
+SIDE = 64  # of the images
 
 assert hasattr(mmcv.ops, "nms")
 
@@ -29,7 +29,7 @@ def run(tool: str, *words: object, cwd: Path) -> str:
 
 
 def tiny_fcos(folder: Path, hooks: str, epochs: int = 2) -> Path:
-    """A config file: the shipped FCOS on few small pictures, every box kept whatever its score."""
+    """A config file: the shipped FCOS on few small images, every box kept whatever its score."""
     text = f"""
 _base_ = ["{ROOT}/configs/downstream/fcos_rep_mbv2_mini_scenes.py"]
 model = dict(test_cfg=dict(score_thr=0.0, max_per_img=20))
@@ -46,7 +46,7 @@ custom_hooks = [{hooks}]
 
 
 def tiny_deeplab(folder: Path, hooks: str) -> Path:
-    """A config file: the shipped DeepLabV3+ on few small pictures."""
+    """A config file: the shipped DeepLabV3+ on few small images."""
     text = f"""
 _base_ = ["{ROOT}/configs/downstream/deeplabv3plus_rep_mbv2_mini_scenes.py"]
 model = dict(data_preprocessor=dict(size=({SIDE}, {SIDE})))
@@ -73,7 +73,7 @@ def shipped(name: str, **changes: object) -> Config:
 
 
 def lively(cfg: Config) -> torch.nn.Module:
-    """The model of a config with heads that say more than their bias, and random batch norms that fit its pictures.
+    """The model of a config with heads that say more than their bias, and random batch norms that fit its images.
 
     Weights are small enough that scores do not saturate: among equal ones the last digit would choose the boxes.
     """
@@ -82,11 +82,11 @@ def lively(cfg: Config) -> torch.nn.Module:
     for name, layer in model.named_modules():
         if "head" in name and isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
             torch.nn.init.normal_(layer.weight, std=0.5 / layer.weight[0].numel() ** 0.5)
-    return calibrate_random_bn_(model, pictures())
+    return calibrate_random_bn_(model, images())
 
 
-def pictures(count: int = 2) -> torch.Tensor:
-    """Random preprocessed pictures."""
+def images(count: int = 2) -> torch.Tensor:
+    """Random preprocessed images."""
     return torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
 
 

@@ -20,7 +20,7 @@ import rep_plugin
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.openmmlab.artefacts import write_deployed, write_pruned
 from rep_plugin.openmmlab.load import build_model, load_model
-from tests.downstream.conftest import CONFIGS, ROOT, SIDE, assert_same, lively, pictures, shipped
+from tests.downstream.conftest import CONFIGS, ROOT, SIDE, assert_same, lively, images, shipped
 
 NARROW_HEADS = {
     "model.neck.out_channels": 32,
@@ -48,12 +48,12 @@ SMALL = {
     "deeplabv3plus_rep_mbv2_mini_scenes": {},
 }
 DETECTORS = [name for name in SMALL if not name.startswith("deeplab")]
-X = pictures()
+X = images()
 META = {"classes": ("a", "b", "c"), "palette": [(1, 2, 3)] * 3}
 
 
 def samples(name: str, count: int = 2) -> list:
-    """Annotations for ``count`` pictures: a box or two, or the class of every pixel."""
+    """Annotations for ``count`` images: a box or two, or the class of every pixel."""
     generator, found = torch.Generator().manual_seed(0), []
     for index in range(count):
         meta = dict(
@@ -73,7 +73,7 @@ def samples(name: str, count: int = 2) -> list:
 
 @torch.no_grad()
 def predicted(model: torch.nn.Module, name: str) -> list[torch.Tensor]:
-    """What a model says of each picture: rows of (box, score, label), or logits."""
+    """What a model says of each image: rows of (box, score, label), or logits."""
     model.eval()
     found = model(X, samples(name), mode="predict")
     if name not in DETECTORS:
@@ -142,7 +142,7 @@ def test_a_whole_model_is_merged(case):
 
 def test_a_whole_model_is_merged_with_everything_folded(case):
     name, _, model = case
-    merged, report = rep_plugin.reparameterize(model)  # random pictures
+    merged, report = rep_plugin.reparameterize(model)  # random images
     assert report.max_rel_error < 1e-10 and len(report.blocks) >= 5
     assert_same(predicted(model, name), predicted(merged, name))
 

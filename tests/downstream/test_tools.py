@@ -15,13 +15,13 @@ PRUNE = 'dict(type="rep_plugin.PruneHook", {}, macs=0.8, scores="l1", round_to=4
 
 @pytest.fixture
 def inside(lab, monkeypatch):
-    """The configs name their pictures relative to the lab."""
+    """The configs name their images relative to the lab."""
     monkeypatch.chdir(lab)
     return lab
 
 
 def boxes(lab, config: str, checkpoint: str):
-    """A model and rows of (box, score, label) for each validation picture, by stock mmdet."""
+    """A model and rows of (box, score, label) for each validation image, by stock mmdet."""
     model = init_detector(str(config), str(checkpoint), device="cpu")
     found = [inference_detector(model, str(path)).pred_instances for path in sorted((lab / "scenes/val2017").iterdir())]
     assert all(len(one) == 20 for one in found) and model.dataset_meta["classes"][0] == "disk"
@@ -29,7 +29,7 @@ def boxes(lab, config: str, checkpoint: str):
 
 
 def maps(lab, config: str, checkpoint: str):
-    """A model and its logits for the validation pictures, by stock mmseg."""
+    """A model and its logits for the validation images, by stock mmseg."""
     model = init_model(str(config), str(checkpoint), device="cpu")
     paths = sorted((lab / "scenes/val2017").iterdir())
     return model, torch.stack([inference_model(model, str(path)).seg_logits.data for path in paths])
@@ -86,7 +86,7 @@ def test_a_trained_segmentor_and_its_deployed_form_say_the_same(inside, segmento
     trained, expected = maps(inside, segmentor, "deeplab/iter_4.pth")
     deployed, found = maps(inside, "deeplab/deploy.py", "deeplab/deploy.pth")
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert expected.std(dim=0).max() > 1e-3  # pictures differ
+    assert expected.std(dim=0).max() > 1e-3  # images differ
     assert len(list(deployed.backbone.parameters())) < len(list(trained.backbone.parameters())) / 2
 
 

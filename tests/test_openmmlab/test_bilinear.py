@@ -218,7 +218,7 @@ def test_steps_hand_over_their_checkpoint(name):
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory):
-    """Two classes of small pictures in each layout."""
+    """Two classes of small images in each layout."""
     folders = {}
     for layout in PUBLISHED:
         folders[layout] = tmp_path_factory.mktemp("birds") / layout
@@ -246,7 +246,7 @@ def test_configs_read_their_layout_with_the_stock_loaders(name, rendered):
 
 
 def test_mini_config_trains_on_rendered_birds(rendered):
-    """The same pictures seen a few times: the loss falls, and testing gives a score for each."""
+    """The same images seen a few times: the loss falls, and testing gives a score for each."""
     cfg = Config.fromfile(ROOT / "configs/bcnn/bcnn_rep_mbv2_mini_cub.py")
     cfg.train_dataloader.dataset.pipeline[1] = dict(type="RandomCrop", crop_size=40, padding=2)
     preprocessor = dict(cfg.data_preprocessor, type="ClsDataPreprocessor")

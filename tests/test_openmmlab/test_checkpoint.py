@@ -161,14 +161,14 @@ def loader(**dataset) -> dict:
     return {"train_dataloader": {"dataset": dataset}}
 
 
-def make_picture_folder(root: Path) -> Path:
+def make_image_folder(root: Path) -> Path:
     (root / "train" / "a").mkdir(parents=True)
     (root / "train" / "a" / "1.PNG").write_bytes(b"x")
     return root
 
 
 def test_data_that_is_there_passes(tmp_path):
-    root = str(make_picture_folder(tmp_path))
+    root = str(make_image_folder(tmp_path))
     check_data(loader(type="CustomDataset", data_root=root, data_prefix="train"))
     check_data(loader(type="mmpretrain.CustomDataset", data_prefix=dict(img_path=f"{root}/train")))
     check_data(loader(type="ImageNet", data_root=root, split="train"))
@@ -200,7 +200,7 @@ def test_data_that_is_there_passes(tmp_path):
     ],
 )
 def test_missing_data_is_named(tmp_path, dataset, word):
-    make_picture_folder(tmp_path)
+    make_image_folder(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "blank.txt").write_text("\n\n")
     dataset = {key: value.format(tmp_path) if isinstance(value, str) else value for key, value in dataset.items()}

@@ -37,7 +37,7 @@ val_dataloader = dict(
     num_workers=0,
     dataset=dict(
         type="CustomDataset",
-        data_root="pictures",
+        data_root="images",
         pipeline=[
             dict(type="LoadImageFromFile"),
             dict(type="ResizeEdge", scale=40, backend="pillow", interpolation="bicubic"),
@@ -78,13 +78,13 @@ def tried(folder, monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Pictures of two classes, a config, a checkpoint, its deployed and pruned forms, a timm checkpoint and folder."""
+    """Images of two classes, a config, a checkpoint, its deployed and pruned forms, a timm checkpoint and folder."""
     folder, generator = tmp_path_factory.mktemp("export"), np.random.default_rng(0)
     for kind in ("crow", "owl"):
-        (folder / "pictures" / kind).mkdir(parents=True)
+        (folder / "images" / kind).mkdir(parents=True)
         for index in range(3):
             pixels = generator.integers(0, 256, (40, 48, 3), np.uint8)
-            Image.fromarray(pixels).save(folder / "pictures" / kind / f"{index}.png")
+            Image.fromarray(pixels).save(folder / "images" / kind / f"{index}.png")
     (folder / "config.py").write_text(CONFIG)
     cfg = Config.fromfile(folder / "config.py")
     model, x = build_model(cfg), torch.randn(8, 3, 64, 64)
@@ -114,11 +114,11 @@ def differs(path, model, x):
 
 def test_it_writes_configs_artefacts_and_timm_models(folder, tried, capsys):
     cases = [
-        ["config.py", "epoch_1.pth", "a.onnx", "--cfg-options", "val_dataloader.dataset.data_root=pictures"],
-        ["deploy.py", "deploy.pth", "b.onnx", "--images", "pictures", "--batch", 2],
+        ["config.py", "epoch_1.pth", "a.onnx", "--cfg-options", "val_dataloader.dataset.data_root=images"],
+        ["deploy.py", "deploy.pth", "b.onnx", "--images", "images", "--batch", 2],
         ["pruned.py", "pruned.pth", "c.onnx", "--no-real-data", "--size", 32, 48, "--dynamic-size"],
         ["test_byobnet", "d.onnx", "--checkpoint", "last.pth.tar", "--model-args", "num_classes=4", "--size", 64,
-         "--images", "pictures", "--class-names", "names.txt"],
+         "--images", "images", "--class-names", "names.txt"],
     ]  # fmt: skip
     (folder / "names.txt").write_text("a\nb\nc\nd\n")
     assert [tried(*words) for words in cases] == [None] * len(cases)
@@ -133,12 +133,12 @@ def test_it_writes_configs_artefacts_and_timm_models(folder, tried, capsys):
 
     cfg = Config.fromfile(folder / "config.py")
     model, _ = load_model(cfg, folder / "epoch_1.pth")
-    pictures = read_images(model, cfg, folder / "pictures")
-    assert pictures.shape == (6, 3, 32, 36)
-    assert differs(folder / "a.onnx", model, pictures) < 1e-4
+    images = read_images(model, cfg, folder / "images")
+    assert images.shape == (6, 3, 32, 36)
+    assert differs(folder / "a.onnx", model, images) < 1e-4
     assert reports["a"]["compared"][0] == [6, 3, 32, 36] and reports["a"]["merge_rel_error"] < 1e-9
     assert len(reports["a"]["blocks"]) == 19 and not reports["a"]["notes"]
-    assert differs(folder / "b.onnx", model, pictures[:2]) < 1e-4 and reports["b"]["inputs"]["input"] == [2, 3, 32, 36]
+    assert differs(folder / "b.onnx", model, images[:2]) < 1e-4 and reports["b"]["inputs"]["input"] == [2, 3, 32, 36]
     pruned, _ = load_model(Config.fromfile(folder / "pruned.py"), folder / "pruned.pth")
     assert differs(folder / "c.onnx", pruned, torch.randn(3, 3, 50, 33)) < 1e-4
     assert reports["c"]["params_before"] < reports["a"]["params_before"] and "random" in reports["c"]["notes"][-1]
@@ -152,7 +152,7 @@ def test_it_writes_configs_artefacts_and_timm_models(folder, tried, capsys):
         assert read_metadata(folder / f"{name}.onnx")["class_names"] == ["crow", "owl"]
 
 
-def test_metadata_tell_how_the_config_feeds_pictures(folder):
+def test_metadata_tell_how_the_config_feeds_images(folder):
     cfg = Config.fromfile(folder / "config.py")
     model = build_model(cfg)
     told = preprocessing_of(model, cfg, (3, 32, 36))
@@ -160,10 +160,10 @@ def test_metadata_tell_how_the_config_feeds_pictures(folder):
     assert told["crop"] == [32, 36] and told["channel_order"] == "RGB" and told["white"] == 255
     assert told["mean"] == [123.675, 116.28, 103.53]
     assert told["pipeline"] == json.loads(json.dumps(cfg.val_dataloader.dataset.pipeline))
-    # The pictures are 40 pixels high already.
-    values = np.asarray(Image.open(folder / "pictures/crow/0.png"), np.float32)[4:36, 6:42]
+    # The images are 40 pixels high already.
+    values = np.asarray(Image.open(folder / "images/crow/0.png"), np.float32)[4:36, 6:42]
     by_hand = ((values - np.float32(told["mean"])) / np.float32(told["std"])).transpose(2, 0, 1)
-    assert np.abs(read_images(model, cfg, folder / "pictures")[0].numpy() - by_hand).max() < 1e-5
+    assert np.abs(read_images(model, cfg, folder / "images")[0].numpy() - by_hand).max() < 1e-5
 
     cfg.test_dataloader = dict(dataset=dict(type="RepeatDataset", dataset=dict(pipeline=[
         dict(type="mmcv.Resize", scale=(20, 10), keep_ratio=True), dict(type="PackInputs"),
@@ -172,13 +172,13 @@ def test_metadata_tell_how_the_config_feeds_pictures(folder):
     told = preprocessing_of(model, cfg, (3, 10, 20))
     assert told["resize"] == {"edge": "fit", "size": [10, 20]} and told["channel_order"] == "BGR" and "mean" not in told
     assert len(pipeline_of(cfg)) == 2
-    assert read_images(model, cfg, folder / "pictures").shape[0] == 6  # a loader is put in front
+    assert read_images(model, cfg, folder / "images").shape[0] == 6  # a loader is put in front
 
 
 def test_another_size_than_the_pipelines_is_told(folder, tmp_path):
     cfg = Config.fromfile(folder / "config.py")
     model, _ = load_model(cfg, folder / "epoch_1.pth")
-    x = read_images(model, cfg, folder / "pictures", 2)
+    x = read_images(model, cfg, folder / "images", 2)
     report = write_onnx(model, cfg, tmp_path / "net.onnx", x, {"classes": ("one",)}, size=(24, 40), rounds=0)
     told = read_metadata(tmp_path / "net.onnx")
     assert told["preprocessing"]["then_resize"] == {"size": [24, 40], "interpolation": "bilinear"}
@@ -212,7 +212,7 @@ def test_errors_are_one_line_and_write_nothing(folder, tried):
         "last.pth.tar does not fit": [*named, "--checkpoint", "last.pth.tar"],
         "none does not exist, expected a folder with config.json": ["local-dir:none", "f.onnx"],
         "unexpected keyword argument 'nonsense'": [*named, "--model-args", "nonsense=1"],
-        "test_byobnet takes 1 channels": [*named, "--model-args", "in_chans=1", "--images", "pictures"],
+        "test_byobnet takes 1 channels": [*named, "--model-args", "in_chans=1", "--images", "images"],
     }
     before = sorted(path.name for path in folder.iterdir())
     for message, words in cases.items():

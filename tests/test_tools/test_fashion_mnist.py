@@ -1,4 +1,4 @@
-"""The Fashion-MNIST config on real pictures, in short: `make bench-fashion-mnist` is the long form."""
+"""The Fashion-MNIST config on real images, in short: `make bench-fashion-mnist` is the long form."""
 
 import json
 
@@ -8,7 +8,7 @@ from mmengine.registry import DATASETS, DefaultScope
 from tests.test_openmmlab.test_hooks.conftest import ROOT, run
 
 
-def test_config_trains_and_deploys_on_real_pictures(tmp_path):
+def test_config_trains_and_deploys_on_real_images(tmp_path):
     options = [
         "train_dataloader.dataset.indices=512",
         "val_dataloader.dataset.indices=200",
@@ -27,7 +27,7 @@ def test_config_trains_and_deploys_on_real_pictures(tmp_path):
     assert len(losses) == 4 and all(0 < loss < 10 for loss in losses)
 
 
-def test_validation_is_on_the_test_pictures():
+def test_validation_is_on_the_test_images():
     cfg = Config.fromfile(ROOT / "configs/rep_mbv2_fashion_mnist.py")
     with DefaultScope.overwrite_default_scope("mmpretrain"):
         train, val = (DATASETS.build(cfg[f"{name}_dataloader"].dataset) for name in ("train", "val"))

@@ -55,13 +55,13 @@ def made(tmp_path_factory):
 
 
 def read(dataset) -> list:
-    """(picture path, label) of each sample, after checking that the picture is there and of the asked size."""
+    """(image path, label) of each sample, after checking that the image is there and of the asked size."""
     out = []
     for i in range(len(dataset)):
         info = dataset.get_data_info(i)
-        with Image.open(info["img_path"]) as picture:
-            assert picture.format == "JPEG" and picture.size == (48, 48)
-            assert np.asarray(picture).std() > 5
+        with Image.open(info["img_path"]) as image:
+            assert image.format == "JPEG" and image.size == (48, 48)
+            assert np.asarray(image).std() > 5
         out.append((info["img_path"], info["gt_label"]))
     return out
 
@@ -76,14 +76,14 @@ def read(dataset) -> list:
 )
 def test_stock_loader_reads_the_layout(made, layout, loader, counts):
     datasets = pytest.importorskip("mmpretrain.datasets")
-    picture = {p.path: p for p in tool.pictures(small(layout=layout))}
+    image = {p.path: p for p in tool.images(small(layout=layout))}
     seen = {}
     for split, per_class in counts.items():
         samples = read(getattr(datasets, loader)(data_root=str(made / layout), split=split))
         assert np.bincount([label for _, label in samples]).tolist() == [per_class] * 5
         seen[split] = {Path(path).relative_to(made / layout).as_posix() for path, _ in samples}
         for path, label in samples:
-            source = picture[Path(path).relative_to(made / layout).as_posix()]
+            source = image[Path(path).relative_to(made / layout).as_posix()]
             assert label == source.label
             assert Path(path).read_bytes() == birds.render(0, source.label, source.index, 48)[0]
     assert not seen["train"] & seen["test"]
@@ -111,7 +111,7 @@ def test_cub_files_agree_with_each_other(made):
     for _, *box in rows["bounding_boxes.txt"]:
         x, y, w, h = map(float, box)
         assert x >= 0 and y >= 0 and x + w <= 48 and y + h <= 48
-        # The bird spans 74..97 % of the picture; a pixel on each side for anti-aliasing.
+        # The bird spans 74..97 % of the image; a pixel on each side for anti-aliasing.
         assert 0.74 * 48 - 1 <= max(w, h) <= 0.97 * 48 + 2
 
 
@@ -149,8 +149,8 @@ def test_workers_do_not_change_the_bytes(made, tmp_path):
     assert digest(tmp_path / "two") == digest(made / "cub")
 
 
-def test_seed_class_and_index_each_change_the_picture(monkeypatch):
-    # With the same parts for all, so that only the random draws can tell two pictures apart.
+def test_seed_class_and_index_each_change_the_image(monkeypatch):
+    # With the same parts for all, so that only the random draws can tell two images apart.
     parts = birds.class_parts(0)
     monkeypatch.setattr(birds, "class_parts", lambda index: parts)
     base = birds.render(0, 0, 0, 48)[0]
@@ -230,7 +230,7 @@ def test_overwrite_replaces_only_what_the_tool_made(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["set"]
 
 
-def test_missing_picture_is_noticed(tmp_path):
+def test_missing_image_is_noticed(tmp_path):
     tool.make(tmp_path / "set", tool.Params(**TINY))
     next((tmp_path / "set").rglob("*.jpg")).unlink()
     with pytest.raises(ValueError, match=r"lacks images/.*--overwrite"):
@@ -284,4 +284,4 @@ def test_contact_sheet_has_one_row_per_class(tmp_path, capsys):
     assert tool.main(argv) == 0
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (4 * 32, 3 * (32 + 16))
-    assert "3 classes x 4 pictures" in capsys.readouterr().out
+    assert "3 classes x 4 images" in capsys.readouterr().out

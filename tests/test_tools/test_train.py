@@ -54,7 +54,7 @@ CONFIG = """
     default_scope = "mmpretrain"
     missing_data_hint = "make it first"
     pipeline = [dict(type="LoadImageFromFile"), dict(type="PackInputs")]
-    data = dict(type="CustomDataset", data_root="{folder}", data_prefix="pictures", pipeline=pipeline)
+    data = dict(type="CustomDataset", data_root="{folder}", data_prefix="images", pipeline=pipeline)
     sampler = dict(type="DefaultSampler", shuffle=True)
     train_dataloader = dict(batch_size=4, num_workers=0, dataset=data, sampler=sampler)
     val_dataloader = dict(train_dataloader, sampler=dict(type="DefaultSampler", shuffle=False))
@@ -89,12 +89,12 @@ def environment() -> dict:
 
 
 class Lab:
-    """A folder with a config and pictures, and a way to run tools in it."""
+    """A folder with a config and images, and a way to run tools in it."""
 
     def __init__(self, folder: Path):
         self.folder, self.config = folder, str(folder / "tiny.py")
         Path(self.config).write_text(textwrap.dedent(CONFIG.format(folder=folder)))
-        self.make_pictures("pictures")
+        self.make_images("images")
         self.parent = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", textwrap.dedent(FORKER)],
             stdin=subprocess.PIPE,
@@ -104,13 +104,13 @@ class Lab:
             cwd=folder,
         )
 
-    def make_pictures(self, name: str) -> Path:
+    def make_images(self, name: str) -> Path:
         rng = np.random.default_rng(0)
         for label in "ab":
             (self.folder / name / label).mkdir(parents=True)
             for i in range(4):
-                picture = rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
-                cv2.imwrite(str(self.folder / name / label / f"{i}.png"), picture)
+                image = rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+                cv2.imwrite(str(self.folder / name / label / f"{i}.png"), image)
         return self.folder / name
 
     def run(self, *argv: str, code: int = 0) -> str:
@@ -253,7 +253,7 @@ def test_data_errors_are_one_line(lab, workers):
 
     message = error("dataset.data_root=/none")
     assert message.endswith("data_root '/none' of CustomDataset does not exist, expected a folder; make it first")
-    broken = lab.make_pictures(f"broken{workers}_pictures") / "b" / "2.png"
+    broken = lab.make_images(f"broken{workers}_images") / "b" / "2.png"
     for content, reason in ((b"", "the file is empty"), (b"hello", "failed to load image")):
         broken.write_bytes(content)
         message = error(f"dataset.data_prefix={broken.parents[1].name}")
@@ -285,7 +285,7 @@ def test_launch_scripts(lab, whole):
     command = ["bash", str(ROOT / "tools" / "dist_train.sh"), lab.config, "2", "--work-dir", "spread", "--no-validate"]
     result = subprocess.run([*command, *options], capture_output=True, text=True, env=env, cwd=lab.folder)
     assert result.returncode == 0, result.stdout + result.stderr
-    # Two processes share the eight pictures.
+    # Two processes share the eight images.
     assert "GPU" not in result.stderr and "Epoch(train) [1][1/1]" in result.stdout
     assert load_checkpoint_file(lab.folder / "spread" / "epoch_1.pth")["meta"]["iter"] == 1
 

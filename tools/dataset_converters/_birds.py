@@ -1,7 +1,7 @@
 """Drawing of small fine-grained birds for ``make_mini_fgvc.py``.
 
 All birds share one body plan. A class is a combination of six local parts (``PARTS``); everything else - pose, scale,
-hue, background, light, blur, noise, JPEG quality - is drawn at random for each picture, independent of the class.
+hue, background, light, blur, noise, JPEG quality - is drawn at random for each image, independent of the class.
 Lengths inside the bird are in body lengths (the body ellipse is one unit long), angles in degrees, ``x`` to the right
 and ``y`` down; colours are RGB in 0..255.
 """
@@ -303,9 +303,9 @@ def _place(rng: np.random.Generator, items: list, size: int) -> list:
 
 
 def render(seed: int, label: int, index: int, size: int) -> tuple:
-    """Draws picture ``index`` of class ``label`` (0-based).
+    """Draws image ``index`` of class ``label`` (0-based).
 
-    Returns the JPEG bytes of a ``size`` x ``size`` picture and the box of the bird as (x, y, width, height) in pixels.
+    Returns the JPEG bytes of a ``size`` x ``size`` image and the box of the bird as (x, y, width, height) in pixels.
     The result depends on the four arguments alone.
     """
     rng = np.random.default_rng([seed, label, index])
@@ -315,28 +315,28 @@ def render(seed: int, label: int, index: int, size: int) -> tuple:
     bird = cv2.resize(_paint_bird(big, side), (size, size), interpolation=cv2.INTER_AREA).astype(np.float32)
     alpha = bird[..., 3:] / 255
 
-    image = _background(rng, size)
+    background = _background(rng, size)
     if rng.random() < 0.6:
         feet = np.concatenate([p[2:] for n, p, *_ in items if n == "leg"])
         drop, thick = rng.uniform(-0.1, 0.1) * size, rng.uniform(0.02, 0.07) * size
         y = feet[:, 1].max() + thick / 2
         branch = np.array([(-9, y - drop), (size + 9, y + drop), (size + 9, y + drop + thick), (-9, y - drop + thick)])
-        _fill(image, branch, _hsv(rng.uniform(0.03, 0.12), rng.uniform(0.2, 0.6), rng.uniform(0.15, 0.6)))
+        _fill(background, branch, _hsv(rng.uniform(0.03, 0.12), rng.uniform(0.2, 0.6), rng.uniform(0.15, 0.6)))
 
     ys, xs = np.mgrid[0:size, 0:size].astype(np.float32) / size - 0.5
     a = rng.uniform(0, 2 * np.pi)
     slope = 1 + rng.uniform(0, 0.35) * (xs * np.cos(a) + ys * np.sin(a))
     plumage = cv2.resize(rng.normal(1, 0.05, (size // 4, size // 4)).astype(np.float32), (size, size))
-    picture = bird[..., :3] * plumage[..., None] + image * (1 - alpha)
+    image = bird[..., :3] * plumage[..., None] + background * (1 - alpha)
     cast = rng.uniform(0.88, 1.12, 3)
-    picture = picture * slope[..., None] * (rng.uniform(0.75, 1.18) * cast).astype(np.float32)
+    image = image * slope[..., None] * (rng.uniform(0.75, 1.18) * cast).astype(np.float32)
     if rng.random() < 0.5:
-        picture = cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.2, 0.7) * size / 128)
-    picture = picture + rng.normal(0, rng.uniform(0.5, 7), picture.shape)
-    picture = np.clip(np.round(picture), 0, 255).astype(np.uint8)
+        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.2, 0.7) * size / 128)
+    image = image + rng.normal(0, rng.uniform(0.5, 7), image.shape)
+    image = np.clip(np.round(image), 0, 255).astype(np.uint8)
 
     out = io.BytesIO()
-    Image.fromarray(picture).save(out, "JPEG", quality=int(rng.integers(72, 96)), subsampling=0)
+    Image.fromarray(image).save(out, "JPEG", quality=int(rng.integers(72, 96)), subsampling=0)
     rows, columns = np.flatnonzero(alpha[..., 0].any(axis=1)), np.flatnonzero(alpha[..., 0].any(axis=0))
     x, y = int(columns[0]), int(rows[0])
     return out.getvalue(), (x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1)

@@ -13,7 +13,7 @@ their own long class lists (200, 196 and 100 names), of which the first ``--clas
 ``num_classes`` of the head to ``--classes``. ``mini_fgvc.json``, written last, records the parameters and the parts of
 each class.
 
-    python tools/dataset_converters/make_mini_fgvc.py                         # data/mini_cub, 20 x (60 + 20) pictures
+    python tools/dataset_converters/make_mini_fgvc.py                         # data/mini_cub, 20 x (60 + 20) images
     python tools/dataset_converters/make_mini_fgvc.py --layout cars --seed 1 --contact-sheet birds.png
 """
 
@@ -41,7 +41,7 @@ from rep_plugin.errors import ArgumentError, RepPluginError
 import _birds
 
 MARKER = "mini_fgvc.json"
-# Raise when the pictures drawn for given parameters change, so that old folders are not taken for new ones.
+# Raise when the images drawn for given parameters change, so that old folders are not taken for new ones.
 DRAWING = 1
 LAYOUTS = ("cub", "cars", "aircraft")
 SIZES = (32, 1024)
@@ -86,7 +86,7 @@ class Params:
     def __post_init__(self):
         if self.layout not in LAYOUTS:
             raise ArgumentError(f"layout is {self.layout!r}, expected one of {', '.join(LAYOUTS)}")
-        # The aircraft layout splits the training pictures into train and val, and its loader needs both non-empty.
+        # The aircraft layout splits the training images into train and val, and its loader needs both non-empty.
         least_train = 2 if self.layout == "aircraft" else 1
         for name, low, high in (
             ("classes", 2, _birds.MAX_CLASSES),
@@ -102,8 +102,8 @@ class Params:
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
-    """One picture: 1-based ``number`` in the whole set, 0-based ``label``, ``index`` in its class, split, path."""
+class Sample:
+    """One image: 1-based ``number`` in the whole set, 0-based ``label``, ``index`` in its class, split, path."""
 
     number: int
     label: int
@@ -112,8 +112,8 @@ class Picture:
     path: str
 
 
-def pictures(params: Params) -> list:
-    """All pictures of a set, ordered by class, the training pictures of a class first."""
+def images(params: Params) -> list:
+    """All images of a set, ordered by class, the training images of a class first."""
     out = []
     for label in range(params.classes):
         name = _birds.class_name(label)
@@ -124,7 +124,7 @@ def pictures(params: Params) -> list:
                 "cars": f"car_ims/{number:06d}.jpg",
                 "aircraft": f"data/images/{number:07d}.jpg",
             }[params.layout]
-            out.append(Picture(number, label, index, index < params.train_per_class, path))
+            out.append(Sample(number, label, index, index < params.train_per_class, path))
     return out
 
 
@@ -187,7 +187,7 @@ def _is_complete(out: Path, params: Params, overwrite: bool) -> bool:
         raise ArgumentError(
             f"--out {out} holds files but no readable {MARKER}, expected a new or empty folder"
         ) from None
-    expected = {p.path for p in pictures(held)} | set(ANNOTATIONS[held.layout]) | {MARKER}
+    expected = {p.path for p in images(held)} | set(ANNOTATIONS[held.layout]) | {MARKER}
     present = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_symlink() or not p.is_dir()}
     if overwrite:
         if foreign := sorted(present - expected):
@@ -243,7 +243,7 @@ def make(
     out = Path(out).resolve()
     if _is_complete(out, params, overwrite):
         return False
-    pics = pictures(params)
+    pics = images(params)
     out.parent.mkdir(parents=True, exist_ok=True)
     tag = uuid.uuid4().hex[:8]
     work, old = out.parent / f".{out.name}.{tag}.part", out.parent / f".{out.name}.{tag}.old"
@@ -269,7 +269,7 @@ def make(
 
 
 def contact_sheet(params: Params, samples: int = 8) -> Image.Image:
-    """A grid with one row per class: its name above the first ``samples`` pictures of the class."""
+    """A grid with one row per class: its name above the first ``samples`` images of the class."""
     size, strip = params.size, 16
     rows = []
     for label in range(params.classes):
@@ -294,14 +294,14 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, help="folder to make (default: data/mini_LAYOUT)")
     p.add_argument("--layout", default=default.layout, choices=LAYOUTS, help="data set whose files are reproduced")
     p.add_argument("--classes", type=int, default=default.classes, help=f"2 to {_birds.MAX_CLASSES} (default 20)")
-    p.add_argument("--train-per-class", type=int, default=default.train_per_class, help="pictures (default 60)")
-    p.add_argument("--test-per-class", type=int, default=default.test_per_class, help="pictures (default 20)")
-    p.add_argument("--size", type=int, default=default.size, help="side of the square pictures in pixels (default 128)")
+    p.add_argument("--train-per-class", type=int, default=default.train_per_class, help="images (default 60)")
+    p.add_argument("--test-per-class", type=int, default=default.test_per_class, help="images (default 20)")
+    p.add_argument("--size", type=int, default=default.size, help="side of the square images in pixels (default 128)")
     p.add_argument("--seed", type=int, default=default.seed, help="same seed, same bytes (default 0)")
     p.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: up to 2)")
     p.add_argument("--overwrite", action="store_true", help="replace a set that this tool made before")
     p.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="also write a grid with one row per class")
-    p.add_argument("--samples", type=int, default=8, help="pictures a class on the contact sheet (default 8)")
+    p.add_argument("--samples", type=int, default=8, help="images a class on the contact sheet (default 8)")
     return p
 
 
@@ -320,12 +320,12 @@ def main(argv: list | None = None) -> int:
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             made = make(out, params, args.workers, args.overwrite, progress)
         count = params.classes * (params.train_per_class + params.test_per_class)
-        what = f"{count} pictures, {params.classes} classes, {params.layout} layout, seed {params.seed}"
+        what = f"{count} images, {params.classes} classes, {params.layout} layout, seed {params.seed}"
         print(f"{out}: made {what}" if made else f"{out}: already complete ({what}), nothing to do")
         if args.contact_sheet:
             args.contact_sheet.parent.mkdir(parents=True, exist_ok=True)
             contact_sheet(params, args.samples).save(args.contact_sheet)
-            print(f"{args.contact_sheet}: contact sheet, {params.classes} classes x {args.samples} pictures")
+            print(f"{args.contact_sheet}: contact sheet, {params.classes} classes x {args.samples} images")
     except (RepPluginError, OSError, ImportError) as error:
         print(f"make_mini_fgvc.py: error: {error}", file=sys.stderr)
         return 2

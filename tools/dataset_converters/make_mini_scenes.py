@@ -1,13 +1,13 @@
 #!/usr/bin/env python
 """Draw small scenes of disks, boxes and triangles in the layouts that mmdet and mmseg read, for quick training runs.
 
-OUT/train2017, OUT/val2017                  the pictures
+OUT/train2017, OUT/val2017                  the images
 OUT/annotations/instances_{train,val}2017.json   boxes and outlines, COCO's format: CocoDataset(data_root=OUT, ...)
 OUT/masks/{train,val}2017                   the class of every pixel (0 background, 1 disk, 2 box, 3 triangle), as PNG
 
 Colour and place say nothing about a class; the same seed gives the same files.
 
-python tools/dataset_converters/make_mini_scenes.py            # data/mini_scenes, 200 + 40 pictures, a second
+python tools/dataset_converters/make_mini_scenes.py            # data/mini_scenes, 200 + 40 images, a second
 """
 
 import argparse
@@ -32,9 +32,9 @@ def outline(kind: str, centre: np.ndarray, radius: float, angle: float) -> np.nd
 
 
 def draw(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray, list[dict]]:
-    """Return a picture (size, size, 3), the class of each pixel, and a COCO annotation for each shape, without ids."""
+    """Return a image (size, size, 3), the class of each pixel, and a COCO annotation for each shape, without ids."""
     low = rng.uniform(0, 255, (size // 16 + 1, size // 16 + 1, 3)).astype(np.float32)
-    picture = cv2.resize(low, (size, size), interpolation=cv2.INTER_CUBIC)
+    image = cv2.resize(low, (size, size), interpolation=cv2.INTER_CUBIC)
     mask, found = np.zeros((size, size), np.uint8), []
     cells = rng.permutation(4)[: rng.integers(1, 5)]  # one shape in each, so that none hides another
     for cell in cells:
@@ -42,7 +42,7 @@ def draw(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray, l
         centre = (np.array([cell % 2, cell // 2]) + 0.5) * size / 2 + rng.uniform(-0.02, 0.02, 2) * size
         label = int(rng.integers(len(CLASSES)))
         corners = outline(CLASSES[label], centre, radius, rng.uniform(0, 2 * np.pi)).clip(0, size - 1)
-        cv2.fillPoly(picture, [corners], rng.uniform(0, 255, 3).tolist())
+        cv2.fillPoly(image, [corners], rng.uniform(0, 255, 3).tolist())
         alone = np.zeros_like(mask)
         cv2.fillPoly(alone, [corners], 1)
         mask[alone > 0] = label + 1
@@ -56,19 +56,19 @@ def draw(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray, l
                 iscrowd=0,
             )
         )
-    picture = np.clip(picture + rng.normal(0, 8, picture.shape), 0, 255).astype(np.uint8)
-    return picture, mask, found
+    image = np.clip(image + rng.normal(0, 8, image.shape), 0, 255).astype(np.uint8)
+    return image, mask, found
 
 
 def make_split(out: Path, split: str, count: int, size: int, seed: int) -> None:
-    """Write the pictures, masks and annotations of one split."""
+    """Write the images, masks and annotations of one split."""
     name = f"{split}2017"
     for folder in (out / name, out / "masks" / name, out / "annotations"):
         folder.mkdir(parents=True, exist_ok=True)
     images, annotations = [], []
     for index in range(count):
-        picture, mask, found = draw(np.random.default_rng([seed, split == "val", index]), size)
-        cv2.imwrite(str(out / name / f"{index:06d}.jpg"), picture)
+        image, mask, found = draw(np.random.default_rng([seed, split == "val", index]), size)
+        cv2.imwrite(str(out / name / f"{index:06d}.jpg"), image)
         cv2.imwrite(str(out / "masks" / name / f"{index:06d}.png"), mask)
         images.append(dict(id=index, file_name=f"{index:06d}.jpg", width=size, height=size))
         annotations += [dict(one, image_id=index, id=len(annotations) + i + 1) for i, one in enumerate(found)]
@@ -97,14 +97,14 @@ def main() -> None:
     """Read the command line, draw, say what was made."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/mini_scenes"), help="folder to make")
-    parser.add_argument("--train", type=int, default=200, help="pictures to train on")
-    parser.add_argument("--val", type=int, default=40, help="pictures to validate on")
-    parser.add_argument("--size", type=int, default=128, help="side of the square pictures in pixels")
+    parser.add_argument("--train", type=int, default=200, help="images to train on")
+    parser.add_argument("--val", type=int, default=40, help="images to validate on")
+    parser.add_argument("--size", type=int, default=128, help="side of the square images in pixels")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files")
     args = parser.parse_args()
     with exit_on_user_errors():
         make(args.out, args.train, args.val, args.size, args.seed)
-    print(f"{args.out}: made {args.train} + {args.val} pictures of {args.size} pixels, seed {args.seed}")
+    print(f"{args.out}: made {args.train} + {args.val} images of {args.size} pixels, seed {args.seed}")
 
 
 if __name__ == "__main__":
