@@ -84,7 +84,7 @@ def use_tta(cfg: Config) -> None:
     """Wrap the model and the pipeline for test-time augmentation.
 
     Raises:
-        ArgumentError: a config that is not mmpretrain's says not how.
+        ArgumentError: a config that is not mmpretrain's has no tta_model or tta_pipeline.
     """
     scope = cfg.get("default_scope", "mmpretrain")
     if scope != "mmpretrain" and not ("tta_model" in cfg and "tta_pipeline" in cfg):

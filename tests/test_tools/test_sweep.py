@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import mmengine.config.config
 import pytest
 
+from rep_plugin.errors import ArgumentError
 from rep_plugin.openmmlab.checkpoint import enable_safe_loading
+from rep_plugin.openmmlab.sweep import curves_of
 from tests.test_openmmlab.test_hooks.conftest import ROOT
 from tests.test_openmmlab.test_hooks.tiny import config
 
@@ -30,7 +32,7 @@ def tool(monkeypatch):
         train.build_runner(cfg).train()
         return subprocess.CompletedProcess(words, 0)
 
-    monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr("rep_plugin.openmmlab.sweep.subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
     monkeypatch.setattr(
         mmengine.config.config, "FormatCode", lambda text, **_: (text, True), raising=False
     )  # yapf takes its time
@@ -75,23 +77,21 @@ def test_rates_and_strengths_in_one_table_and_nothing_twice(tool, files, tmp_pat
         "fine-tuned" in table and f"{rows[-1]['params_after']:,}" in table and f"{rows[0]['params_before']:,}" in table
     )
     assert (tmp_path / "out/sweep.png").stat().st_size > 5000
-    assert set(tool.curves_of(rows)) == {"L1 0.001", "L1 0.01"}
-    assert set(tool.curves_of(rows[:2])) == {"pruned", "fine-tuned"}
-    with pytest.raises(tool.ArgumentError, match="holds a run with other options"):
+    assert set(curves_of(rows)) == {"L1 0.001", "L1 0.01"}
+    assert set(curves_of(rows[:2])) == {"pruned", "fine-tuned"}
+    with pytest.raises(ArgumentError, match="holds a run with other options"):
         tool.main([*arguments, "--cfg-options", "optim_wrapper.optimizer.lr=0.1"])
 
 
 def test_what_does_not_fit_is_refused(tool, files, tmp_path):
     with pytest.raises(
-        tool.ArgumentError, match=r"sparse.py has no PruneHook or SoftPruneHook in custom_hooks, got \['rep_plugin.Sp"
+        ArgumentError, match=r"sparse.py has no PruneHook or SoftPruneHook in custom_hooks, got \['rep_plugin.Sp"
     ):
         tool.main([files[2]])
-    with pytest.raises(tool.ArgumentError, match="checkpoint None does not exist: give --checkpoint, or --sparse"):
+    with pytest.raises(ArgumentError, match="checkpoint None does not exist: give --checkpoint, or --sparse"):
         tool.main(files[:1])
     config(tmp_path, dict(type="rep_plugin.PruneHook", macs=0.5)).dump(tmp_path / "macs.py")
-    with pytest.raises(
-        tool.ArgumentError, match=r"PruneHook of .*macs.py has no 'prune_fraction', got \['macs', 'type'\]"
-    ):
+    with pytest.raises(ArgumentError, match=r"PruneHook of .*macs.py has no 'prune_fraction', got \['macs', 'type'\]"):
         tool.main([str(tmp_path / "macs.py")])
     for arguments in (["--rates", "1.5"], ["--strengths", "1"], [*files[1:3], "--checkpoint", "a.pth"]):
         with pytest.raises(SystemExit):

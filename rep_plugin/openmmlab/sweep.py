@@ -1,0 +1,162 @@
+"""Pruning at many rates: each is trained in a folder of its own, and one row describes it."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+
+from rep_plugin.checkpoints.files import write_atomic
+from rep_plugin.errors import ArgumentError, TrainingError
+from rep_plugin.measure.latency import eager_calls, interleaved_medians, torch_threads
+from rep_plugin.measure.plots import accuracy_figure, save_figure
+from rep_plugin.openmmlab.checkpoint import find_latest_checkpoint
+from rep_plugin.openmmlab.hooks.runner_utils import main_figure
+from rep_plugin.openmmlab.load import load_model
+
+PRUNING = ("PruneHook", "SoftPruneHook")
+
+
+def sweep(
+    config: str,
+    out: Path,
+    rates: Sequence[float],
+    train_tool: Path,
+    *,
+    checkpoint: str | None = None,
+    sparse: str | None = None,
+    strengths: Sequence[float] = (),
+    cfg_options: Sequence[str] = (),
+    sparse_options: Sequence[str] = (),
+    log: Callable[[str], None] = print,
+) -> list[dict]:
+    """Prune one network at many rates, fine-tune each, time all, and write ``sweep.json`` and ``sweep.png``.
+
+    Finished trainings are not repeated, and those that were cut off go on.
+
+    Args:
+        config: path of the config that prunes and fine-tunes: its PruneHook or SoftPruneHook has ``prune_fraction``.
+        out: folder of all trainings.
+        rates: shares of channels to remove.
+        train_tool: path of ``tools/train.py``.
+        checkpoint: where all start; None for the config's ``load_from``.
+        sparse: path of a config with a SparsityHook, to train that checkpoint with first.
+        strengths: L1 strengths to train ``sparse`` with; none keeps its own.
+        cfg_options: ``key=value`` for every pruning.
+        sparse_options: ``key=value`` for every sparse training.
+        log: is called with what is being done.
+
+    Returns:
+        The rows: rate, metrics before and after, costs, and milliseconds of one image on one thread.
+
+    Raises:
+        ArgumentError: a config or checkpoint does not fit, or a folder holds a training with other options.
+        TrainingError: a training failed; the message names its log.
+    """
+    key = _hook_key(config, PRUNING, "prune_fraction")
+    starts = {"": _start_of(config, checkpoint)} if not sparse else {}
+    for strength in (strengths or [None]) if sparse else []:
+        label = "" if strength is None else f"L1 {strength:g}"
+        folder = out / ("sparse" if strength is None else f"sparse_{strength:g}")
+        chosen = [] if strength is None else [f"{_hook_key(sparse, ('SparsityHook',), 'strength')}={strength}"]
+        log(f"{' '.join(['sparse training', label]).strip()}: {folder}")
+        _train(train_tool, sparse, folder, [*sparse_options, *chosen])
+        starts[label] = str(find_latest_checkpoint(str(folder)))
+    rows = []
+    for label, start in starts.items():
+        for rate in rates:
+            folder = out / "_".join(filter(None, [label.replace(" ", "_"), f"rate_{rate:g}"]))
+            log(f"pruning and fine-tuning: {folder}")
+            _train(train_tool, config, folder, [*cfg_options, f"{key}={rate}"], start)
+            rows.append(_row_of(folder, label, rate))
+    _add_latencies(rows, config, next(iter(starts.values())))
+    write_atomic(out / "sweep.json", lambda file: file.write((json.dumps(rows, indent=1) + "\n").encode()))
+    if curves := curves_of(rows):
+        dense = rows[0]["before"] if len(starts) == 1 else None
+        figure = accuracy_figure(curves, rows[0]["figure"], Path(config).stem, dense)
+        write_atomic(out / "sweep.png", lambda file: save_figure(figure, file))
+    return rows
+
+
+def _start_of(config: str, checkpoint: str | None) -> str:
+    path = checkpoint or Config.fromfile(config).get("load_from")
+    if not path or not Path(path).is_file():
+        raise ArgumentError(f"checkpoint {path} does not exist: give --checkpoint, or --sparse to train it")
+    return str(path)
+
+
+def _hook_key(path: str, names: tuple[str, ...], argument: str) -> str:
+    """``custom_hooks.N.argument`` of the first hook of a config that is one of ``names``."""
+    hooks = Config.fromfile(path).get("custom_hooks") or []
+    for index, hook in enumerate(hooks):
+        if str(hook["type"]).rpartition(".")[2] in names:
+            if argument not in hook:
+                raise ArgumentError(f"the {hook['type']} of {path} has no {argument!r}, got {sorted(hook)}")
+            return f"custom_hooks.{index}.{argument}"
+    raise ArgumentError(
+        f"{path} has no {' or '.join(names)} in custom_hooks, got {[str(hook['type']) for hook in hooks]}"
+    )
+
+
+def _train(tool: Path, config: str, folder: Path, options: list[str], load_from: str | None = None) -> None:
+    """Run the training tool into a folder to its end, unless done before; go on where it was cut off."""
+    asked = {"config": config, "options": options, "load_from": load_from}
+    record, done = folder / "asked.json", folder / "done"
+    if record.is_file() and json.loads(record.read_text()) != asked:
+        raise ArgumentError(f"{folder} holds a run with other options ({record}), expected a work folder of its own")
+    if done.is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(record, lambda file: file.write(json.dumps(asked, indent=1).encode()))
+    words = [sys.executable, "-W", "ignore", str(tool), config, "--work-dir", str(folder)]
+    if (folder / "last_checkpoint").is_file() and find_latest_checkpoint(str(folder)):
+        words += ["--resume"]
+    elif load_from:
+        options = [*options, f"load_from={load_from}"]
+    words += ["--cfg-options", *options] if options else []
+    with (folder / "log.txt").open("a") as log:
+        code = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT).returncode
+    if code:
+        raise TrainingError(f"the training in {folder} failed, see {folder / 'log.txt'}")
+    write_atomic(done, lambda file: file.write(b""))
+
+
+def _row_of(folder: Path, label: str, rate: float) -> dict:
+    """The metrics and costs of a finished training."""
+    rounds = json.loads((folder / "pruned.rounds.json").read_text())
+    first, last = rounds[0], rounds[-1]
+    name = main_figure(first["before"])
+    row = dict(start=label, rate=rate, folder=str(folder), figure=name)
+    row |= {
+        when: (entry[when] or {}).get(name) for entry, when in ((first, "before"), (last, "after"), (last, "tuned"))
+    }
+    row |= {key: first[key] for key in ("params_before", "macs_before")}
+    return row | {key: last[key] for key in ("params_after", "macs_after")}
+
+
+def _add_latencies(rows: list[dict], config: str, checkpoint: str) -> None:
+    """Time all networks of the sweep interleaved: one image, one thread, milliseconds."""
+    folders = [row["folder"] for row in rows]
+    models = {one: load_model(Config.fromfile(f"{one}/pruned.py"), f"{one}/pruned.pth")[0] for one in folders}
+    models["dense"] = load_model(Config.fromfile(config), checkpoint)[0]
+    shape = json.loads(Path(folders[0], "pruned.plan.json").read_text())["input_shape"]
+    with torch_threads(1):
+        seconds = interleaved_medians(eager_calls(models, torch.rand(1, *shape[1:])))
+    for row in rows:
+        row |= dict(ms=1e3 * seconds[row["folder"]], ms_before=1e3 * seconds["dense"])
+
+
+def curves_of(rows: list[dict]) -> dict[str, dict[float, float]]:
+    """Return what is plotted: after removal and after fine-tuning, or of several starts the last metric alone."""
+    labels = list(dict.fromkeys(row["start"] for row in rows))
+    curves: dict[str, dict[float, float]] = {}
+    for row in rows:
+        best = row["after"] if row["tuned"] is None else row["tuned"]
+        values = {row["start"]: best} if len(labels) > 1 else {"pruned": row["after"], "fine-tuned": row["tuned"]}
+        for label, value in values.items():
+            if value is not None:
+                curves.setdefault(label, {})[row["rate"]] = value
+    return curves
