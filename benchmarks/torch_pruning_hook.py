@@ -10,7 +10,7 @@ from torch import nn
 
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.openmmlab.hooks.pruning_hook import PruningHook
-from rep_plugin.openmmlab.hooks.runner_utils import evaluate, optimizers_of, pictures_of, plain_model
+from rep_plugin.openmmlab.hooks.runner_utils import evaluate, images_of, optimizers_of, plain_model, shape_of_one
 from rep_plugin.openmmlab.load import build_model
 from rep_plugin.pruning import PrunePlan, PruneReport
 
@@ -45,7 +45,7 @@ class TorchPruningHook(PruningHook):
         model.eval()
         self.pruner = cls(
             model,
-            pictures_of(runner, 1),
+            images_of(runner, 1),
             importance=importance(),
             global_pruning=True,
             pruning_ratio=1.0,
@@ -60,30 +60,30 @@ class TorchPruningHook(PruningHook):
     def before_train_epoch(self, runner: Runner) -> None:
         if runner.epoch != self.begin:
             return
-        model, picture = plain_model(runner), pictures_of(runner, 1)
+        model, image = plain_model(runner), images_of(runner, 1)
         before = evaluate(runner, model)
-        report = PruneReport("torch_pruning", count_params(model), 0, input_shape=tuple(picture.shape))
-        report.macs_before = report.macs_after = count_macs(model, picture)
+        report = PruneReport("torch_pruning", count_params(model), 0, input_shape=tuple(image.shape))
+        report.macs_before = report.macs_after = count_macs(model, image)
         self.handle.remove()
         model.eval()
         while report.macs_after > self.macs * report.macs_before:
             if self.pruner.current_step >= STEPS:
                 raise RuntimeError(f"Torch-Pruning stopped at {report.macs_after:,} of {report.macs_before:,} macs")
             self.pruner.step()
-            report.macs_after = count_macs(model, picture)
+            report.macs_after = count_macs(model, image)
         model.train()
         report.params_after = count_params(model)
         self._renew_optimizer(runner)
-        self.note(runner, self._plan(runner), report, before, evaluate(runner, model))
+        self.add_round(runner, self._plan(runner), report, before, evaluate(runner, model))
 
     def after_train(self, runner: Runner) -> None:
         model = plain_model(runner)
-        self.note_tuned(runner, evaluate(runner, model))
+        self.complete_round(runner, evaluate(runner, model))
         runner.cfg.custom_hooks = []  # those of the pruned network's config
         plan = self._plan(runner)
         report = PruneReport("torch_pruning", plan.params_before, count_params(model), input_shape=plan.input_shape)
         report.macs_before, report.macs_after = (self.rounds[0][key] for key in ("macs_before", "macs_after"))
-        self.finish(runner, plan, model, report)
+        self.write_artefact(runner, plan, model, report)
 
     @staticmethod
     def _renew_optimizer(runner: Runner) -> None:
@@ -97,8 +97,7 @@ class TorchPruningHook(PruningHook):
     def _plan(self, runner: Runner) -> PrunePlan:
         """Return a plan of the same widths for the config's own model; which channels stayed is in the weights."""
         widths = {n: m.out_channels for n, m in plain_model(runner).named_modules() if isinstance(m, nn.Conv2d)}
-        shape = (1, *pictures_of(runner, 1).shape[1:])
         with torch.random.fork_rng(devices=[]):  # building a model draws its weights
             dense = build_model(runner.cfg)
-        plan = PrunePlan.from_widths(dense, shape, widths)
+        plan = PrunePlan.from_widths(dense, shape_of_one(runner), widths)
         return replace(plan, why=f"macs={self.macs} by Torch-Pruning's {type(self.pruner).__name__}")

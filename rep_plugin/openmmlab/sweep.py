@@ -14,7 +14,7 @@ from rep_plugin.errors import ArgumentError, TrainingError
 from rep_plugin.measure.latency import eager_calls, interleaved_medians, torch_threads
 from rep_plugin.measure.plots import accuracy_figure, save_figure
 from rep_plugin.openmmlab.checkpoint import find_latest_checkpoint
-from rep_plugin.openmmlab.hooks.runner_utils import main_figure
+from rep_plugin.openmmlab.hooks.runner_utils import main_metric
 from rep_plugin.openmmlab.load import load_model
 
 PRUNING = ("PruneHook", "SoftPruneHook")
@@ -128,7 +128,7 @@ def _row_of(folder: Path, label: str, rate: float) -> dict:
     """The metrics and costs of a finished training."""
     rounds = json.loads((folder / "pruned.rounds.json").read_text())
     first, last = rounds[0], rounds[-1]
-    name = main_figure(first["before"])
+    name = main_metric(first["before"])
     row = dict(start=label, rate=rate, folder=str(folder), figure=name)
     row |= {
         when: (entry[when] or {}).get(name) for entry, when in ((first, "before"), (last, "after"), (last, "tuned"))

@@ -7,6 +7,7 @@ from rep_plugin.openmmlab.hooks.linearize_hook import LinearizeHook
 from rep_plugin.openmmlab.hooks.prune_hook import PruneHook
 from rep_plugin.openmmlab.hooks.reparam_hook import ReparamHook
 from rep_plugin.openmmlab.hooks.resrep_hook import ResRepHook
+from rep_plugin.openmmlab.hooks.schedule import Schedule
 from rep_plugin.openmmlab.hooks.soft_prune_hook import SoftPruneHook
 from rep_plugin.openmmlab.hooks.sparsity_hook import SparsityHook
 
@@ -18,6 +19,7 @@ __all__ = [
     "PruneHook",
     "ReparamHook",
     "ResRepHook",
+    "Schedule",
     "SoftPruneHook",
     "SparsityHook",
 ]

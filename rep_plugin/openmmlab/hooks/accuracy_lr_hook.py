@@ -4,28 +4,37 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
 from rep_plugin.errors import ArgumentError, HookError
 from rep_plugin.openmmlab.hooks.runner_utils import evaluate, final_model
+from rep_plugin.openmmlab.hooks.stateful_hook import StatefulHook
 from rep_plugin.registry import HOOKS
-
-META = "rep_lr_steps"  # in a checkpoint's meta data: how many thresholds were passed
 
 
 @HOOKS.register_module()
-class AccuracyLrHook(Hook):
-    """Multiply all learning rates by ``factor`` for each of the ``thresholds`` that ``monitor`` passes for the first time.
+class AccuracyLrHook(StatefulHook):
+    """Multiply all learning rates by ``factor`` for each threshold that validation passes for the first time.
 
     As people step the rate by hand: fast while the network learns much, slow once it is good. Thresholds that are passed
     together count each; falling below one again changes nothing. Resuming goes on exactly: the validation that comes
     after a checkpoint, and which stock schedulers such as ReduceOnPlateauLR miss when they resume from it, is run again.
 
-    Raises ValueError for bad arguments, and :class:`rep_plugin.errors.HookError` without validation, or where it does
-    not give ``monitor``.
+    Args:
+        thresholds: Ascending values of the metric.
+        factor: In (0, 1).
+        monitor: Name of the metric.
+
+    Raises:
+        ArgumentError: An argument is out of its range.
+        HookError: There is no validation, or it does not give ``monitor``.
+
+    Example:
+        >>> custom_hooks = [dict(type="rep_plugin.AccuracyLrHook", thresholds=[60, 75], factor=0.1)]
     """
+
+    meta_key = "rep_lr_steps"
 
     def __init__(self, thresholds: Sequence[float], factor: float = 0.1, monitor: str = "accuracy/top1"):
         values = [] if isinstance(thresholds, (str, int, float)) else list(thresholds)
@@ -35,6 +44,12 @@ class AccuracyLrHook(Hook):
             raise ArgumentError(f"factor must lie in (0, 1), got {factor!r}")
         self.thresholds, self.factor, self.monitor = values, factor, monitor
         self.passed = 0
+
+    def state(self) -> int:
+        return self.passed
+
+    def load_state(self, state: int) -> None:
+        self.passed = state
 
     def before_train(self, runner: Runner) -> None:
         if runner.val_loop is None:
@@ -47,13 +62,6 @@ class AccuracyLrHook(Hook):
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         if metrics is not None and runner.iter:  # not in a test of weights alone
             self._follow(runner, metrics)
-
-    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        checkpoint["meta"][META] = self.passed
-
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        if runner._resume:
-            self.passed = int((checkpoint.get("meta") or {}).get(META, 0))
 
     def _follow(self, runner: Runner, metrics: dict[str, float]) -> None:
         if self.monitor not in metrics:

@@ -9,43 +9,54 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.dist import is_main_process
-from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from rep_plugin.checkpoints.files import save_checkpoint_file
-from rep_plugin.errors import ArgumentError, HookError
+from rep_plugin.errors import ArgumentError, HookError, RepPluginError
 from rep_plugin.functional.distillation import attention_distance, soft_divergence
 from rep_plugin.history import history_of
 from rep_plugin.measure.costs import count_params
 from rep_plugin.openmmlab.hooks.prune_hook import PruneHook
-from rep_plugin.openmmlab.hooks.runner_utils import final_model, plain_model
+from rep_plugin.openmmlab.hooks.runner_utils import as_hook_error, final_model, plain_model
+from rep_plugin.openmmlab.hooks.stateful_hook import StatefulHook
 from rep_plugin.openmmlab.load import load_model
 from rep_plugin.registry import HOOKS
 
 FILE = "teacher.pth"
-META = "rep_teacher"  # in a checkpoint's meta data: which teacher it was trained with
 
 
 @HOOKS.register_module()
-class DistillHook(Hook):
+class DistillHook(StatefulHook):
     """Knowledge distillation (Hinton et al., 2015) in stock training: fine-tuning follows a dense teacher.
 
     The loss becomes ``(1 - weight) * labels + weight * T^2 * KL(teacher || student) + feature_weight * attention``; the log
-    has the terms as ``loss_label``, ``loss_distill`` and ``loss_feature``. ``attention``: maps of the modules ``features``
-    (the same names in both; default: the backbone's outputs) compared by where their energy is (Zagoruyko and Komodakis,
-    ICLR 2017), which needs no projection between wide and narrow maps. Pictures are those the student sees, after
-    augmentation; any optimizer wrapper, accumulation and DDP stay as they are.
+    has the terms as ``loss_label``, ``loss_distill`` and ``loss_feature``. ``attention`` compares maps by where their
+    energy is (Zagoruyko and Komodakis, ICLR 2017), which needs no projection between wide and narrow maps. Images are
+    those that the student gets, after augmentation; any optimizer wrapper, accumulation and DDP stay as they are.
 
-    ``teacher``: a config (file or data) with its ``checkpoint``, of any network with the same classes and the same
-    normalisation of pictures. Or None: a copy of the model (of the EMA weights, where there are) as it is right before a
-    PruneHook with ``begin`` removes its first channels; it teaches from then on, and is kept in ``teacher.pth`` for
-    resuming. The teacher is in eval mode, has no gradients, and is in no checkpoint and no optimizer.
+    The teacher is in eval mode, has no gradients, and is in no checkpoint and no optimizer. Without ``teacher`` it is a
+    copy of the model (of the EMA weights, where there are) as it is right before a PruneHook with ``begin`` removes its
+    first channels; it teaches from then on, and is kept in ``teacher.pth`` for resuming.
 
-    Raises ValueError for bad arguments, and :class:`rep_plugin.errors.HookError` where teacher and training do not fit.
+    Args:
+        teacher: A config, a file or its data, of any network with the same classes and normalisation of images.
+        checkpoint: Of the teacher.
+        temperature: T of both class probabilities.
+        weight: Of the class probabilities, in [0, 1].
+        feature_weight: Of the attention.
+        features: Modules whose maps (N, C, H, W) are compared, of the same names in both.
+
+    Raises:
+        ArgumentError: An argument is out of its range.
+        HookError: Teacher and training do not fit.
+
+    Example:
+        >>> custom_hooks = [dict(type="rep_plugin.DistillHook", teacher="dense.py", checkpoint="dense.pth")]
     """
 
     priority = "HIGH"
+    meta_key = "rep_teacher"  # which teacher a checkpoint was trained with
 
     def __init__(
         self,
@@ -73,19 +84,17 @@ class DistillHook(Hook):
         self.weight, self.feature_weight = weight, feature_weight
         self.features = tuple(features) if feature_weight else ()
         self.teacher: nn.Module | None = None
-        self._steps_before, self._expected = 0, None
+        self._steps_before, self._digest = 0, None
         self._taps, self._handles = ExitStack(), []
 
     def before_run(self, runner: Runner) -> None:
         self._steps_before = len(history_of(plain_model(runner)))
 
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        if runner._resume:
-            self._expected = (checkpoint.get("meta") or {}).get(META)
+    def state(self) -> str | None:
+        return self._digest if self.source is None and self.teacher is not None else None
 
-    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        if self.source is None and self.teacher is not None:
-            checkpoint["meta"][META] = self._expected
+    def load_state(self, state: str) -> None:
+        self._digest = state
 
     def before_train(self, runner: Runner) -> None:
         model = plain_model(runner)
@@ -106,9 +115,10 @@ class DistillHook(Hook):
             return
         teacher = copy.deepcopy(final_model(runner))
         state = teacher.state_dict()
-        self._expected = _digest(state)
+        self._digest = _digest_of(state)
         if is_main_process():
-            save_checkpoint_file({"meta": {META: self._expected}, "state_dict": state}, Path(runner.work_dir) / FILE)
+            content = {"meta": {self.meta_key: self._digest}, "state_dict": state}
+            save_checkpoint_file(content, Path(runner.work_dir) / FILE)
         self._teach(runner, teacher, "this training, before the first removal")
 
     def after_train(self, runner: Runner) -> None:
@@ -122,11 +132,11 @@ class DistillHook(Hook):
             cfg = Config(dict(model=cfg, data_preprocessor=runner.cfg.get("data_preprocessor")))
         try:
             teacher, _ = load_model(cfg, str(self.checkpoint))
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RepPluginError) as error:
             raise HookError(f"DistillHook: the teacher cannot be loaded: {' '.join(str(error).split())}") from error
         ours, theirs = (_normalisation(model) for model in (student, teacher))
         if ours != theirs:
-            raise HookError(f"DistillHook: the teacher sees pictures with {theirs}, expected the student's {ours}")
+            raise HookError(f"DistillHook: the teacher sees images with {theirs}, expected the student's {ours}")
         return teacher
 
     def _from_file(self, runner: Runner) -> tuple[nn.Module, str]:
@@ -135,7 +145,7 @@ class DistillHook(Hook):
         if path is None:
             raise HookError(f"DistillHook resumes after a removal and needs {folders[0] / FILE}, which is not there")
         teacher, meta = load_model(runner.cfg, str(path))
-        if meta.get(META) != self._expected:
+        if meta.get(self.meta_key) != self._digest:
             raise HookError(f"DistillHook: {path} is not the teacher that the checkpoint was trained with")
         return teacher, str(path)
 
@@ -156,23 +166,23 @@ class DistillHook(Hook):
         names = (logits, *self.features)
         for name in names:
             _module(student, name, "model")
-        found: dict[str, object] = {}
+        outputs: dict[str, object] = {}
 
         def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
             self._taps.close()  # of a pass that did not come to its end
             if module is student and self.teacher is not None and _mode(args, kwargs) == "loss":
-                found.clear()
-                found.update(inputs=kwargs["inputs"] if "inputs" in kwargs else args[0])
-                self._taps.enter_context(_outputs(student, names, found))
+                outputs.clear()
+                outputs.update(inputs=kwargs["inputs"] if "inputs" in kwargs else args[0])
+                self._taps.enter_context(_outputs(student, names, outputs))
 
         def after(module: nn.Module, args: tuple, kwargs: dict, losses: dict) -> dict | None:
-            if module is not student or "inputs" not in found:
+            if module is not student or "inputs" not in outputs:
                 return None
             self._taps.close()
-            if logits not in found:
+            if logits not in outputs:
                 raise HookError(f"DistillHook: {type(student).__name__}'s loss does not call its {logits!r}")
-            mixed = self._mix(found, logits, losses)
-            found.clear()
+            mixed = self._mix(outputs, logits, losses)
+            outputs.clear()
             return mixed
 
         self._handles = [
@@ -180,27 +190,24 @@ class DistillHook(Hook):
             student.register_forward_hook(after, with_kwargs=True),
         ]
 
-    def _mix(self, found: dict, logits: str, losses: dict) -> dict:
-        with torch.no_grad(), ExitStack() as taps:
-            told: dict[str, object] = {}
-            taps.enter_context(_outputs(self.teacher, self.features, told))
-            answer = self.teacher(found["inputs"], mode="tensor")
+    def _mix(self, outputs: dict, logits: str, losses: dict) -> dict:
+        taught: dict[str, object] = {}
+        with torch.no_grad(), _outputs(self.teacher, self.features, taught):
+            answer = self.teacher(outputs["inputs"], mode="tensor")
         mixed = {}
         for name, value in losses.items():
             if "loss" in name:  # of these mmengine logs the sum as ``loss``, unless one of them has that very name
                 name, share = "loss_label" if name == "loss" else name, 1 - self.weight
                 value = [one * share for one in value] if isinstance(value, list) else value * share
             mixed[name] = value
-        try:
+        with as_hook_error("DistillHook"):
             if self.weight:
-                ours, theirs = _logits(found[logits], "student"), _logits(answer, "teacher")
+                ours, theirs = _logits(outputs[logits], "student"), _logits(answer, "teacher")
                 mixed["loss_distill"] = self.weight * soft_divergence(ours, theirs, self.temperature)
             if self.feature_weight:
-                pairs = [pair for name in self.features for pair in _pairs(name, found.get(name), told.get(name))]
+                pairs = [pair for name in self.features for pair in _pairs(name, outputs.get(name), taught.get(name))]
                 distance = sum(attention_distance(*pair) for pair in pairs) / len(pairs)
                 mixed["loss_feature"] = self.feature_weight * distance
-        except ValueError as error:
-            raise HookError(f"DistillHook: {error}") from None
         return mixed
 
 
@@ -253,9 +260,9 @@ def _normalisation(model: nn.Module) -> str:
     return "mean {mean}, std {std}".format(**values) + f", to_rgb {getattr(part, 'to_rgb', False)}"
 
 
-def _digest(state: dict[str, Tensor]) -> str:
-    found = hashlib.sha256()
+def _digest_of(state: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
     for name, tensor in state.items():
-        found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

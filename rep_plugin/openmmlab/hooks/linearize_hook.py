@@ -1,16 +1,15 @@
 """LinearizeHook: lead annealed blocks from stock MobileNetV2's form to the mergeable one while training."""
 
 import math
-from collections.abc import Iterator
 
-from mmengine.hooks import EMAHook, Hook
-from mmengine.model import is_model_wrapper
-from mmengine.runner import EpochBasedTrainLoop, Runner
-from torch import nn
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
 
 from rep_plugin.backbones.warm_start import measure_identities_
 from rep_plugin.blocks.annealed import annealed_modules, set_alpha_
-from rep_plugin.errors import AnnealError, ArgumentError
+from rep_plugin.errors import AnnealError, ArgumentError, HookError
+from rep_plugin.openmmlab.hooks.runner_utils import check_whole, ema_models, plain_model
+from rep_plugin.openmmlab.hooks.schedule import Schedule
 from rep_plugin.registry import HOOKS
 
 SCHEDULES = {"linear": lambda share: share, "cosine": lambda share: (1 - math.cos(math.pi * share)) / 2}
@@ -20,15 +19,25 @@ SCHEDULES = {"linear": lambda share: share, "cosine": lambda share: (1 - math.co
 class LinearizeHook(Hook):
     """Anneal every ``alpha`` of a model built with ``anneal=True`` from 0 to exactly 1 between ``begin`` and ``end``.
 
-    ``begin`` and ``end`` count epochs (fractions too), or iterations with ``by_epoch=False``; the last iteration before
-    ``end`` is trained at alpha 1, and all later ones. Leave some epochs after ``end``: statistics and weights then settle
-    to the form that is deployed. ``schedule``: ``linear`` or ``cosine``. The alpha follows from the iteration's number
-    alone, so that a resumed run goes on exactly; EMA copies get the same; the log has it as ``linear_alpha``. Before the
-    first iteration ``measure_batches`` training batches tell the identity branches their statistics, so that in train
-    mode too the network starts as stock, see :func:`rep_plugin.backbones.warm_start.measure_identities_`.
+    The last iteration before ``end`` is trained at alpha 1, and all later ones. Leave some epochs after ``end``: statistics
+    and weights then settle to the form that is deployed. The alpha follows from the iteration's number alone, so that a
+    resumed run goes on exactly; EMA copies get the same; the log has it as ``linear_alpha``.
 
-    Raises ValueError for a bad argument, and at the start of training :class:`rep_plugin.errors.AnnealError` where
-    ``end`` lies behind the training's, or the model has nothing to anneal or is annealed already.
+    Args:
+        begin: Epochs at alpha 0, fractions too.
+        end: Epochs after which alpha is 1.
+        by_epoch: False: ``begin`` and ``end`` count iterations.
+        schedule: ``linear`` or ``cosine``.
+        measure_batches: Training batches that measure the statistics of the identity branches before the first iteration,
+            so that in train mode too the network starts as stock, see
+            :func:`rep_plugin.backbones.warm_start.measure_identities_`.
+
+    Raises:
+        ArgumentError: An argument is out of its range.
+        AnnealError: ``end`` lies behind the training's, or the model has nothing to anneal or is annealed already.
+
+    Example:
+        >>> custom_hooks = [dict(type="rep_plugin.LinearizeHook", begin=2, end=20)]
     """
 
     priority = "LOW"  # after EMAHook, which averages or copies buffers; before checkpoints are written
@@ -41,36 +50,31 @@ class LinearizeHook(Hook):
         schedule: str = "linear",
         measure_batches: int = 8,
     ):
-        if end is None or not 0 <= begin < end:
+        self.schedule = Schedule(begin, end, by_epoch=by_epoch)
+        if end is None or begin == end:
             raise ArgumentError(f"LinearizeHook needs 0 <= begin < end, got begin={begin}, end={end}")
         if schedule not in SCHEDULES:
             raise ArgumentError(f"schedule must be one of {sorted(SCHEDULES)}, got {schedule!r}")
-        if not isinstance(measure_batches, int) or measure_batches < 0:
-            raise ArgumentError(f"measure_batches must be a whole number >= 0, got {measure_batches!r}")
-        self.measure_batches = measure_batches
-        self.begin, self.end, self.by_epoch, self.schedule = begin, end, by_epoch, schedule
-        self._first, self._last = 0, 1
+        check_whole("measure_batches", measure_batches, 0)
+        self.measure_batches, self._curve = measure_batches, SCHEDULES[schedule]
+        self._due = self.schedule  # in iterations, once there is a training
 
     def alpha_at(self, iteration: int) -> float:
         """The alpha which the iteration of this number (from 0) is trained with."""
-        share = (iteration + 1 - self._first) / (self._last - self._first)
-        return 1.0 if share >= 1 else SCHEDULES[self.schedule](max(0.0, share))
+        share = (iteration + 1 - self._due.begin) / (self._due.end - self._due.begin)
+        return 1.0 if share >= 1 else self._curve(max(0.0, share))
 
     def before_train(self, runner: Runner) -> None:
-        unit, limit, per_unit = "iterations", runner.max_iters, 1.0
-        if self.by_epoch:
-            if not isinstance(runner.train_loop, EpochBasedTrainLoop):
-                raise AnnealError(
-                    f"by_epoch=True needs epochs, {type(runner.train_loop).__name__} has none: by_epoch=False"
-                )
-            unit, limit, per_unit = "epochs", runner.max_epochs, runner.max_iters / runner.max_epochs
-        if self.end > limit:
-            raise AnnealError(f"LinearizeHook.end (={self.end}) must be <= the training's {limit} {unit}")
-        self._first, self._last = round(self.begin * per_unit), round(self.end * per_unit)
-        if self._first >= self._last:
-            raise AnnealError(
-                f"between begin={self.begin} and end={self.end} {unit} lies no iteration, expected at least 1"
-            )
+        begin, end = self.schedule.begin, self.schedule.end
+        try:
+            limit, unit = self.schedule.length(runner, "LinearizeHook")
+        except HookError as error:
+            raise AnnealError(str(error)) from None
+        if end > limit:
+            raise AnnealError(f"LinearizeHook.end (={end}) must be <= the training's {limit} {unit}")
+        self._due = self.schedule.in_iterations(runner, "LinearizeHook")
+        if self._due.begin == self._due.end:
+            raise AnnealError(f"between begin={begin} and end={end} {unit} lies no iteration, expected at least 1")
         alphas = {module.alpha for module in annealed_modules(runner.model)}
         if not alphas:
             raise AnnealError("the model has no annealed block, expected a backbone with anneal=True")
@@ -82,7 +86,7 @@ class LinearizeHook(Hook):
             self._measure(runner)
 
     def _measure(self, runner: Runner) -> None:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = plain_model(runner)
         loader = zip(range(self.measure_batches), runner.train_dataloader)
         count = measure_identities_(model, (model.data_preprocessor(batch, True)["inputs"] for _, batch in loader))
         runner.logger.info(
@@ -97,9 +101,5 @@ class LinearizeHook(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
     ) -> None:
-        for model in self._ema_models(runner):
-            set_alpha_(model, self.alpha_at(runner.iter))
-
-    @staticmethod
-    def _ema_models(runner: Runner) -> Iterator[nn.Module]:
-        return (hook.ema_model.module for hook in runner.hooks if isinstance(hook, EMAHook))
+        for average in ema_models(runner):
+            set_alpha_(average.module, self.alpha_at(runner.iter))

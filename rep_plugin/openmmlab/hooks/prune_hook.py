@@ -1,6 +1,9 @@
 """PruneHook: remove channels while training goes on, in rounds, or once at its end."""
 
+import statistics
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from mmengine.runner import Runner
 from torch import nn
@@ -8,40 +11,88 @@ from torch import nn
 from rep_plugin.errors import ArgumentError, HookError
 from rep_plugin.openmmlab.hooks.pruning_hook import (
     PruningHook,
-    StepClock,
+    budget_of,
     check_scores,
     check_share,
+    from_main_process,
     prune_runner_,
-    shared_plan,
 )
-from rep_plugin.openmmlab.hooks.runner_utils import evaluate, final_model, iterations_of, pictures_of, plain_model
-from rep_plugin.pruning import PrunePlan, TraceError, plan_pruning
+from rep_plugin.openmmlab.hooks.runner_utils import (
+    as_hook_error,
+    check_whole,
+    evaluate,
+    final_model,
+    images_of,
+    plain_model,
+    shape_of_one,
+)
+from rep_plugin.openmmlab.hooks.schedule import Schedule
+from rep_plugin.pruning import PrunePlan
+from rep_plugin.pruning.planning import Budget, PruneOptions, plan_to_budget
 from rep_plugin.pruning.planning.plan import compose_plans
 from rep_plugin.registry import HOOKS
+
+
+class _StepClock:
+    """The median time of a training step since the last removal, loading of data not counted."""
+
+    def __init__(self):
+        self.times: list[float] = []
+        self._started: float | None = None
+
+    def start(self) -> None:
+        self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._started is not None:
+            self.times.append(time.perf_counter() - self._started)
+        self._started = None
+
+    def lap(self) -> float | None:
+        """Return the steps per second since the last lap (None: there were none), and begin a new one."""
+        speed = 1 / statistics.median(self.times) if self.times else None
+        self.times = []
+        return speed
 
 
 @HOOKS.register_module()
 class PruneHook(PruningHook):
     """Plan and remove channels: after training, or after ``begin`` epochs and every ``interval`` epochs, going on between.
 
-    How much, one of: ``prune_fraction``, the share of the prunable channels removed in all; ``params`` or ``macs``, what may
-    remain (a share as a float, or a whole number); each reached in ``rounds`` equal steps. Or ``fractions``: for each
-    round the share removed of what is left then. ``scores``, ``scope``, ``min_channels``, ``round_to``, ``overrides`` and
-    ``ignore`` as :func:`rep_plugin.plan_pruning` has them; fractions in ``overrides`` are reached in rounds too.
-
     Without ``begin`` a copy of the trained model (of the EMA weights, where there are) is pruned once, and written. With
-    ``begin`` (epochs that are over then; iterations with ``by_epoch=False``) the model in training is pruned before the
-    next one starts: parameters, momentum and EMA copy stay and become narrower, DDP is wrapped anew, and every removal is
-    first proven equal to masking. What follows is fine-tuning; ``pruned.pth pruned.py`` are written at its end. The same
-    scheme as in Li et al., "Pruning Filters" (ICLR 2017) and Molchanov et al. (ICLR 2017).
+    ``begin`` the model in training is pruned before the next epoch (iteration) starts: parameters, momentum and EMA copy
+    stay and become narrower, DDP is wrapped anew, and every removal is first proven equal to masking. What follows is
+    fine-tuning; ``pruned.pth pruned.py`` are written at its end. The same scheme as in Li et al., "Pruning Filters" (ICLR
+    2017) and Molchanov et al. (ICLR 2017).
 
-    Validation is run before and after each round, and after the fine-tuning; figures go to the log and to
+    Validation is run before and after each round, and after the fine-tuning; metrics go to the log and to
     ``pruned.rounds.json``, with the steps per second before and after each removal (the median, since the last start of
     training); an accuracy that falls below half is a warning. Resuming, also after a kill between a removal
     and the next checkpoint, goes on exactly: see :class:`rep_plugin.openmmlab.hooks.pruning_hook.PruningHook`.
 
-    Raises ValueError for bad arguments; :class:`rep_plugin.errors.HookError` where the rounds do not fit the training,
-    or the model cannot be pruned so.
+    Args:
+        prune_fraction: Share of the prunable channels that is removed in all, in (0, 1).
+        params: Parameters that may remain, a share as a float or a whole number; or
+        macs: multiply-adds, likewise. These three are reached in ``rounds`` equal steps. Or
+        fractions: for each round the share removed of what is left then.
+        begin: Epochs that are over before the first round.
+        interval: Epochs between two rounds.
+        rounds: Their number.
+        by_epoch: False: ``begin`` and ``interval`` count iterations.
+        scores: As :func:`rep_plugin.plan_pruning` has it, by name.
+        scope: As there.
+        min_channels: As there.
+        round_to: As there.
+        overrides: As there; fractions are reached in rounds too.
+        ignore: As there.
+        out_dir: Folder of the files; default: the work directory.
+
+    Raises:
+        ArgumentError: An argument is out of its range.
+        HookError: The rounds do not fit the training, or the model cannot be pruned so.
+
+    Example:
+        >>> custom_hooks = [dict(type="rep_plugin.PruneHook", macs=0.5, begin=10, rounds=3, interval=5)]
     """
 
     def __init__(
@@ -64,56 +115,40 @@ class PruneHook(PruningHook):
         out_dir: str | None = None,
     ):
         super().__init__(out_dir)
-        given = dict(prune_fraction=prune_fraction, params=params, macs=macs, fractions=fractions)
-        self.amount = {name: value for name, value in given.items() if value is not None}
-        if len(self.amount) != 1:
-            raise ArgumentError(f"give exactly one of {', '.join(given)}, got {list(self.amount) or 'none'}")
+        self.budget, self.fractions = budget_of(prune_fraction, params, macs, fractions=fractions), fractions
         if fractions is not None:
             if isinstance(fractions, (str, float, int)) or not fractions or rounds not in (1, len(fractions)):
                 raise ArgumentError(
                     f"fractions must be a list with one number a round, got {fractions!r}, rounds={rounds}"
                 )
             rounds = len(fractions)
-        if prune_fraction is not None:
-            check_share("prune_fraction", prune_fraction)
-        for index, fraction in enumerate(fractions or ()):
-            check_share(f"fractions[{index}]", fraction)
-        for name, value in (("params", params), ("macs", macs)):
-            if value is not None and (
-                isinstance(value, bool) or not value > 0 or (isinstance(value, float) and value > 1)
-            ):
-                raise ArgumentError(f"{name} must be a share (a float <= 1.0) or a whole number > 0, got {value!r}")
-        if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
-            raise ArgumentError(f"rounds must be a whole number >= 1, got {rounds!r}")
+            for index, fraction in enumerate(fractions):
+                check_share(f"fractions[{index}]", fraction)
+        check_whole("rounds", rounds, 1)
         if begin is None and rounds > 1:
             raise ArgumentError(f"{rounds} rounds need begin: without it the model is pruned once, after training")
-        if begin is not None and (begin < 0 or not interval > 0):
-            raise ArgumentError(f"PruneHook needs begin >= 0 and interval > 0, got begin={begin}, interval={interval}")
         check_scores(scores)
-        self.begin, self.interval, self.number, self.by_epoch = begin, interval, rounds, by_epoch
-        self.overrides = dict(overrides or {})
-        self.options = dict(
-            scores=scores, scope=scope, min_channels=min_channels, round_to=round_to, ignore=tuple(ignore)
-        )
-        self._clock = StepClock()
+        self.begin, self.number = begin, rounds
+        self.schedule = Schedule(begin or 0, interval=interval, by_epoch=by_epoch)
+        self.options = PruneOptions(scores, scope, min_channels, round_to, overrides, ignore)
+        self._clock = _StepClock()
 
     def before_train(self, runner: Runner) -> None:
         if self.begin is None:
             return
-        iterations_of(runner, self.by_epoch, "PruneHook")
-        unit, limit = ("epochs", runner.max_epochs) if self.by_epoch else ("iterations", runner.max_iters)
-        last = self.begin + (self.number - 1) * self.interval
+        limit, unit = self.schedule.length(runner, "PruneHook")
+        last = self.begin + (self.number - 1) * self.schedule.interval
         if last >= limit:
             raise HookError(
                 f"PruneHook's last round comes after {last} {unit}, expected fewer than the training's {limit}"
             )
 
     def before_train_epoch(self, runner: Runner) -> None:
-        if self.begin is not None and self.by_epoch:
+        if self.schedule.by_epoch:
             self._prune_if_due(runner, runner.epoch)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
-        if self.begin is not None and not self.by_epoch:
+        if not self.schedule.by_epoch:
             self._prune_if_due(runner, runner.iter)
         self._clock.start()
 
@@ -123,8 +158,7 @@ class PruneHook(PruningHook):
         self._clock.stop()
 
     def _prune_if_due(self, runner: Runner, progress: int) -> None:
-        done = len(self.rounds)
-        if done < self.number and progress >= self.begin + done * self.interval:
+        if self.begin is not None and len(self.rounds) < min(self.number, self.schedule.count(progress)):
             self._prune(runner)
 
     def after_train(self, runner: Runner) -> None:
@@ -135,13 +169,13 @@ class PruneHook(PruningHook):
         if not self.rounds:
             runner.logger.warning("PruneHook: training ended before the first round, nothing was pruned")
             return
-        self._note_speed(runner)
+        self._add_speed(runner)
         model = final_model(runner)
-        self.note_tuned(runner, evaluate(runner, model))
+        self.complete_round(runner, evaluate(runner, model))
         plan = compose_plans(self.plans_of(runner))
-        self.finish(runner, plan, model, self.whole_report(plan, model))
+        self.write_artefact(runner, plan, model, self.whole_report(plan, model))
 
-    def _note_speed(self, runner: Runner) -> float | None:
+    def _add_speed(self, runner: Runner) -> float | None:
         """Complete the last round with the speed after it, and return that."""
         speed = self._clock.lap()
         if self.rounds and speed is not None:
@@ -152,41 +186,40 @@ class PruneHook(PruningHook):
         return speed
 
     def _prune(self, runner: Runner) -> None:
-        speed = self._note_speed(runner)
+        speed = self._add_speed(runner)
         plan = self._plan(runner, plain_model(runner))
         before = evaluate(runner, final_model(runner))
-        self.note_tuned(runner, before)
+        self.complete_round(runner, before)
         runner.call_hook("before_removal")  # DistillHook copies the model that teaches
-        report = prune_runner_(runner, plan, example_input=pictures_of(runner))
-        self.note(runner, plan, report, before, evaluate(runner, final_model(runner)))
+        report = prune_runner_(runner, plan, example_input=images_of(runner))
+        self.add_round(runner, plan, report, before, evaluate(runner, final_model(runner)))
         self.rounds[-1]["steps_per_second"] = {"before": speed, "after": None}
 
     def _plan(self, runner: Runner, model: nn.Module) -> PrunePlan:
-        """The plan of the main process: all prune alike."""
-        shape = (1, *pictures_of(runner, 1).shape[1:])  # costs are those of one picture
-        try:
-            plan = plan_pruning(model, shape, **self._amounts(model, shape), **self.options)
-        except (ValueError, TraceError) as error:
-            raise HookError(f"PruneHook, round {len(self.rounds) + 1}: {error}") from None
-        return shared_plan(plan)
+        shape = shape_of_one(runner)
+        with as_hook_error(f"PruneHook, round {len(self.rounds) + 1}"):
+            return from_main_process(plan_to_budget(model, shape, *self._request(model, shape)))
 
-    def _amounts(self, model: nn.Module, shape: tuple[int, ...]) -> dict:
-        """What this round removes, as arguments of plan_pruning: fractions of what is left, budgets in whole numbers."""
-        round_, ((name, amount),) = len(self.rounds), self.amount.items()
-        overrides = {p: v if v == "frozen" else self._share(v, round_) for p, v in self.overrides.items()}
-        if name == "fractions":
-            return dict(prune_fraction=amount[round_], overrides=self.overrides)
+    def _request(self, model: nn.Module, shape: tuple[int, ...]) -> tuple[Budget, PruneOptions]:
+        """What this round asks for: fractions of what is left, costs in whole numbers."""
+        done = len(self.rounds)
+        if self.fractions is not None:
+            return Budget(self.fractions[done]), self.options
+        overrides = {p: v if v == "frozen" else self._share(v, done) for p, v in self.options.overrides.items()}
+        options = replace(self.options, overrides=overrides)
+        name, amount = self.budget.item
         if name == "prune_fraction":
-            return dict(prune_fraction=self._share(amount, round_), overrides=overrides)
+            return Budget(self._share(amount, done)), options
         if self.number == 1:
-            return {name: amount, "overrides": overrides}
-        whole = plan_pruning(model, shape, scores="l1", prune_fraction=0.0)
-        now = {"params": whole.params_before, "macs": whole.macs_before}[name]
-        first = self.rounds[0][f"plan_{name}"] if self.rounds else now
-        target = amount * first if isinstance(amount, float) else amount
-        return {name: round(first - (first - target) * (round_ + 1) / self.number), "overrides": overrides}
+            return self.budget, options
+        if self.rounds:
+            first = self.rounds[0][f"plan_{name}"]
+        else:
+            first = getattr(plan_to_budget(model, shape, Budget(0.0), PruneOptions("l1")), f"{name}_before")
+        step = (first - self.budget.limit(first)) / self.number
+        return Budget(**{name: round(first - step * (done + 1))}), options
 
-    def _share(self, whole: float, round_: int) -> float:
+    def _share(self, whole: float, done: int) -> float:
         """The share of what is left which this round removes, so that ``whole`` of the beginning goes in equal steps."""
         step = whole / self.number
-        return step / (1 - step * round_)
+        return step / (1 - step * done)

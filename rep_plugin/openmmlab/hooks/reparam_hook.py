@@ -1,5 +1,6 @@
 """ReparamHook: write the deployed model when training is over."""
 
+from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
@@ -7,21 +8,31 @@ from mmengine.runner import Runner
 from rep_plugin.blocks.annealed import annealed_modules
 from rep_plugin.errors import AnnealError
 from rep_plugin.openmmlab.artefacts import write_deployed
+from rep_plugin.openmmlab.configs import pruned_config
 from rep_plugin.openmmlab.hooks.linearize_hook import LinearizeHook
-from rep_plugin.openmmlab.hooks.pruning_hook import config_of
+from rep_plugin.openmmlab.hooks.pruning_hook import PruningHook
 from rep_plugin.openmmlab.hooks.runner_utils import final_model
 from rep_plugin.openmmlab.load import real_inputs
+from rep_plugin.pruning.planning.plan import compose_plans
 from rep_plugin.registry import HOOKS
 
 
 @HOOKS.register_module()
 class ReparamHook(Hook):
-    """After training, merge a copy of the model, prove it on random and real pictures, and write the artefact.
+    """After training, merge a copy of the model, prove it on random and real images, and write the artefact.
 
-    Writes ``deploy.pth``, ``deploy.py`` and ``deploy.json`` into ``out_dir`` (default: the work directory) and logs the
-    report. The trained model itself is not changed. What a PruneHook has narrowed in training is merged in that form.
-    Raises :class:`rep_plugin.EquivalenceError` where the proof fails, and before training AnnealError for annealed blocks
-    (``anneal=True``) that no LinearizeHook leads to their end.
+    Writes ``deploy.pth``, ``deploy.py`` and ``deploy.json`` and logs the report. The trained model itself is not changed.
+    What a PruneHook has narrowed in training is merged in that form.
+
+    Args:
+        out_dir: Folder of the files; default: the work directory.
+
+    Raises:
+        EquivalenceError: The proof fails.
+        AnnealError: Before training, for annealed blocks (``anneal=True``) that no LinearizeHook leads to their end.
+
+    Example:
+        >>> custom_hooks = [dict(type="rep_plugin.ReparamHook")]
     """
 
     priority = "VERY_LOW"  # after the last checkpoint
@@ -41,10 +52,14 @@ class ReparamHook(Hook):
         if not is_main_process():
             return
         model = final_model(runner)
-        loop = runner.val_loop or runner.train_loop
-        loader = loop.dataloader
+        loader = (runner.val_loop or runner.train_loop).dataloader
         out_dir = self.out_dir or runner.work_dir
-        report = write_deployed(
-            model, config_of(runner), out_dir, real_inputs(model, loader), getattr(loader.dataset, "metainfo", None)
-        )
+        meta = getattr(loader.dataset, "metainfo", None)
+        report = write_deployed(model, _config_of(runner), out_dir, real_inputs(model, loader), meta)
         runner.logger.info(f"deployed model written to {out_dir}/deploy.pth and deploy.py\n{report}")
+
+
+def _config_of(runner: Runner) -> Config:
+    """The config that builds the model in training: the runner's own, or that of what was pruned meanwhile."""
+    plans = [plan for hook in runner.hooks if isinstance(hook, PruningHook) for plan in hook.plans_of(runner)]
+    return pruned_config(runner.cfg, compose_plans(plans)) if plans else runner.cfg

@@ -5,24 +5,26 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
-from mmengine.dist import broadcast_object_list
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
+from torch import nn
 
 from rep_plugin.errors import ArgumentError, HookError
-from rep_plugin.openmmlab.hooks.pruning_hook import PruningHook, changeable, wrap_anew
+from rep_plugin.openmmlab.hooks.pruning_hook import PruningHook, averages_to_change, from_main_process, wrap_anew
 from rep_plugin.openmmlab.hooks.reparam_hook import ReparamHook
 from rep_plugin.openmmlab.hooks.runner_utils import (
-    add_param_group,
+    as_hook_error,
+    check_whole,
     evaluate,
     final_model,
-    iterations_of,
-    lost,
+    images_of,
+    merge_loss_warning,
     optimizers_of,
-    pictures_of,
     plain_model,
+    shape_of_one,
 )
-from rep_plugin.pruning import PrunePlan, TraceError
+from rep_plugin.openmmlab.hooks.schedule import Schedule
+from rep_plugin.pruning import PrunePlan
 from rep_plugin.pruning.methods.compactors import compactors_of
 from rep_plugin.pruning.methods.resrep import Forgetting, ResRep
 from rep_plugin.pruning.methods.sparsity import check_strength
@@ -30,7 +32,6 @@ from rep_plugin.pruning.planning import Budget, PruneOptions
 from rep_plugin.pruning.planning.plan import as_plan, compose_plans
 from rep_plugin.registry import HOOKS
 
-META_COMPACTORS = "rep_resrep"  # in a checkpoint's meta data
 SMALL = 1e-2  # a share of the rows that stay: forgotten ones above it are a warning
 
 
@@ -39,27 +40,44 @@ class ResRepHook(PruningHook):
     """ResRep (Ding et al., ICCV 2021): compactors learn which channels to forget, the network's own weights remember.
 
     Before training 1x1 convolutions, identities, are put behind the Conv-BN pairs, coupled ones too (see
-    :class:`rep_plugin.pruning.methods.resrep.ResRep`); they join the optimizer as a group of its own, with ``momentum`` and no
-    weight decay. Group lasso of ``strength`` pulls their rows. From ``begin`` on (epochs, fractions too; iterations with
-    ``by_epoch=False``) and every ``interval`` iterations, the rows of the lowest norms are marked to be forgotten: no
+    :class:`rep_plugin.pruning.methods.resrep.ResRep`); they join the optimizer as a group of its own, without weight
+    decay. Group lasso pulls their rows. From ``begin`` on the rows of the lowest norms are marked to be forgotten: no
     gradient of the objective reaches them any more. Their number grows, so that what they leave falls in equal steps to
-    ``macs`` (a share as a float, or a whole number) at the last choice before ``end`` (default: half of the way from
-    ``begin`` to the end of training). The rest of the training is for forgetting: a marked row shrinks by about ``lr *
-    marked_strength / (1 - momentum)`` an iteration, from 1, and stays at zero once it is there. The paper's is
-    ``strength`` (the default), for hundreds of epochs; short schedules need more, on marked rows alone. ``min_channels``,
-    ``round_to``, ``ignore`` as in :func:`rep_plugin.plan_pruning`.
+    ``macs`` at the last choice before ``end``. The rest of the training is for forgetting: a marked row shrinks by about
+    ``lr * marked_strength / (1 - momentum)`` an iteration, from 1, and stays at zero once it is there.
 
     After training, compactors are merged into a copy of the model (of the EMA weights, where there are), forgotten rows
     dropped, the result proven and written as :func:`rep_plugin.openmmlab.artefacts.write_pruned` does. Validation is run
-    before and after; figures, with the norms of dropped rows, go to the log and to ``pruned.rounds.json``. More than 0.1
+    before and after; metrics, with the norms of dropped rows, go to the log and to ``pruned.rounds.json``. More than 0.1
     point lost is a warning with the numbers, as is a row above 1 % of those that stay beside it. The log has
     ``resrep_macs``, the share that would remain.
 
     Checkpoints hold compactors, their momentum and what is marked, so that resuming goes on exactly; other checkpoints
-    are loaded before the compactors are put in. Raises ValueError for bad arguments, and
-    :class:`rep_plugin.errors.HookError` at the start of training where the model, the optimizer (which needs
-    momentum) or another hook that narrows the network does not fit.
+    are loaded before the compactors are put in.
+
+    Args:
+        macs: Multiply-adds that may remain, a share as a float or a whole number.
+        begin: Epochs that are over at the first choice, fractions too.
+        end: Epochs that are over at the last choice at most; default: half of the way from ``begin`` to the end.
+        by_epoch: False: ``begin`` and ``end`` count iterations.
+        interval: Iterations between two choices.
+        strength: Of the group lasso; the default is the paper's, for hundreds of epochs.
+        marked_strength: On marked rows, default ``strength``; short schedules need more.
+        momentum: Of the compactors.
+        min_channels: As :func:`rep_plugin.plan_pruning` has it.
+        round_to: As there.
+        ignore: As there.
+        out_dir: Folder of the files; default: the work directory.
+
+    Raises:
+        ArgumentError: An argument is out of its range.
+        HookError: The model, the optimizer (which needs momentum) or another hook that narrows the network does not fit.
+
+    Example:
+        >>> custom_hooks = [dict(type="rep_plugin.ResRepHook", macs=0.5, begin=5, marked_strength=0.01)]
     """
+
+    meta_key = "rep_resrep"
 
     def __init__(
         self,
@@ -80,21 +98,19 @@ class ResRepHook(PruningHook):
         super().__init__(out_dir)
         self.budget = Budget(macs=macs)
         self.options = PruneOptions(min_channels=min_channels, round_to=round_to, ignore=ignore)
-        if begin < 0 or (end is not None and end < begin):
-            raise ArgumentError(f"ResRepHook needs 0 <= begin <= end, got begin={begin}, end={end}")
-        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-            raise ArgumentError(f"interval must be a whole number of iterations >= 1, got {interval!r}")
+        self.schedule = Schedule(begin, end, by_epoch=by_epoch)
+        check_whole("interval", interval, 1, "iterations")
         if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
             raise ArgumentError(f"momentum must lie in [0, 1), got {momentum!r}")
         self.strength, self.momentum = check_strength("strength", strength), momentum
         self.marked_strength = self.strength if marked_strength is None else marked_strength
         check_strength("marked_strength", self.marked_strength)
-        self.begin, self.end, self.by_epoch, self.interval = begin, end, by_epoch, interval
+        self.interval, self._due = interval, self.schedule
         self.resrep: ResRep | None = None
         self.plan: PrunePlan | None = None
         self.choices: list[dict] = []  # one for each time that rows were marked, plain data
         self._forgetting: Forgetting | None = None
-        self._first = self._number = 0
+        self._number = 0
 
     def before_run(self, runner: Runner) -> None:
         super().before_run(runner)
@@ -104,27 +120,23 @@ class ResRepHook(PruningHook):
                 f"ResRepHook cannot run with {type(others[0]).__name__}: take what it writes, pruned.py, for the next step"
             )
 
-    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        super().before_save_checkpoint(runner, checkpoint)
-        if self.resrep is not None:
-            plan = self.plan and asdict(replace(self.plan, scores={}))
-            state = dict(shape=self.resrep.trace.shape, layers=self._layers(), plan=plan, choices=self.choices)
-            checkpoint["meta"][META_COMPACTORS] = json.dumps(state)
-
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        super().after_load_checkpoint(runner, checkpoint)
-        text = (checkpoint.get("meta") or {}).get(META_COMPACTORS)
-        if text is None:
-            return
-        state = json.loads(text)
+    def state(self) -> str | None:
         if self.resrep is None:
-            self._insert(runner, tuple(state["shape"]))
-        if (own := self._layers()) != state["layers"]:
-            odd = sorted(set(own) ^ set(state["layers"]))
+            return None
+        plan = self.plan and asdict(replace(self.plan, scores={}))
+        return json.dumps(dict(shape=self.resrep.trace.shape, layers=self._layers(), plan=plan, choices=self.choices))
+
+    def load_structure(self, runner: Runner, state: str) -> None:
+        kept = json.loads(state)
+        if self.resrep is None:
+            self._insert(runner, tuple(kept["shape"]))
+        if (own := self._layers()) != kept["layers"]:
+            odd = sorted(set(own) ^ set(kept["layers"]))
             raise HookError(f"the checkpoint's compactors are others than this config's: {odd[:3]} are behind one only")
-        if runner._resume:
-            self.choices = state["choices"]
-            self.plan = state["plan"] and as_plan(state["plan"])
+
+    def load_state(self, state: str) -> None:
+        kept = json.loads(state)
+        self.choices, self.plan = kept["choices"], kept["plan"] and as_plan(kept["plan"])
 
     def _layers(self) -> list[str]:
         return [site.conv for site in self.resrep.sites]
@@ -138,12 +150,10 @@ class ResRepHook(PruningHook):
                 raise HookError(
                     f"ResRepHook needs an optimizer with momentum, as SGD has, got {type(optimizer).__name__}"
                 )
-        model, averages = plain_model(runner), changeable(runner)
-        try:
+        model, averages = plain_model(runner), averages_to_change(runner)
+        with as_hook_error("ResRepHook"):
             self.resrep = ResRep(model, shape, self.budget, self.options)
             self.resrep.insert_(model)
-        except (ValueError, TraceError) as error:
-            raise HookError(f"ResRepHook: {error}") from None
         for average in averages:
             self.resrep.insert_(average.module)
             average.module.requires_grad_(False)
@@ -152,20 +162,21 @@ class ResRepHook(PruningHook):
         wrap_anew(runner)
         if optimizers_of(runner):
             weights = self.resrep.parameters(model)
-            add_param_group(runner, weights, momentum=self.momentum, weight_decay=0.0)
+            _add_param_group(runner, weights, momentum=self.momentum, weight_decay=0.0)
 
     def before_train(self, runner: Runner) -> None:
-        per_unit = iterations_of(runner, self.by_epoch, "ResRepHook")
-        unit, limit = ("epochs", runner.max_epochs) if self.by_epoch else ("iterations", runner.max_iters)
-        end = (self.begin + limit) / 2 if self.end is None else self.end
-        if not self.begin < limit or end > limit:
+        limit, unit = self.schedule.length(runner, "ResRepHook")
+        begin, end = self.schedule.begin, self.schedule.end
+        end = (begin + limit) / 2 if end is None else end
+        if not begin < limit or end > limit:
             raise HookError(
-                f"ResRepHook marks rows from begin={self.begin} to end={end:g}, expected within the training's {limit} {unit}"
+                f"ResRepHook marks rows from begin={begin} to end={end:g}, expected within the training's {limit} {unit}"
             )
-        self._first = round(self.begin * per_unit)
-        self._number = (round(end * per_unit) - self._first) // self.interval + 1
+        due = replace(self.schedule, end=end).in_iterations(runner, "ResRepHook")
+        self._due = replace(due, interval=self.interval)
+        self._number = self._due.count(self._due.end)
         if self.resrep is None:
-            self._insert(runner, (1, *pictures_of(runner, 1).shape[1:]))  # costs are those of one picture
+            self._insert(runner, shape_of_one(runner))
         model = plain_model(runner)
         weights = {name: c.weight for name, c in compactors_of(model, self.resrep.sites).items()}
         self._forgetting = Forgetting(weights, self.strength, self.marked_strength)
@@ -178,7 +189,7 @@ class ResRepHook(PruningHook):
         )
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
-        due = min(self._number, (runner.iter - self._first) // self.interval + 1)
+        due = min(self._number, self._due.count(runner.iter))
         if due > (self.choices[-1]["number"] if self.choices else 0):
             self._choose(runner, due)
         remain = self.plan.macs_after if self.plan else self.resrep.macs_before
@@ -187,13 +198,9 @@ class ResRepHook(PruningHook):
     def _choose(self, runner: Runner, due: int) -> None:
         """Mark the rows of the choice with this number, from 1; all processes alike."""
         whole, target, model = self.resrep.macs_before, self.resrep.target, plain_model(runner)
-        try:
+        with as_hook_error(f"ResRepHook, choice {due}"):
             plan = self.resrep.choose(model, whole - (whole - target) * due // self._number)
-        except ValueError as error:
-            raise HookError(f"ResRepHook, choice {due}: {error}") from None
-        shared = [plan.to_json()]
-        broadcast_object_list(shared)
-        self.plan = PrunePlan.from_json(shared[0])
+        self.plan = from_main_process(plan)
         self._forgetting.mark(self.resrep.forgotten(self.plan))
         self.choices.append(dict(number=due, iter=runner.iter, macs=self.plan.macs_after, units=self.plan.units[1]))
 
@@ -227,12 +234,34 @@ class ResRepHook(PruningHook):
                 f"marked_strength (={self.marked_strength})"
             )
         pruned = copy.deepcopy(model)
-        report = self.resrep.compact_(pruned, self.plan, pictures_of(runner))
+        report = self.resrep.compact_(pruned, self.plan, images_of(runner))
         pruned.eval()
         self.rounds = []
         before, after = evaluate(runner, model), evaluate(runner, pruned)
-        self.note(runner, self.plan, report, before, after)
-        if warning := lost(before, after):
+        self.add_round(runner, self.plan, report, before, after)
+        if warning := merge_loss_warning(before, after):
             runner.logger.warning(f"ResRepHook: {warning}; {self._describe(left)}")
         self.rounds[-1] |= left | dict(choices=self.choices)
-        self.finish(runner, compose_plans([*self.plans_of(runner), self.plan]), pruned, report)
+        self.write_artefact(runner, compose_plans([*self.plans_of(runner), self.plan]), pruned, report)
+
+
+def _add_param_group(runner: Runner, parameters: Sequence[nn.Parameter], **changes: float) -> None:
+    """Give the Runner's one optimizer a group more: like its largest, with ``changes``.
+
+    Schedulers, which keep what they have begun with for every group, go on with the new group as with the one it is like.
+    """
+    wrapper = runner.optim_wrapper
+    optimizer, place = wrapper.optimizer, len(wrapper.optimizer.param_groups)
+    sizes = [sum(p.numel() for p in group["params"]) for group in optimizer.param_groups]
+    like = sizes.index(max(sizes))
+    options = {k: v for k, v in optimizer.param_groups[like].items() if k not in ("params", "param_names")} | changes
+    for name, value in changes.items():
+        if f"initial_{name}" in options:
+            options[f"initial_{name}"] = value
+    optimizer.add_param_group({"params": list(parameters), **options})
+    for scheduler in runner.param_schedulers or []:
+        if hasattr(scheduler, "base_values"):
+            scheduler.base_values.insert(place, options[f"initial_{scheduler.param_name}"])
+        if hasattr(scheduler, "min_values"):
+            scheduler.min_values.insert(place, scheduler.min_values[like])
+        scheduler._last_value = [group[scheduler.param_name] for group in scheduler.optimizer.param_groups]

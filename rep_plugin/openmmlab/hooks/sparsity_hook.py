@@ -1,16 +1,22 @@
 """SparsityHook: pull weak channels to zero while training, so that pruning finds something to remove."""
 
-import math
 from collections.abc import Mapping
 
 import torch
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from rep_plugin.errors import ArgumentError, HookError
+from rep_plugin.errors import ArgumentError, HookError, TraceError
 from rep_plugin.measure.plots import gammas_figure
-from rep_plugin.openmmlab.hooks.runner_utils import iterations_of, optimizers_of, pictures_of, plain_model, show
-from rep_plugin.pruning import TraceError
+from rep_plugin.openmmlab.hooks.runner_utils import (
+    add_plot,
+    as_hook_error,
+    check_whole,
+    optimizers_of,
+    plain_model,
+    shape_of_one,
+)
+from rep_plugin.openmmlab.hooks.schedule import Schedule
 from rep_plugin.pruning.methods.sparsity import MODES, Sparsity, all_parts, check_strength, prunable_parts, strengths_of
 from rep_plugin.registry import HOOKS
 
@@ -21,22 +27,32 @@ SMALL = 1e-3  # gammas below it are counted in the log
 class SparsityHook(Hook):
     """L1 on the gammas of batch norms (Liu et al., "Network Slimming", ICCV 2017), and group lasso on filters.
 
-    ``strength`` of the L1; ``overrides``: name pattern of batch norms -> another one (0 leaves them alone), the first that
-    fits counts. ``group_strength``: group lasso on the filters of convolutions (Wen et al., NeurIPS 2016); it says
-    something where scores read kernels, a batch norm behind a filter undoes its scale. ``mode``: ``subgradient`` or
-    ``proximal`` (exact zeros), see :class:`rep_plugin.pruning.methods.sparsity.Sparsity`, which acts once a real step, after
-    unscaling, accumulation and clipping, so that it is right under any optimizer wrapper and DDP. ``warmup``: the strength
-    rises linearly over so many epochs; from ``end`` on there is none, for fine-tuning (fractions too; iterations with
-    ``by_epoch=False``). Both follow from the iteration's number alone, so that resuming goes on exactly.
+    It acts once a real step, after unscaling, accumulation and clipping, so that it is right under any optimizer wrapper
+    and DDP, see :class:`rep_plugin.pruning.methods.sparsity.Sparsity`. The factor of the strength follows from the
+    iteration's number alone, so that resuming goes on exactly. Of a RepBlock only the output norms are taken. The log has
+    ``sparsity_factor``, and after each epoch how many gammas are below 1e-3; a histogram of them goes to the visualizer as
+    ``gammas``. EMA copies are averages: they come near zero, and are not exactly there.
 
-    Only channels that could be pruned are pulled (the model is traced once, with the size of its pictures);
-    ``only_prunable=False`` takes all batch norms, without tracing. Of a RepBlock only the output norms are taken. The log
-    has ``sparsity_factor``, and after each epoch how many gammas are below 1e-3; a histogram of them goes to the
-    visualizer as ``gammas`` after every ``histogram_interval`` epochs (0: never), when the pull ends, and at the end. EMA
-    copies are averages: they come near zero, and are not exactly there.
+    Args:
+        strength: Of the L1.
+        overrides: {name pattern of batch norms: another strength}, 0 leaves them alone; the first that fits counts.
+        mode: ``subgradient``, or ``proximal`` (exact zeros).
+        group_strength: Of a group lasso on the filters of convolutions (Wen et al., NeurIPS 2016). It matters where scores
+            read kernels; a batch norm behind a filter undoes its scale.
+        warmup: Epochs over which the strength rises linearly, fractions too.
+        end: Epochs after which there is none, for fine-tuning.
+        by_epoch: False: ``warmup`` and ``end`` count iterations.
+        only_prunable: Pull only channels that could be pruned (the model is traced once, with the size of its images);
+            False: all batch norms, without tracing.
+        histogram_interval: Epochs between two histograms, 0: none; one more when the pull ends, and one at the end.
 
-    Raises ValueError for bad arguments, and :class:`rep_plugin.errors.HookError` at the start of training for patterns
-    that match nothing, models that cannot be traced, and where there is nothing to pull.
+    Raises:
+        ArgumentError: An argument is out of its range.
+        HookError: At the start of training, where a pattern matches nothing, the model cannot be traced, or there is
+            nothing to pull.
+
+    Example:
+        >>> custom_hooks = [dict(type="rep_plugin.SparsityHook", strength=1e-4, warmup=2, end=30)]
     """
 
     def __init__(
@@ -56,28 +72,25 @@ class SparsityHook(Hook):
         self.group_strength = check_strength("group_strength", group_strength)
         if mode not in MODES:
             raise ArgumentError(f"mode must be one of {MODES}, got {mode!r}")
-        if not 0 <= warmup < (math.inf if end is None else end):
+        if warmup < 0 or (end is not None and warmup >= end):
             raise ArgumentError(f"SparsityHook needs 0 <= warmup < end, got warmup={warmup}, end={end}")
-        if isinstance(histogram_interval, bool) or not isinstance(histogram_interval, int) or histogram_interval < 0:
-            raise ArgumentError(f"histogram_interval must be a whole number of epochs >= 0, got {histogram_interval!r}")
-        self.mode, self.by_epoch, self.only_prunable = mode, by_epoch, only_prunable
-        self.histogram_interval = histogram_interval
-        self.warmup, self.end = warmup, math.inf if end is None else end
+        check_whole("histogram_interval", histogram_interval, 0, "epochs")
+        self.schedule = Schedule(warmup, end, by_epoch=by_epoch)
+        self.mode, self.only_prunable, self.histogram_interval = mode, only_prunable, histogram_interval
         self.sparsity: Sparsity | None = None
-        self._iterations, self._pulls = 1.0, False
+        self._due, self._pulls = self.schedule, False
 
     def factor_at(self, iteration: int) -> float:
         """The share of the full strength which the iteration of this number (from 0) is trained with."""
-        if iteration >= self.end * self._iterations - 0.5:
+        if self._due.end is not None and iteration >= self._due.end:
             return 0.0
-        rise = round(self.warmup * self._iterations)
-        return 1.0 if iteration >= rise else (iteration + 1) / (rise + 1)
+        return 1.0 if iteration >= self._due.begin else (iteration + 1) / (self._due.begin + 1)
 
     def before_train(self, runner: Runner) -> None:
-        self._iterations = iterations_of(runner, self.by_epoch, "SparsityHook")
+        self._due = self.schedule.in_iterations(runner, "SparsityHook")
         model = plain_model(runner)
         norms, kernels = self._parts(runner)
-        try:
+        with as_hook_error("SparsityHook"):
             strengths = strengths_of(norms, self.strength, self.overrides)
             gammas = {model.get_submodule(name).weight: value for name, value in strengths.items() if value}
             filters = {model.get_submodule(name).weight: self.group_strength for name in kernels if self.group_strength}
@@ -87,10 +100,6 @@ class SparsityHook(Hook):
                 )
             self.sparsity = Sparsity(gammas, filters, self.mode)
             self.sparsity.attach(optimizers_of(runner))
-        except HookError:
-            raise
-        except ValueError as error:
-            raise HookError(f"SparsityHook: {error}") from None
         runner.logger.info(f"SparsityHook pulls {len(gammas)} batch norms and {len(filters)} kernels, {self.mode}")
 
     def _parts(self, runner: Runner) -> tuple[list[str], list[str]]:
@@ -98,7 +107,7 @@ class SparsityHook(Hook):
         if not self.only_prunable:
             return all_parts(model)
         try:
-            return prunable_parts(model, (1, *pictures_of(runner, 1).shape[1:]))
+            return prunable_parts(model, shape_of_one(runner))
         except TraceError as error:
             raise HookError(f"SparsityHook: {error}; only_prunable=False takes all batch norms") from None
 
@@ -120,7 +129,7 @@ class SparsityHook(Hook):
         )
         if self._draws(runner):
             title = f"after {runner.iter:,} iterations, L1 {self.strength:g}: {small:.1%} of the gammas below {SMALL}"
-            show(runner, "gammas", lambda: gammas_figure(gammas.cpu().numpy(), title))
+            add_plot(runner, "gammas", lambda: gammas_figure(gammas.cpu().numpy(), title))
 
     def _draws(self, runner: Runner) -> bool:
         """Whether the epoch that is over is one to draw."""

@@ -36,7 +36,7 @@ def fork(tool: ModuleType, arguments: list[str], output: Path, prepare: Callable
         os.dup2(file, 2)
         prepare()
         sys.argv = ["train.py", *arguments]
-        tool.run(tool.main, tool.AnnealError, tool.HookError)
+        tool.run(tool.main)
         code = 0
     except BaseException:
         traceback.print_exc()

@@ -2,7 +2,7 @@
 
     python -m tests.test_openmmlab.test_hooks.kill_loop --kills 20
     python -m tests.test_openmmlab.test_hooks.kill_loop --kills 3 --cases iterative
-    python -m tests.test_openmmlab.test_hooks.kill_loop --cases --hooks my_config.py     # the custom_hooks of a config, on tiny data
+    python -m tests.test_openmmlab.test_hooks.kill_loop --cases --hooks my_config.py  # custom_hooks of a config, tiny data
 
 Every start is `tools/train.py` in a process of its own (forked, so that imports are paid for once). It is killed at a
 random time, between a removal and the checkpoint after it, or with a file half written. After at most five kills the
@@ -31,7 +31,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-import rep_plugin.checkpoints.safe_load
+import rep_plugin.checkpoints.files
 from rep_plugin.checkpoints.safe_load import load_checkpoint_file
 from tests.test_openmmlab.test_hooks import tiny
 from tests.test_openmmlab.test_hooks.forked import fork, load_tool, wait
@@ -97,7 +97,7 @@ def tear_file(number: int) -> None:
         opened += "w" in mode
         return Torn(file) if "w" in mode and opened == number + 1 else file
 
-    rep_plugin.checkpoints.safe_load.open = opener
+    rep_plugin.checkpoints.files.open = opener
     mmengine.hooks.checkpoint_hook.open = opener
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from rep_plugin.blocks.annealed import annealed_modules
 from rep_plugin.errors import AnnealError
 from rep_plugin.openmmlab.checkpoint import enable_safe_loading
-from rep_plugin.openmmlab.hooks import LinearizeHook
+from rep_plugin.openmmlab.hooks import LinearizeHook, Schedule
 from rep_plugin.openmmlab.load import load_model
 from rep_plugin.testing import calibrate_random_bn_
 from tests.helpers import relative_error
@@ -181,7 +181,7 @@ def test_wrapped_model_is_annealed(stock, tmp_path):
 def test_schedules():
     for schedule, half in (("linear", 0.5), ("cosine", 0.5)):
         hook = LinearizeHook(end=1, schedule=schedule)
-        hook._first, hook._last = 2, 102
+        hook._due = Schedule(2, 102, by_epoch=False)
         path = [hook.alpha_at(i) for i in range(110)]
         assert path == sorted(path) and path[:2] == [0, 0] and path[100] < 1 and set(path[101:]) == {1.0}
         assert path[51] == pytest.approx(half)
@@ -193,7 +193,7 @@ def test_schedules():
     [
         (dict(), "needs 0 <= begin < end, got begin=0, end=None"),
         (dict(begin=3, end=3), "begin=3, end=3"),
-        (dict(begin=-1, end=3), "begin=-1"),
+        (dict(begin=-1, end=3), "begin must be a finite number >= 0, got -1"),
         (dict(end=2, schedule="step"), r"schedule must be one of \['cosine', 'linear'\], got 'step'"),
         (dict(end=2, measure_batches=1.5), "measure_batches must be a whole number >= 0, got 1.5"),
     ],

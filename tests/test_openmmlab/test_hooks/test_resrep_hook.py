@@ -279,7 +279,7 @@ def test_a_schedule_in_iterations(finished, tmp_path):
     ("arguments", "message"),
     [
         (dict(macs=1.5), r"macs must be a share \(a float <= 1.0\) or a whole number, got 1.5"),
-        (dict(macs=0.5, begin=3, end=2), "needs 0 <= begin <= end, got begin=3, end=2"),
+        (dict(macs=0.5, begin=3, end=2), r"end must be >= begin \(=3\), got 2"),
         (dict(macs=0.5, interval=0), "interval must be a whole number of iterations >= 1, got 0"),
         (dict(macs=0.5, momentum=1.0), r"momentum must lie in \[0, 1\), got 1.0"),
         (dict(macs=0.5, strength=-1), "strength must be a finite number >= 0, got -1"),
