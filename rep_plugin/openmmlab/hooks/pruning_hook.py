@@ -49,7 +49,12 @@ def check_scores(scores: object) -> None:
 
 
 def check_share(name: str, value: object) -> None:
-    """Raise ArgumentError unless a share of channels, called ``name``, is a number that removes some and leaves some."""
+    """Raise ArgumentError unless a share of channels is a number that removes some and leaves some.
+
+    Args:
+        name: Of the argument.
+        value: To be checked.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
         raise ArgumentError(f"{name} must lie in (0, 1), got {value!r}")
 
@@ -57,13 +62,16 @@ def check_share(name: str, value: object) -> None:
 def budget_of(
     prune_fraction: float | None, params: int | float | None = None, macs: int | float | None = None, **others: object
 ) -> Budget | None:
-    """Return a hook's budget; None where one of ``others`` is given in its place.
+    """Check that one of the arguments that say how much goes is given, and make a budget of it.
 
     Args:
         prune_fraction: As in :class:`rep_plugin.pruning.planning.Budget`, but not 0.
         params: As there.
         macs: As there.
         **others: What else says how much goes.
+
+    Returns:
+        The budget; None where one of ``others`` is given.
 
     Raises:
         ArgumentError: None or several are given, or the number is out of its range.

@@ -102,13 +102,16 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def evaluate(runner: Runner, model: nn.Module) -> dict[str, float]:
-    """Return the metrics of validation for a model; {} without validation.
+    """Measure a model in validation.
 
     The Runner's own loop would also step schedulers, save a best checkpoint and count for early stopping.
 
     Args:
         runner: Whose validation it is.
         model: To be measured; it stays as it is.
+
+    Returns:
+        The metrics by name; {} without validation.
     """
     loop = runner.val_loop
     if loop is None:
@@ -133,7 +136,15 @@ def main_metric(metrics: dict[str, float]) -> str | None:
 
 
 def collapse_warning(before: dict[str, float], after: dict[str, float]) -> str | None:
-    """Return a warning, with the numbers, where the main metric fell below half; else None."""
+    """Compare the main metric before and after a removal.
+
+    Args:
+        before: Metrics of validation.
+        after: The same.
+
+    Returns:
+        A warning, with the numbers, where it fell below half; else None.
+    """
     name = main_metric({name: value for name, value in before.items() if name in after})
     if name is None or after[name] >= before[name] / 2:
         return None
@@ -141,9 +152,14 @@ def collapse_warning(before: dict[str, float], after: dict[str, float]) -> str |
 
 
 def merge_loss_warning(before: dict[str, float], after: dict[str, float]) -> str | None:
-    """Return a warning, with the numbers, where merging cost more than 0.1 point of the main metric; else None.
+    """Compare the main metric before and after a merge that should cost nothing. Metrics up to 1 are shares, others percent.
 
-    Metrics up to 1 are shares, others percent.
+    Args:
+        before: Metrics of validation.
+        after: The same.
+
+    Returns:
+        A warning, with the numbers, where it fell by more than 0.1 point; else None.
     """
     name = main_metric({name: value for name, value in before.items() if name in after})
     if name is None:

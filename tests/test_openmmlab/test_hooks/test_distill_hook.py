@@ -258,7 +258,7 @@ BAD_RUNS = {
     ),
     "normalised otherwise": (
         lambda t: t | other(t, **{"data_preprocessor.std": [60.0] * 3}),
-        r"sees pictures with mean .127.0.* std .60.0.* expected the student's mean .* std .64.0",
+        r"sees images with mean .127.0.* std .60.0.* expected the student's mean .* std .64.0",
     ),
 }
 
