@@ -14,7 +14,8 @@ ROOT = Path(rep_plugin.__file__).parent
 OPENMMLAB = {"mmengine", "mmcv", "mmpretrain", "mmdet", "mmseg"}
 # Rooms from the bottom to the top: each may import those in rows above its own.
 ROWS = (
-    ("errors", "version", "functional"),
+    ("errors", "version"),
+    ("functional",),
     ("optional", "history", "blocks", "checkpoints", "measure"),
     ("registry", "testing", "backbones", "bilinear"),
     ("reparam",),

@@ -8,15 +8,14 @@ from torch import Tensor, nn
 from rep_plugin.backbones.staged import StagedNetwork, check_maps, check_strides
 from rep_plugin.backbones.warm_start import adapt_hook, adapt_state_dict_
 from rep_plugin.blocks.activations import build_activation
-from rep_plugin.blocks.base import RepBlock
-from rep_plugin.blocks.branches import conv_bn
+from rep_plugin.blocks.families import plain_block
 from rep_plugin.blocks.inverted_residual import RepInvertedResidual
 from rep_plugin.errors import ArgumentError
 
 # (expand ratio, channels at width 1.0, blocks) of the seven stages: MobileNetV2 (CVPR 2018), table 2.
 STAGES = ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1))
 STRIDES = (2, 1, 2, 2, 2, 1, 2, 1)
-# Chosen by measuring (make bench-fashion-mnist; 12,000 pictures, 6 epochs, width 0.5): bottleneck + identity 83.9 % over
+# Chosen by measuring (make bench-fashion-mnist; 12,000 images, 6 epochs, width 0.5): bottleneck + identity 83.9 % over
 # three seeds against 81.5 % for plain training. With a 3x3 beside them (one seed each): 82.8 against 84.9, and a step
 # costs a quarter more; an average-pool shortcut at stride 2 did not help either.
 DEFAULT_BRANCHES = ("bottleneck", "identity")
@@ -70,7 +69,7 @@ class RepMobileNetV2(StagedNetwork):
         self.widen_factor, self.strides = widen_factor, check_strides(strides, len(STAGES))
 
         width = make_divisible(32 * widen_factor)
-        self.stem = self._plain(in_channels, width, 3, strides[0], act, deploy)
+        self.stem = plain_block(in_channels, width, 3, strides[0], act=build_activation(act, width), deploy=deploy)
         self.stem_channels = width
         self._step(strides, output_stride)
         stages, self.out_channels = [], []
@@ -79,43 +78,21 @@ class RepMobileNetV2(StagedNetwork):
             blocks = []
             for index in range(depth):
                 stride, dilation, unstrided = step.of_block(index)
-                blocks.append(
-                    RepInvertedResidual(
-                        width,
-                        out,
-                        stride,
-                        expand_ratio,
-                        branches,
-                        avg_shortcut,
-                        act,
-                        deploy,
-                        online,
-                        anneal,
-                        dilation,
-                        unstrided,
-                    )
-                )
+                block = (width, out, stride, expand_ratio, branches, avg_shortcut, act)
+                form = {"deploy": deploy, "online": online, "anneal": anneal}
+                blocks.append(RepInvertedResidual(*block, **form, dilation=dilation, unstrided=unstrided))
                 width = out
             stages.append(nn.Sequential(*blocks))
             self.out_channels.append(out)
         self.stages = nn.Sequential(*stages)
         last = make_divisible(1280 * max(1.0, widen_factor))
-        self.last_conv = self._plain(width, last, last_kernel, 1, act, deploy, self.steps[-1].dilation)
+        self.last_conv = plain_block(
+            width, last, last_kernel, 1, self.steps[-1].dilation, act=build_activation(act, last), deploy=deploy
+        )
         self.out_channels.append(last)
         self.reductions.append(self.reductions[-1])
         self._init_parameters()
         self.register_load_state_dict_pre_hook(adapt_hook)
-
-    @staticmethod
-    def _plain(
-        in_channels: int, out_channels: int, kernel_size: int, stride: int, act: str, deploy: bool, dilation: int = 1
-    ) -> RepBlock:
-        """A block of a single conv-BN: the stem and the last feature convolution."""
-        chains = {} if deploy else {"conv": conv_bn(in_channels, out_channels, kernel_size, stride, dilation)}
-        activation = build_activation(act, out_channels)
-        return RepBlock(
-            in_channels, out_channels, kernel_size, chains, stride, None, dilation, act=activation, deploy=deploy
-        )
 
     def finish(self, x: Tensor) -> Tensor:
         """Return the last convolution's map, given the last stage's."""
@@ -134,11 +111,5 @@ class RepMobileNetV2(StagedNetwork):
         adapt_state_dict_(self, state_dict)
         return super().load_state_dict(state_dict, strict, assign)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        x = self.stem(x)
-        outs = []
-        for index, stage in enumerate((*self.stages, self.last_conv)[: max(self.out_indices, default=0) + 1]):
-            x = stage(x)
-            if index in self.out_indices:
-                outs.append(x)
-        return tuple(outs)
+    def parts(self) -> tuple[nn.Module, ...]:
+        return (*self.stages, self.last_conv)

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rep_plugin.backbones.staged import StagedNetwork, check_maps, check_stages, pick_arch
-from rep_plugin.blocks.base import RepBlock
-from rep_plugin.blocks.branches import conv_bn
-from rep_plugin.blocks.families import LargeKernelBlock
+from rep_plugin.blocks.families import LargeKernelBlock, plain_block
 from rep_plugin.errors import ArgumentError
 
 
@@ -39,7 +37,7 @@ ARCHS = {
 
 
 class DropPath(nn.Module):
-    """Leave out a residual branch of whole pictures with probability ``rate`` in training, and scale up the others'.
+    """Leave out a residual branch of whole images with probability ``rate`` in training, and scale up the others'.
 
     Huang et al., "Deep Networks with Stochastic Depth" (ECCV 2016).
     """
@@ -51,8 +49,8 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.rate == 0:
             return x
-        kept = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(1 - self.rate)
-        return x * kept.div_(1 - self.rate)
+        mask = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(1 - self.rate)
+        return x * mask.div_(1 - self.rate)
 
     def extra_repr(self) -> str:
         return f"{self.rate:.3f}"
@@ -74,10 +72,8 @@ class _Parts:
         relu: bool = True,
         dilation: int = 1,
     ):
-        chains = {} if self.merge_plain else {"conv": conv_bn(inputs, outputs, kernel, stride, dilation, groups)}
         act = nn.ReLU(inplace=True) if relu else None
-        options = {"stride": stride, "dilation": dilation, "groups": groups, "act": act, "deploy": self.merge_plain}
-        return RepBlock(inputs, outputs, kernel, chains, **options)
+        return plain_block(inputs, outputs, kernel, stride, dilation, groups, act, self.merge_plain)
 
     def large(self, channels: int, kernel: int, small_kernel: int | None, dilation: int) -> LargeKernelBlock:
         options = {"groups": channels, "act": nn.ReLU(inplace=True), "deploy": self.deploy, "online": self.online}

@@ -142,6 +142,10 @@ class StagedNetwork(nn.Module):
         """As torch's, but a strict load that does not fit raises before anything is loaded."""
         return load_whole(self, super().load_state_dict, state_dict, strict, assign)
 
+    def parts(self) -> Sequence[nn.Module]:
+        """Return what ``out_indices`` count: the stages, and what a network has behind them."""
+        return self.stages
+
     def outgoing(self, index: int, x: Tensor) -> Tensor:
         """Return the map of stage ``index`` as it leaves the network; the next stage reads ``x`` itself."""
         return x
@@ -156,8 +160,8 @@ class StagedNetwork(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.stem(x)
         outs = []
-        for index, stage in enumerate(self.stages[: max(self.out_indices, default=0) + 1]):
-            x = stage(x)
+        for index, part in enumerate(self.parts()[: max(self.out_indices, default=0) + 1]):
+            x = part(x)
             if index in self.out_indices:
                 outs.append(self.outgoing(index, x))
         return tuple(outs)

@@ -17,7 +17,7 @@ ACTIVATIONS = {
     "identity": lambda channels: nn.Identity(),
 }
 
-# The ones without parameters, out of place: what can stand inside an annealed bottleneck.
+# The ones without parameters, as functions that work out of place.
 FUNCTIONS = {"relu": F.relu, "relu6": F.relu6, "hardswish": F.hardswish, "silu": F.silu, "gelu": F.gelu}
 
 

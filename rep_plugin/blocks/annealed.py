@@ -1,17 +1,17 @@
 """From stock MobileNetV2's block to the mergeable one without a jump: activations whose place moves with ``alpha``.
 
 Stock's inverted residual has an activation after expand and after depthwise, none after the sum, and pads the middle map
-with zeros. The mergeable block has none inside, one after the sum, and a ring that holds the expand's shift (the zeros are
+with zeros. The mergeable block has none inside, one after the sum, and padding that holds the expand's shift (the zeros are
 padded in front of it). Between them, for alpha from 0 to 1:
 
     inside     (1 - alpha) * act(x) + alpha * x
     after      (1 - alpha) * x + alpha * act(x)
-    ring       alpha * shift
+    padding    alpha * shift
 
 At 0 the block is stock's, borders included; at 1 it is the chain of :mod:`rep_plugin.blocks.chain`, and runs as such.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from rep_plugin.blocks.chain import Chain, run_conv
 from rep_plugin.errors import AnnealError, ArgumentError
 from rep_plugin.functional.kernels import ConvParams
 
-ALPHA = "anneal_alpha"  # the buffer's name: how checkpoints tell where an anneal stands
+ALPHA = "anneal_alpha"  # the buffer's name in checkpoints
 
 
 class Annealed(nn.Module):
@@ -70,12 +70,18 @@ class Annealed(nn.Module):
 class AnnealedBottleneck(Annealed, Chain):
     """A linear bottleneck that begins as stock's: ``act`` after ``expand_bn`` and ``depthwise_bn`` at alpha 0.
 
-    ``ops`` and keys as in :func:`rep_plugin.blocks.branches.linear_bottleneck`. Raises ValueError for an activation with
-    parameters; a merge raises AnnealError (a RuntimeError) below alpha 1.
+    A merge raises AnnealError below alpha 1.
+
+    Args:
+        bottleneck: the chain of :func:`rep_plugin.blocks.branches.linear_bottleneck`, whose layers and keys it has.
+        act: name of an activation without parameters.
+
+    Raises:
+        ArgumentError: another activation.
     """
 
-    def __init__(self, ops: Mapping[str, nn.Module], act: str):
-        super().__init__(ops)
+    def __init__(self, bottleneck: Chain, act: str):
+        super().__init__(dict(bottleneck.named_children()))
         self._start(act)
 
     def _inner(self, y: Tensor, bn: _BatchNorm, shift: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -87,14 +93,14 @@ class AnnealedBottleneck(Annealed, Chain):
     def run(self, x: Tensor, padding: tuple[int, int]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if self.linear:
             return super().run(x, padding)
-        ring = None
+        edge = None
         if hasattr(self, "expand"):
             y, shift = run_conv(self.expand, x, None, None, (0, 0))
             x, shift = self._inner(y, self.expand_bn, shift)
-            # The convolution pads zeros: carried as (x - ring) + ring, they stand for `ring`.
-            ring = (shift * self.anneal_alpha.to(shift.dtype)).type_as(x)
-            x = x - ring.view(1, -1, 1, 1)
-        y, shift = run_conv(self.depthwise, x, None, ring, padding)
+            # The convolution pads zeros: carried as (x - edge) + edge, they stand for `edge`.
+            edge = (shift * self.anneal_alpha.to(shift.dtype)).type_as(x)
+            x = x - edge.view(1, -1, 1, 1)
+        y, shift = run_conv(self.depthwise, x, None, edge, padding)
         x, _ = self._inner(y, self.depthwise_bn, shift)
         y, shift = run_conv(self.project, x, None, None, (0, 0))
         return y, *run_bn(self.project_bn, y, None, shift)
@@ -129,6 +135,14 @@ def annealed_modules(model: nn.Module) -> Iterator[Annealed]:
 
 
 def set_alpha_(model: nn.Module, alpha: float) -> None:
-    """Set every alpha of a model. Raises ValueError outside 0..1."""
+    """Set every alpha of a model.
+
+    Args:
+        model: the model, changed in place.
+        alpha: share of the way to the mergeable form, 0 to 1.
+
+    Raises:
+        ArgumentError: any other number.
+    """
     for module in annealed_modules(model):
         module.set_alpha(alpha)

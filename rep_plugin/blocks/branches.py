@@ -5,7 +5,6 @@ import math
 import torch
 from torch import nn
 
-from rep_plugin.blocks.annealed import AnnealedBottleneck
 from rep_plugin.blocks.chain import Chain
 from rep_plugin.blocks.layers import DilatedAvgPool2d
 from rep_plugin.errors import ArgumentError
@@ -90,16 +89,16 @@ def average_conv_bn(
 
 
 def linear_bottleneck(
-    in_channels: int,
-    out_channels: int,
-    stride: Size,
-    expand_ratio: int,
-    anneal_act: str | None = None,
-    dilation: Size = 1,
+    in_channels: int, out_channels: int, stride: Size, expand_ratio: int, dilation: Size = 1
 ) -> Chain:
-    """1x1 expand, depthwise 3x3, 1x1 project, a BN after each and no activation; no expand at ratio 1.
+    """Return 1x1 expand, depthwise 3x3, 1x1 project, a BN after each and no activation; no expand at ratio 1.
 
-    ``anneal_act`` names activations inside that can be annealed away, see :class:`AnnealedBottleneck`.
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        stride: stride of the depthwise layer.
+        expand_ratio: channels of the depthwise layer against the input's.
+        dilation: dilation of the depthwise layer.
     """
     mid = in_channels * expand_ratio
     ops = {}
@@ -110,4 +109,4 @@ def linear_bottleneck(
     ops["depthwise_bn"] = nn.BatchNorm2d(mid)
     ops["project"] = nn.Conv2d(mid, out_channels, 1, bias=False)
     ops["project_bn"] = nn.BatchNorm2d(out_channels)
-    return Chain(ops) if anneal_act is None else AnnealedBottleneck(ops, anneal_act)
+    return Chain(ops)

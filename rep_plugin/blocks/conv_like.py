@@ -4,7 +4,7 @@ The network's own BN and activation stay behind them. Merging (:func:`rep_plugin
 ``nn.Conv2d`` back in the same place, so that the keys are the stock network's again.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -50,14 +50,28 @@ def _same_padding(padding: Size | str, kernel_size: Size, dilation: Size, stride
 class ConvLike(RepBlock):
     """``nn.Conv2d`` as a multi-branch block: the mixin that goes in front of a family's block, with Conv2d's arguments.
 
-    ``main_branch`` names the branch that is the convolution itself, ``own_options`` what the block takes beside, with
-    defaults. ``bias_free`` tells what was asked of the convolution: the branches end in BNs and so always have a shift; it
-    goes into the following BN where the merged convolution must not have a bias. Raises ValueError for a ``padding_mode``
-    other than zeros, and for even kernel sides; TypeError for an unknown option.
+    ``main_branch`` names the branch that is the convolution itself, ``own_options`` what may be given beside.
+
+    Args:
+        in_channels: as in ``nn.Conv2d``, like all up to ``padding_mode``.
+        out_channels: channels of the output.
+        kernel_size: odd sides of the window.
+        stride: stride in pixels.
+        padding: rows and columns of zeros, ``"valid"`` or ``"same"``.
+        dilation: distance in pixels between two taps of the window.
+        groups: groups of the convolution.
+        bias: whether the merged convolution may have a bias. The branches end in BNs and so always have a shift; with
+            False it goes into the BN that follows.
+        padding_mode: ``"zeros"`` alone.
+        deploy: build the merged form directly.
+        options: the family's own arguments.
+
+    Raises:
+        ArgumentError: another ``padding_mode``, or even sides.
+        ArgumentTypeError: an unknown option.
     """
 
     main_branch: str
-    own_options: Mapping[str, object] = {}
     is_init = False  # read by mmengine's BaseModule: True keeps a trained block from being initialised again
 
     def __init__(
@@ -74,15 +88,14 @@ class ConvLike(RepBlock):
         deploy: bool = False,
         **options,
     ):
-        if unknown := sorted(set(options) - set(self.own_options)):
-            raise ArgumentTypeError(
-                f"{type(self).__name__} takes no {unknown[0]!r}, expected one of {sorted(self.own_options)}"
-            )
         if padding_mode != "zeros":
             raise ArgumentError(f"padding_mode must be 'zeros' in {type(self).__name__}, got {padding_mode!r}")
-        ring = _same_padding(padding, kernel_size, dilation, stride)
-        shape = (in_channels, out_channels, kernel_size, stride, ring, dilation, groups)
-        super().__init__(*shape, deploy=deploy, **{**self.own_options, **options})
+        if extra := {"act", "online"} & set(options):  # FamilyBlock's own, that a convolution has not
+            raise ArgumentTypeError(f"{type(self).__name__} takes no {min(extra)!r}, expected Conv2d's arguments")
+        pixels = _same_padding(padding, kernel_size, dilation, stride)
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, pixels, dilation, groups, deploy=deploy, **options
+        )
         self.bias_free = not bias
 
     def silence_(self) -> "ConvLike":
@@ -109,26 +122,51 @@ class ConvLike(RepBlock):
 
 
 class DBBConv2d(ConvLike, DiverseBranchBlock):
-    """A :class:`rep_plugin.blocks.families.DiverseBranchBlock` (Ding et al., CVPR 2021), with its ``mid_channels``."""
+    """A :class:`rep_plugin.blocks.families.DiverseBranchBlock` (Ding et al., CVPR 2021), with its ``mid_channels``.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.blocks import DBBConv2d
+        >>> DBBConv2d(4, 8, 3, stride=2, padding=1)(torch.ones(2, 4, 8, 8)).shape
+        torch.Size([2, 8, 4, 4])
+    """
 
     main_branch = "conv"
-    own_options = {"mid_channels": None}
 
 
 class ACBConv2d(ConvLike, ACBlock):
-    """A :class:`rep_plugin.blocks.families.ACBlock` (Ding et al., "ACNet", ICCV 2019)."""
+    """A :class:`rep_plugin.blocks.families.ACBlock` (Ding et al., "ACNet", ICCV 2019).
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.blocks import ACBConv2d
+        >>> ACBConv2d(4, 8, 3)(torch.ones(2, 4, 8, 8)).shape
+        torch.Size([2, 8, 6, 6])
+    """
 
     main_branch = "square"
 
 
 class RepConv2d(ConvLike, RepVGGBlock):
-    """A :class:`rep_plugin.blocks.families.RepVGGBlock` (Ding et al., CVPR 2021)."""
+    """A :class:`rep_plugin.blocks.families.RepVGGBlock` (Ding et al., CVPR 2021).
 
-    main_branch = "conv"
+    Example:
+        >>> from rep_plugin.blocks import RepConv2d
+        >>> list(RepConv2d(4, 4, 3, padding=1).branches)
+        ['conv', 'point', 'identity']
+    """
+
+    main_branch, own_options = "conv", {}
 
 
 class MobileOneConv2d(ConvLike, MobileOneBlock):
-    """A :class:`rep_plugin.blocks.families.MobileOneBlock` (Vasu et al., CVPR 2023) of 4 ``copies``."""
+    """A :class:`rep_plugin.blocks.families.MobileOneBlock` (Vasu et al., CVPR 2023) of 4 ``copies``.
+
+    Example:
+        >>> from rep_plugin.blocks import MobileOneConv2d
+        >>> list(MobileOneConv2d(4, 8, 3).branches)
+        ['conv0', 'conv1', 'conv2', 'conv3', 'scale']
+    """
 
     main_branch = "conv0"
     own_options = {"copies": 4}
@@ -144,7 +182,7 @@ CONV_LIKES: dict[str, Callable[..., ConvLike]] = {
 
 
 def look_alike(block: str) -> type[ConvLike]:
-    """Return the look-alike of a family's name. Raises ValueError for one that is not in CONV_LIKES."""
+    """Return the look-alike of a family's name. Raises ArgumentError for one that is not in CONV_LIKES."""
     if block not in CONV_LIKES:
         raise ArgumentError(f"unknown block {block!r}, expected one of {sorted(CONV_LIKES)}")
     return CONV_LIKES[block]
@@ -172,7 +210,13 @@ def why_not_replaceable(conv: nn.Module) -> str | None:
 def like_conv(conv: nn.Conv2d, block: str, **options) -> ConvLike:
     """Return a new, initialised look-alike of a convolution's shape, on its device and in its dtype and mode.
 
-    Raises ValueError for an unknown block.
+    Args:
+        conv: the convolution.
+        block: name in CONV_LIKES.
+        options: the family's own arguments.
+
+    Raises:
+        ArgumentError: an unknown block.
     """
     made = look_alike(block)(
         conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,

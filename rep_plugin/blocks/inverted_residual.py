@@ -6,7 +6,7 @@ Source: the Rep-MobileNetV2 thesis (2023) for the idea; border handling as in :m
 from collections.abc import Sequence
 
 from rep_plugin.blocks.activations import build_activation
-from rep_plugin.blocks.annealed import AnnealedActivation
+from rep_plugin.blocks.annealed import ALPHA, AnnealedActivation, AnnealedBottleneck
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.branches import average_conv_bn, conv_bn, identity_bn, linear_bottleneck
 from rep_plugin.errors import ArgumentError
@@ -19,13 +19,36 @@ class RepInvertedResidual(RepBlock):
 
     (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)).
 
-    ``branches`` is any of ``bottleneck identity avgpool conv1x1 conv3x3``; ``identity`` is left out where the shape
-    changes. ``avg_shortcut`` gives a block of stride 2 the average-pool shortcut (avg3x3 -> 1x1 -> bn). ``anneal`` starts
-    the block as stock MobileNetV2's, see :mod:`rep_plugin.blocks.annealed`; it means nothing with ``deploy``.
-    ``unstrided`` gives a block of stride 1 the branches of one of stride 2: where dilation stands in for the stride, see
-    :func:`rep_plugin.backbones.staged.plan_steps`. Raises ValueError for an unknown branch name, where no branch remains,
-    or for both ``online`` and ``anneal``.
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        stride: 1 or 2.
+        expand_ratio: width of the bottleneck's depthwise layer against the input.
+        branches: any of ``bottleneck identity avgpool conv1x1 conv3x3``; ``identity`` is left out where the shape changes.
+        avg_shortcut: give a block of stride 2 the average-pool shortcut (avg3x3 -> 1x1 -> bn).
+        act: name of the activation after the sum, see :mod:`rep_plugin.blocks.activations`.
+        deploy: build the merged form directly.
+        online: merge the branches in every training step.
+        anneal: start as stock MobileNetV2's block, see :mod:`rep_plugin.blocks.annealed`; no effect with ``deploy``.
+        dilation: dilation of the windows.
+        unstrided: give a block of stride 1 the branches of one of stride 2: dilation stands in for the stride, see
+            :func:`rep_plugin.backbones.staged.plan_steps`.
+
+    Raises:
+        ArgumentError: an unknown branch name, no branch that remains, or both ``online`` and ``anneal``.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.blocks import RepInvertedResidual
+        >>> block, x = RepInvertedResidual(8, 8).eval(), torch.ones(1, 8, 7, 7)
+        >>> y = block(x)
+        >>> block.switch_to_deploy()
+        >>> y.shape, torch.allclose(block(x), y, atol=1e-4), block.reparam_conv.kernel_size
+        (torch.Size([1, 8, 7, 7]), True, (3, 3))
     """
+
+    # Plain and finished annealed checkpoints fit each other, see rep_plugin.checkpoints.strict.
+    optional_state = {f"act.{ALPHA}": 1, f"branches.bottleneck.{ALPHA}": 1}
 
     def __init__(
         self,
@@ -54,9 +77,8 @@ class RepInvertedResidual(RepBlock):
         chains = {}
         if not deploy:
             if "bottleneck" in branches:
-                chains["bottleneck"] = linear_bottleneck(
-                    in_channels, out_channels, stride, expand_ratio, act if anneal else None, dilation
-                )
+                bottleneck = linear_bottleneck(in_channels, out_channels, stride, expand_ratio, dilation)
+                chains["bottleneck"] = AnnealedBottleneck(bottleneck, act) if anneal else bottleneck
             if "conv3x3" in branches:
                 chains["conv3x3"] = conv_bn(in_channels, out_channels, 3, stride, dilation)
             if "conv1x1" in branches:
@@ -76,7 +98,12 @@ class RepInvertedResidual(RepBlock):
         )
 
     def switch_to_deploy(self) -> None:
-        """As :class:`RepBlock`'s. Raises AnnealError where the block is annealed and its alpha is not 1."""
+        """As :class:`RepBlock`'s.
+
+        Raises:
+            AnnealError: the block is annealed and its alpha is not 1; the block is left as it was.
+            TrainModeError: a BN in train mode.
+        """
         act = self.act.finished() if isinstance(self.act, AnnealedActivation) else self.act
         super().switch_to_deploy()
         self.act = act

@@ -4,16 +4,16 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from rep_plugin.blocks.annealed import ALPHA
 from rep_plugin.errors import CheckpointMismatchError
 
 
-def describe_mismatch(own: Mapping, given: Mapping) -> str:
-    """Return the differences of two state dicts.
+def describe_mismatch(model: nn.Module, given: Mapping) -> str:
+    """Return the differences between a model's state dict and a given one.
+
+    A module may have ``optional_state``: keys below it, and the value that stands for a key's absence.
 
     Args:
-        own: the state dict of the model. Alphas of annealed blocks are 1 where they are absent: plain and finished annealed
-            checkpoints fit each other.
+        model: the model.
         given: the state dict to load.
 
     Returns:
@@ -21,12 +21,18 @@ def describe_mismatch(own: Mapping, given: Mapping) -> str:
 
     Example:
         >>> import torch
-        >>> describe_mismatch({"weight": torch.zeros(2)}, {"weight": torch.zeros(3)})
+        >>> describe_mismatch(torch.nn.PReLU(2), {"weight": torch.zeros(3)})
         '1 of another shape (first: weight)'
     """
+    own = model.state_dict()
+    optional = {
+        f"{name}.{key}".lstrip("."): value
+        for name, module in model.named_modules()
+        for key, value in getattr(module, "optional_state", {}).items()
+    }
     counters = ".num_batches_tracked"  # absent from old checkpoints, and torch fills it in
-    missing = [key for key in own if key not in given and not key.endswith((counters, ALPHA))]
-    unexpected = [key for key in given if key not in own and not (key.endswith(ALPHA) and given[key] == 1)]
+    missing = [key for key in own if key not in given and key not in optional and not key.endswith(counters)]
+    unexpected = [key for key in given if key not in own and not (key in optional and given[key] == optional[key])]
     shapes = [key for key in own if key in given and own[key].shape != given[key].shape]
     kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
     return "; ".join(f"{len(keys)} {kind} (first: {', '.join(keys[:3])})" for kind, keys in kinds if keys)
@@ -47,7 +53,7 @@ def require_fit(model: nn.Module, state_dict: Mapping, source: str = "the checkp
         >>> from torch import nn
         >>> require_fit(nn.Linear(2, 2), nn.Linear(2, 2).state_dict())
     """
-    if mismatch := describe_mismatch(model.state_dict(), state_dict):
+    if mismatch := describe_mismatch(model, state_dict):
         raise CheckpointMismatchError(f"{source} does not fit {type(model).__name__}: {mismatch}; nothing was loaded")
 
 

@@ -94,8 +94,8 @@ def _check_arch(family: str, arch: str | None, tensors: Mapping[str, Tensor]) ->
     backbone = {key: tensor for key, tensor in tensors.items() if not key.startswith(CLASSIFIER)}
     misfits = {}
     for name in [arch] if arch else ARCHS[family]:
-        own = build_like(family, name, backbone).state_dict()
-        mismatch = describe_mismatch(own, backbone)
+        model = build_like(family, name, backbone)
+        mismatch, own = describe_mismatch(model, backbone), model.state_dict()
         if not mismatch:
             return name
         same = sum(key in own and own[key].shape == tensor.shape for key, tensor in backbone.items())

@@ -1,6 +1,6 @@
 """Bilinear (second-order) pooling and its compact forms, as pure tensor functions.
 
-A map is ``x`` (N, C, L): N pictures, C channels, L = H * W positions. Everything runs in float32 (float64 stays float64)
+A map is ``x`` (N, C, L): N images, C channels, L = H * W positions. Everything runs in float32 (float64 stays float64)
 with autocast off, and returns that type: sums of products over positions leave the range of half precision. Maps are
 scaled by ``1 / sqrt(L)`` before they are multiplied, so that a Gram matrix is a mean over positions.
 
@@ -27,7 +27,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def autocast_enabled(x: Tensor) -> bool:
-    """True where autocast is on for the device of ``x``."""
+    """Return True where autocast is on for the device of ``x``."""
     kind = x.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
@@ -51,7 +51,12 @@ def full_precision(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def check_maps(x: Tensor, y: Tensor | None = None) -> None:
-    """Raise ValueError unless ``x``, and ``y`` where given, are (N, C, L) maps of equal N and L, L >= 1."""
+    """Raise ArgumentError unless maps are (N, C, L) of equal N and L, L >= 1.
+
+    Args:
+        x: map.
+        y: second map, where there is one.
+    """
     for z in (x,) if y is None else (x, y):
         if z.dim() != 3 or z.shape[2] < 1:
             raise ArgumentError(f"a map must be (N, C, L) with at least one position, got shape {tuple(z.shape)}")
@@ -80,9 +85,23 @@ class _SymmetricGram(torch.autograd.Function):
 
 @full_precision
 def gram(x: Tensor, y: Tensor | None = None) -> Tensor:
-    """Return the mean over positions of the outer products: (N, C1, L), (N, C2, L) -> (N, C1, C2).
+    """Return the mean over positions of the outer products.
 
-    Without ``y``, of ``x`` with itself. Raises ValueError for maps of other shapes.
+    Args:
+        x: map (N, C1, L).
+        y: map (N, C2, L) (default: ``x``).
+
+    Returns:
+        (N, C1, C2).
+
+    Raises:
+        ArgumentError: maps of other shapes.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.functional import gram
+        >>> gram(torch.ones(2, 3, 16), torch.ones(2, 5, 16)).shape
+        torch.Size([2, 3, 5])
     """
     check_maps(x, y)
     if y is None and not plain_ops() and x.requires_grad:
@@ -95,7 +114,18 @@ def gram(x: Tensor, y: Tensor | None = None) -> Tensor:
 
 @full_precision
 def signed_sqrt(z: Tensor, eps: float = SQRT_EPS) -> Tensor:
-    """Return ``sqrt(relu(z) + eps) - sqrt(relu(-z) + eps)``: odd, and exactly 0 at 0, so that dead channels stay dead."""
+    """Return ``sqrt(relu(z) + eps) - sqrt(relu(-z) + eps)``: odd, and exactly 0 at 0, so that dead channels stay dead.
+
+    Args:
+        z: tensor of any shape.
+        eps: bounds the gradient by ``1 / (2 sqrt(eps))``.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.functional import signed_sqrt
+        >>> signed_sqrt(torch.tensor([-4.0, 0.0, 4.0])).round().tolist()
+        [-2.0, 0.0, 2.0]
+    """
     return torch.sqrt(torch.relu(z) + eps) - torch.sqrt(torch.relu(-z) + eps)
 
 
@@ -133,10 +163,20 @@ class _SignedSqrtL2(torch.autograd.Function):
 
 @full_precision
 def signed_sqrt_l2(z: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Signed square root, then every row divided by its L2 norm: (N, D) -> (N, D).
+    """Return the signed square root, every row divided by its L2 norm; rows of zeros stay zeros. Differentiable once.
 
-    ``weight`` (D,) counts an entry of the norm so many times (a triangle: off-diagonals twice). Rows of zeros stay zeros.
-    Differentiable once.
+    Args:
+        z: rows (N, D).
+        weight: how often the norm counts each entry, (D,) (a triangle: off-diagonals twice).
+
+    Returns:
+        (N, D).
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.functional import signed_sqrt_l2
+        >>> signed_sqrt_l2(torch.eye(2)).round().tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
     """
     if weight is not None:
         weight = weight.to(z.dtype)
@@ -150,40 +190,116 @@ def signed_sqrt_l2(z: Tensor, weight: Tensor | None = None) -> Tensor:
 
 
 def triangle_size(channels: int) -> int:
-    """Entries on and above the diagonal."""
+    """Return the number of entries on and above the diagonal.
+
+    Example:
+        >>> from rep_plugin.functional import triangle_size
+        >>> triangle_size(4)
+        10
+    """
     return channels * (channels + 1) // 2
 
 
 def triangle_offset(i: int, j: int, channels: int) -> int:
-    """Place of entry (i, j), i <= j, in the flattened triangle. Raises ValueError outside of it."""
+    """Return the place of an entry in the flattened triangle.
+
+    Args:
+        i: row.
+        j: column, >= ``i``.
+        channels: rows and columns of the matrix.
+
+    Raises:
+        ArgumentError: an entry outside of the triangle.
+
+    Example:
+        >>> from rep_plugin.functional import triangle_offset
+        >>> [triangle_offset(i, j, 3) for i in range(3) for j in range(i, 3)]
+        [0, 1, 2, 3, 4, 5]
+    """
     if not 0 <= i <= j < channels:
         raise ArgumentError(f"entry ({i}, {j}) is not in the upper triangle of {channels} channels")
     return i * channels - i * (i - 1) // 2 + (j - i)
 
 
 def triangle_index(channels: int, device: torch.device | str | None = None) -> Tensor:
-    """Return the places i * C + j of the triangle's entries in the flattened C x C matrix: (C (C + 1) / 2,) int64."""
+    """Return the places i * C + j of the triangle's entries in the flattened C x C matrix.
+
+    Args:
+        channels: rows and columns C of the matrix.
+        device: device of the result.
+
+    Returns:
+        (C (C + 1) / 2,), int64.
+
+    Example:
+        >>> from rep_plugin.functional import triangle_index
+        >>> triangle_index(3).tolist()
+        [0, 1, 2, 4, 5, 8]
+    """
     rows, cols = torch.triu_indices(channels, channels, device=device)
     return rows * channels + cols
 
 
 def triangle_multiplicity(channels: int, device: torch.device | str | None = None) -> Tensor:
-    """Return how often the full matrix holds each entry of the triangle: 1 on the diagonal, else 2. (C (C + 1) / 2,)"""
+    """Return how often the full matrix holds each entry of the triangle: 1 on the diagonal, else 2.
+
+    Args:
+        channels: rows and columns C of the matrix.
+        device: device of the result.
+
+    Returns:
+        (C (C + 1) / 2,).
+
+    Example:
+        >>> from rep_plugin.functional import triangle_multiplicity
+        >>> triangle_multiplicity(2).tolist()
+        [1.0, 2.0, 1.0]
+    """
     rows, cols = torch.triu_indices(channels, channels, device=device)
     return 2.0 - (rows == cols).to(torch.get_default_dtype())
 
 
 @full_precision
 def take_triangle(matrix: Tensor, index: Tensor) -> Tensor:
-    """Return the upper triangles, flattened: (N, C, C) -> (N, C (C + 1) / 2); ``index`` from :func:`triangle_index`."""
+    """Return the upper triangles, flattened.
+
+    Args:
+        matrix: (N, C, C).
+        index: from :func:`triangle_index`.
+
+    Returns:
+        (N, C (C + 1) / 2).
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.functional import take_triangle, triangle_index
+        >>> take_triangle(torch.arange(4.0).view(1, 2, 2), triangle_index(2)).tolist()
+        [[0.0, 1.0, 3.0]]
+    """
     return matrix.flatten(1).index_select(1, index)
 
 
 def fold_to_triangle(weight: Tensor, channels: int) -> Tensor:
-    """Fold the weight of a linear layer on full symmetric features: (K, C * C) -> (K, C (C + 1) / 2), lossless.
+    """Fold the weight of a linear layer on full symmetric features, without loss.
 
     ``W'_ij = W_ij + W_ji`` for i < j; the diagonal and the layer's bias stay. The features' norm must go on counting
-    off-diagonals twice (:func:`triangle_multiplicity`). Raises ValueError where the columns are not C * C.
+    off-diagonals twice (:func:`triangle_multiplicity`).
+
+    Args:
+        weight: (K, C * C).
+        channels: C.
+
+    Returns:
+        (K, C (C + 1) / 2).
+
+    Raises:
+        ArgumentError: the columns are not C * C.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.functional import fold_to_triangle
+        >>> fold_to_triangle(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), 2).tolist()
+        [[1.0, 5.0, 4.0]]
     """
     if weight.dim() != 2 or weight.shape[1] != channels * channels:
         raise ArgumentError(
@@ -196,12 +312,35 @@ def fold_to_triangle(weight: Tensor, channels: int) -> Tensor:
 
 
 def full_columns(keep1: Tensor, keep2: Tensor, channels2: int) -> Tensor:
-    """Columns of a full head that stay where channels ``keep1`` of C1 and ``keep2`` of C2 (= ``channels2``) stay."""
+    """Return the columns of a full head that stay where channels stay.
+
+    Args:
+        keep1: kept channels of the first map.
+        keep2: kept channels of the second map.
+        channels2: channels of the second map before.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.functional import full_columns
+        >>> full_columns(torch.tensor([1]), torch.tensor([0, 2]), 3).tolist()
+        [3, 5]
+    """
     return (keep1[:, None] * channels2 + keep2).reshape(-1)
 
 
 def triangle_columns(keep: Tensor, channels: int) -> Tensor:
-    """Columns of a triangle head that stay where channels ``keep`` (ascending) of ``channels`` stay."""
+    """Return the columns of a triangle head that stay where channels stay.
+
+    Args:
+        keep: kept channels, ascending.
+        channels: channels before.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.functional import triangle_columns
+        >>> triangle_columns(torch.tensor([0, 2]), 3).tolist()
+        [0, 2, 5]
+    """
     rows, cols = (keep[part] for part in torch.triu_indices(len(keep), len(keep), device=keep.device))
     return rows * channels - rows * (rows - 1) // 2 + cols - rows
 
@@ -210,17 +349,42 @@ def triangle_columns(keep: Tensor, channels: int) -> Tensor:
 
 
 def draw_signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Return random +1 and -1, as floats."""
+    """Return random +1 and -1, as floats.
+
+    Args:
+        shape: shape of the result.
+        generator: where they are drawn from.
+    """
     return torch.randint(2, shape, generator=generator).to(torch.get_default_dtype()) * 2 - 1
 
 
 @full_precision
 def tensor_sketch(matrix: Tensor, hash1: Tensor, hash2: Tensor, sign1: Tensor, sign2: Tensor, dim: int) -> Tensor:
-    """Sketch Gram matrices: (N, C1, C2) -> (N, dim), ``out[(h1_i + h2_j) mod dim] += s1_i s2_j G_ij``.
+    """Return sketches of Gram matrices: ``out[(h1_i + h2_j) mod dim] += s1_i s2_j G_ij``.
 
-    Equal to the mean over positions of Tensor Sketches (Gao et al., algorithm 2) since pooling is linear, without their
-    FFT and without a map of ``dim`` channels. ``hash*`` (C*,) int64 in 0..dim-1, ``sign*`` (C*,) +-1. Raises ValueError
-    for dim < 1.
+    Equal to the mean over positions of Tensor Sketches (Gao et al., algorithm 2) since pooling is linear, without their FFT
+    and without a map of ``dim`` channels.
+
+    Args:
+        matrix: Gram matrices (N, C1, C2).
+        hash1: (C1,), int64 in 0..dim-1.
+        hash2: (C2,), as ``hash1``.
+        sign1: (C1,), +1 or -1.
+        sign2: (C2,), as ``sign1``.
+        dim: length of a sketch.
+
+    Returns:
+        (N, dim).
+
+    Raises:
+        ArgumentError: dim < 1.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.functional import tensor_sketch
+        >>> hashes, signs = torch.tensor([0, 1]), torch.ones(2)
+        >>> tensor_sketch(torch.ones(1, 2, 2), hashes, hashes, signs, signs, 3).tolist()
+        [[1.0, 2.0, 1.0]]
     """
     if dim < 1:
         raise ArgumentError(f"dim must be >= 1, got {dim}")
@@ -231,10 +395,27 @@ def tensor_sketch(matrix: Tensor, hash1: Tensor, hash2: Tensor, sign1: Tensor, s
 
 @full_precision
 def random_maclaurin(x: Tensor, y: Tensor | None, signs1: Tensor, signs2: Tensor) -> Tensor:
-    """Random Maclaurin features ``mean_l (W1 x_l) * (W2 y_l) / sqrt(D)`` (Gao et al., algorithm 1): -> (N, D).
+    """Return random Maclaurin features ``mean_l (W1 x_l) * (W2 y_l) / sqrt(D)`` (Gao et al., algorithm 1).
 
-    ``signs1`` (D, C1) and ``signs2`` (D, C2) hold +-1. Goes through the Gram matrix or the positions, whichever is the
-    smaller; both are exact. Raises ValueError for maps of other shapes.
+    Computed through the Gram matrix or the positions, whichever is the smaller; both are exact.
+
+    Args:
+        x: map (N, C1, L).
+        y: map (N, C2, L); None: ``x``.
+        signs1: W1 (D, C1), +1 or -1.
+        signs2: W2 (D, C2), as ``signs1``.
+
+    Returns:
+        (N, D).
+
+    Raises:
+        ArgumentError: maps of other shapes.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.functional import random_maclaurin
+        >>> random_maclaurin(torch.ones(1, 2, 9), None, torch.ones(4, 2), torch.ones(4, 2)).tolist()
+        [[2.0, 2.0, 2.0, 2.0]]
     """
     check_maps(x, y)
     signs1, signs2 = signs1.to(x.dtype), signs2.to(x.dtype)
@@ -249,10 +430,27 @@ def random_maclaurin(x: Tensor, y: Tensor | None, signs1: Tensor, signs2: Tensor
 
 @full_precision
 def low_rank(x: Tensor, y: Tensor | None, factor1: Tensor, factor2: Tensor) -> Tensor:
-    """Low-rank bilinear pooling ``mean_l (U^T x_l) * (V^T y_l)``: -> (N, R); Kim et al., equation 4, without its P.
+    """Return low-rank bilinear pooling ``mean_l (U^T x_l) * (V^T y_l)``: Kim et al., equation 4, without its P.
 
-    ``factor1`` U (C1, R) and ``factor2`` V (C2, R) are learned; the classifier that follows is P. So every class is a
-    bilinear form of rank <= R. Raises ValueError for maps of other shapes.
+    The factors are learned; the classifier that follows is P. So every class is a bilinear form of rank <= R.
+
+    Args:
+        x: map (N, C1, L).
+        y: map (N, C2, L); None: ``x``.
+        factor1: U (C1, R).
+        factor2: V (C2, R).
+
+    Returns:
+        (N, R).
+
+    Raises:
+        ArgumentError: maps of other shapes.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.functional import low_rank
+        >>> low_rank(torch.ones(1, 4, 9), None, torch.ones(4, 2), torch.ones(4, 2)).round().tolist()
+        [[16.0, 16.0]]
     """
     check_maps(x, y)
     scale = x.shape[2] ** -0.5
@@ -265,17 +463,48 @@ def low_rank(x: Tensor, y: Tensor | None, factor1: Tensor, factor2: Tensor) -> T
 
 @full_precision
 def covariance(x: Tensor) -> Tensor:
-    """Return the covariance over positions, divided by L: (N, C, L) -> (N, C, C). Raises ValueError for other shapes."""
+    """Return the covariance over positions, divided by L.
+
+    Args:
+        x: map (N, C, L).
+
+    Returns:
+        (N, C, C).
+
+    Raises:
+        ArgumentError: a map of another shape.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.functional import covariance
+        >>> covariance(torch.ones(1, 2, 9)).tolist()
+        [[[0.0, 0.0], [0.0, 0.0]]]
+    """
     check_maps(x)
     return gram(x - x.mean(2, keepdim=True))
 
 
 @full_precision
 def newton_schulz_sqrt(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """Approximate the square roots of symmetric positive matrices by coupled Newton-Schulz steps: (N, C, C) both ways.
+    """Return approximate square roots of symmetric positive matrices, by coupled Newton-Schulz steps.
 
     Divides by the trace first and multiplies by its root after (Li et al., section 3.2). A zero matrix gives zeros.
-    Raises ValueError for iterations < 1.
+
+    Args:
+        matrix: (N, C, C).
+        iterations: number of steps, >= 1.
+
+    Returns:
+        (N, C, C).
+
+    Raises:
+        ArgumentError: iterations < 1.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.functional import newton_schulz_sqrt
+        >>> newton_schulz_sqrt(4 * torch.eye(2)[None], 10).round().tolist()
+        [[[2.0, 0.0], [0.0, 2.0]]]
     """
     if iterations < 1:
         raise ArgumentError(f"iterations must be >= 1, got {iterations}")
@@ -293,8 +522,23 @@ def newton_schulz_sqrt(matrix: Tensor, iterations: int = 5) -> Tensor:
 
 @full_precision
 def isqrt_cov(x: Tensor, index: Tensor, iterations: int = 5) -> Tensor:
-    """iSQRT-COV: the triangle of the square root of the covariance, (N, C, L) -> (N, C (C + 1) / 2).
+    """Return iSQRT-COV: the triangle of the square root of the covariance.
 
-    ``index`` from :func:`triangle_index`. Raises ValueError for other shapes or iterations < 1.
+    Args:
+        x: map (N, C, L).
+        index: from :func:`triangle_index`.
+        iterations: Newton-Schulz steps, >= 1.
+
+    Returns:
+        (N, C (C + 1) / 2).
+
+    Raises:
+        ArgumentError: a map of another shape, or iterations < 1.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.functional import isqrt_cov, triangle_index
+        >>> isqrt_cov(torch.ones(2, 3, 9), triangle_index(3)).shape
+        torch.Size([2, 6])
     """
     return take_triangle(newton_schulz_sqrt(covariance(x), iterations), index)

@@ -1,4 +1,4 @@
-"""What a teacher's outputs and maps tell a student that may be narrower: losses, as pure functions."""
+"""Losses between the outputs and maps of a teacher and of a student that may be narrower, as pure functions."""
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,22 @@ def _wide(x: Tensor) -> Tensor:
 def soft_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Return the divergence of softened class probabilities, KL(teacher || student) * temperature^2, mean of the batch.
 
-    ``student``, ``teacher``: logits (N, classes). The square keeps its gradients as large as those of a loss on labels,
-    whatever the temperature: Hinton et al., "Distilling the Knowledge in a Neural Network" (2015). Raises ValueError for
-    logits of different shapes.
+    The square keeps its gradients as large as those of a loss on labels, whatever the temperature: Hinton et al.,
+    "Distilling the Knowledge in a Neural Network" (2015).
+
+    Args:
+        student: logits (N, classes).
+        teacher: logits (N, classes).
+        temperature: divisor of the logits, > 0.
+
+    Raises:
+        ArgumentError: logits of different shapes.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.functional import soft_divergence
+        >>> soft_divergence(torch.ones(2, 3), torch.ones(2, 3), 4.0).item()
+        0.0
     """
     if student.shape != teacher.shape or student.dim() != 2:
         raise ArgumentError(
@@ -29,10 +42,22 @@ def soft_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Ten
 
 
 def attention_map(x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-    """(N, C, H, W) -> (N, H * W) of unit norm: where a map has its energy, summed over channels.
+    """Return where a map has its energy, summed over channels, at unit norm.
 
-    ``size``: average the energy to so many rows and columns first. Zagoruyko and Komodakis, "Paying More Attention to
-    Attention" (ICLR 2017).
+    Zagoruyko and Komodakis, "Paying More Attention to Attention" (ICLR 2017).
+
+    Args:
+        x: map (N, C, H, W).
+        size: rows and columns to average the energy to first.
+
+    Returns:
+        (N, H * W).
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.functional import attention_map
+        >>> attention_map(torch.ones(2, 8, 4, 4), (2, 2)).shape
+        torch.Size([2, 4])
     """
     energy = _wide(x).square().mean(1, keepdim=True)  # (N, 1, H, W)
     if size is not None and size != energy.shape[2:]:
@@ -43,9 +68,21 @@ def attention_map(x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
 def attention_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """Return how far apart two maps look, |a_s - a_t|^2 of their attention maps, mean of the batch: between 0 and 2.
 
-    Channels are summed away, so that a narrow map (N, C1, H, W) compares with a wide one (N, C2, H, W) without a learned
-    projection. Where rows or columns differ, both are averaged to the smaller number. Raises ValueError for anything but
-    maps of equally many pictures.
+    Channels are summed away, so that a narrow map compares with a wide one without a learned projection. Where rows or
+    columns differ, both are averaged to the smaller number.
+
+    Args:
+        student: map (N, C1, H1, W1).
+        teacher: map (N, C2, H2, W2).
+
+    Raises:
+        ArgumentError: anything but maps of equally many images.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.functional import attention_distance
+        >>> attention_distance(torch.ones(2, 4, 8, 8), torch.ones(2, 16, 4, 4)).item()
+        0.0
     """
     if student.dim() != 4 or teacher.dim() != 4 or len(student) != len(teacher):
         raise ArgumentError(f"expected maps (N, C, H, W), got {tuple(student.shape)} and {tuple(teacher.shape)}")

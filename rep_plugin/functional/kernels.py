@@ -21,8 +21,18 @@ from rep_plugin.errors import ArgumentError
 class ConvParams(NamedTuple):
     """One zero-padded convolution as plain tensors.
 
-    ``kernel`` (O, I / groups, kh, kw), ``bias`` (O,) or None, ``groups``, and per axis ``stride`` and ``dilation`` in
-    pixels.
+    Args:
+        kernel: (O, I / groups, kh, kw).
+        bias: (O,); None: 0.
+        groups: groups of the convolution.
+        stride: pixels per axis.
+        dilation: distance in pixels between two taps, per axis.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.functional import ConvParams
+        >>> ConvParams(torch.ones(6, 2, 3, 3), None, groups=2).in_channels
+        4
     """
 
     kernel: Tensor
@@ -50,22 +60,44 @@ class ConvParams(NamedTuple):
 
 
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
-    """Return (value, value) for a number, and the two numbers of a sequence, as torch's 2-d layers read them."""
+    """Return (value, value) for a number, and the two numbers of a sequence, as torch's 2-d layers read them.
+
+    Example:
+        >>> from rep_plugin.functional import pair
+        >>> pair(3), pair([1, 2])
+        ((3, 3), (1, 2))
+    """
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
 def plain_ops() -> bool:
-    """True where autograd functions of our own must not be used: a graph is recorded for another runtime, which does not
-    know them, or there is no gradient, and they would only be in the way.
+    """Return True where autograd functions of our own must not be used.
+
+    A graph is recorded for another runtime, which does not know them; or there is no gradient, and they are only in the way.
     """
     return torch.jit.is_tracing() or torch.compiler.is_compiling() or not torch.is_grad_enabled()
 
 
 def bn_scale_shift(bn: nn.Module, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Return ``(scale, shift)``, each (C,), with ``bn(x) == x * scale + shift`` in eval mode.
+    """Return the scale and shift of a BN in eval mode: ``bn(x) == x * scale + shift``.
 
-    Works for BatchNorm and SyncBatchNorm, affine or not, and computes in ``dtype`` (default: the statistics' own).
-    Raises ValueError where the layer keeps no running statistics: it then never is an affine map.
+    Args:
+        bn: BatchNorm or SyncBatchNorm, affine or not.
+        dtype: type to compute in (default: the statistics' own).
+
+    Returns:
+        ``(scale (C,), shift (C,))``.
+
+    Raises:
+        ArgumentError: the layer keeps no running statistics, so that it is no affine map.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.functional import bn_scale_shift
+        >>> bn, x = torch.nn.BatchNorm2d(2).eval(), torch.ones(1, 2, 3, 3)
+        >>> scale, shift = bn_scale_shift(bn)
+        >>> torch.allclose(bn(x), x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1))
+        True
     """
     if bn.running_mean is None or bn.running_var is None:
         raise ArgumentError(f"{type(bn).__name__}({bn.num_features}) keeps no running statistics and cannot be folded")
@@ -81,10 +113,27 @@ def bn_scale_shift(bn: nn.Module, dtype: torch.dtype | None = None) -> tuple[Ten
 
 
 def fold_bn(kernel: Tensor, bn: nn.Module, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the ``(kernel, bias)`` of the one convolution equal to ``bn(conv(x))`` in eval mode.
+    """Return the one convolution equal to ``bn(conv(x))`` in eval mode, in the kernel's dtype.
 
-    Computes in the kernel's dtype: pass float64 and cast the result, folding in half precision loses 2.3 times more.
-    Raises ValueError where the channels differ or the BN keeps no running statistics.
+    Pass float64 and cast the result: folding in half precision loses 2.3 times more.
+
+    Args:
+        kernel: (O, I / groups, kh, kw).
+        bn: BatchNorm or SyncBatchNorm of O channels.
+        bias: (O,); None: 0.
+
+    Returns:
+        ``(kernel, bias)``.
+
+    Raises:
+        ArgumentError: the channels differ, or the BN keeps no running statistics.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.functional import fold_bn
+        >>> kernel, bias = fold_bn(torch.ones(2, 4, 3, 3), torch.nn.BatchNorm2d(2))
+        >>> kernel.shape, bias.shape
+        (torch.Size([2, 4, 3, 3]), torch.Size([2]))
     """
     if bn.num_features != kernel.shape[0]:
         raise ArgumentError(f"BN channels (={bn.num_features}) must equal the kernel's outputs (={kernel.shape[0]})")
@@ -96,7 +145,18 @@ def fold_bn(kernel: Tensor, bn: nn.Module, bias: Tensor | None = None) -> tuple[
 def identity_kernel(channels: int, groups: int = 1, **tensor_options) -> Tensor:
     """Return the (channels, channels / groups, 1, 1) kernel that copies its input.
 
-    Raises ValueError where ``groups`` does not divide ``channels``.
+    Args:
+        channels: inputs and outputs.
+        groups: groups of the convolution.
+        tensor_options: ``dtype``, ``device``.
+
+    Raises:
+        ArgumentError: ``groups`` does not divide ``channels``.
+
+    Example:
+        >>> from rep_plugin.functional import identity_kernel
+        >>> identity_kernel(2).flatten().tolist()
+        [1.0, 0.0, 0.0, 1.0]
     """
     if channels % groups:
         raise ArgumentError(f"channels (={channels}) must be divisible by groups (={groups})")
@@ -105,15 +165,37 @@ def identity_kernel(channels: int, groups: int = 1, **tensor_options) -> Tensor:
 
 
 def avgpool_kernel(channels: int, kernel_size: tuple[int, int], **tensor_options) -> Tensor:
-    """Return the depthwise (channels, 1, kh, kw) kernel of an average pool that counts its zero padding."""
+    """Return the depthwise (channels, 1, kh, kw) kernel of an average pool that counts its zero padding.
+
+    Args:
+        channels: inputs and outputs.
+        kernel_size: sides of the window.
+        tensor_options: ``dtype``, ``device``.
+
+    Example:
+        >>> from rep_plugin.functional import avgpool_kernel
+        >>> avgpool_kernel(1, (2, 2)).flatten().tolist()
+        [0.25, 0.25, 0.25, 0.25]
+    """
     kh, kw = kernel_size
     return torch.full((channels, 1, 1, 1), 1.0 / (kh * kw), **tensor_options).expand(-1, -1, kh, kw)
 
 
 def pad_kernel(kernel: Tensor, size: tuple[int, int]) -> Tensor:
-    """Zero-pad a kernel round its centre to ``size`` (kh, kw).
+    """Return a kernel with zeros round it, its centre kept.
 
-    Raises ValueError where the kernel is larger, or the difference is odd so that the centres cannot meet.
+    Args:
+        kernel: (O, I, kh, kw).
+        size: sides of the result.
+
+    Raises:
+        ArgumentError: the kernel is larger, or the difference is odd so that the centres cannot meet.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.functional import pad_kernel
+        >>> pad_kernel(torch.ones(1, 1, 1, 1), (1, 3)).flatten().tolist()
+        [0.0, 1.0, 0.0]
     """
     have = tuple(kernel.shape[2:])
     dh, dw = size[0] - have[0], size[1] - have[1]
@@ -125,7 +207,21 @@ def pad_kernel(kernel: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def dilate_kernel(kernel: Tensor, dilation: Sequence[int]) -> Tensor:
-    """Write a dilated kernel out with its zeros: side k becomes (k - 1) * dilation + 1."""
+    """Write a dilated kernel out with its zeros.
+
+    Args:
+        kernel: (O, I, kh, kw).
+        dilation: distance in pixels between two taps, per axis.
+
+    Returns:
+        The kernel without dilation; side k becomes (k - 1) * dilation + 1.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.functional import dilate_kernel
+        >>> dilate_kernel(torch.ones(1, 1, 1, 3), (1, 2)).flatten().tolist()
+        [1.0, 0.0, 1.0, 0.0, 1.0]
+    """
     if tuple(dilation) == (1, 1):
         return kernel
     kh, kw = kernel.shape[2:]
@@ -135,9 +231,24 @@ def dilate_kernel(kernel: Tensor, dilation: Sequence[int]) -> Tensor:
 
 
 def regroup_kernel(kernel: Tensor, groups: int, new_groups: int) -> Tensor:
-    """Write a grouped kernel with fewer groups, zeros between the old ones: (O, I / new_groups, kh, kw).
+    """Write a grouped kernel with fewer groups, zeros between the old ones.
 
-    Raises ValueError where ``new_groups`` does not divide ``groups``: a kernel cannot be split further.
+    Args:
+        kernel: (O, I / groups, kh, kw).
+        groups: its groups.
+        new_groups: the wanted groups.
+
+    Returns:
+        (O, I / new_groups, kh, kw).
+
+    Raises:
+        ArgumentError: ``new_groups`` does not divide ``groups``: a kernel cannot be split further.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.functional import regroup_kernel
+        >>> regroup_kernel(torch.ones(2, 1, 1, 1), 2, 1).flatten(1).tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
     """
     if groups % new_groups:
         raise ArgumentError(f"groups (={groups}) must be a multiple of the new groups (={new_groups})")
@@ -153,13 +264,40 @@ def regroup_kernel(kernel: Tensor, groups: int, new_groups: int) -> Tensor:
 
 
 def sum_kernel_taps(kernel: Tensor, groups: int, value: Tensor) -> Tensor:
-    """Return what a convolution answers to a constant map: (O,) for a per-channel ``value`` (I,)."""
+    """Return what a convolution answers to a constant map.
+
+    Args:
+        kernel: (O, I / groups, kh, kw).
+        groups: its groups.
+        value: the map's value in each channel, (I,).
+
+    Returns:
+        (O,).
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.functional import sum_kernel_taps
+        >>> sum_kernel_taps(torch.ones(1, 2, 3, 3), 1, torch.tensor([1.0, 2.0])).item()
+        27.0
+    """
     taps = kernel.sum((2, 3)).view(groups, -1, kernel.shape[1])  # (G, O/G, I/G)
     return (taps * value.view(groups, 1, -1)).sum(-1).reshape(-1)  # not a matmul: autocast would round it to half
 
 
 def scale_kernel_inputs(kernel: Tensor, groups: int, scale: Tensor) -> Tensor:
-    """Return the kernel that sees ``x * scale`` where it is given ``x``; ``scale`` is (I,)."""
+    """Return the kernel that sees ``x * scale`` where it is given ``x``.
+
+    Args:
+        kernel: (O, I / groups, kh, kw).
+        groups: its groups.
+        scale: (I,).
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.functional import scale_kernel_inputs
+        >>> scale_kernel_inputs(torch.ones(1, 2, 1, 1), 1, torch.tensor([2.0, 3.0])).flatten().tolist()
+        [2.0, 3.0]
+    """
     out_channels, width = kernel.shape[:2]
     per_group = scale.view(groups, 1, width, 1, 1)
     return (kernel.view(groups, out_channels // groups, width, *kernel.shape[2:]) * per_group).view_as(kernel)
@@ -184,7 +322,13 @@ def _taps(kernel: Tensor) -> int:
 
 
 def is_constant(kernel: Tensor) -> bool:
-    """True for a window whose taps are one and the same element."""
+    """Return True for a window whose taps are one and the same element.
+
+    Example:
+        >>> from rep_plugin.functional import avgpool_kernel, is_constant
+        >>> is_constant(avgpool_kernel(2, (3, 3))), is_constant(avgpool_kernel(2, (3, 3)).clone())
+        (True, False)
+    """
     return _taps(kernel) > 1 and all(kernel.stride(axis) == 0 or kernel.shape[axis] == 1 for axis in (2, 3))
 
 
@@ -219,8 +363,21 @@ def _compose_diagonal(kernel: Tensor, filters: Tensor) -> Tensor:
 def compose(first: ConvParams, second: ConvParams) -> ConvParams:
     """Return the one convolution equal to ``second(first(x))``, zeros being padded once, before ``first``.
 
-    Groups may differ; the result has as many as both allow. Strides multiply. Equal dilations are kept, unequal ones
-    are written out into a larger kernel. Raises ValueError where the channels do not fit.
+    Groups may differ; the result has as many as both allow. Strides multiply. Equal dilations are kept, unequal ones are
+    written out into a larger kernel.
+
+    Args:
+        first: convolution on the input.
+        second: convolution on the output of ``first``.
+
+    Raises:
+        ArgumentError: the channels do not fit.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.functional import ConvParams, compose
+        >>> compose(ConvParams(torch.ones(8, 4, 1, 1), None), ConvParams(torch.ones(6, 8, 3, 3), None)).kernel.shape
+        torch.Size([6, 4, 3, 3])
     """
     if first.out_channels != second.in_channels:
         raise ArgumentError(
@@ -275,7 +432,14 @@ def _product_size(first: ConvParams, second: ConvParams) -> int:
 def compose_all(convolutions: Iterable[ConvParams]) -> ConvParams:
     """Return the one convolution equal to several in a row: :func:`compose`, the pair of the smallest product first.
 
-    Raises ValueError for an empty list, or where channels do not fit.
+    Raises:
+        ArgumentError: an empty list, or channels that do not fit.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.functional import ConvParams, compose_all
+        >>> compose_all(ConvParams(torch.ones(4, 4, 3, 3), None) for _ in range(3)).kernel.shape
+        torch.Size([4, 4, 7, 7])
     """
     rest = list(convolutions)
     if not rest:
@@ -316,11 +480,22 @@ def _add_centred(large: Tensor, small: Tensor) -> Tensor:
 
 
 def merge_sum(kernels: Iterable[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
-    """Add parallel ``(kernel, bias)`` pairs of equal channels, stride and groups: centre-pad to the largest side, add.
+    """Add parallel convolutions of equal channels, stride and groups: centre-pad to the largest side, add.
 
-    The bias is None where no pair has one.
+    Args:
+        kernels: pairs of kernel (O, I / groups, kh, kw) and bias (O,) or None.
 
-    Raises ValueError on an empty list, or where channels differ or centres cannot meet (odd beside even sides).
+    Returns:
+        ``(kernel, bias)``; the bias is None where no pair has one.
+
+    Raises:
+        ArgumentError: an empty list, unequal channels, or centres that cannot meet (odd beside even sides).
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.functional import merge_sum
+        >>> merge_sum([(torch.ones(1, 1, 1, 1), None), (torch.ones(1, 1, 1, 3), None)])[0].flatten().tolist()
+        [1.0, 2.0, 1.0]
     """
     pairs = list(kernels)
     if not pairs:

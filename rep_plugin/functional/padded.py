@@ -2,9 +2,9 @@
 
 In a stock network every convolution pads for itself: ``1x1(-BN) -> KxK(pad)`` pads zeros *behind* the 1x1's bias, so that
 the merged kernel, padded at its head, would answer to that bias where the network sees zeros. The missing part depends on
-the position alone: it is what a kernel ``ring`` answers to a zero-padded map of ones. So ``(kernel, bias, ring)`` is
+the position alone: it is what a kernel ``edge`` answers to a zero-padded map of ones. So ``(kernel, bias, edge)`` is
 closed under composition and addition, and exact at every border, size, stride and dilation. Derived here; it has DBB's
-padding with running statistics (Ding et al., CVPR 2021) as the case in which the ring cancels.
+padding with running statistics (Ding et al., CVPR 2021) as the case in which the edge cancels.
 """
 
 import math
@@ -21,20 +21,29 @@ from rep_plugin.functional.kernels import ConvParams, compose, dilate_kernel, pa
 class PaddedConv(NamedTuple):
     """A convolution with its own zero padding and an optional position-dependent bias.
 
-    ``params`` as in :class:`ConvParams`; ``padding`` in pixels per axis (negative: the map is cropped); ``ring`` (O, 1,
-    kh, kw): the kernel, of the same geometry, whose answer to a zero-padded map of ones is added to the output; None: 0.
+    Args:
+        params: the convolution.
+        padding: rows and columns of zeros; negative ones crop the map.
+        edge: kernel (O, 1, kh, kw) of the same geometry, whose answer to a zero-padded map of ones is added to the output;
+            None: 0.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.functional import ConvParams, PaddedConv
+        >>> PaddedConv(ConvParams(torch.ones(4, 2, 3, 3), torch.zeros(4)), padding=(1, 1)).kernel_size
+        (3, 3)
     """
 
     params: ConvParams
     padding: tuple[int, int] = (0, 0)
-    ring: Tensor | None = None
+    edge: Tensor | None = None
 
     @property
     def kernel_size(self) -> tuple[int, int]:
         return tuple(self.params.kernel.shape[2:])
 
 
-def _constant_ring(conv: PaddedConv, value: Tensor, axes: Sequence[bool]) -> Tensor:
+def _constant_edge(conv: PaddedConv, value: Tensor, axes: Sequence[bool]) -> Tensor:
     """A 1-channel kernel of ``conv``'s size that answers ``value`` (O,) wherever a centre tap lies inside the map.
 
     Raises ValueError on an axis of ``axes`` whose centre tap may lie outside.
@@ -46,16 +55,29 @@ def _constant_ring(conv: PaddedConv, value: Tensor, axes: Sequence[bool]) -> Ten
                 f"a bias behind a window of side {side} with padding {padding} cannot be placed before a second padding: "
                 f"'same' padding (={d * (side - 1) // 2}) is needed"
             )
-    ring = value.new_zeros(value.numel(), 1, *kernel_size)
-    ring[:, 0, (kernel_size[0] - 1) // 2, (kernel_size[1] - 1) // 2] = value
-    return ring
+    edge = value.new_zeros(value.numel(), 1, *kernel_size)
+    edge[:, 0, (kernel_size[0] - 1) // 2, (kernel_size[1] - 1) // 2] = value
+    return edge
 
 
 def compose_padded(first: PaddedConv, second: PaddedConv) -> PaddedConv:
     """Return the one padded convolution equal to ``second(first(x))``, each padding zeros for itself.
 
-    Raises ValueError where the channels do not fit, or ``second`` pads an axis on which ``first`` has a window or a
-    padding of its own: that pair is no convolution at the border.
+    Args:
+        first: convolution on the input, with a bias.
+        second: convolution on the output of ``first``, with a bias.
+
+    Raises:
+        ArgumentError: the channels do not fit, or ``second`` pads an axis on which ``first`` has a window or a padding of its
+            own: that pair is no convolution at the border.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.functional import ConvParams, PaddedConv, compose_padded
+        >>> point = PaddedConv(ConvParams(torch.ones(4, 2, 1, 1), torch.ones(4)))
+        >>> window = PaddedConv(ConvParams(torch.ones(3, 4, 3, 3), torch.zeros(3)), padding=(1, 1))
+        >>> compose_padded(point, window).edge.shape
+        torch.Size([3, 1, 3, 3])
     """
     padding = []
     for axis, name in enumerate(("height", "width")):
@@ -66,25 +88,25 @@ def compose_padded(first: PaddedConv, second: PaddedConv) -> PaddedConv:
                 f"{name} by {outer} is cut off at the border: the two are not one convolution"
             )
         padding.append(inner + outer * first.params.stride[axis])
-    if not any(second.padding) and first.ring is None:
+    if not any(second.padding) and first.edge is None:
         return PaddedConv(compose(first.params, second.params), (padding[0], padding[1]))
     # What reaches `second` besides the kernel's answer is a map of constants, cut off where `second` pads.
     no_bias = first.params._replace(bias=torch.zeros_like(first.params.bias))
     merged = PaddedConv(compose(no_bias, second.params), (padding[0], padding[1]))
     constant = first.params.bias
-    if not constant.any() and first.ring is None:
+    if not constant.any() and first.edge is None:
         return merged
-    ring = first.params.kernel.new_zeros(first.params.out_channels, 1, *first.kernel_size)
+    edge = first.params.kernel.new_zeros(first.params.out_channels, 1, *first.kernel_size)
     if any(second.padding):
         windows = [side != 1 or p != 0 for side, p in zip(first.kernel_size, first.padding)]
-        ring = ring + _constant_ring(first, constant, windows)
+        edge = edge + _constant_edge(first, constant, windows)
         constant = torch.zeros_like(constant)
-    if first.ring is not None:
-        ring = ring + first.ring
-    as_conv = ConvParams(ring, constant, 1, first.params.stride, first.params.dilation)
+    if first.edge is not None:
+        edge = edge + first.edge
+    as_conv = ConvParams(edge, constant, 1, first.params.stride, first.params.dilation)
     through = compose(as_conv, second.params._replace(bias=torch.zeros_like(second.params.bias)))
     kernel, bias = through.kernel, through.bias + merged.params.bias
-    if not any(padding):  # nothing is cut off: the ring is a constant
+    if not any(padding):  # nothing is cut off: the edge is a constant
         return PaddedConv(merged.params._replace(bias=bias + kernel.sum((1, 2, 3))))
     return PaddedConv(merged.params._replace(bias=bias), merged.padding, kernel)
 
@@ -93,16 +115,26 @@ def _written_out(conv: PaddedConv, axis: int) -> PaddedConv:
     """The same convolution without dilation along one axis."""
     steps, rest = [1, 1], list(conv.params.dilation)
     steps[axis], rest[axis] = rest[axis], 1
-    ring = None if conv.ring is None else dilate_kernel(conv.ring, steps)
+    edge = None if conv.edge is None else dilate_kernel(conv.edge, steps)
     kernel = dilate_kernel(conv.params.kernel, steps)
-    return conv._replace(params=conv.params._replace(kernel=kernel, dilation=(rest[0], rest[1])), ring=ring)
+    return conv._replace(params=conv.params._replace(kernel=kernel, dilation=(rest[0], rest[1])), edge=edge)
 
 
 def add_padded(convs: Sequence[PaddedConv]) -> PaddedConv:
     """Return the one padded convolution equal to the sum of parallel ones, centred on each other by their padding.
 
-    Unequal dilations are written out with zeros, unequal groups with fewer groups. Raises ValueError on an empty list,
-    for unequal strides or channels, or where the windows are not centred on each other.
+    Unequal dilations are written out with zeros, unequal groups with fewer groups.
+
+    Raises:
+        ArgumentError: an empty list, unequal strides or channels, or windows that are not centred on each other.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.functional import ConvParams, PaddedConv, add_padded
+        >>> point = PaddedConv(ConvParams(torch.ones(2, 2, 1, 1), torch.ones(2)))
+        >>> window = PaddedConv(ConvParams(torch.ones(2, 2, 3, 3), torch.zeros(2)), padding=(1, 1))
+        >>> add_padded([point, window]).params.kernel[0, 0].tolist()
+        [[1.0, 1.0, 1.0], [1.0, 2.0, 1.0], [1.0, 1.0, 1.0]]
     """
     if not convs:
         raise ArgumentError("a sum needs at least one convolution, got none")
@@ -138,14 +170,25 @@ def add_padded(convs: Sequence[PaddedConv]) -> PaddedConv:
             part = kernel[:, :, top : top + conv.kernel_size[0], left : left + conv.kernel_size[1]]
             part += regroup_kernel(conv.params.kernel, conv.params.groups, groups)
     bias = torch.stack([conv.params.bias for conv in convs]).sum(0)
-    rings = [pad_kernel(conv.ring, size) for conv in convs if conv.ring is not None]
-    ring = torch.stack(rings).sum(0) if rings else None
-    return PaddedConv(ConvParams(kernel, bias, groups, convs[0].params.stride, tuple(dilation)), padding, ring)
+    edges = [pad_kernel(conv.edge, size) for conv in convs if conv.edge is not None]
+    edge = torch.stack(edges).sum(0) if edges else None
+    return PaddedConv(ConvParams(kernel, bias, groups, convs[0].params.stride, tuple(dilation)), padding, edge)
 
 
 def scale_padded(conv: PaddedConv, factor: Tensor | float) -> PaddedConv:
-    """Return the convolution whose output is multiplied by ``factor``: a number, or one for each channel (O,)."""
+    """Return the convolution whose output is multiplied by a factor.
+
+    Args:
+        conv: the convolution.
+        factor: a number, or one for each channel (O,).
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.functional import ConvParams, PaddedConv, scale_padded
+        >>> scale_padded(PaddedConv(ConvParams(torch.ones(1, 1, 1, 1), torch.ones(1))), 3.0).params.bias.tolist()
+        [3.0]
+    """
     factor = torch.as_tensor(factor, dtype=conv.params.kernel.dtype, device=conv.params.kernel.device).reshape(-1)
     each = factor.expand(conv.params.out_channels)
     params = conv.params._replace(kernel=conv.params.kernel * each.view(-1, 1, 1, 1), bias=conv.params.bias * each)
-    return conv._replace(params=params, ring=None if conv.ring is None else conv.ring * each.view(-1, 1, 1, 1))
+    return conv._replace(params=params, edge=None if conv.edge is None else conv.edge * each.view(-1, 1, 1, 1))

@@ -62,7 +62,7 @@ def write_deployed(
     source.eval()
     merged, report = reparameterize(source, inputs, inplace=True, fold_bn=False)
     merged.cpu()
-    if describe_mismatch(build_model(deployed).state_dict(), merged.state_dict()):
+    if describe_mismatch(build_model(deployed), merged.state_dict()):
         # The merge left biases that the stock network has not, and no batch norm took them up.
         deployed = deploy_config(cfg, as_stock=False)
     check_rebuilt(deployed, merged, inputs if inputs is not None else torch.zeros(report.input_shape))

@@ -51,7 +51,7 @@ def build_conv(merged: PaddedConv, sources: Iterable[nn.Module]) -> nn.Conv2d:
     own = [p for module in sources for p in module.parameters()]
     like = own[0] if own else next(b for module in sources for b in module.buffers() if b.is_floating_point())
     params = merged.params
-    kind = nn.Conv2d if merged.ring is None else BorderConv2d
+    kind = nn.Conv2d if merged.edge is None else BorderConv2d
     with torch.device("meta"):  # no random numbers are drawn for weights that are set below
         conv = kind(
             params.in_channels,
@@ -68,8 +68,8 @@ def build_conv(merged: PaddedConv, sources: Iterable[nn.Module]) -> nn.Conv2d:
     layout = torch.channels_last if last else torch.contiguous_format
     trained = not own or any(p.requires_grad for p in own)  # a frozen block stays frozen
     tensors = {"weight": params.kernel.contiguous(memory_format=layout), "bias": params.bias}
-    if merged.ring is not None:
-        tensors["ring"] = merged.ring
+    if merged.edge is not None:
+        tensors["ring"] = merged.edge
     for name, tensor in tensors.items():
         setattr(conv, name, nn.Parameter(tensor.detach().to(like.device, like.dtype, copy=True), trained))
     return conv.train(any(module.training for module in sources))

@@ -109,7 +109,7 @@ def cheapest_split(layers: list[nn.Module]) -> list[tuple[int, int]]:
                     merged = _merge_run(run)
                 except ValueError:
                     continue  # not one convolution at the border
-                cost = merged.params.kernel.numel() + (0 if merged.ring is None else merged.ring.numel())
+                cost = merged.params.kernel.numel() + (0 if merged.edge is None else merged.edge.numel())
             before_cost, before_count, runs = best[start]
             options.append((before_cost * area + cost, before_count + 1, [*runs, (start, stop)]))
         best.append(min(options, key=lambda option: option[:2]))

@@ -62,7 +62,7 @@ def save_timm(model: nn.Module, folder: str | Path) -> None:
     base_args = {**base_args, "num_classes": classes}
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     rebuilt = _build(base, base_args, history)
-    if mismatch := describe_mismatch(rebuilt.state_dict(), state):
+    if mismatch := describe_mismatch(rebuilt, state):
         raise CheckpointMismatchError(
             f"{type(model).__name__} is not what its history makes of {base!r}: {mismatch}; nothing was written"
         )

@@ -189,10 +189,10 @@ def test_annealed_network_merges_at_1_and_plain_networks_take_its_checkpoint():
     assert {m.alpha for m in annealed_modules(again)} == {1.0} and torch.equal(
         outputs(again.eval(), x), outputs(ours, x)
     )
-    assert describe_mismatch(plain.state_dict(), ours.state_dict()) == ""
-    assert describe_mismatch(ours.state_dict(), plain.state_dict()) == ""
+    assert describe_mismatch(plain, ours.state_dict()) == ""
+    assert describe_mismatch(ours, plain.state_dict()) == ""
     set_alpha_(ours, 0.4)
-    assert describe_mismatch(plain.state_dict(), ours.state_dict()).startswith("34 unexpected (first: stages.0.0.")
+    assert describe_mismatch(plain, ours.state_dict()).startswith("34 unexpected (first: stages.0.0.")
     half = build_ours("timm")
     half.load_state_dict({k: v for k, v in plain.state_dict().items() if k.startswith("stem.")}, strict=False)
     assert {m.alpha for m in annealed_modules(half)} == {0.0}, "a part of a checkpoint says nothing of the blocks"

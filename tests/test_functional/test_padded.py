@@ -16,9 +16,9 @@ def run(conv: PaddedConv, x: torch.Tensor) -> torch.Tensor:
     p, (ph, pw) = conv.params, conv.padding
     padded = F.pad(x, (pw, pw, ph, ph))
     out = F.conv2d(padded, p.kernel, p.bias, p.stride, 0, p.dilation, p.groups)
-    if conv.ring is not None:
+    if conv.edge is not None:
         ones = F.pad(torch.ones_like(x[:1, :1]), (pw, pw, ph, ph))
-        out = out + F.conv2d(ones, conv.ring, None, p.stride, 0, p.dilation)
+        out = out + F.conv2d(ones, conv.edge, None, p.stride, 0, p.dilation)
     return out
 
 
@@ -72,7 +72,7 @@ def test_separable_windows_that_pad_one_axis_each(size, stride):
         expected = run(layer, expected)
     for layer in layers[1:]:
         merged = compose_padded(merged, layer)
-    assert merged.padding == (2, 2) and merged.ring is not None
+    assert merged.padding == (2, 2) and merged.edge is not None
     assert relative_error(expected, run(merged, x)) < 1e-12
 
 
@@ -80,8 +80,8 @@ def test_padding_the_head_alone_would_be_wrong():
     """The ring matters: without it the border, and only the border, is off."""
     merged = compose_padded(random_conv(3, 4), random_conv(4, 5, (3, 3), (1, 1)))
     x = torch.randn(1, 3, 8, 8, dtype=torch.float64)
-    inside = merged.ring.sum((1, 2, 3))
-    naive = merged._replace(ring=None, params=merged.params._replace(bias=merged.params.bias + inside))
+    inside = merged.edge.sum((1, 2, 3))
+    naive = merged._replace(edge=None, params=merged.params._replace(bias=merged.params.bias + inside))
     gap = (run(merged, x) - run(naive, x)).abs()
     assert gap[:, :, 1:-1, 1:-1].max() < 1e-12 and gap.max() > 0.1
 
@@ -89,9 +89,9 @@ def test_padding_the_head_alone_would_be_wrong():
 def test_no_ring_where_none_is_needed():
     no_bias = random_conv(3, 4)
     no_bias = no_bias._replace(params=no_bias.params._replace(bias=torch.zeros(4).double()))
-    assert compose_padded(no_bias, random_conv(4, 5, (3, 3), (1, 1))).ring is None
-    assert compose_padded(random_conv(3, 4), random_conv(4, 5, (3, 3))).ring is None
-    assert compose_padded(random_conv(3, 4, (3, 3), (1, 1)), random_conv(4, 5)).ring is None
+    assert compose_padded(no_bias, random_conv(4, 5, (3, 3), (1, 1))).edge is None
+    assert compose_padded(random_conv(3, 4), random_conv(4, 5, (3, 3))).edge is None
+    assert compose_padded(random_conv(3, 4, (3, 3), (1, 1)), random_conv(4, 5)).edge is None
 
 
 def test_two_windows_that_both_pad_are_refused():

@@ -42,7 +42,7 @@ def _fold_before_(layer: nn.Module, bns: Sequence[nn.Module]) -> nn.Module:
     if isinstance(layer, nn.Linear):
         return build_linear(*read_linear(layer, before=bns), layer)
     conv = read_chain([*bns, layer])
-    if conv.ring is not None or conv.kernel_size != (1, 1):
+    if conv.edge is not None or conv.kernel_size != (1, 1):
         raise ArgumentError(f"a BN cannot be folded into the padded {layer} behind it")
     return build_conv(conv, [layer])
 
