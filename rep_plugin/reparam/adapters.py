@@ -32,25 +32,37 @@ def register_adapter(adapter: Adapter) -> Adapter:
     return adapter
 
 
+def adapts(name: str, matches: Callable[[nn.Module], bool]) -> Callable:
+    """Decorate ``merge(module) -> module`` as an :class:`Adapter`.
+
+    Args:
+        name: kind of module, for reports.
+        matches: whether the adapter is for a module.
+
+    Returns:
+        The decorator.
+    """
+
+    def register(merge: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+        register_adapter(Adapter(name, matches, merge))
+        return merge
+
+    return register
+
+
 def find_adapter(module: nn.Module) -> Adapter | None:
     """Return the adapter for a module, or None where it is not one that merges."""
     return next((adapter for adapter in ADAPTERS if adapter.matches(module)), None)
 
 
+@adapts("bilinear head", lambda module: isinstance(module, BilinearHead) and module.foldable)
+@adapts("rep_plugin block", lambda module: isinstance(module, RepBlock) and not module.deployed)
 def _switch(module: nn.Module) -> nn.Module:
     module.switch_to_deploy()
     return module
 
 
-register_adapter(
-    Adapter("rep_plugin block", lambda module: isinstance(module, RepBlock) and not module.deployed, _switch)
-)
-
-
+@adapts("conv look-alike", lambda module: isinstance(module, ConvLike))
 def _plain_conv(module: ConvLike) -> nn.Conv2d:
     module.switch_to_deploy()
     return module.reparam_conv
-
-
-register_adapter(Adapter("conv look-alike", lambda module: isinstance(module, ConvLike), _plain_conv))
-register_adapter(Adapter("bilinear head", lambda module: isinstance(module, BilinearHead) and module.foldable, _switch))

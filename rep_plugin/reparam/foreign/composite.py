@@ -1,6 +1,6 @@
 """Blocks of other libraries of which only a part is linear: they keep their class and are switched to its deployed form.
 
-Told by attributes and class name, as in :mod:`rep_plugin.reparam.foreign.sums`.
+They are recognised by attributes and class name, as in :mod:`rep_plugin.reparam.foreign.parts`.
 """
 
 import copy
@@ -8,19 +8,19 @@ import copy
 import torch
 from torch import nn
 
-from rep_plugin.functional.padded import PaddedConv, add_padded, scale_padded
-from rep_plugin.reparam.adapters import Adapter, register_adapter
+from rep_plugin.functional.padded import PaddedConv, add_padded
+from rep_plugin.reparam.adapters import adapts
 from rep_plugin.reparam.border_conv import build_conv
-from rep_plugin.reparam.foreign.sums import has_layout, live_children, merge_branches
-from rep_plugin.reparam.linear_layers import bn_affine, identity_conv, is_plain_bn, read_chain
+from rep_plugin.reparam.foreign.parts import delete_children_, has_layout, live_children, plus_identity, pop_branches_
+from rep_plugin.reparam.linear_layers import bn_affine, is_plain_bn, read_chain
 
 
-def _drop(module: nn.Module, names: str) -> None:
-    for name in names.split():
-        if name in module._modules:
-            delattr(module, name)
-
-
+@adapts(
+    "RepGhost module",
+    lambda module: (
+        has_layout(module, "primary_conv fusion_conv fusion_bn cheap_operation", "relu") and len(module.fusion_bn) > 0
+    ),
+)
 def _merge_repghost(module: nn.Module) -> nn.Module:
     x_channels = read_chain(module.cheap_operation).params.in_channels
     branches = [read_chain(module.cheap_operation)]
@@ -30,91 +30,63 @@ def _merge_repghost(module: nn.Module) -> nn.Module:
     return module
 
 
-register_adapter(
-    Adapter(
-        "RepGhost module",
-        lambda module: (
-            has_layout(module, "primary_conv fusion_conv fusion_bn cheap_operation", "relu")
-            and len(module.fusion_bn) > 0
-        ),
-        _merge_repghost,
-    )
+@adapts(
+    "GhostNetV3 module",
+    lambda module: has_layout(
+        module,
+        "primary_rpr_conv cheap_rpr_conv",
+        "primary_conv cheap_operation primary_rpr_scale primary_rpr_skip cheap_rpr_scale cheap_rpr_skip "
+        "primary_activation cheap_activation short_conv gate_fn",
+    ),
 )
-
-
 def _merge_ghost_v3(module: nn.Module) -> nn.Module:
     """Two sums, each followed by its activation; the gated shortcut stays as it is."""
     for part in ("primary", "cheap"):
-        names = f"{part}_rpr_conv {part}_rpr_scale {part}_rpr_skip"
-        sources = [live_children(module)[name] for name in names.split() if name in live_children(module)]
-        conv = build_conv(merge_branches(module, names), sources)
+        conv = pop_branches_(module, f"{part}_rpr_conv {part}_rpr_scale {part}_rpr_skip")
         act = getattr(module, f"{part}_activation")
         target = "primary_conv" if part == "primary" else "cheap_operation"
         setattr(module, target, nn.Sequential(conv, act if act is not None else nn.Identity()))
-        _drop(module, names)
     module.infer_mode = True
     return module
 
 
-register_adapter(
-    Adapter(
-        "GhostNetV3 module",
-        lambda module: has_layout(
-            module,
-            "primary_rpr_conv cheap_rpr_conv",
-            "primary_conv cheap_operation primary_rpr_scale primary_rpr_skip cheap_rpr_scale cheap_rpr_skip "
-            "primary_activation cheap_activation short_conv gate_fn",
-        ),
-        _merge_ghost_v3,
-    )
+@adapts(
+    "GhostNetV3 bottleneck",
+    lambda module: (
+        has_layout(module, "dw_rpr_conv", "dw_rpr_scale dw_rpr_skip ghost1 ghost2 se shortcut conv_dw bn_dw")
+        and len(module.dw_rpr_conv) > 0
+    ),
 )
-
-
 def _merge_ghost_v3_depthwise(module: nn.Module) -> nn.Module:
-    names = "dw_rpr_conv dw_rpr_scale dw_rpr_skip"
-    sources = [live_children(module)[name] for name in names.split() if name in live_children(module)]
-    module.conv_dw, module.bn_dw = build_conv(merge_branches(module, names), sources), nn.Identity()
-    _drop(module, names)
+    module.conv_dw, module.bn_dw = pop_branches_(module, "dw_rpr_conv dw_rpr_scale dw_rpr_skip"), nn.Identity()
     module.infer_mode = True
     return module
 
 
-register_adapter(
-    Adapter(
-        "GhostNetV3 bottleneck",
-        lambda module: (
-            has_layout(module, "dw_rpr_conv", "dw_rpr_scale dw_rpr_skip ghost1 ghost2 se shortcut conv_dw bn_dw")
-            and len(module.dw_rpr_conv) > 0
-        ),
-        _merge_ghost_v3_depthwise,
-    )
+@adapts(
+    "PP-LCNetV2 block",
+    lambda module: has_layout(module, "dw_conv_list", "dw_act se pw_conv"),
 )
-
-
 def _merge_lcnet(module: nn.Module) -> nn.Module:
-    conv = build_conv(merge_branches(module, "dw_conv_list"), [module.dw_conv_list])
-    del module.dw_conv_list
-    module.dw_conv, module.dw_conv_list = conv, None
+    module.dw_conv, module.dw_conv_list = pop_branches_(module, "dw_conv_list"), None
     return module
-
-
-register_adapter(
-    Adapter(
-        "PP-LCNetV2 block",
-        lambda module: has_layout(module, "dw_conv_list", "dw_act se pw_conv"),
-        _merge_lcnet,
-    )
-)
 
 
 def _fold_residual_(layer: nn.Module, gain: torch.Tensor | float, skip: torch.Tensor | float) -> None:
     """gain * layer(x) + skip * x becomes ``layer.conv``."""
     conv = read_chain([part for part in (layer.conv, layer.norm, layer.act) if part is not None])
-    eye = identity_conv(conv.params.in_channels, conv.params.bias.device)
-    layer.conv = build_conv(add_padded([scale_padded(conv, gain), scale_padded(eye, skip)]), [layer])
+    layer.conv = build_conv(plus_identity(conv, gain, skip), [layer])
     layer.norm = None
 
 
+@adapts(
+    "EfficientViM residuals",
+    lambda module: (
+        type(module).__name__ in {"EfficientViMBlock", "PatchMerging"}
+        and has_layout(module, "dwconv1 dwconv2", "conv mixer norm ffn drop_path", "alpha")
+        and getattr(module, "fused", None) is False
+    ),
+)
 def _merge_efficientvim(module: nn.Module) -> nn.Module:
     """EfficientViM: x + layer(x), and in its blocks x + gate * (layer(x) - x) with a learned gate for each channel."""
     gates = module.alpha.detach().double().sigmoid() if hasattr(module, "alpha") else None
@@ -125,19 +97,15 @@ def _merge_efficientvim(module: nn.Module) -> nn.Module:
     return module
 
 
-register_adapter(
-    Adapter(
-        "EfficientViM residuals",
-        lambda module: (
-            type(module).__name__ in {"EfficientViMBlock", "PatchMerging"}
-            and has_layout(module, "dwconv1 dwconv2", "conv mixer norm ffn drop_path", "alpha")
-            and getattr(module, "fused", None) is False
-        ),
-        _merge_efficientvim,
-    )
+@adapts(
+    "RIFormer block",
+    lambda module: (
+        type(module).__name__ == "RIFormerBlock"
+        and has_layout(module, "norm1 token_mixer norm2 mlp", "drop_path", "layer_scale_1 layer_scale_2")
+        and has_layout(module.token_mixer, "affine")
+        and getattr(module.norm1, "bias", None) is not None
+    ),
 )
-
-
 def _merge_riformer(module: nn.Module) -> nn.Module:
     """RIFormer: the affine token mixer minus the identity goes into the group norm's own affine map."""
     norm, affine = copy.deepcopy(module.norm1), module.token_mixer.affine
@@ -147,25 +115,20 @@ def _merge_riformer(module: nn.Module) -> nn.Module:
         norm.weight.copy_(norm.weight.double() * factor)
         norm.bias.copy_(shift)
     module.norm_reparam = norm
-    _drop(module, "norm1 token_mixer")
+    delete_children_(module, "norm1 token_mixer")
     module.deploy = True
     return module
 
 
-register_adapter(
-    Adapter(
-        "RIFormer block",
-        lambda module: (
-            type(module).__name__ == "RIFormerBlock"
-            and has_layout(module, "norm1 token_mixer norm2 mlp", "drop_path", "layer_scale_1 layer_scale_2")
-            and has_layout(module.token_mixer, "affine")
-            and getattr(module.norm1, "bias", None) is not None
-        ),
-        _merge_riformer,
-    )
+@adapts(
+    "RepMLP block",
+    lambda module: (
+        type(module).__name__ == "RepMLPBlock"
+        and {"gp", "fc3", "fc3_bn"} <= set(live_children(module))
+        and not module.deploy
+        and is_plain_bn(module.fc3_bn)
+    ),
 )
-
-
 def _merge_repmlp(module: nn.Module) -> nn.Module:
     """RepMLP: convolutions on a partition of fixed size are a matrix on it, and join the grouped fully connected layer."""
     sharesets, size = module.num_sharesets, module.path_h * module.path_w
@@ -186,20 +149,6 @@ def _merge_repmlp(module: nn.Module) -> nn.Module:
         bias = bias + conv.params.bias.repeat_interleave(size)
     params = read_chain([fc]).params._replace(kernel=weight[:, :, None, None], bias=bias)
     module.fc3, module.fc3_bn = build_conv(PaddedConv(params), [fc]), nn.Identity()
-    _drop(module, " ".join(name for name in live_children(module) if name.startswith("repconv")))
+    delete_children_(module, " ".join(name for name in live_children(module) if name.startswith("repconv")))
     module.deploy = True
     return module
-
-
-register_adapter(
-    Adapter(
-        "RepMLP block",
-        lambda module: (
-            type(module).__name__ == "RepMLPBlock"
-            and {"gp", "fc3", "fc3_bn"} <= set(live_children(module))
-            and not module.deploy
-            and is_plain_bn(module.fc3_bn)
-        ),
-        _merge_repmlp,
-    )
-)

@@ -1,6 +1,6 @@
 """Normalisation in front of or behind linear layers, and residuals round a linear branch: LeViT, RepViT, NextViT and kin.
 
-Told by attributes and class name, as in :mod:`rep_plugin.reparam.foreign.sums`.
+They are recognised by attributes and class name, as in :mod:`rep_plugin.reparam.foreign.parts`.
 """
 
 from collections.abc import Sequence
@@ -10,13 +10,11 @@ from torch import nn
 
 from rep_plugin.blocks.layers import is_idle
 from rep_plugin.errors import ArgumentError
-from rep_plugin.functional.padded import add_padded
-from rep_plugin.reparam.adapters import Adapter, register_adapter
+from rep_plugin.reparam.adapters import adapts
 from rep_plugin.reparam.border_conv import build_conv
-from rep_plugin.reparam.foreign.sums import has_layout, live_children
+from rep_plugin.reparam.foreign.parts import has_layout, in_sequence, live_children, plus_identity
 from rep_plugin.reparam.linear_layers import (
     CONV_NORM_CLASSES,
-    identity_conv,
     is_plain_bn,
     read_chain,
     read_linear,
@@ -24,7 +22,16 @@ from rep_plugin.reparam.linear_layers import (
 
 
 def build_linear(weight: torch.Tensor, bias: torch.Tensor, source: nn.Module) -> nn.Linear:
-    """Return the trainable linear layer, in the dtype, mode and place of the layers it stands for."""
+    """Return a trainable linear layer that takes the place of a module.
+
+    Args:
+        weight: (O, I).
+        bias: (O,).
+        source: the module, whose dtype, device and mode are taken over.
+
+    Returns:
+        The layer.
+    """
     like = next(source.parameters())
     with torch.device("meta"):
         linear = nn.Linear(weight.shape[1], weight.shape[0])
@@ -47,12 +54,22 @@ def _fold_before_(layer: nn.Module, bns: Sequence[nn.Module]) -> nn.Module:
     return build_conv(conv, [layer])
 
 
+@adapts(
+    "NextViT convolution block",
+    lambda module: type(module).__name__ == "NextConvBlock" and module.is_fused is False and is_plain_bn(module.norm),
+)
 def _merge_next_conv(module: nn.Module) -> nn.Module:
     module.mlp.fc1 = _fold_before_(module.mlp.fc1, [module.norm])
     module.norm, module.is_fused = nn.Identity(), True
     return module
 
 
+@adapts(
+    "NextViT transformer block",
+    lambda module: (
+        type(module).__name__ == "NextTransformerBlock" and module.is_fused is False and is_plain_bn(module.norm1)
+    ),
+)
 def _merge_next_transformer(module: nn.Module) -> nn.Module:
     attention, norm = module.e_mhsa, module.norm1
     behind_pool = [norm] if attention.norm is None else [norm, attention.norm]  # an average commutes with a BN
@@ -63,26 +80,6 @@ def _merge_next_transformer(module: nn.Module) -> nn.Module:
     module.mlp.fc1 = _fold_before_(module.mlp.fc1, [module.norm2])
     module.norm1, module.norm2, module.is_fused = nn.Identity(), nn.Identity(), True
     return module
-
-
-register_adapter(
-    Adapter(
-        "NextViT convolution block",
-        lambda module: (
-            type(module).__name__ == "NextConvBlock" and module.is_fused is False and is_plain_bn(module.norm)
-        ),
-        _merge_next_conv,
-    )
-)
-register_adapter(
-    Adapter(
-        "NextViT transformer block",
-        lambda module: (
-            type(module).__name__ == "NextTransformerBlock" and module.is_fused is False and is_plain_bn(module.norm1)
-        ),
-        _merge_next_transformer,
-    )
-)
 
 
 # Residuals round one linear branch, which is their only child
@@ -103,13 +100,9 @@ def _residual_branch(module: nn.Module) -> nn.Module | None:
     return branch if isinstance(conv, nn.Conv2d) and conv.weight.shape[1] == 1 and conv.groups > 1 else None
 
 
+@adapts("depthwise residual", lambda module: _residual_branch(module) is not None)
 def _merge_residual(module: nn.Module) -> nn.Module:
-    conv = read_chain(_residual_branch(module))
-    eye = identity_conv(conv.params.in_channels, conv.params.bias.device)
-    return build_conv(add_padded([conv, eye]), [module])
-
-
-register_adapter(Adapter("depthwise residual", lambda module: _residual_branch(module) is not None, _merge_residual))
+    return build_conv(plus_identity(read_chain(_residual_branch(module))), [module])
 
 
 # BN round a linear layer
@@ -119,22 +112,26 @@ def _linear_of(module: nn.Module) -> nn.Linear | None:
     return next((child for child in live_children(module).values() if isinstance(child, nn.Linear)), None)
 
 
+@adapts(
+    "Linear-BN",
+    lambda module: _is_bn_linear(module, {"LinearNorm", "LinearBatchNorm", "Linear_BN"}),
+)
 def _merge_linear_norm(module: nn.Module) -> nn.Module:
     bn = next(child for child in live_children(module).values() if not isinstance(child, nn.Linear))
     return build_linear(*read_linear(_linear_of(module), after=[bn]), module)
 
 
+@adapts(
+    "BN-Linear",
+    lambda module: _is_bn_linear(module, {"NormLinear", "BatchNormLinear", "BN_Linear"}),
+)
 def _merge_norm_linear(module: nn.Module) -> nn.Module:
     children = live_children(module)
     linear = build_linear(*read_linear(_linear_of(module), before=[module.bn]), module)
     drop = children.get("drop")
     if drop is None or getattr(drop, "p", 0.0) == 0.0:
         return linear
-    merged = nn.Sequential()
-    merged.add_module("drop", drop)
-    merged.add_module("linear", linear)
-    merged.training = module.training
-    return merged
+    return in_sequence(module, {"drop": drop, "linear": linear})
 
 
 def _is_bn_linear(module: nn.Module, names: set[str]) -> bool:
@@ -144,43 +141,18 @@ def _is_bn_linear(module: nn.Module, names: set[str]) -> bool:
     return any(has_layout(module, layout, "drop") for layout in layouts) and not module._parameters
 
 
-register_adapter(
-    Adapter(
-        "Linear-BN",
-        lambda module: _is_bn_linear(module, {"LinearNorm", "LinearBatchNorm", "Linear_BN"}),
-        _merge_linear_norm,
-    )
+@adapts(
+    "RepViT classifier",
+    lambda module: (
+        type(module).__name__ == "RepVitClassifier"
+        and has_layout(module, "head head_drop", "head_dist")
+        and _is_bn_linear(module.head, {"NormLinear"})
+    ),
 )
-register_adapter(
-    Adapter(
-        "BN-Linear",
-        lambda module: _is_bn_linear(module, {"NormLinear", "BatchNormLinear", "BN_Linear"}),
-        _merge_norm_linear,
-    )
-)
-
-
 def _merge_distilled(module: nn.Module) -> nn.Module:
     """RepViT's classifier: the mean of two heads becomes one, behind the same dropout."""
     heads = [module.head] + ([module.head_dist] if module.distillation else [])
     pairs = [read_linear(_linear_of(head), before=[head.bn]) for head in heads]
     weight = torch.stack([weight for weight, _ in pairs]).mean(0)
     bias = torch.stack([bias for _, bias in pairs]).mean(0)
-    merged = nn.Sequential()
-    merged.add_module("head_drop", module.head_drop)
-    merged.add_module("head", build_linear(weight, bias, module))
-    merged.training = module.training
-    return merged
-
-
-register_adapter(
-    Adapter(
-        "RepViT classifier",
-        lambda module: (
-            type(module).__name__ == "RepVitClassifier"
-            and has_layout(module, "head head_drop", "head_dist")
-            and _is_bn_linear(module.head, {"NormLinear"})
-        ),
-        _merge_distilled,
-    )
-)
+    return in_sequence(module, {"head_drop": module.head_drop, "head": build_linear(weight, bias, module)})

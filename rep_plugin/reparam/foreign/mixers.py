@@ -1,21 +1,27 @@
 """Linear token mixers and position encodings that add their own input: FastViT and RepViT.
 
-Told by attributes and class name, as in :mod:`rep_plugin.reparam.foreign.sums`.
+They are recognised by attributes and class name, as in :mod:`rep_plugin.reparam.foreign.parts`.
 """
-
-from collections.abc import Callable
 
 from torch import nn
 
 from rep_plugin.blocks.layers import is_idle
 from rep_plugin.errors import NotMergeableError
 from rep_plugin.functional.padded import PaddedConv, add_padded, scale_padded
-from rep_plugin.reparam.adapters import Adapter, register_adapter
+from rep_plugin.reparam.adapters import adapts
 from rep_plugin.reparam.border_conv import build_conv
-from rep_plugin.reparam.foreign.sums import has_layout, live_children, merge_branches, read_branches, replace_by
+from rep_plugin.reparam.foreign.parts import has_layout, live_children, merge_branches, plus_identity, replace_by
 from rep_plugin.reparam.linear_layers import after_affine, bn_affine, identity_conv, read_chain
 
 
+@adapts(
+    "FastViT token mixer",
+    lambda module: (
+        has_layout(module, "mixer norm", "layer_scale", "layer_scale")
+        and type(module).__name__ == "RepMixer"
+        and _is_layer_scale(getattr(module, "layer_scale", None))
+    ),
+)
 def _merge_token_mixer(module: nn.Module) -> nn.Module:
     """FastViT: x + scale * (mixer(x) - norm(x)), both without activation."""
     mixer, norm = (_sum_only(getattr(module, name)) for name in ("mixer", "norm"))
@@ -28,7 +34,7 @@ def _merge_token_mixer(module: nn.Module) -> nn.Module:
 
 
 def _sum_only(block: nn.Module) -> PaddedConv:
-    """Return a MobileOne block, merged or not, as a padded convolution. Raises TypeError where it has an activation."""
+    """Return a MobileOne block, merged or not, as a padded convolution. It must have no activation."""
     children = live_children(block)
     after = [children[name] for name in ("se", "act", "activation", "attn") if name in children]
     if not all(map(is_idle, after)):
@@ -43,55 +49,29 @@ def _is_layer_scale(scale: object) -> bool:
     return is_idle(scale) or (has_layout(scale, "", "", "gamma") and "gamma" in scale._parameters)
 
 
-register_adapter(
-    Adapter(
-        "FastViT token mixer",
-        lambda module: (
-            has_layout(module, "mixer norm", "layer_scale", "layer_scale")
-            and type(module).__name__ == "RepMixer"
-            and _is_layer_scale(getattr(module, "layer_scale", None))
-        ),
-        _merge_token_mixer,
-    )
+@adapts(
+    "conditional position encoding",
+    lambda module: has_layout(module, "pos_enc") and type(module).__name__ == "RepConditionalPosEnc",
 )
+def _merge_position_encoding(module: nn.Module) -> nn.Module:
+    return replace_by("reparam_conv", plus_identity(read_chain(module.pos_enc)), module)
 
 
-def _plus_identity(name: str, conv_name: str) -> Callable[[nn.Module], nn.Module]:
-    """For x + conv(x): merged under ``name``, or as the bare convolution where the name is empty."""
-
-    def merge(module: nn.Module) -> nn.Module:
-        conv = read_chain(getattr(module, conv_name))
-        whole = add_padded([conv, identity_conv(conv.params.in_channels, conv.params.bias.device)])
-        return replace_by(name, whole, module) if name else build_conv(whole, [module])
-
-    return merge
+@adapts(
+    "conditional position encoding",
+    lambda module: has_layout(module, "pe") and type(module).__name__ == "RepCPE",
+)
+def _merge_rep_cpe(module: nn.Module) -> nn.Module:
+    return replace_by("reparam_conv", plus_identity(read_chain(module.pe)), module)
 
 
-for kind, conv_name in (("RepConditionalPosEnc", "pos_enc"), ("RepCPE", "pe")):
-    register_adapter(
-        Adapter(
-            "conditional position encoding",
-            lambda module, kind=kind, conv_name=conv_name: (
-                has_layout(module, conv_name) and type(module).__name__ == kind
-            ),
-            _plus_identity("reparam_conv", conv_name),
-        )
-    )
-
-
+@adapts(
+    "RepViT depthwise block",
+    lambda module: has_layout(module, "conv conv1", "bn") and type(module).__name__ in {"RepVggDw", "RepVGGDW"},
+)
 def _merge_repvit_depthwise(module: nn.Module) -> nn.Module:
     """RepViT: bn(conv(x) + conv1(x) + x); the older form has no BN after the sum."""
-    branches = read_branches(module, "conv conv1")
-    whole = add_padded([*branches, identity_conv(branches[0].params.in_channels, branches[0].params.bias.device)])
+    whole = plus_identity(merge_branches(module, "conv conv1"))
     if "bn" in live_children(module) and not is_idle(module.bn):
         whole = after_affine(whole, *bn_affine(module.bn))
     return build_conv(whole, [module])
-
-
-register_adapter(
-    Adapter(
-        "RepViT depthwise block",
-        lambda module: has_layout(module, "conv conv1", "bn") and type(module).__name__ in {"RepVggDw", "RepVGGDW"},
-        _merge_repvit_depthwise,
-    )
-)
