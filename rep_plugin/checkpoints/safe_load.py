@@ -299,7 +299,7 @@ def load_checkpoint_file(path: str | os.PathLike | BinaryIO, map_location: Any =
         raise UnsafeCheckpointError(f"checkpoint {label}: {error}") from None
     except (MemoryError, OSError):
         raise
-    except Exception as error:
+    except Exception as error:  # a torn file may raise anything
         if "weights_only" in str(error):
             raise UnsafeCheckpointError(
                 f"checkpoint {label}: refused a TorchScript or tar archive, expected a file written by torch.save"

@@ -259,7 +259,7 @@ def _other_sizes(model: nn.Module, x: Tensor, report: ExportReport) -> tuple[lis
         batches = [F.interpolate(x, [max(1, side) for side in size], mode="bilinear") for size in sizes]
         try:
             found = [_reference(model, batch) for batch in batches]
-        except ValueError as error:
+        except ArgumentError as error:
             refused = refused or error
             continue
         if refused:

@@ -98,7 +98,7 @@ def compare_runtime(
         where = f"{runtime} on an input of shape {tuple(x.shape)}"
         try:
             got = session(x)
-        except Exception as error:
+        except Exception as error:  # each runtime has kinds of its own
             raise ExportError(f"{where}: {first_line(error)}") from error
         try:
             found = compare_outputs(wanted, got)

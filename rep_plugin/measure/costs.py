@@ -79,8 +79,7 @@ def count_macs(model: nn.Module, example_input: torch.Tensor) -> int:
         with _SkipNorm(), _MacCounter() as counter:
             run_model(shapes, example_input.to("meta"))
         return counter.total
-    except Exception:
-        # It reads values, or tensors that are not registered. If it is neither, the same error comes from this:
+    except Exception:  # a forward that reads values may raise anything; what else is wrong is raised again below
         modes = {module: module.training for module in model.modules()}
         model.eval()
         try:

@@ -14,8 +14,16 @@ from rep_plugin.blocks.conv_like import ConvLike
 class Adapter:
     """How one kind of module is merged.
 
-    ``matches(module)`` says whether the adapter is for it; ``merge(module)`` returns the module that takes its place,
-    which may be the same one, changed. It may rely on eval mode, and must raise where the merge would not be exact.
+    Args:
+        name: kind of module, for reports.
+        matches: whether the adapter is for a module.
+        merge: returns the module that takes the place of a given one, which may be the same one, changed. It may rely on eval
+            mode, and must raise an error where the merge would not be exact.
+
+    Example:
+        >>> adapter = Adapter("doubled", lambda module: False, lambda module: module)
+        >>> adapter.matches(nn.Identity())
+        False
     """
 
     name: str
@@ -27,7 +35,15 @@ ADAPTERS: list[Adapter] = []
 
 
 def register_adapter(adapter: Adapter) -> Adapter:
-    """Add an adapter; later ones are asked first, so that a user's overrides ours."""
+    """Add an adapter; later ones are asked first, so that a user's adapter overrides ours.
+
+    Example:
+        >>> class Twice(nn.Conv2d): pass
+        >>> adapter = Adapter("twice", lambda module: type(module).__name__ == "Twice", lambda module: module)
+        >>> _ = register_adapter(adapter)
+        >>> find_adapter(Twice(3, 3, 1)).name
+        'twice'
+    """
     ADAPTERS.insert(0, adapter)
     return adapter
 
@@ -51,7 +67,12 @@ def adapts(name: str, matches: Callable[[nn.Module], bool]) -> Callable:
 
 
 def find_adapter(module: nn.Module) -> Adapter | None:
-    """Return the adapter for a module, or None where it is not one that merges."""
+    """Return the adapter for a module, None where there is none.
+
+    Example:
+        >>> find_adapter(nn.ReLU()) is None
+        True
+    """
     return next((adapter for adapter in ADAPTERS if adapter.matches(module)), None)
 
 

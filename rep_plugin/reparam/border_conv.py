@@ -11,12 +11,21 @@ from rep_plugin.functional.padded import PaddedConv
 
 
 class BorderConv2d(nn.Conv2d):
-    """Convolution plus what a one-channel kernel ``ring`` answers to a zero-padded map of ones.
+    """Convolution plus the answer of a one-channel kernel ``ring`` to a zero-padded map of ones.
 
-    (N, in_channels, H, W) -> (N, out_channels, H', W') as ``nn.Conv2d``, for any H and W. Inside the map the second part
-    is a constant; within a window of the border it has one value for each way in which the window is cut (9 for a 3x3
-    with padding 1). It costs one more input channel of a *single* picture, whatever the batch, where a channel of ones
-    appended to the input would cost one for every picture and every group. Exports to ONNX as plain operators.
+    (N, in_channels, H, W) -> (N, out_channels, H', W') as ``nn.Conv2d``, for any H and W. Inside the map the second part is a
+    constant; near the border it has one value for each way in which the window is cut (9 for a 3x3 with padding 1). It costs
+    one more input channel of a *single* image, whatever the batch, where a channel of ones appended to the input would cost
+    one for every image and every group. Exports to ONNX as plain operators.
+
+    Args:
+        in_channels: as for ``nn.Conv2d``, like all arguments.
+        out_channels: channels of the output.
+        kernel_size: side, or height and width.
+        stride: step of the window.
+        padding: zeros on each side.
+        dilation: distance of the kernel's taps.
+        groups: number of groups; of the ring it is 1.
     """
 
     def __init__(
@@ -40,10 +49,17 @@ class BorderConv2d(nn.Conv2d):
 
 @torch.no_grad()
 def build_conv(merged: PaddedConv, sources: Iterable[nn.Module]) -> nn.Conv2d:
-    """Return the trainable layer that computes ``merged``: ``nn.Conv2d``, or :class:`BorderConv2d` where it has a ring.
+    """Return the trainable layer that computes a merged convolution.
 
-    Dtype, device, memory format, train mode and whether it is frozen are those of ``sources``, the layers it stands for.
-    Raises ValueError for a negative padding.
+    Args:
+        merged: the convolution.
+        sources: the layers that it stands for. Dtype, device, memory format, train mode and ``requires_grad`` are theirs.
+
+    Returns:
+        An ``nn.Conv2d``, or a :class:`BorderConv2d` where the bias depends on the position.
+
+    Raises:
+        ArgumentError: the padding is negative.
     """
     if min(merged.padding) < 0:
         raise ArgumentError(f"padding must be >= 0, got {merged.padding}")

@@ -28,7 +28,15 @@ Where = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
 
 def own_convs(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield the (name, convolution) pairs of a model that are not inside one of our blocks, shared ones once."""
+    """Yield the convolutions of a model that are not inside one of our blocks, shared ones once.
+
+    Args:
+        model: the model.
+        prefix: prefix of the names.
+
+    Yields:
+        Name and convolution.
+    """
     inside: list[str] = []
     for name, module in model.named_modules(prefix=prefix):
         if isinstance(module, RepBlock):
@@ -54,15 +62,15 @@ def _selector(where: Where, names: Sequence[str]) -> Callable[[str, nn.Module], 
     return lambda name, module: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _choose(model: nn.Module, where: Where, twin: nn.Module) -> tuple[list[tuple[str, str]], list[str]]:
+def _choose(model: nn.Module, where: Where, copied: nn.Module) -> tuple[list[tuple[str, str]], list[str]]:
     """Return the (conv, bn) names to expand and notes on what is left out. Raises ValueError where nothing remains.
 
-    ``twin`` is a copy in eval mode, to be traced: stochastic depth cannot be, in train mode.
+    ``copied`` is in eval mode, to be traced: stochastic depth cannot be, in train mode.
     """
     convs = dict(own_convs(model))
     chosen = _selector(where, list(convs))
     wanted = [name for name, module in convs.items() if chosen(name, module)]
-    pairs, untraced = find_pairs_by_parts(twin)
+    pairs, untraced = find_pairs_by_parts(copied)
     bn_of = dict(pairs)
     take, reasons = [], {}
     for name in wanted:
@@ -129,39 +137,53 @@ def expand(
 ) -> tuple[nn.Module, Report]:
     """Turn spatial convolutions into blocks of several branches; return the model, still the same function, and a report.
 
-    A convolution is expanded where its kernel is larger than 1, its padding zeros, and a BN its only reader (found by
-    torch.fx, part by part where the whole model cannot be traced); depthwise ones included. The others are named in
-    ``report.notes``, with the reason. ``block``: ``dbb``, ``acb``, ``repvgg`` (or ``rep``), ``mobileone``. ``where``
-    selects among them: a shell pattern on the convolution's full name (``'layer1.*'``), several, or a function
-    ``(name, module) -> bool``; default: all.
+    A convolution, depthwise ones included, is expanded where its kernel is larger than 1, its padding zeros, and a BN its
+    only reader (found by torch.fx, part by part where the whole model cannot be traced). The others are named in
+    ``report.notes``, with the reason. The output in eval mode is proven unchanged in float64 (relative tolerance 1e-9). In
+    train mode it starts unchanged as well, but for terms of the BN's eps. The model's mode is kept.
 
-    The eval-mode output is proven unchanged in float64 (relative tolerance 1e-9) on ``example_input`` (N, C, H, W) and
-    random pictures; the model's mode is kept. In train mode it starts unchanged as well, but for terms of the BN's eps.
-    By default a copy is expanded. The original kernels stay the same parameters with ``inplace=True``, but there are new
-    ones beside them: **build the optimizer after this call**, and wrap for DDP after it. mmengine modules are marked as
-    initialised, for a Runner would otherwise initialise the network anew.
+    The original kernels stay the same parameters with ``inplace=True``, but there are new ones beside them: **build the
+    optimizer after this call**, and wrap for DDP after it. mmengine modules are marked as initialised, for a Runner would
+    otherwise initialise the network anew. After training, :func:`rep_plugin.reparameterize` gives the stock network back,
+    with ``fold_bn=False`` key by key.
 
-    Train it, then :func:`rep_plugin.reparameterize` gives the stock network back, with ``fold_bn=False`` key by key.
+    Args:
+        model: the model; it stays as it was where an error is raised.
+        block: ``dbb``, ``acb``, ``repvgg`` (or ``rep``) or ``mobileone``.
+        inplace: expand the given model, not a copy.
+        where: which convolutions: a shell pattern on the full name (``'layer1.*'``), several, or a function
+            ``(name, module) -> bool``; None: all.
+        example_input: images (N, C, H, W) for the proof, which also runs random images.
 
-    Raises ValueError for an unknown block, a pattern that fits nothing, or nothing to expand, and
-    :class:`rep_plugin.errors.EquivalenceError` where the proof fails. The model is then as it was.
+    Returns:
+        The expanded model and the report.
+
+    Raises:
+        ArgumentError: an unknown block, a pattern that fits nothing, or nothing to expand.
+        EquivalenceError: the proof fails.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)).eval()
+        >>> expanded, report = expand(model, "dbb")
+        >>> type(expanded[0]).__name__, report.max_rel_error < 1e-9
+        ('DBBConv2d', True)
     """
     started = time.perf_counter()
     look_alike(block)
-    twin = copy.deepcopy(model).double()
-    twin.eval()  # not chained: mmpretrain's return None
-    pairs, notes = _choose(model, where, twin)
+    exact = copy.deepcopy(model).double()
+    exact.eval()  # not chained: mmpretrain's return None
+    pairs, notes = _choose(model, where, exact)
     inputs = default_inputs(model, example_input)
     report = Report("expand", count_params(model), 0, count_macs(model, inputs[0]), input_shape=tuple(inputs[0].shape))
 
-    _expand_(twin, block, pairs)
-    found = verify_equivalence(model, twin, inputs, [conv for conv, _ in pairs], TOLERANCE)
+    _expand_(exact, block, pairs)
+    found = verify_equivalence(model, exact, inputs, [conv for conv, _ in pairs], TOLERANCE)
     report.blocks = [BlockReport(name, block) for name, _ in pairs]
     report.notes = notes
     report.add_proof(found)
 
     expanded = _expand_(model if inplace else copy.deepcopy(model), block, pairs)
-    expanded.load_state_dict(twin.state_dict())  # what was proven, rounded once
+    expanded.load_state_dict(exact.state_dict())  # what was proven, rounded once
     report.params_after, report.macs_after = count_params(expanded), count_macs(expanded, inputs[0])
     report.seconds = time.perf_counter() - started
     return expanded, report

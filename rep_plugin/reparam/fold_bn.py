@@ -18,10 +18,17 @@ def _is_affine(bn: nn.Module) -> bool:
 
 
 def find_pairs(model: nn.Module, part: TracedPart) -> list[tuple[str, str, bool]]:
-    """Return (conv, bn, whether the BN comes first) of a traced part, by name in the model.
+    """Return the convolutions and BNs of a traced part that can be folded.
 
-    A BN behind a convolution must be its only reader; one in front must have only unpadded convolutions as readers, one
-    pair for each. Every module must be called once.
+    A BN behind a convolution must be its only reader; one in front must have only unpadded convolutions as readers, one pair
+    for each. Every module must be called once.
+
+    Args:
+        model: the whole model.
+        part: the traced part.
+
+    Returns:
+        Names of convolution and BN, and whether the BN comes first.
     """
     readers, pairs = Readers(model, part), []
     for node in readers.calls:
@@ -56,7 +63,13 @@ def _after_bn(bn: _BatchNorm) -> nn.Module:
 
 
 def replace_module_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` wherever ``old`` stands in a model: a shared module has several names."""
+    """Put a module wherever another one stands in a model: a shared module has several names.
+
+    Args:
+        model: the model.
+        old: the module to replace.
+        new: the module to put in its place.
+    """
     for parent in list(model.modules()):
         for name in [name for name, child in parent._modules.items() if child is old]:
             setattr(parent, name, new)
@@ -78,12 +91,13 @@ def _fold_(conv: nn.Conv2d, before: _BatchNorm | None, behind: _BatchNorm | None
 
 @torch.no_grad()
 def fold_conv_bn_(model: nn.Module) -> tuple[list[tuple[str, str, bool]], list[str]]:
-    """Fold every Conv-BN and every BN-Conv (unpadded) pair of an eval-mode model in place.
+    """Fold every Conv-BN and every BN-Conv (unpadded) pair of an eval-mode model in place, in float64.
 
-    Returns the pairs, see :func:`find_pairs`, and what torch.fx could not trace, see
-    :func:`rep_plugin.reparam.fx_parts.trace_parts`. The convolution keeps its place, with a bias; the BN's becomes
-    Identity (or the activation it carried). Computed in float64. Raises RuntimeError for a BN in train mode; the model is
-    then as it was.
+    The convolution keeps its place, with a bias; the BN's becomes Identity (or the activation it carried). Returns the pairs,
+    see :func:`find_pairs`, and what torch.fx could not trace, see :func:`rep_plugin.reparam.fx_parts.trace_parts`.
+
+    Raises:
+        TrainModeError: a BN is in train mode. The model is then as it was.
     """
     parts, failures = trace_parts(model)
     pairs = [pair for part in parts for pair in find_pairs(model, part)]
@@ -101,10 +115,16 @@ def fold_conv_bn_(model: nn.Module) -> tuple[list[tuple[str, str, bool]], list[s
 
 @torch.no_grad()
 def absorb_biases_(model: nn.Module, names: list[str]) -> list[str]:
-    """Move the biases of the named convolutions into the running means of the BNs that follow, in place.
+    """Move the biases of convolutions into the running means of the BNs that follow, in place.
 
     ``BN(y + b)`` with mean m equals ``BN(y)`` with mean m - b, in eval mode and, batch means moving along, in train mode.
-    Returns the names of the convolutions that keep their bias: no BN with running statistics alone reads them.
+
+    Args:
+        model: the model.
+        names: names of the convolutions.
+
+    Returns:
+        Names of those that keep their bias: no BN with running statistics alone reads them.
     """
     pairs = dict(find_pairs_by_parts(model)[0]) if names else {}
     for name in names:

@@ -1,6 +1,7 @@
 """The largest parts of a model that torch.fx can trace, and who reads what in them."""
 
 import inspect
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -8,15 +9,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.layers import is_idle
+from rep_plugin.errors import TraceError, first_line
 
 
 class _LeafTracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return isinstance(module, (RepBlock, nn.Conv2d, _BatchNorm)) or super().is_leaf_module(module, qualified_name)
-
-
-class TraceError(RuntimeError):
-    """The model's forward cannot be traced symbolically."""
 
 
 @dataclass
@@ -34,7 +32,8 @@ class TracedPart:
 def trace(model: nn.Module) -> fx.Graph:
     """Return the graph of a model, convolutions and BNs being leaves; arguments that have a default keep it.
 
-    Raises TraceError with the reason.
+    Raises:
+        TraceError: it cannot be traced; the message has the reason.
     """
     arguments = inspect.signature(model.forward).parameters.values()
     defaults = {
@@ -43,15 +42,14 @@ def trace(model: nn.Module) -> fx.Graph:
     try:
         return _LeafTracer().trace(model, defaults or None)
     except Exception as error:  # fx raises whatever the traced code raises on a proxy
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TraceError(f"torch.fx cannot trace {type(model).__name__}: {reason}") from error
+        raise TraceError(f"torch.fx cannot trace {type(model).__name__}: {first_line(error)}") from error
 
 
 def trace_parts(model: nn.Module) -> tuple[list[TracedPart], list[str]]:
     """Return the model as one part or, where it cannot be traced, the largest of its modules that can be.
 
-    Also one line for each class and reason of modules that cannot be traced although all their children can. Modules that
-    hold no BN are not looked at.
+    Also one line for each class and reason of modules that cannot be traced although all their children can. Modules
+    without a BN are left out.
     """
     parts: list[TracedPart] = []
     failures: dict[str, list[str]] = {}
@@ -85,21 +83,18 @@ def trace_parts(model: nn.Module) -> tuple[list[TracedPart], list[str]]:
 class Readers:
     """Which modules of a traced part read which, past those that compute nothing in eval mode.
 
-    ``model`` is the whole model: a module that stands in several places of it, or is called more than once, has no
-    single reader and is not told of.
+    Args:
+        model: the whole model. A module that stands in several places of it, or is called more than once, has no single
+            reader and is left out.
+        part: the traced part.
     """
 
     def __init__(self, model: nn.Module, part: TracedPart):
         self.modules = dict(part.module.named_modules())
         calls = [node for node in part.graph.nodes if node.op == "call_module"]
-        times_called: dict[nn.Module, int] = {}
-        for node in calls:
-            module = self.modules[node.target]
-            times_called[module] = times_called.get(module, 0) + 1
-        places: dict[nn.Module, int] = {}
-        for _, module in model.named_modules(remove_duplicate=False):
-            places[module] = places.get(module, 0) + 1
-        self._once = {m for m, times in times_called.items() if times == 1 and places.get(m, 1) == 1}
+        times_called = Counter(self.modules[node.target] for node in calls)
+        places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+        self._once = {module for module, times in times_called.items() if times == 1 and places[module] <= 1}
         self.calls = [node for node in calls if not is_idle(self.modules[node.target])]
 
     def module(self, node: fx.Node) -> nn.Module | None:

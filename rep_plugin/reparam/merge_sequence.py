@@ -23,12 +23,23 @@ from rep_plugin.reparam.linear_layers import flatten_layers, is_plain_bn, is_pla
 def merge_sequence(layers: nn.Module | Iterable[nn.Module]) -> nn.Conv2d:
     """Return the one layer equal, in eval mode, to linear layers that run one after the other.
 
-    ``layers``: a Sequential or its parts: Conv2d, BatchNorm2d, AvgPool2d, Identity, dropout, nested Sequentials. The
-    result is an ``nn.Conv2d`` or, where a bias stands before a zero padding, a
-    :class:`rep_plugin.reparam.border_conv.BorderConv2d`. The given layers are not changed.
+    Args:
+        layers: a Sequential or its parts: Conv2d, BatchNorm2d, AvgPool2d, Identity, dropout, nested Sequentials. They are not
+            changed.
 
-    Raises TypeError for a layer that is not linear, RuntimeError for a BN in train mode, ValueError where the layers are
-    not one convolution at the border (two windows that both pad).
+    Returns:
+        An ``nn.Conv2d`` or, where a bias stands before a zero padding, a
+        :class:`rep_plugin.reparam.border_conv.BorderConv2d`.
+
+    Raises:
+        NotMergeableError: a layer is not linear.
+        TrainModeError: a BN is in train mode.
+        ArgumentError: the layers are not one convolution at the border (two windows that both pad).
+
+    Example:
+        >>> layers = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)).eval()
+        >>> merge_sequence(layers)
+        Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1))
     """
     layers = [layers] if isinstance(layers, nn.Module) else list(layers)
     flat = flatten_layers(layers)
@@ -37,9 +48,9 @@ def merge_sequence(layers: nn.Module | Iterable[nn.Module]) -> nn.Conv2d:
     return build_conv(_merge_run(flat), flat)
 
 
-def _merge_run(layers: list[nn.Module], channels: int | None = None) -> PaddedConv:
+def _merge_run(layers: list[nn.Module]) -> PaddedConv:
     device = next(p.device for layer in layers for p in layer.parameters())
-    channels = channels or next(
+    channels = next(
         read_layer(layer, None, device).params.in_channels for layer in layers if not isinstance(layer, nn.AvgPool2d)
     )
     merged = None
@@ -107,7 +118,7 @@ def cheapest_split(layers: list[nn.Module]) -> list[tuple[int, int]]:
             if _count_convs(run) >= 2:
                 try:
                     merged = _merge_run(run)
-                except ValueError:
+                except ArgumentError:
                     continue  # not one convolution at the border
                 cost = merged.params.kernel.numel() + (0 if merged.edge is None else merged.edge.numel())
             before_cost, before_count, runs = best[start]

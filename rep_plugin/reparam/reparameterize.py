@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rep_plugin.blocks.conv_like import ConvLike
 from rep_plugin.blocks.layers import require_eval
-from rep_plugin.errors import EquivalenceError, NothingToMergeError
+from rep_plugin.errors import EquivalenceError, NothingToMergeError, RepPluginError
 from rep_plugin.history import history_of, record_, replays
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.report import BlockReport, Report
@@ -49,7 +49,7 @@ def _merge_blocks(model: nn.Module) -> tuple[nn.Module, list[BlockReport]]:
         if adapter is not None:
             try:
                 merged = adapter.merge(module)
-            except (ValueError, RuntimeError, TypeError) as error:
+            except RepPluginError as error:
                 raise type(error)(f"block {name!r} ({adapter.name}): {error}") from error
             blocks.append(BlockReport(name, adapter.name))
         done[module] = done[merged] = merged
@@ -141,16 +141,16 @@ def _convert(model: nn.Module, fold_bn: bool, merge_linear: bool = False, keep_p
 
 def _copy(model: nn.Module) -> nn.Module:
     """Copy a model in the modes it is in: torchvision's feature extractors come out of a deepcopy in train mode."""
-    twin, modes = copy.deepcopy(model), {name: module.training for name, module in model.named_modules()}
-    if any(module.training != modes.get(name) for name, module in twin.named_modules()):
-        twin.train(model.training)
-        for name, module in twin.named_modules():
+    copied, modes = copy.deepcopy(model), {name: module.training for name, module in model.named_modules()}
+    if any(module.training != modes.get(name) for name, module in copied.named_modules()):
+        copied.train(model.training)
+        for name, module in copied.named_modules():
             module.training = modes.get(name, model.training)
-    return twin
+    return copied
 
 
 def _check_cast(converted: nn.Module, proven: nn.Module) -> None:
-    """The proof was run on a float64 twin: the model that is handed out must hold the same numbers, rounded once."""
+    """The proof was run in float64: the model that is returned must hold the same numbers, rounded once."""
     for (name, ours), theirs in zip(converted.state_dict().items(), proven.state_dict().values(), strict=True):
         if not torch.equal(ours, theirs.to(ours.dtype)):
             raise EquivalenceError(f"{name!r} is not the rounded value of the proven float64 merge")
@@ -170,21 +170,37 @@ def reparameterize(
 ) -> tuple[nn.Module, Report]:
     """Merge all branches of every block into one convolution each; return the merged model and a report.
 
-    ``model`` must be in eval mode. By default a copy is merged; ``inplace=True`` changes the given one. ``verify`` merges
-    a float64 twin first and compares it with the original, block by block and end to end, on ``example_input`` (N, C, H,
-    W) and on random inputs, an odd size among them; relative tolerance 1e-9. ``fold_bn`` also folds the network's own
-    Conv-BN pairs, and BNs in front of unpadded convolutions. ``fold_bn=False`` keeps them: look-alikes
-    (:mod:`rep_plugin.blocks.conv_like`) become the plain convolutions they stand for, the merged bias going into the next
-    BN's running mean, so that the state dict is that of the stock network. ``merge_linear`` also merges linear sequences
-    that were trained as separate, zero-padded layers, exact at the border, where that costs no more multiply-adds.
+    The proof compares a merged float64 copy with the original, block by block and end to end, on the example and on random
+    inputs, an odd size among them; relative tolerance 1e-9. Multi-branch blocks of timm, mmpretrain and the official
+    repositories are recognised (:mod:`rep_plugin.reparam.foreign.sums`); modules that can merge themselves but are not
+    recognised here are named in ``report.notes``.
 
-    Multi-branch blocks of timm, mmpretrain and the official repositories are known
-    (:mod:`rep_plugin.reparam.foreign.sums`). The root itself may be replaced: use the returned model. Modules that can merge
-    themselves but are not known here are named in ``report.notes``.
+    Args:
+        model: a model in eval mode; it stays as it was where an error is raised.
+        example_input: images (N, C, H, W) for the proof.
+        inplace: merge the given model, not a copy. The root itself may be replaced: use the returned model.
+        verify: prove the result.
+        fold_bn: fold the network's own Conv-BN pairs too, and BNs in front of unpadded convolutions. False keeps them:
+            look-alikes (:mod:`rep_plugin.blocks.conv_like`) become the plain convolutions they stand for, the merged bias
+            going into the next BN's running mean, so that the state dict is that of the stock network.
+        merge_linear: merge linear sequences that were trained as separate, zero-padded layers too, exact at the border, where
+            that costs no more multiply-adds.
 
-    Raises RuntimeError in train mode, NothingToMergeError (a ValueError) where the model holds nothing to merge, and
-    :class:`rep_plugin.errors.EquivalenceError` where the proof fails, with the first block that is off. The model is
-    then as it was.
+    Returns:
+        The merged model and the report.
+
+    Raises:
+        TrainModeError: a BN is in train mode.
+        NotMergeableError: a layer of a block is not linear.
+        NothingToMergeError: the model holds nothing to merge.
+        EquivalenceError: the proof fails; it names the first block that is off.
+
+    Example:
+        >>> from rep_plugin.blocks.families import RepVGGBlock
+        >>> model = nn.Sequential(RepVGGBlock(3, 8, 3), nn.ReLU()).eval()
+        >>> merged, report = reparameterize(model)
+        >>> [block.name for block in report.blocks], report.max_rel_error < 1e-9
+        (['0'], True)
     """
     started = time.perf_counter()
     history = history_of(model)
@@ -193,20 +209,20 @@ def reparameterize(
     counted = inputs[0] if example_input is not None else inputs[0][:1]
     report = Report("reparameterize", count_params(model), 0, input_shape=tuple(counted.shape))
     report.macs_before = count_macs(model, counted)
-    twin = None
+    exact = None
     if verify:
-        twin = _convert(_copy(model).double(), fold_bn, merge_linear, keep_parts=True)
-        report.blocks = twin.blocks
-        report.add_proof(_prove(model, twin, inputs))
+        exact = _convert(_copy(model).double(), fold_bn, merge_linear, keep_parts=True)
+        report.blocks = exact.blocks
+        report.add_proof(_prove(model, exact, inputs))
     elif inplace:
         _convert(_copy(model), fold_bn, merge_linear)  # an unmergeable block must not leave others merged
     done = _convert(model if inplace else _copy(model), fold_bn, merge_linear)
     merged = done.model
-    if twin is None:
+    if exact is None:
         report.blocks = done.blocks
     else:
-        merged.load_state_dict(twin.model.state_dict())  # rounded once, where two steps in float32 round twice
-        _check_cast(merged, twin.model)
+        merged.load_state_dict(exact.model.state_dict())  # rounded once, where two steps in float32 round twice
+        _check_cast(merged, exact.model)
     report.params_after, report.macs_after = count_params(merged), count_macs(merged, counted)
     report.notes += done.notes
     record_(merged, history, step="reparameterize", fold_bn=fold_bn, merge_linear=merge_linear)
@@ -219,10 +235,10 @@ def _replay(model: nn.Module, fold_bn: bool, merge_linear: bool) -> nn.Module:
     return reparameterize(model, inplace=True, verify=False, fold_bn=fold_bn, merge_linear=merge_linear)[0]
 
 
-def _prove(model: nn.Module, twin: _Conversion, inputs: list[Tensor]) -> Equivalence:
-    """Compare the float64 twin with the model."""
+def _prove(model: nn.Module, exact: _Conversion, inputs: list[Tensor]) -> Equivalence:
+    """Compare the merged float64 copy with the model."""
     proven_whole = (CONV_BN, BN_CONV, SEQUENCE)
-    names = [block.name for block in twin.blocks if block.name and not block.kind.startswith(proven_whole)]
+    names = [block.name for block in exact.blocks if block.name and not block.kind.startswith(proven_whole)]
     own = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    folded = [block.name for block in twin.blocks if block.kind.startswith(proven_whole) and block.name in own]
-    return verify_equivalence(model, twin.model, inputs, names, TOLERANCE, twin.parts, run_names=folded)
+    folded = [block.name for block in exact.blocks if block.kind.startswith(proven_whole) and block.name in own]
+    return verify_equivalence(model, exact.model, inputs, names, TOLERANCE, exact.parts, run_names=folded)

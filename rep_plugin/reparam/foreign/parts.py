@@ -125,7 +125,12 @@ def pop_branches_(block: nn.Module, names: str) -> nn.Conv2d:
 
 
 def delete_children_(module: nn.Module, names: str) -> None:
-    """Delete those of the named children that a module has."""
+    """Delete those of the named children that a module has.
+
+    Args:
+        module: the module.
+        names: names, separated by spaces.
+    """
     for name in names.split():
         if name in module._modules:
             delattr(module, name)
