@@ -10,7 +10,7 @@ import torch
 from mmengine.config import Config
 
 from rep_plugin.errors import EquivalenceError
-from rep_plugin.openmmlab import artefacts as mm_artefact
+from rep_plugin.openmmlab import artefacts
 from rep_plugin.openmmlab.artefacts import write_deployed
 from rep_plugin.openmmlab.configs import deploy_config
 from rep_plugin.openmmlab.load import build_model, load_model, load_strictly
@@ -95,7 +95,7 @@ def test_a_config_that_builds_another_network_is_refused(model, tmp_path, monkey
         cfg.model.backbone.act_cfg = "relu"
         return cfg
 
-    monkeypatch.setattr(mm_artefact, "deploy_config", wrong)
+    monkeypatch.setattr(artefacts, "deploy_config", wrong)
     with pytest.raises(EquivalenceError, match="built from the written config differs"):
         write_deployed(model, CONFIG, tmp_path, torch.randn(2, 3, 64, 64) * 10)
     assert not list(tmp_path.iterdir())

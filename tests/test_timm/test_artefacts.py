@@ -167,13 +167,13 @@ def test_a_full_disk_leaves_both_old_files(tmp_path):
         (tmp_path / name).write_text("old")
     code = f"""
 import json, resource, signal, timm, rep_plugin
-from rep_plugin import timm_artefact
+from rep_plugin.timm import artefacts
 model = timm.create_model("test_resnet", num_classes=2)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (200, resource.RLIM_INFINITY))
-timm_artefact.save = lambda state: b"weights"
+artefacts.save = lambda state: b"weights"
 try:
-    timm_artefact.save_timm(model, {str(tmp_path)!r})
+    artefacts.save_timm(model, {str(tmp_path)!r})
 except OSError as error:
     print("OSError", error)
 """

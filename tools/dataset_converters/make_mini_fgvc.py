@@ -37,8 +37,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 # Loaded by path (tests) as well as run as a script, and worker processes must find the drawing module in both cases.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from rep_plugin.errors import ArgumentError, RepPluginError
 import _birds
+
+
+class UsageError(ValueError):
+    """An argument or a folder does not fit. Every worker process imports this file, so it imports nothing heavy for it."""
+
 
 MARKER = "mini_fgvc.json"
 # Raise when the images drawn for given parameters change, so that old folders are not taken for new ones.
@@ -72,7 +76,7 @@ ANNOTATIONS = {
 class Params:
     """What decides every byte of a set: counts per class, ``size`` in pixels, ``seed`` and the layout.
 
-    Raises ArgumentError, naming the value and the limits, if a field is out of range.
+    Raises UsageError, naming the value and the limits, if a field is out of range.
     """
 
     layout: str = "cub"
@@ -85,7 +89,7 @@ class Params:
 
     def __post_init__(self):
         if self.layout not in LAYOUTS:
-            raise ArgumentError(f"layout is {self.layout!r}, expected one of {', '.join(LAYOUTS)}")
+            raise UsageError(f"layout is {self.layout!r}, expected one of {', '.join(LAYOUTS)}")
         # The aircraft layout splits the training images into train and val, and its loader needs both non-empty.
         least_train = 2 if self.layout == "aircraft" else 1
         for name, low, high in (
@@ -98,7 +102,7 @@ class Params:
             value = getattr(self, name)
             if value < low or (high is not None and value > high):
                 limits = f"at least {low}" if high is None else f"{low} to {high} (maximum {high})"
-                raise ArgumentError(f"{name} is {value}, expected {limits}")
+                raise UsageError(f"{name} is {value}, expected {limits}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,31 +180,27 @@ def _write_aircraft(root: Path, params: Params, pics: list, boxes: list) -> None
 
 
 def _is_complete(out: Path, params: Params, overwrite: bool) -> bool:
-    """True if ``out`` already holds this very set; ArgumentError if it holds anything that may not be replaced."""
+    """True if ``out`` already holds this very set; UsageError if it holds anything that may not be replaced."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     if not out.is_dir():
-        raise ArgumentError(f"--out {out} is a file, expected a folder or a new name")
+        raise UsageError(f"--out {out} is a file, expected a folder or a new name")
     try:
         held = Params(**json.loads((out / MARKER).read_text())["params"])
     except (OSError, ValueError, TypeError, KeyError):
-        raise ArgumentError(
-            f"--out {out} holds files but no readable {MARKER}, expected a new or empty folder"
-        ) from None
+        raise UsageError(f"--out {out} holds files but no readable {MARKER}, expected a new or empty folder") from None
     expected = {p.path for p in images(held)} | set(ANNOTATIONS[held.layout]) | {MARKER}
     present = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_symlink() or not p.is_dir()}
     if overwrite:
         if foreign := sorted(present - expected):
-            raise ArgumentError(
-                f"--out {out} also holds {foreign[0]}, which this tool did not make; move it away first"
-            )
+            raise UsageError(f"--out {out} also holds {foreign[0]}, which this tool did not make; move it away first")
         return False
     if held != params:
         new = dataclasses.asdict(params)
         other = ", ".join(f"{k} {v} (asked {new[k]})" for k, v in dataclasses.asdict(held).items() if v != new[k])
-        raise ArgumentError(f"--out {out} holds a set with {other}; expected another folder or --overwrite")
+        raise UsageError(f"--out {out} holds a set with {other}; expected another folder or --overwrite")
     if missing := sorted(expected - present):
-        raise ArgumentError(f"--out {out} lacks {missing[0]} of its {len(expected)} files; use --overwrite to redo it")
+        raise UsageError(f"--out {out} lacks {missing[0]} of its {len(expected)} files; use --overwrite to redo it")
     return True
 
 
@@ -235,11 +235,11 @@ def make(
     """Writes the set into folder ``out``; returns False if the complete set is there already.
 
     The files are written to a hidden folder beside ``out`` and renamed at the end, so ``out`` never holds half a set.
-    With ``workers`` > 1 the caller's main module must be importable (the usual ``__main__`` guard). Raises ArgumentError
+    With ``workers`` > 1 the caller's main module must be importable (the usual ``__main__`` guard). Raises UsageError
     if ``out`` holds anything else or ``workers`` is below 1; ``overwrite`` replaces only sets made by this tool.
     """
     if workers < 1:
-        raise ArgumentError(f"workers is {workers}, expected at least 1")
+        raise UsageError(f"workers is {workers}, expected at least 1")
     out = Path(out).resolve()
     if _is_complete(out, params, overwrite):
         return False
@@ -313,9 +313,9 @@ def main(argv: list | None = None) -> int:
     try:
         params = Params(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Params) if f.name != "drawing"})
         if args.contact_sheet and args.contact_sheet.suffix.lower() != ".png":
-            raise ArgumentError(f"--contact-sheet is {args.contact_sheet}, expected a name ending in .png")
+            raise UsageError(f"--contact-sheet is {args.contact_sheet}, expected a name ending in .png")
         if args.samples < 1:
-            raise ArgumentError(f"--samples is {args.samples}, expected at least 1")
+            raise UsageError(f"--samples is {args.samples}, expected at least 1")
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             made = make(out, params, args.workers, args.overwrite, progress)
@@ -326,7 +326,7 @@ def main(argv: list | None = None) -> int:
             args.contact_sheet.parent.mkdir(parents=True, exist_ok=True)
             contact_sheet(params, args.samples).save(args.contact_sheet)
             print(f"{args.contact_sheet}: contact sheet, {params.classes} classes x {args.samples} images")
-    except (RepPluginError, OSError, ImportError) as error:
+    except (UsageError, OSError, ImportError) as error:
         print(f"make_mini_fgvc.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

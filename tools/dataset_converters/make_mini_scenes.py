@@ -14,12 +14,17 @@ import argparse
 import json
 import os
 import shutil
+import sys
 import uuid
 from pathlib import Path
 
 import cv2
-from rep_plugin.errors import ArgumentError, exit_on_user_errors
 import numpy as np
+
+
+class UsageError(ValueError):
+    """An argument does not fit."""
+
 
 CLASSES = ("disk", "box", "triangle")
 
@@ -78,12 +83,12 @@ def make_split(out: Path, split: str, count: int, size: int, seed: int) -> None:
 
 
 def make(out: Path, train: int = 200, val: int = 40, size: int = 128, seed: int = 0) -> None:
-    """Make the whole set, or nothing. Raises FileExistsError for a folder that exists, ArgumentError for bad numbers."""
+    """Make the whole set, or nothing. Raises FileExistsError for a folder that exists, UsageError for bad numbers."""
     if out.exists():
         raise FileExistsError(f"{out} exists, expected a new folder")
     for name, value, least in (("train", train, 1), ("val", val, 1), ("size", size, 32), ("seed", seed, 0)):
         if value < least:
-            raise ArgumentError(f"{name} must be >= {least}, got {value}")
+            raise UsageError(f"{name} must be >= {least}, got {value}")
     work = out.parent / f".{out.name}.{uuid.uuid4().hex}"
     try:
         make_split(work, "train", train, size, seed)
@@ -102,8 +107,10 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128, help="side of the square images in pixels")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files")
     args = parser.parse_args()
-    with exit_on_user_errors():
+    try:
         make(args.out, args.train, args.val, args.size, args.seed)
+    except (UsageError, OSError) as error:
+        sys.exit(f"error: {error}")
     print(f"{args.out}: made {args.train} + {args.val} images of {args.size} pixels, seed {args.seed}")
 
 
