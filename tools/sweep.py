@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         sparse_options=args.sparse_options,
         log=lambda text: console.print(text, markup=False),
     )
-    title = f"{Path(args.config).stem}: {rows[0]['figure']}, costs of one image, one thread"
+    title = f"{Path(args.config).stem}: {rows[0]['metric']}, costs of one image, one thread"
     console.print(table_of(rows, title))
     console.print(f"written: {out / 'sweep.json'} and sweep.png", markup=False)
 

@@ -76,7 +76,7 @@ def sweep(
     write_atomic(out / "sweep.json", lambda file: file.write((json.dumps(rows, indent=1) + "\n").encode()))
     if curves := curves_of(rows):
         dense = rows[0]["before"] if len(starts) == 1 else None
-        figure = accuracy_figure(curves, rows[0]["figure"], Path(config).stem, dense)
+        figure = accuracy_figure(curves, rows[0]["metric"], Path(config).stem, dense)
         write_atomic(out / "sweep.png", lambda file: save_figure(figure, file))
     return rows
 
@@ -129,7 +129,7 @@ def _row_of(folder: Path, label: str, rate: float) -> dict:
     rounds = json.loads((folder / "pruned.rounds.json").read_text())
     first, last = rounds[0], rounds[-1]
     name = main_metric(first["before"])
-    row = dict(start=label, rate=rate, folder=str(folder), figure=name)
+    row = dict(start=label, rate=rate, folder=str(folder), metric=name)
     row |= {
         when: (entry[when] or {}).get(name) for entry, when in ((first, "before"), (last, "after"), (last, "tuned"))
     }
