@@ -220,7 +220,7 @@ def _shadow(ema: nn.Module, model: nn.Module) -> nn.Module:
 
 
 def _refresh_table(ema: nn.Module, shadow: nn.Module) -> None:
-    """Tensors that a wrapper keeps by name (mmengine's ``avg_parameters``) are the live ones again."""
+    """Tensors that a wrapper keeps by name (mmengine's ``avg_parameters``) are those of the model again."""
     table = getattr(ema, "avg_parameters", None)
     if isinstance(table, dict):
         parameters, state = dict(shadow.named_parameters()), shadow.state_dict()
@@ -252,9 +252,9 @@ def _prove(model: nn.Module, trace: Trace, kept: KeptChannels, inputs: list[Tens
     if any(kept.changes(labels) for labels in trace.outputs):
         masked = KeptOutputs(masked, trace, kept)
     try:
-        found = verify_equivalence(masked, removed, inputs, tolerance=TOLERANCE, keep=False)
+        proof = verify_equivalence(masked, removed, inputs, tolerance=TOLERANCE, keep=False)
     except EquivalenceError as error:
         raise EquivalenceError(f"removing channels does not equal setting them to zero: {error}") from error
     except (RuntimeError, IndexError) as error:  # torch's, of shapes that do not fit
         raise EquivalenceError(f"the model does not run without the removed channels: {first_line(error)}") from error
-    report.add_proof(found)
+    report.add_proof(proof)

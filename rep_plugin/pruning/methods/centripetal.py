@@ -276,11 +276,11 @@ def merge_clusters_(
     for name, tensor, dim, target in _cluster_tensors(model, members):
         if not torch.equal(tensor, tensor.index_select(dim, target)):
             raise ArgumentError(f"the filters of a cluster in {name!r} are not equal: call snap_clusters_ first")
-    found = _prove(model, members, proof_inputs(model, clusters.plan.input_shape, example_input)) if verify else None
+    proof = _prove(model, members, proof_inputs(model, clusters.plan.input_shape, example_input)) if verify else None
     _sum_columns_(model, members)
     report = apply_plan(model, clusters.plan, verify=False)
-    if found is not None:
-        report.add_proof(found)
+    if proof is not None:
+        report.add_proof(proof)
     report.seconds = time.perf_counter() - started
     return report
 

@@ -80,13 +80,13 @@ class Alignment:
         self.trace, self.roots = trace, trace.channels.roots().tolist()
         slices = [(f"{name}.{dim}", labels) for name, dims in trace.slices.items() for dim, labels in dims.items()]
         balanced = [(f"balance {place}", rows) for place, rows in enumerate(trace.channels.balanced)]
-        found: list[list] = [[] for _ in self.roots]
+        occurrences: list[list] = [[] for _ in self.roots]
         for key, labels in (*slices, *balanced):
             for row, own in enumerate(labels.view(-1, labels.shape[-1])):
                 for label, number in zip(*(t.tolist() for t in own.unique(return_counts=True))):
-                    found[label].append((key, row, number))
-        book: dict[tuple, int] = {}
-        self._kinds = [book.setdefault(tuple(places), len(book)) if places else None for places in found]
+                    occurrences[label].append((key, row, number))
+        numbers: dict[tuple, int] = {}
+        self._kinds = [numbers.setdefault(tuple(places), len(numbers)) if places else None for places in occurrences]
 
     def classes(self) -> tuple[list[tuple[str, list[int]]], dict[str, str]]:
         """Return [(a layer, its units of one class)], at least two each, and {layer: why none of its channels merge}."""
@@ -101,7 +101,7 @@ class Alignment:
         }
         classes, reasons = [], {}
         for group in find_groups(self.trace):
-            found: dict[tuple, list[int]] = {}
+            by_kinds: dict[tuple, list[int]] = {}
             reason = group.reason or "no two of its channels do the same work"
             for unit in group.units.tolist():
                 if unit in counted:
@@ -109,8 +109,8 @@ class Alignment:
                 elif len(set(kinds[unit])) < len(kinds[unit]):
                     reason = "channels of one layer go together, none answers to another"
                 else:
-                    found.setdefault(tuple(sorted(kinds[unit])), []).append(unit)
-            alike = [(group.layers[0], units) for units in found.values() if len(units) > 1]
+                    by_kinds.setdefault(tuple(sorted(kinds[unit])), []).append(unit)
+            alike = [(group.layers[0], units) for units in by_kinds.values() if len(units) > 1]
             classes += alike
             if not alike:
                 reasons |= dict.fromkeys(group.layers, reason)
@@ -123,11 +123,11 @@ class Alignment:
 
     def places(self, labels: Tensor) -> dict[int, list[int]]:
         """Return {unit: its places among ``labels`` (C,)}, in an order that all units of a class have."""
-        found: dict[int, list[int]] = {}
+        places: dict[int, list[int]] = {}
         labels = labels.tolist()
         for place in sorted(range(len(labels)), key=lambda p: (self._kinds[labels[p]] or 0, p)):
-            found.setdefault(self.roots[labels[place]], []).append(place)
-        return found
+            places.setdefault(self.roots[labels[place]], []).append(place)
+        return places
 
     def targets(self, labels: Tensor, leads: Mapping[int, int]) -> Tensor:
         """Return the place that stays for each place, like ``labels`` ((C,), or (groups, width)); ``leads``: unit -> unit."""
@@ -189,16 +189,16 @@ def cluster_points(points: Tensor, number: int, method: str, seed: int = 0) -> l
         # Where none is left the others are equal to chosen ones.
         weights = gaps if gaps.any() else torch.ones_like(gaps).index_fill_(0, torch.tensor(chosen), 0)
         chosen.append(int(torch.multinomial(weights, 1, generator=generator)))
-    centres, found = points[chosen], None
+    centres, owner = points[chosen], None
     for _ in range(_ROUNDS):
         distances = torch.cdist(points, centres)
         nearest = _fill_empty(distances.argmin(1), distances, number)
-        if found is not None and torch.equal(found, nearest):
+        if owner is not None and torch.equal(owner, nearest):
             break
-        found = nearest
-        sizes = torch.bincount(found, minlength=number)[:, None]
-        centres = torch.zeros_like(centres).index_add_(0, found, points) / sizes
-    return found.tolist()
+        owner = nearest
+        sizes = torch.bincount(owner, minlength=number)[:, None]
+        centres = torch.zeros_like(centres).index_add_(0, owner, points) / sizes
+    return owner.tolist()
 
 
 def _fill_empty(nearest: Tensor, distances: Tensor, number: int) -> Tensor:
@@ -219,9 +219,9 @@ def _kernels(model: nn.Module, aligned: Alignment, units: list[int]) -> Tensor:
         for dim, labels in dims.items():
             if aligned.is_input(name, dim):
                 continue
-            found = aligned.places(labels)
-            if units[0] in found:
-                places = torch.tensor([found[unit] for unit in units])
+            of_unit = aligned.places(labels)
+            if units[0] in of_unit:
+                places = torch.tensor([of_unit[unit] for unit in units])
                 rows = model.get_parameter(name).detach().movedim(dim, 0).cpu().float()
                 parts.append(rows[places].reshape(len(units), -1))
     return torch.cat(parts, 1)

@@ -172,17 +172,17 @@ class ResRep:
             the mean of those that stay beside it.
         """
         forgotten, compactors = self.forgotten(plan), compactors_of(model, self.sites)
-        found = dict(largest_dropped_row=0.0, largest_dropped_share=0.0, smallest_kept_row=torch.inf)
+        norms_left = dict(largest_dropped_row=0.0, largest_dropped_share=0.0, smallest_kept_row=torch.inf)
         for name, compactor in compactors.items():
             norms = compactor.row_norms()
             dropped = torch.zeros(len(norms), dtype=torch.bool).index_fill_(0, forgotten[name], True)
             stays = norms[~dropped]
             largest = max(norms[dropped].tolist(), default=0.0)
-            found["largest_dropped_row"] = max(found["largest_dropped_row"], largest)
+            norms_left["largest_dropped_row"] = max(norms_left["largest_dropped_row"], largest)
             share = largest / max(stays.mean().item(), torch.finfo(norms.dtype).tiny)
-            found["largest_dropped_share"] = max(found["largest_dropped_share"], share)
-            found["smallest_kept_row"] = min(found["smallest_kept_row"], stays.min().item())
-        return found
+            norms_left["largest_dropped_share"] = max(norms_left["largest_dropped_share"], share)
+            norms_left["smallest_kept_row"] = min(norms_left["smallest_kept_row"], stays.min().item())
+        return norms_left
 
     def compact_(self, model: nn.Module, plan: PrunePlan, example_input: Tensor | None = None) -> PruneReport:
         """Merge the compactors of a model and remove what ``plan`` forgets, in place.
@@ -209,9 +209,9 @@ class ResRep:
         merge_compactors_(merged, self.sites)
         report = apply_plan(merged, plan, example_input=example_input)
         inputs = proof_inputs(model, plan.input_shape, example_input)
-        found = verify_equivalence(reference, merged, inputs, tolerance=TOLERANCE, keep=False)
-        report.max_abs_error = max(report.max_abs_error, found.total.max_abs)
-        report.max_rel_error = max(report.max_rel_error, found.total.max_rel)
+        proof = verify_equivalence(reference, merged, inputs, tolerance=TOLERANCE, keep=False)
+        report.max_abs_error = max(report.max_abs_error, proof.total.max_abs)
+        report.max_rel_error = max(report.max_rel_error, proof.total.max_rel)
         merge_compactors_(model, self.sites)
         apply_plan(model, plan, verify=False)
         model.load_state_dict(merged.state_dict())  # rounded once

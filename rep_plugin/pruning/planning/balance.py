@@ -15,7 +15,7 @@ def _counts(trace: Trace, units: Tensor) -> list[Tensor]:
     roots = trace.channels.roots()
     place = torch.full((trace.channels.count,), -1)
     place[units] = torch.arange(len(units))
-    found = []
+    uneven = []
     for rows in trace.channels.balanced:
         where = place[roots[rows]]  # (groups, width)
         if not (where >= 0).any():
@@ -25,8 +25,8 @@ def _counts(trace: Trace, units: Tensor) -> list[Tensor]:
         inside = where >= 0
         counts.index_put_((where[inside], group[inside]), torch.tensor(1), accumulate=True)
         if (counts != counts[:, :1]).any():
-            found.append(counts)
-    return found
+            uneven.append(counts)
+    return uneven
 
 
 Vectors = tuple[tuple[int, ...], ...]  # of one unit: its channels in each group of each balanced layer
@@ -48,9 +48,9 @@ def _combination(
         added = tuple(tuple(map(sum, zip(a, b))) for a, b in zip(sums, vectors))
         if max(added[lead]) > level:
             continue
-        found = _combination(cells, added, [*chosen, vectors], lead, level, steps)
-        if found is not None:
-            return found
+        combination = _combination(cells, added, [*chosen, vectors], lead, level, steps)
+        if combination is not None:
+            return combination
     return None
 
 

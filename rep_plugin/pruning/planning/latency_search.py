@@ -75,7 +75,7 @@ class Search:
         self.rest = self.dense_seconds - layers  # additions, Python: taken to stay
 
     def _widths(self, members: list[Candidate]) -> list[int]:
-        """Channels of the layer that could lose most once the first 0, 1, 2 ... of a group are gone."""
+        """Channels of the layer that could lose most once the first 0, 1, 2 ... of a group are removed."""
         total: dict[str, int] = {}
         for candidate in members:
             for name, number in candidate.losses:
@@ -119,13 +119,13 @@ class Search:
             count: How many of its candidates are removed.
         """
         widths = self.widths[group]
-        width, found = widths[count], {}
+        width, distances = widths[count], {}
         for step in _STEPS:
             for goal in (width // step * step, -(-width // step) * step):
                 place = bisect.bisect_left(widths, -goal, key=lambda w: -w)
                 if goal > 0 and 3 * abs(goal - width) <= width and place < len(widths) and widths[place] == goal:
-                    found[place] = abs(goal - width)
-        return sorted(found, key=found.__getitem__)
+                    distances[place] = abs(goal - width)
+        return sorted(distances, key=distances.__getitem__)
 
     def plain(self, number: int) -> dict[int, int]:
         """The first ``number``, every group to the nearest multiple of 8."""
@@ -219,7 +219,7 @@ class Search:
 
     def refusal(self, asked: float, nearest: float) -> ArgumentError:
         """Return the error for a share that is not met; ``nearest`` is the share of the best plan."""
-        return ArgumentError(f"{self._cannot(asked)}: the nearest plan found takes {self._amount(nearest)}")
+        return ArgumentError(f"{self._cannot(asked)}: the nearest plan takes {self._amount(nearest)}")
 
 
 def to_latency(

@@ -88,10 +88,10 @@ def _units(model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
     own = [*model.parameters(recurse=False), *model.buffers(recurse=False)]
     if prefix and (own or not children):
         return {prefix[:-1]: model}
-    found = {}
+    units = {}
     for name, child in children.items():
-        found |= _units(child, f"{prefix}{name}.")
-    return found
+        units |= _units(child, f"{prefix}{name}.")
+    return units
 
 
 def _configuration(name: str, module: nn.Module, args: tuple) -> Hashable:
@@ -161,6 +161,6 @@ class LatencyTable:
             self._reference = (slowest, jobs[slowest])
             return
         key, job = self._reference
-        found = self.timer({**jobs, key: job}, _SECONDS)
-        factor = self.seconds[key] / found[key]
-        self.seconds |= {name: found[name] * factor for name in jobs}
+        seconds = self.timer({**jobs, key: job}, _SECONDS)
+        factor = self.seconds[key] / seconds[key]
+        self.seconds |= {name: seconds[name] * factor for name in jobs}

@@ -157,9 +157,9 @@ def plan_to_budget(
         chosen = to_budget(trace, order, finish, budget)
     else:
         x = _batch(model, example_input)
-        found = to_latency(model, trace, x, order, finish, budget, timer or EagerTimer())
-        chosen = found.chosen
-        times = {"latency_before": found.before * 1e3, "latency_after": found.after * 1e3}
+        timed = to_latency(model, trace, x, order, finish, budget, timer or EagerTimer())
+        chosen = timed.chosen
+        times = {"latency_before": timed.before * 1e3, "latency_after": timed.after * 1e3}
         why += " (measured: {latency_after:.4g} of {latency_before:.4g} ms)".format(**times)
     why += f" by {options.score_name}, scope {options.scope}, {options}"
     return replace(make_plan(model, trace, choice, finish(chosen), why, options.prune_outputs), **times)

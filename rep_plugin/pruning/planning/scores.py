@@ -78,8 +78,8 @@ def _taylor_members(model: nn.Module, trace: Trace, loader: Iterable, loss: Call
         copied.zero_grad(set_to_none=True)
         loss(copied(inputs), targets).backward()
         for layer in trace.layers.values():
-            found = [p for p in _taylor_parameters(copied, layer) if p.grad is not None]
-            products = [_per_output(p.detach() * p.grad, layer) for p in found]
+            trained = [p for p in _taylor_parameters(copied, layer) if p.grad is not None]
+            products = [_per_output(p.detach() * p.grad, layer) for p in trained]
             if products:
                 value = torch.stack(products).sum(0).abs().double().cpu()
                 totals[layer.name] = totals.get(layer.name, 0) + value

@@ -68,14 +68,14 @@ def match_layers(patterns: Sequence[str], names: Sequence[str]) -> dict[str, str
     Raises:
         ArgumentError: A pattern fits no layer.
     """
-    found = {}
+    matches = {}
     for pattern in patterns:
         fitting = [name for name in names if fnmatchcase(name, pattern)]
         if not fitting:
             raise ArgumentError(f"no layer is named like {pattern!r}, expected one of {', '.join(list(names)[:5])} ...")
         for name in fitting:
-            found.setdefault(name, pattern)
-    return found
+            matches.setdefault(name, pattern)
+    return matches
 
 
 def _total(several: Iterable[list[tuple[str, int]]]) -> list[tuple[str, int]]:
@@ -118,8 +118,8 @@ def find_candidates(trace: Trace, scores: Tensor, ignore: Sequence[str] = (), wi
             reason = f"its groups cannot lose as many channels each ({len(left)} units)"
         losses: dict[int, list[tuple[str, int]]] = defaultdict(list)
         for name in group.layers:
-            found, numbers = roots[trace.layers[name].labels].unique(return_counts=True)
-            for unit, number in zip(found.tolist(), numbers.tolist()):
+            roots_of_layer, numbers = roots[trace.layers[name].labels].unique(return_counts=True)
+            for unit, number in zip(roots_of_layer.tolist(), numbers.tolist()):
                 losses[unit].append((name, number))
         candidates = []
         for bundle in bundles:

@@ -1,4 +1,4 @@
-"""Removing channels from a live model: tensors are resized in place, so that every parameter stays the same object."""
+"""Removing channels from a model: tensors are resized in place, so that every parameter stays the same object."""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""What stays of every tensor once some channels are gone, and what that costs."""
+"""What stays of every tensor once some channels are removed, and what that costs."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

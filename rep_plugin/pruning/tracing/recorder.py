@@ -65,8 +65,8 @@ class Recorder:
 
     def mark_of(self, tensor: Tensor) -> Mark:
         """Return what is known of a map, or of a parameter that is used like one."""
-        if (found := self._marks.get(id(tensor))) is not None:
-            return found[0]
+        if (known := self._marks.get(id(tensor))) is not None:
+            return known[0]
         if (name := self.names.get(id(tensor))) is not None:
             return self._mark_parameter(tensor, name)
         if not tensor.is_meta:

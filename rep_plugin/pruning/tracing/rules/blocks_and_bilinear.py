@@ -98,7 +98,7 @@ def _rep_block(recorder: Recorder, name: str, block: RepBlock, x: Tensor):
         width = len(layer.inputs_per_group)
         recorder.add_cost([labels], lambda kept: positions * width * kept)
     else:
-        recorder.add_cost([labels, layer.inputs_per_group], lambda kept, seen: positions * kept * seen)
+        recorder.add_cost([labels, layer.inputs_per_group], lambda kept, read: positions * kept * read)
     return torch.empty(out_shape, dtype=x.dtype, device="meta"), [Mark(labels_map, zero)]
 
 
@@ -129,13 +129,13 @@ def _stream(recorder: Recorder, name: str, neck: BilinearPooling, feats: Sequenc
     given, positions = labels, x.numel() // (x.shape[0] * x.shape[dim])
     if hasattr(neck, path := ("projection", "projection_second")[stream]):
         layer = member(name, f"{path}.conv")
-        seen = labels
+        inputs = labels
         labels = _run_chain(recorder, member(name, path), [("conv", getattr(neck, path).conv)], labels)
         recorder.note_input(f"{layer}.weight", 1, mark)
         mark = Mark(labels, recorder.makes_zero(layer))
         labels = _run_chain(recorder, member(name, path), [("bn", getattr(neck, path).bn)], labels)
-        recorder.trace.layers[layer] = Layer(layer, "conv", labels, seen, f"{layer}.weight")
-        recorder.add_cost([labels, seen], lambda kept, inputs: x.shape[0] * positions * kept * inputs)
+        recorder.trace.layers[layer] = Layer(layer, "conv", labels, inputs, f"{layer}.weight")
+        recorder.add_cost([labels, inputs], lambda kept, read: x.shape[0] * positions * kept * read)
     if not mark.zero:
         recorder.channels.freeze(labels, f"{name} is given channels that are not zero once they are masked")
     return given, labels, positions

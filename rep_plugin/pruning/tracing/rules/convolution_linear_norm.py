@@ -75,8 +75,6 @@ def _conv(recorder, out, input, weight, bias=None, stride=1, padding=0, dilation
     labels, groupwise = convolve(recorder, inputs, name, recorder.name_of(bias), groups, weight.shape)
     if not groupwise:
         recorder.note_input(name, 1, mark)
-    elif not mark.zero:
-        mark = Mark(mark.labels, True)  # the kernel's rows are set to zero, whatever it sees
     layer = owner_of(name)
     positions, taps = out.numel() // out.shape[1], weight[0, 0].numel()
     recorder.trace.layers.setdefault(layer, Layer(layer, "conv", labels, inputs, name, groupwise, groups, taps))
@@ -84,7 +82,7 @@ def _conv(recorder, out, input, weight, bias=None, stride=1, padding=0, dilation
         width = weight.shape[1]
         recorder.add_cost([labels], lambda kept: positions * taps * width * kept)
     else:
-        recorder.add_cost([labels, inputs[: weight.shape[1]]], lambda kept, seen: positions * taps * kept * seen)
+        recorder.add_cost([labels, inputs[: weight.shape[1]]], lambda kept, read: positions * taps * kept * read)
     recorder.note_conv_output(layer, out)
     return Mark(spread(labels, 1, out.shape), recorder.makes_zero(layer))
 
@@ -93,42 +91,34 @@ def _conv(recorder, out, input, weight, bias=None, stride=1, padding=0, dilation
 def _conv_transpose(
     recorder, out, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
 ):
-    mark, name = recorder.mark_of(input), recorder.name_of(weight)
-    inputs = recorder.channels.along(mark.labels, 1)
-    if inputs is None or name is None or groups != 1 or (bias is not None and recorder.name_of(bias) is None):
-        return None
-    recorder.add_slice(name, 0, inputs)
-    recorder.note_input(name, 0, mark)
-    labels = recorder.trace.slices[name].get(1)
-    labels = recorder.channels.fresh(weight.shape[1]) if labels is None else labels
-    recorder.add_slice(name, 1, labels, maker=True)
-    if bias is not None:
-        recorder.add_slice(recorder.name_of(bias), 0, labels, maker=True)
-    layer = owner_of(name)
-    recorder.trace.layers.setdefault(layer, Layer(layer, "conv_transpose", labels, inputs, name))
-    positions, taps = input.numel() // input.shape[1], weight[0, 0].numel()
-    recorder.add_cost([inputs, labels], lambda seen, kept: positions * taps * kept * seen)
-    return Mark(spread(labels, 1, out.shape), recorder.makes_zero(layer))
+    return _dense(recorder, out, input, weight, bias, "conv_transpose", 1, 1) if groups == 1 else None
 
 
 @rule("linear")
 def _linear(recorder, out, input, weight, bias=None):
-    mark, name = recorder.mark_of(input), recorder.name_of(weight)
-    inputs = recorder.channels.along(mark.labels, -1)
+    return _dense(recorder, out, input, weight, bias, "linear", -1, 0)
+
+
+def _dense(
+    recorder: Recorder, out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, kind: str, dim: int, rows: int
+) -> Mark | None:
+    """A layer of which every output reads every input: channels along ``dim``, outputs along ``rows`` of its kernel."""
+    mark, name, columns = recorder.mark_of(input), recorder.name_of(weight), 1 - rows
+    inputs = recorder.channels.along(mark.labels, dim)
     if inputs is None or name is None or (bias is not None and recorder.name_of(bias) is None):
         return None
-    recorder.add_slice(name, 1, inputs)
-    recorder.note_input(name, 1, mark)
-    labels = recorder.trace.slices[name].get(0)
-    labels = recorder.channels.fresh(weight.shape[0]) if labels is None else labels
-    recorder.add_slice(name, 0, labels, maker=True)
+    recorder.add_slice(name, columns, inputs)
+    recorder.note_input(name, columns, mark)
+    labels = recorder.trace.slices[name].get(rows)
+    labels = recorder.channels.fresh(weight.shape[rows]) if labels is None else labels
+    recorder.add_slice(name, rows, labels, maker=True)
     if bias is not None:
         recorder.add_slice(recorder.name_of(bias), 0, labels, maker=True)
     layer = owner_of(name)
-    recorder.trace.layers.setdefault(layer, Layer(layer, "linear", labels, inputs, name))
-    rows = out.numel() // out.shape[-1]
-    recorder.add_cost([labels, inputs], lambda kept, seen: rows * kept * seen)
-    return Mark(spread(labels, -1, out.shape), recorder.makes_zero(layer))
+    recorder.trace.layers.setdefault(layer, Layer(layer, kind, labels, inputs, name))
+    macs = input.numel() // input.shape[dim] * weight[0, 0].numel()
+    recorder.add_cost([labels, inputs], lambda kept, read: macs * kept * read)
+    return Mark(spread(labels, dim, out.shape), recorder.makes_zero(layer))
 
 
 def normalise(recorder: Recorder, labels: Tensor, names: dict[str, str | None]) -> None:
