@@ -87,10 +87,10 @@ format: $(VENV)/.developers ## let ruff rewrite
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Debian's package where apt is there; otherwise mmpretrain's loader downloads the pictures itself.
+# Debian's package where apt is there; otherwise mmpretrain's loader downloads the images itself.
 fashion-mnist: ## Fashion-MNIST for configs/rep_mbv2_fashion_mnist.py
 	@test -d $(FASHION) || { command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y dataset-fashion-mnist; } \
-	  || echo "no apt here: the loader will download the pictures on first use"
+	  || echo "no apt here: the loader will download the images on first use"
 	@mkdir -p data/fashion_mnist
 	@for file in $(FASHION)/*.gz; do test -f "$$file" && gunzip -c "$$file" > data/fashion_mnist/$$(basename "$$file" .gz); done; \
 	  ls -l data/fashion_mnist
@@ -125,7 +125,7 @@ bench-slimming: $(VENV)/.developers fashion-mnist ## five ways to slim one netwo
 bench-warm-start: $(VENV)/.users fashion-mnist ## stock MobileNetV2 annealed into the mergeable form against training from scratch
 	$(RUN) benchmarks/warm_start.py
 
-# An estimate from 4 ms a picture and step: three sparse trainings of 5 minutes, 27 times fine-tuned for 3.
+# An estimate from 4 ms an image and step: three sparse trainings of 5 minutes, 27 times fine-tuned for 3.
 bench-slim-mobilenet: $(VENV)/.users fashion-mnist ## MobileNetV3 slimmed: nine rates, three L1 strengths (two hours)
 	$(RUN) tools/sweep.py configs/pruning/slim_mobilenetv3_fashion_mnist_oneshot.py --strengths 1e-4 1e-3 1e-2 \
 	  --sparse configs/pruning/slim_mobilenetv3_fashion_mnist.py \
@@ -147,7 +147,7 @@ kill-loop: $(VENV)/.developers ## kill -9 trainings that prune, 20 times each, r
 bench-foreign: $(VENV)/.developers ## every multi-branch model of timm and mmpretrain, merged and proven (20 minutes)
 	$(ONE_THREAD) $(RUN) benchmarks/foreign_models.py
 
-bench-export: $(VENV)/.developers data/mini_cub/mini_fgvc.json ## ONNX Runtime and OpenVINO against PyTorch, on pictures (two minutes)
+bench-export: $(VENV)/.developers data/mini_cub/mini_fgvc.json ## ONNX Runtime and OpenVINO against PyTorch, on images (two minutes)
 	$(ONE_THREAD) $(RUN) benchmarks/export.py
 
 clean:

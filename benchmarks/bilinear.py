@@ -10,18 +10,16 @@ its own size before the call, forward + backward. Exits with 1 where a target is
 """
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from memory import memory_kb
+from common import growth_of_child, make_table, median_ratio, print_growth, times_in_turns
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from rep_plugin.bilinear.methods import METHODS
@@ -88,15 +86,9 @@ def make_map(args: argparse.Namespace) -> Tensor:
 
 
 def time_all(names: list[str], args: argparse.Namespace, rounds: int) -> dict[str, list[float]]:
+    """Seconds of every pooling in every round."""
     x = make_map(args)
-    poolings = {name: build(name, args.channels, args.dim) for name in names}
-    for pooling in poolings.values():
-        step(pooling, x)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(rounds):
-        for name, pooling in poolings.items():
-            times[name].append(step(pooling, x))
-    return times
+    return times_in_turns({name: partial(step, build(name, args.channels, args.dim), x) for name in names}, rounds)
 
 
 def measure_memory(args: argparse.Namespace) -> None:
@@ -106,20 +98,13 @@ def measure_memory(args: argparse.Namespace) -> None:
     pooling = build(args.memory_of, args.channels, args.dim)
     step(pooling, make_map(small))  # libraries are loaded
     x = make_map(args)
-    before = memory_kb("VmRSS")
-    step(pooling, x)
-    print(json.dumps((memory_kb("VmHWM") - before) / 1024))
+    print_growth(lambda: step(pooling, x))
 
 
 def peak_memory(name: str, args: argparse.Namespace) -> float:
+    """MB that forward and backward take in a fresh process."""
     sizes = [f"--{key}={getattr(args, key)}" for key in ("batch", "channels", "side", "dim")]
-    child = subprocess.run(
-        [sys.executable, __file__, *sizes, f"--memory-of={name}"], capture_output=True, text=True, check=False
-    )
-    if child.returncode:
-        last = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
-        raise RuntimeError(f"measuring {name!r} failed (out of memory? try a smaller --batch): {last}")
-    return float(json.loads(child.stdout))
+    return growth_of_child(__file__, [*sizes, f"--memory-of={name}"])
 
 
 def verdict(value: float, target: float) -> str:
@@ -147,20 +132,18 @@ def main() -> None:
         torch.set_num_threads(threads)
         names = [*REFERENCES, *(name for name in METHODS if args.all or name not in slow)]
         times = time_all(names, args, args.rounds)
-        table = Table(
-            "pooling", "median ms", *(f"x of {name}" for name in REFERENCES), title=f"{size}, {threads} threads"
-        )
+        columns = ("pooling", "median ms", *(f"x of {name}" for name in REFERENCES))
+        table = make_table(f"{size}, {threads} threads", columns, ["pooling"])
         for name in names:
             row = []
             for base in REFERENCES:
-                ratio = statistics.median(a / b for a, b in zip(times[name], times[base]))
+                ratio = median_ratio(times[name], times[base])
                 row.append(verdict(ratio, TIME_TARGET) if name == "full" else f"{ratio:.2f}")
                 met &= name != "full" or ratio <= TIME_TARGET
             table.add_row(name, f"{1000 * statistics.median(times[name]):.0f}", *row)
         console.print(table)
-    table = Table(
-        "pooling", "peak MB", "x of the FFT form", title=f"{size}, D={args.dim}: memory of forward + backward"
-    )
+    title = f"{size}, D={args.dim}: memory of forward + backward"
+    table = make_table(title, ("pooling", "peak MB", "x of the FFT form"), ["pooling"])
     fft, ours = peak_memory("FFT form", args), peak_memory("tensor_sketch", args)
     met &= ours <= MEMORY_TARGET * fft
     table.add_row("FFT form", f"{fft:.0f}", "1.00")

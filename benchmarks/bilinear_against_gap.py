@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Bilinear pooling against global average pooling on the rendered birds: same backbone, schedule and seeds.
 
-As published, both start from a backbone that was trained on other pictures: here with average pooling on 40 other rendered
-species. Then every run is `tools/train.py configs/bcnn/bcnn_rep_mbv2_mini_cub.py` with options; the arms differ
-in neck and head (and its learning rate) alone.
+As published, both start from a backbone that was trained on other images: here with average pooling on 40 other rendered
+species. Every run is `tools/train.py configs/bcnn/bcnn_rep_mbv2_mini_cub.py` with options. The arms differ in neck and head
+(and its learning rate) alone.
 
     python benchmarks/bilinear_against_gap.py                  # about an hour on two cores
     python benchmarks/bilinear_against_gap.py --from-scratch   # without the first step
@@ -14,12 +14,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from training_runs import Job, folder_of, print_scores, run, run_all
+from training_runs import ROOT, Job, add_arguments, folder_of, print_scores, run, run_all
 
 from rep_plugin.checkpoints.files import save_checkpoint_file
 from rep_plugin.checkpoints.safe_load import load_checkpoint_file
 
-ROOT = Path(__file__).resolve().parents[1]
 BILINEAR, GAP = ROOT / "configs/bcnn/bcnn_rep_mbv2_mini_cub.py", ROOT / "benchmarks/configs/gap_rep_mbv2_mini_cub.py"
 CONTENDERS = {
     "bilinear": (BILINEAR, []),
@@ -64,12 +63,9 @@ def main() -> None:
     """Run all, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), metavar="NAME")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--from-scratch", action="store_true", help="start without trained weights")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--work-dir", default=str(ROOT / "work_dirs/bench_bilinear_against_gap"))
-    parser.add_argument("--cfg-options", nargs="*", default=[], help="further options for every run")
+    add_arguments(parser, "bench_bilinear_against_gap")
     args = parser.parse_args()
     options = [*schedule(args.epochs), *args.cfg_options]
     label = f"e{args.epochs}"
@@ -78,21 +74,14 @@ def main() -> None:
     else:
         options.append(f"load_from={train_backbone(Path(args.work_dir), args.epochs)}")
     jobs = [
-        Job(
-            name,
-            seed,
-            CONTENDERS[name][0],
-            [*options, *CONTENDERS[name][1], f"randomness.seed={seed}"],
-            label,
-        )
+        Job(name, seed, CONTENDERS[name][0], [*options, *CONTENDERS[name][1], f"randomness.seed={seed}"], label)
         for seed in range(args.seeds)
         for name in args.contenders
     ]
-    found = run_all(jobs, Path(args.work_dir), args.workers)
+    results = run_all(jobs, Path(args.work_dir), args.workers)
     start = "from scratch" if args.from_scratch else "from a backbone trained on other species"
-    print_scores(
-        f"rendered birds, 20 classes, {start}, {args.epochs} epochs, {args.seeds} seeds", found, "global average"
-    )
+    title = f"rendered birds, 20 classes, {start}, {args.epochs} epochs, {args.seeds} seeds"
+    print_scores(title, results, "global average")
 
 
 if __name__ == "__main__":

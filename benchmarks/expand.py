@@ -12,8 +12,8 @@ import copy
 
 import timm
 import torch
+from common import make_table
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import rep_plugin
@@ -58,9 +58,9 @@ def measure(name: str, block: str, args: argparse.Namespace) -> list[str]:
     fresh = timm.create_model(name, num_classes=10).eval()
     fresh.load_state_dict(kept.state_dict(), strict=True)
     back = "yes" if list(fresh.state_dict()) == list(kept.state_dict()) and torch.equal(fresh(x), kept(x)) else "NO"
-    figures = (report.max_rel_error, start, noise, kept_report.max_rel_error, folded_report.max_rel_error)
+    errors = (report.max_rel_error, start, noise, kept_report.max_rel_error, folded_report.max_rel_error)
     sensitivity = f"{min(kept_report.sensitivity, folded_report.sensitivity):.2f}"
-    return [name, block, *(f"{value:.1e}" for value in figures), sensitivity, f"{first:.2f} -> {last:.2f}", back]
+    return [name, block, *(f"{value:.1e}" for value in errors), sensitivity, f"{first:.2f} -> {last:.2f}", back]
 
 
 def main() -> None:
@@ -68,16 +68,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--names", nargs="+", default=["resnet18", "mobilenetv2_100"])
     parser.add_argument("--blocks", nargs="+", default=["dbb", "acb"])
-    parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
+    parser.add_argument("--size", type=int, default=64, help="side of the images in pixels")
     parser.add_argument("--steps", type=int, default=100)
     args = parser.parse_args()
-    table = Table(title=f"expand, {args.steps} steps, merge: relative differences")
     columns = (
         "network", "block", "start, float64", "start, float32", "stock's own", "merged, BN kept", "merged, BN folded",
         "sensitivity", "loss", "stock keys",
     )  # fmt: skip
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("network", "block") else "right")
+    table = make_table(f"expand, {args.steps} steps, merge: relative differences", columns, ["network", "block"])
     for name in args.names:
         for block in args.blocks:
             table.add_row(*measure(name, block, args))

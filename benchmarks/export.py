@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""ONNX Runtime and OpenVINO against PyTorch, on pictures: merged networks, every bilinear pooling, a pruned network.
+"""ONNX Runtime and OpenVINO against PyTorch, on images: merged networks, every bilinear pooling, a pruned network.
 
     python benchmarks/export.py                                  # about five minutes on one core
     python benchmarks/export.py --only 'bcnn*' --size 128
 
-Random weights; every BN has random gammas (a quarter negative), betas, and the statistics of the pictures. Every network
-is exported with open batch and open size and compared on eight pictures, on one and on three, and at two more sizes. Errors
+Random weights; every BN has random gammas (a quarter negative), betas, and the statistics of the images. Every network
+is exported with open batch and open size and compared on eight images, on one and on three, and at two more sizes. Errors
 are the largest over all of these, relative to the largest value of an output, in float32; "float32 itself" is how far
-PyTorch's own lies from its float64. Times are medians of one picture, one after the other in turns, with torch's threads.
-Exits with 1 where an error is over the target, or another picture changes the output by less than 1e-3.
+PyTorch's own lies from its float64. Times are medians of one image, one after the other in turns, with torch's threads.
+Exits with 1 where an error is over the target, or another image changes the output by less than 1e-3.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from pathlib import Path
 
 import timm
 import torch
+from common import make_table
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import rep_plugin
@@ -32,7 +32,7 @@ from rep_plugin.testing import calibrate_random_bn_
 from rep_plugin.timm.export import read_images
 
 TARGET = 1e-4
-PICTURES = Path(__file__).resolve().parents[1] / "data/mini_cub/images"
+IMAGES = Path(__file__).resolve().parents[1] / "data/mini_cub/images"
 
 
 def named(name: str, **options) -> Callable[[Tensor], nn.Module]:
@@ -67,18 +67,17 @@ def main() -> int:
     """Build, export, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="of these names")
-    parser.add_argument("--size", type=int, default=224, help="side of the pictures in pixels")
-    parser.add_argument("--pictures", default=str(PICTURES), help="folder of pictures")
+    parser.add_argument("--size", type=int, default=224, help="side of the images in pixels")
+    parser.add_argument("--images", default=str(IMAGES), help="folder of images")
     parser.add_argument("--rounds", type=int, default=30, help="timed calls of each runtime")
     parser.add_argument("--dynamo", action="store_true", help="torch's newer exporter")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     cfg = timm.data.resolve_data_config({"input_size": (3, args.size, args.size)}, pretrained_cfg={})
-    x = read_images(args.pictures, cfg)
-    table = Table(title=f"against PyTorch in float32, {args.size}x{args.size} pictures, any batch, any size")
+    x = read_images(args.images, cfg)
     columns = ("network", "merged", "params", "sensitivity", "ONNX Runtime", "OpenVINO", "float32 itself", "PyTorch ms")
-    for column in (*columns, "ONNX Runtime ms", "OpenVINO ms", ""):
-        table.add_column(column, justify="left" if column in ("network", "") else "right")
+    title = f"against PyTorch in float32, {args.size}x{args.size} images, any batch, any size"
+    table = make_table(title, (*columns, "ONNX Runtime ms", "OpenVINO ms", ""), ["network", ""])
     failures = 0
     with tempfile.TemporaryDirectory() as folder:
         for name, build in NETWORKS.items():

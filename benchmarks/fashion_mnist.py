@@ -8,9 +8,8 @@ differs. Finished runs are kept in the work folder and not repeated. Prints mean
 import argparse
 from pathlib import Path
 
-from training_runs import Job, print_scores, run_all
+from training_runs import ROOT, Job, add_arguments, add_fashion_arguments, fashion_options, print_scores, run_all
 
-ROOT = Path(__file__).resolve().parents[1]
 REP, STOCK = ROOT / "configs/rep_mbv2_fashion_mnist.py", ROOT / "benchmarks/configs/stock_mbv2_fashion_mnist.py"
 
 
@@ -42,12 +41,7 @@ DEFAULT = ("bottleneck, identity (default)", "bottleneck, identity, online", "pl
 def options_of(name: str, seed: int, args: argparse.Namespace) -> list[str]:
     """Everything a run changes in its config."""
     return [
-        f"randomness.seed={seed}",
-        f"train_dataloader.dataset.indices={args.samples}",
-        f"train_cfg.max_epochs={args.epochs}",
-        f"train_cfg.val_interval={args.epochs}",
-        f"default_hooks.checkpoint.interval={args.epochs}",
-        "default_hooks.logger.interval=20",
+        *fashion_options(seed, args.epochs, args.samples),
         f"model.backbone.widen_factor={args.width}",
         *CONTENDERS[name][1],
         *(WARM_UP if args.warm_up else []),
@@ -59,16 +53,12 @@ def main() -> None:
     """Run all, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contenders", nargs="+", default=list(DEFAULT), choices=list(CONTENDERS), metavar="NAME")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--samples", type=int, default=12000, help="training pictures used, of 60,000")
-    parser.add_argument("--width", type=float, default=0.5, help="width of all networks")
     parser.add_argument(
         "--warm-up", action="store_true", help="one-cycle schedule with warm-up instead of the config's"
     )
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--work-dir", default=str(ROOT / "work_dirs/bench_fashion_mnist"))
-    parser.add_argument("--cfg-options", nargs="*", default=[], help="further options for every run")
+    add_arguments(parser, "bench_fashion_mnist")
+    add_fashion_arguments(parser)
     args = parser.parse_args()
 
     label = f"e{args.epochs}_n{args.samples}_w{args.width}" + ("_warm" if args.warm_up else "")
@@ -79,7 +69,7 @@ def main() -> None:
     ]
     found = run_all(jobs, Path(args.work_dir), args.workers)
     schedule = "one-cycle with warm-up" if args.warm_up else "cosine"
-    size = f"{args.samples} pictures, {args.epochs} epochs, {schedule}, width {args.width}, {args.seeds} seeds"
+    size = f"{args.samples} images, {args.epochs} epochs, {schedule}, width {args.width}, {args.seeds} seeds"
     print_scores(f"Fashion-MNIST, {size}", found, "plain (conv3x3)")
 
 

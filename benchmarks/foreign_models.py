@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Merge every model of timm and mmpretrain that holds re-parameterizable blocks, and prove each: one table.
 
     python benchmarks/foreign_models.py                        # all of them, 20 minutes on one core
@@ -5,7 +6,7 @@
     python benchmarks/foreign_models.py --names 'levit*' 'shvit*' 'nextvit*'
 
 Every BN gets random gammas (a quarter negative), betas and calibrated statistics, every layer scale a random value: an
-untrained network would hide a wrong merge. A row says *merged* (proven in float64 within 1e-9, block by block and end to
+untrained network would hide a wrong merge. A verdict is *merged* (proven in float64 within 1e-9, block by block and end to
 end), *refused* with the reason, or *wrong*; the exit status is the number of wrong ones. Then merging RepVGG-A0 is timed
 against timm's own ``reparameterize_model``, without proof on either side.
 """
@@ -25,23 +26,9 @@ import rep_plugin
 from rep_plugin.measure.verify import MIN_SENSITIVITY
 
 PATTERNS = ["*rep*", "mobileone*", "fastvit*", "ghostnetv3*"]
-REPVGG = [
-    "A0",
-    "A1",
-    "A2",
-    "B0",
-    "B1",
-    "B1g2",
-    "B1g4",
-    "B2",
-    "B2g2",
-    "B2g4",
-    "B3",
-    "B3g2",
-    "B3g4",
-    "D2se",
-    "yolox-pai-small",
-]
+REPVGG = (
+    "A0", "A1", "A2", "B0", "B1", "B1g2", "B1g4", "B2", "B2g2", "B2g4", "B3", "B3g2", "B3g4", "D2se", "yolox-pai-small",
+)  # fmt: skip
 MMPRETRAIN = [  # type, arch, the size it needs (None: any)
     *(("RepVGG", arch, None) for arch in REPVGG),
     *(("MobileOne", arch, None) for arch in ("s0", "s1", "s2", "s3", "s4")),
@@ -66,7 +53,7 @@ def randomise_(model: nn.Module, x: torch.Tensor) -> None:
         for name, parameter in model.named_parameters():
             if name.rsplit(".", 1)[-1] in {"gamma", "alpha", "layer_scale", "layer_scale_1", "layer_scale_2"}:
                 parameter.copy_(torch.rand(parameter.shape, generator=generator) * 0.5 + 0.25)
-            elif name.endswith("token_mixer.affine.bias"):  # RIFormer: a large constant would drown the picture
+            elif name.endswith("token_mixer.affine.bias"):  # RIFormer: a large constant would drown the image
                 parameter.mul_(0.05)
         for bn in bns:
             sign = torch.where(torch.rand(bn.num_features, generator=generator) < 0.25, -1.0, 1.0)
@@ -82,8 +69,8 @@ def randomise_(model: nn.Module, x: torch.Tensor) -> None:
     model.eval()
 
 
-def pictures(number: int, size: int) -> torch.Tensor:
-    """Random pictures (N, 3, size, size) with detail at every scale, every second one white noise."""
+def images(number: int, size: int) -> torch.Tensor:
+    """Random images (N, 3, size, size) with detail at every scale, every second one white noise."""
     scales = [s for s in (1, 4, 16, size) if s <= size]
     parts = [nn.functional.interpolate(torch.randn(number, 3, s, s), size, mode="bilinear") for s in scales]
     structured = torch.stack(parts).sum(0) / len(parts) ** 0.5
@@ -91,7 +78,7 @@ def pictures(number: int, size: int) -> torch.Tensor:
 
 
 def build(name: str, size: int) -> tuple[nn.Module, int]:
-    """Return a randomised model in eval mode and the picture size that suits it."""
+    """Return a randomised model in eval mode and the image size that suits it."""
     torch.manual_seed(0)
     if name.startswith("mmpretrain:"):
         import mmpretrain.models  # noqa: F401
@@ -106,7 +93,7 @@ def build(name: str, size: int) -> tuple[nn.Module, int]:
     else:
         model = timm.create_model(name, pretrained=False, num_classes=10)
         size = _own_size(model) or size
-    randomise_(model, pictures(16, size))
+    randomise_(model, images(16, size))
     return model, size
 
 
@@ -117,7 +104,7 @@ def _own_size(model: nn.Module) -> int | None:
     try:
         with torch.no_grad():
             model(torch.zeros(1, 3, 64, 64))
-    except Exception:  # however it says so
+    except Exception:  # models refuse in many ways
         return own
     return None
 
@@ -126,11 +113,11 @@ def all_names(patterns: list[str]) -> list[str]:
     """Names of timm's own models (ours are left out) and of mmpretrain's backbones that match."""
     known = [n for n in timm.list_models() if timm.models.model_entrypoint(n).__module__.startswith("timm.")]
     known += [f"mmpretrain:{kind}:{arch}" for kind, arch, _ in MMPRETRAIN]
-    found = [name for name in known if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    matching = [name for name in known if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
     unmatched = [p for p in patterns if not any(fnmatch.fnmatchcase(name, p) for name in known)]
     if unmatched:
         raise SystemExit(f"no model is called {unmatched[0]!r}")
-    return found
+    return matching
 
 
 def try_one(name: str, size: int) -> tuple[str, str]:
@@ -140,7 +127,7 @@ def try_one(name: str, size: int) -> tuple[str, str]:
     except Exception as error:
         return "not built", f"{type(error).__name__}: {str(error).splitlines()[0]}"
     try:
-        _, report = rep_plugin.reparameterize(model, pictures(2, size), inplace=True)
+        _, report = rep_plugin.reparameterize(model, images(2, size), inplace=True)
     except rep_plugin.EquivalenceError as error:
         return "wrong", str(error)
     except Exception as error:
@@ -173,7 +160,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = [*PATTERNS, "mmpretrain:*"]
     parser.add_argument("--names", nargs="*", default=default, help=f"names or patterns (default: {' '.join(default)})")
-    parser.add_argument("--size", type=int, default=64, help="picture side where the model takes any (default: 64)")
+    parser.add_argument("--size", type=int, default=64, help="image side where the model takes any (default: 64)")
     args = parser.parse_args()
     counts: dict[str, int] = {}
     started = time.perf_counter()

@@ -11,8 +11,8 @@ from functools import partial
 
 import timm
 import torch
+from common import make_table
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 import rep_plugin
@@ -39,7 +39,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--width", default="100", choices=["050", "075", "100", "140"], help="width of both networks")
-    parser.add_argument("--size", type=int, default=224, help="side of the picture in pixels")
+    parser.add_argument("--size", type=int, default=224, help="side of the image in pixels")
     parser.add_argument("--rounds", type=int, default=100, help="timed calls of each contender")
     args = parser.parse_args()
     console, size = Console(), args.size
@@ -55,34 +55,28 @@ def main() -> None:
     folded, _ = rep_plugin.reparameterize(calibrate_random_bn_(timm.create_model(stock), torch.randn(8, 3, 96, 96)), x)
     models = {ours: deployed, stock: folded}
 
-    costs = Table(title=f"costs at {size}x{size}, 1000 classes")
-    for column in ("model", "params", "MACs"):
-        costs.add_column(column, justify="right")
+    costs = make_table(f"costs at {size}x{size}, 1000 classes", ("model", "params", "MACs"))
     for name, model in (("trained form", trained), *models.items()):
         costs.add_row(name, f"{count_params(model):,}", f"{count_macs(model, x):,}")
     console.print(costs)
 
-    equal = Table(title="deployed against trained form, random weights and BN")
-    for column in ("size", "float64 max rel", "border", "interior", "float32 max rel"):
-        equal.add_column(column, justify="right")
+    title = "deployed against trained form, random weights and BN"
+    equal = make_table(title, ("size", "float64 max rel", "border", "interior", "float32 max rel"))
     for side in (size, size + 1):
         batch = torch.randn(2, 3, side, side)
-        _, found = rep_plugin.reparameterize(trained, batch)
+        _, proof = rep_plugin.reparameterize(trained, batch)
         with torch.no_grad():
             single = compare_outputs(trained.forward_features(batch), deployed.forward_features(batch))
-        cells = (found.max_rel_error, found.border_rel_error, found.interior_rel_error, single.max_rel)
+        cells = (proof.max_rel_error, proof.border_rel_error, proof.interior_rel_error, single.max_rel)
         equal.add_row(str(side), *(f"{value:.1e}" for value in cells))
     console.print(equal)
     console.print(f"merge {merge_seconds:.2f} s, merge and proof {report.seconds:.2f} s")
 
-    latency = Table(title=f"milliseconds, one thread, batch 1, {size}x{size}, {args.rounds} interleaved rounds")
-    for column in ("runtime", ours, f"{stock}, BN folded", "times faster"):
-        latency.add_column(column, justify="right")
+    title = f"milliseconds, one thread, batch 1, {size}x{size}, {args.rounds} interleaved rounds"
+    latency = make_table(title, ("runtime", ours, f"{stock}, BN folded", "times faster"))
     with torch_threads(1):
         calls = {"eager PyTorch": eager_calls(models, x)}
-        calls["eager, channels_last"] = eager_calls(
-            {name: model for name, model in models.items()}, x.contiguous(memory_format=torch.channels_last)
-        )
+        calls["eager, channels_last"] = eager_calls(models, x.contiguous(memory_format=torch.channels_last))
         calls |= runtime_calls(models, x)
         for runtime, contenders in calls.items():
             medians = interleaved_medians(contenders, args.rounds)

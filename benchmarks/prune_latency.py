@@ -4,7 +4,7 @@
     python benchmarks/prune_latency.py                                    # about ten minutes
     python benchmarks/prune_latency.py --only resnet18 --shares 0.5
 
-Random weights with calibrated BN. For every network and share of the dense model's time: the share the plan says, a new
+Random weights with calibrated BN. For every network and share of the dense model's time: the share the plan expects, a new
 measurement of the pruned model next to the dense one, and the same for a plan by MACs with as many multiply-adds as the
 first has (``--round-to`` for these alone). Exits with 1 where a plan is over 10 % off, or slower than dense.
 """
@@ -17,8 +17,8 @@ import warnings
 
 import timm
 import torch
+from common import make_table, print_failures
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from rep_plugin import PrunePlan, apply_plan, plan_pruning
@@ -43,16 +43,15 @@ def main() -> int:
         "--shares", type=float, nargs="+", default=[0.8, 0.6, 0.5], help="asked shares of the dense time"
     )
     parser.add_argument("--scores", default="l1", choices=["l1", "l2", "bn_gamma", "random"], help="what goes first")
-    parser.add_argument("--size", type=int, default=224, help="side of the picture in pixels")
+    parser.add_argument("--size", type=int, default=224, help="side of the image in pixels")
     parser.add_argument("--round-to", type=int, default=1, help="of the plans by MACs")
     parser.add_argument("--rounds", type=int, default=60, help="timed calls of each contender")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     shape = (1, 3, args.size, args.size)
-    table = Table(title=f"one thread, batch 1, {args.size}x{args.size}, {args.scores}, {args.rounds} rounds in turns")
+    title = f"one thread, batch 1, {args.size}x{args.size}, {args.scores}, {args.rounds} rounds in turns"
     columns = ("network", "dense ms", "asked", "planned", "measured", "off", "times faster", "MACs", "plan s")
-    for column in (*columns, "by MACs: MACs", "measured", "times faster", ""):
-        table.add_column(column, justify="left" if column in ("network", "") else "right")
+    table = make_table(title, (*columns, "by MACs: MACs", "measured", "times faster", ""), ["network", ""])
     failures = []
     for name in [args.only] if args.only else ["mobilenetv2_100", "resnet18"]:
         torch.manual_seed(0)
@@ -65,12 +64,12 @@ def main() -> int:
             models = {"dense": dense, "latency": pruned(dense, plan), "macs": pruned(dense, plain)}
             with torch_threads(1):
                 times = interleaved_medians(eager_calls(models, torch.randn(shape)), args.rounds)
-            found, other = times["latency"] / times["dense"], times["macs"] / times["dense"]
+            measured, other = times["latency"] / times["dense"], times["macs"] / times["dense"]
             wrong = [
                 text
                 for text, bad in {
-                    f"over {TOLERANCE:.0%} off": abs(found / share - 1) > TOLERANCE,
-                    "slower than dense": found > 1,
+                    f"over {TOLERANCE:.0%} off": abs(measured / share - 1) > TOLERANCE,
+                    "slower than dense": measured > 1,
                 }.items()
                 if bad
             ]
@@ -81,16 +80,14 @@ def main() -> int:
                 f"{share:.2f}",
                 f"{plan.latency_after / plan.latency_before:.3f}",
             )
-            cells += (f"{found:.3f}", f"{found / share - 1:+.1%}", f"{1 / found:.2f}")
+            cells += (f"{measured:.3f}", f"{measured / share - 1:+.1%}", f"{1 / measured:.2f}")
             cells += (f"{plan.macs_after / plan.macs_before:.3f}", f"{seconds:.0f}")
             cells += (f"{plain.macs_after / plain.macs_before:.3f}", f"{other:.3f}", f"{1 / other:.2f}")
             table.add_row(*cells, ", ".join(wrong) or "ok")
             print(f"{name} at {share}: planned {cells[3]}, measured {cells[4]}, by MACs {other:.3f}", file=sys.stderr)
     console = Console(width=150)
     console.print(table)
-    for failure in failures:
-        console.print(f"FAILED {failure}", markup=False)
-    return 1 if failures else 0
+    return print_failures(console, failures)
 
 
 if __name__ == "__main__":

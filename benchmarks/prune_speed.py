@@ -17,12 +17,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import timm
 import torch
 import torch_pruning as tp
+from common import make_table, print_failures, times_in_turns
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import rep_plugin
@@ -34,11 +35,13 @@ CHANNELS, CLASSES = 512, 200
 
 
 def ours(model: nn.Module, verify: bool) -> None:
+    """Plan and apply."""
     plan = rep_plugin.plan_pruning(model, (1, 3, 224, 224), "l1", FRACTION)
     rep_plugin.apply_plan(model, plan, verify=verify)
 
 
 def theirs(model: nn.Module) -> None:
+    """Torch-Pruning's way."""
     importance = tp.importance.MagnitudeImportance(p=1)
     x = torch.randn(1, 3, 224, 224)
     pruner = tp.pruner.MagnitudePruner(
@@ -87,19 +90,22 @@ def main() -> int:
         "ResNet-50, Torch-Pruning": (resnet50, theirs),
         "bilinear classifier, ours": (BilinearHead, prune_bilinear),
     }
-    times, params = {name: [] for name in work}, {}
-    for _ in range(args.rounds + 1):
-        for name, (build, prune) in work.items():
-            model = build()
-            before = count_params(model)
-            times[name].append(timed(prune, model))
-            params[name] = f"{before / 1e6:.1f} -> {count_params(model) / 1e6:.1f}"
-    medians = {name: statistics.median(found[1:]) for name, found in times.items()}  # the first warms up
-    table = Table(title=f"seconds from the dense to the pruned network, medians of {args.rounds} interleaved rounds")
-    for column in ("network", "params (M)", "median s", "least", "most"):
-        table.add_column(column, justify="left" if column == "network" else "right")
-    for name, found in times.items():
-        table.add_row(name, params[name], *(f"{v:.3f}" for v in (medians[name], min(found[1:]), max(found[1:]))))
+    params = {}
+
+    def step(name: str) -> float:
+        build, prune = work[name]
+        model = build()
+        before = count_params(model)
+        seconds = timed(prune, model)
+        params[name] = f"{before / 1e6:.1f} -> {count_params(model) / 1e6:.1f}"
+        return seconds
+
+    times = times_in_turns({name: partial(step, name) for name in work}, args.rounds)
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    title = f"seconds from the dense to the pruned network, medians of {args.rounds} interleaved rounds"
+    table = make_table(title, ("network", "params (M)", "median s", "least", "most"), ["network"])
+    for name, seconds in times.items():
+        table.add_row(name, params[name], *(f"{v:.3f}" for v in (medians[name], min(seconds), max(seconds))))
     console = Console(width=120)
     console.print(table)
     mine, proven, other, head = medians.values()
@@ -109,9 +115,7 @@ def main() -> int:
         f"ResNet-50 takes {mine / other:.2f}x of Torch-Pruning's time, expected 1 at most": mine > other,
         f"the bilinear classifier takes {head:.2f} s, expected {SECONDS_HEAD} at most": head > SECONDS_HEAD,
     }
-    for text in (text for text, is_so in wrong.items() if is_so):
-        console.print(f"FAILED {text}")
-    return int(any(wrong.values()))
+    return print_failures(console, [text for text, is_so in wrong.items() if is_so])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Prunes 30 % of the channels, chosen at random, of every network of the zoo, and proves that removed equals masked.
+"""Prune 30 % of the channels, chosen at random, of every network of the zoo, and prove that removed equals masked.
 
     python benchmarks/prune_zoo.py                      # about two minutes on one core, 6 GB for VGG16
     python benchmarks/prune_zoo.py --only resnet50
@@ -25,17 +25,18 @@ from pathlib import Path
 import timm
 import torch
 import torchvision
+from common import make_table, print_failures
 from mmengine.config import Config
 from mmpretrain.apis import init_model
 from mmpretrain.models import build_classifier
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from rep_plugin import PrunePlan, apply_plan, plan_pruning, reparameterize
+from rep_plugin.errors import RepPluginError
 from rep_plugin.history import history_of, rebuild_
 from rep_plugin.testing import calibrate_random_bn_
-from rep_plugin.timm.artefacts import save_timm
+from rep_plugin.timm import save_timm
 
 TOLERANCE, SECONDS_RESNET50, SIDE, CLASSES = 1e-9, 3.0, 64, 10
 
@@ -157,27 +158,17 @@ def main() -> int:
     parser.add_argument("--fraction", type=float, default=0.3, help="share of the prunable channels to remove")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    table = Table(title=f"{args.fraction:.0%} of the channels removed at random, input {SIDE} x {SIDE}")
     columns = (
-        "network",
-        "groups",
-        "frozen",
-        "channels",
-        "params (M)",
-        "error",
-        "sens.",
-        "plan s",
-        "apply s",
-        "reload",
-        "",
-    )
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("network", "") else "right", no_wrap=bool(column))
+        "network", "groups", "frozen", "channels", "params (M)", "error", "sens.", "plan s", "apply s", "reload", "",
+    )  # fmt: skip
+    title = f"{args.fraction:.0%} of the channels removed at random, input {SIDE} x {SIDE}"
+    table = make_table(title, columns, ["network", ""], no_wrap=True)
+    table.columns[-1].no_wrap = False
     failures = []
     for name in [args.only] if args.only else ZOO:
         try:
             row = measure(ZOO[name], args.fraction, name.endswith("merged"))
-        except (ValueError, RuntimeError) as error:
+        except RepPluginError as error:
             failures.append(f"{name}: {error}")
             table.add_row(name, *[""] * 9, "missing")
             continue
@@ -211,9 +202,7 @@ def main() -> int:
         )
     console = Console(width=140)
     console.print(table)
-    for failure in failures:
-        console.print(f"FAILED {failure}", markup=False)
-    return 1 if failures else 0
+    return print_failures(console, failures)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     python benchmarks/slimming.py --rows dense one-shot "scratch (one-shot)" --seeds 1
     python benchmarks/slimming.py --rows one-shot --seeds 1 --samples 512 --epochs 3          # a smoke run
 
-Every row is one config under `tools/train.py`, with the same network, pictures, number of epochs in all, cosine and seed.
+Every row is one config under `tools/train.py`, with the same network, images, number of epochs in all, cosine and seed.
 Finished runs are kept in the work folder and not repeated, so that a table can be completed later; the latency of all
 networks is then measured side by side. Prints the table and writes it to ``table.json`` in the work folder. Columns: top-1
 of the dense network trained as long; before the (first) removal, right after the (last) one, and at the end; costs;
@@ -22,18 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from common import make_table
 from mmengine.config import Config
 from rich.console import Console
-from rich.table import Table
-from training_runs import Job, folder_of, run_all
+from training_runs import ROOT, Job, add_arguments, add_fashion_arguments, fashion_options, folder_of, run_all
 
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.latency import eager_calls, interleaved_medians, torch_threads
 from rep_plugin.openmmlab.load import build_model, load_model
 
-ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = ROOT / "configs"
-DENSE = CONFIGS / "_base_/resnet18_fashion_mnist.py"
+CONFIGS = ROOT / "configs/pruning"
+DENSE = ROOT / "configs/_base_/resnet18_fashion_mnist.py"
 TORCH_PRUNING = ROOT / "benchmarks/configs/torch_pruning_resnet18_fashion_mnist.py"
 TOP1 = "accuracy/top1"
 COLUMNS = ["trained as", "dense", "before", "after", "final", "params", "MACs", "of dense", "ms", "train s", "CPU s"]
@@ -63,9 +62,9 @@ DEFAULT = ("dense", *SLIMMED, "scratch (one-shot)")
 
 
 def scaled(config: Path, epochs: int) -> list[str]:
-    """Options that bring a config's epochs, and those of its hooks, to another number."""
+    """Options that bring the epochs of a config's hooks to another number in all."""
     cfg = Config.fromfile(config)
-    options, before = [f"train_cfg.max_epochs={epochs}"], cfg.train_cfg.max_epochs
+    options, before = [], cfg.train_cfg.max_epochs
     for index, hook in enumerate(cfg.custom_hooks):
         for key in ("begin", "end", "warmup"):
             if epochs != before and hook.get("by_epoch", True) and hook.get(key):
@@ -83,17 +82,15 @@ def make_job(name: str, seed: int, args: argparse.Namespace, work_dir: Path) -> 
         sys.exit(f"error: row {name!r} needs {config}, which does not exist; leave it out with --rows")
     options = [
         *(() if row.widths_of else scaled(config, args.epochs)),
-        f"randomness.seed={seed}",
-        f"train_dataloader.dataset.indices={args.samples}",
-        f"train_cfg.val_interval={args.epochs}",
-        f"default_hooks.checkpoint.interval={args.epochs}",
-        "default_hooks.logger.interval=20",
+        *fashion_options(seed, args.epochs, args.samples),
+        *row.options,
+        *args.cfg_options,
     ]
-    return Job(name, seed, config, [*options, *row.options, *args.cfg_options], label)
+    return Job(name, seed, config, options, label)
 
 
-def figures_of(result: dict, folder: Path) -> dict:
-    """What is known of a run: top-1 before, after and at the end, seconds, and steps per second around each removal."""
+def metrics_of(result: dict, folder: Path) -> dict:
+    """Metrics of a run: top-1 before, after and at the end, seconds, and steps per second around each removal."""
     found = dict(before=None, after=None, final=result["top1"], seconds=result["seconds"], speeds=[])
     found |= dict(cpu_seconds=result["cpu_seconds"])
     path = folder / "pruned.rounds.json"
@@ -115,12 +112,12 @@ def network_of(job: Job, epochs: int, folder: Path) -> torch.nn.Module:
 
 
 def measure(runs: dict[str, tuple[dict, torch.nn.Module]], batch: int, rounds: int) -> None:
-    """Add parameters, multiply-adds for one picture, and milliseconds for a batch, taken in turns on one thread."""
+    """Add parameters, multiply-adds for one image, and milliseconds for a batch, taken in turns on one thread."""
     x = torch.randn(batch, 1, 28, 28)
     with torch_threads(1):
         times = interleaved_medians(eager_calls({name: model for name, (_, model) in runs.items()}, x), rounds)
-    for name, (figures, model) in runs.items():
-        figures |= dict(params=count_params(model), macs=count_macs(model, x[:1]), ms=times[name] * 1e3)
+    for name, (metrics, model) in runs.items():
+        metrics |= dict(params=count_params(model), macs=count_macs(model, x[:1]), ms=times[name] * 1e3)
 
 
 def mean(values: list[float | None], digits: int = 2) -> str:
@@ -137,9 +134,7 @@ def speed(pair: dict[str, float | None]) -> str:
 
 def print_table(title: str, found: dict[str, list[dict]]) -> None:
     """Print one line a row, means over the seeds."""
-    table = Table(title=title)
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "trained as" else "right")
+    table = make_table(title, COLUMNS, ["trained as"])
     dense = found.get("dense")
     whole = count_macs(build_model(Config.fromfile(DENSE)), torch.zeros(1, 1, 28, 28))
     for name, runs in found.items():
@@ -167,14 +162,11 @@ def main() -> None:
     parser.add_argument(
         "--rows", nargs="+", default=list(DEFAULT), choices=list(ROWS), metavar="ROW", help=", ".join(ROWS)
     )
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--epochs", type=int, default=10, help="in all, of every row")
-    parser.add_argument("--samples", type=int, default=12000, help="training pictures used, of 60,000")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--batch", type=int, default=32, help="pictures a call when latency is measured")
+    parser.add_argument("--batch", type=int, default=32, help="images a call when latency is measured")
     parser.add_argument("--rounds", type=int, default=50, help="calls of each network when latency is measured")
-    parser.add_argument("--work-dir", default=str(ROOT / "work_dirs/bench_slimming"))
-    parser.add_argument("--cfg-options", nargs="*", default=[], help="further options for every run")
+    add_arguments(parser, "bench_slimming")
+    add_fashion_arguments(parser, width=False)
     args = parser.parse_args()
     work_dir = Path(args.work_dir).resolve()
 
@@ -191,14 +183,14 @@ def main() -> None:
         runs = {}
         for job in (job for job in jobs if job.seed == seed):
             folder = folder_of(job, work_dir)
-            figures = figures_of(results[job.name][seed], folder)
-            runs[job.name] = (figures, network_of(job, args.epochs, folder))
-            found[job.name].append(figures)
+            metrics = metrics_of(results[job.name][seed], folder)
+            runs[job.name] = (metrics, network_of(job, args.epochs, folder))
+            found[job.name].append(metrics)
         measure(runs, args.batch, args.rounds)
     (work_dir / "table.json").write_text(json.dumps(dict(arguments=vars(args), rows=found), indent=1) + "\n")
     print_table(
-        f"ResNet-18 of 16 to 128 channels on Fashion-MNIST, {args.samples} pictures, {args.epochs} epochs in all, "
-        f"{args.seeds} seeds; top-1 in %, ms for {args.batch} pictures on one thread",
+        f"ResNet-18 of 16 to 128 channels on Fashion-MNIST, {args.samples} images, {args.epochs} epochs in all, "
+        f"{args.seeds} seeds; top-1 in %, ms for {args.batch} images on one thread",
         found,
     )
 

@@ -1,4 +1,4 @@
-"""mmpretrain's MobileNetV2 with the strides and input channels that small pictures need; nothing else is changed."""
+"""mmpretrain's MobileNetV2 with the strides and input channels that small images need; nothing else is changed."""
 
 import torch
 from mmpretrain.models.backbones import MobileNetV2

@@ -12,11 +12,12 @@ import argparse
 import statistics
 import sys
 import time
+from functools import partial
 
 import timm
 import torch
+from common import make_table, times_in_turns
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from rep_plugin.pruning.methods.sparsity import Sparsity
@@ -37,6 +38,7 @@ def build(mode: str | None, lasso: bool) -> tuple[nn.Module, torch.optim.Optimiz
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> float:
+    """Seconds of one training step."""
     started = time.perf_counter()
     optimizer.zero_grad()
     nn.functional.cross_entropy(model(x), y).backward()
@@ -56,14 +58,11 @@ def main() -> int:
         "proximal": build("proximal", False),
         "sub-gradient, group lasso": build("subgradient", True),
     }
-    times: dict[str, list[float]] = {name: [] for name in forms}
-    for _ in range(args.rounds + 2):
-        for name, (model, optimizer) in forms.items():
-            times[name].append(step(model, optimizer, x, y))
-    medians = {name: statistics.median(found[2:]) for name, found in times.items()}
-    table = Table(title=f"ResNet-18, a training step, {args.rounds} rounds in turns, one thread")
-    for column in ("terms", "ms a step", "times off"):
-        table.add_column(column, justify="left" if column == "terms" else "right")
+    steps = {name: partial(step, model, optimizer, x, y) for name, (model, optimizer) in forms.items()}
+    times = times_in_turns(steps, args.rounds, 2)
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    title = f"ResNet-18, a training step, {args.rounds} rounds in turns, one thread"
+    table = make_table(title, ("terms", "ms a step", "times off"), ["terms"])
     for name, median in medians.items():
         table.add_row(name, f"{median * 1e3:.1f}", f"{median / medians['off']:.3f}")
     Console().print(table)

@@ -10,19 +10,16 @@ every branch run by itself.
 """
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import timm
 import torch
 import torch.nn.functional as F
-from memory import memory_kb
+from common import growth_of_child, make_table, median_ratio, print_growth, times_in_turns
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -33,7 +30,7 @@ from rep_plugin.blocks.families import DiverseBranchBlock
 
 
 class BorderBN(nn.Module):
-    """BN, then a ring of what a zero would have become: how the published DBB keeps its border mergeable."""
+    """BN, then padding by what a zero would have become: how the published DBB keeps its border mergeable."""
 
     def __init__(self, channels: int, padding: int):
         super().__init__()
@@ -42,9 +39,9 @@ class BorderBN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.pad(self.bn(x), [self.padding] * 4)
         scale = self.bn.weight * torch.rsqrt(self.bn.running_var + self.bn.eps)
-        ring = (self.bn.bias - self.bn.running_mean * scale).view(1, -1, 1, 1)
+        border = (self.bn.bias - self.bn.running_mean * scale).view(1, -1, 1, 1)
         p = self.padding
-        y[:, :, :p], y[:, :, -p:], y[:, :, :, :p], y[:, :, :, -p:] = ring, ring, ring, ring
+        y[:, :, :p], y[:, :, -p:], y[:, :, :, :p], y[:, :, :, -p:] = border, border, border, border
         return y
 
 
@@ -166,35 +163,28 @@ def measure_memory(args: argparse.Namespace) -> None:
     model = build(args.networks[0], args.memory_of, args.channels_last)
     step(model, make_batch(argparse.Namespace(batch=2, size=64, channels_last=args.channels_last)))
     x = make_batch(args)
-    before = memory_kb("VmRSS")
-    step(model, x)
-    print(json.dumps((memory_kb("VmHWM") - before) / 1024))
+    print_growth(lambda: step(model, x))
 
 
 def peak_memory(network: str, contender: str, args: argparse.Namespace) -> float:
+    """MB that one step takes in a fresh process."""
     options = [f"--batch={args.batch}", f"--size={args.size}", f"--threads={args.threads}"]
     options += [] if args.channels_last else ["--no-channels-last"]
-    command = [sys.executable, "-W", "ignore", __file__, "--networks", network, "--memory-of", contender, *options]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    return growth_of_child(__file__, ["--networks", network, "--memory-of", contender, *options])
 
 
 def compare(network: str, args: argparse.Namespace) -> Table:
     """Measure one network's contenders; return the table."""
     models = {name: build(network, name, args.channels_last) for name in NETWORKS[network]}
     x = make_batch(args)
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for model in models.values():
-        step(model, x)
-    for _ in track(range(args.rounds), description=network):
-        for name, model in models.items():
-            times[name].append(step(model, x))
+    times = times_in_turns({name: partial(step, model, x) for name, model in models.items()}, args.rounds, 1, network)
     base, other, *_ = models
-    table = Table(title=f"{network}, batch {args.batch} at {args.size}, {args.threads} thread(s)")
-    for column in ("trained as", "ms a step", f"x {base}", f"x {other}", "peak memory, MB"):
-        table.add_column(column, justify="left" if column == "trained as" else "right")
+    columns = ("trained as", "ms a step", f"x {base}", f"x {other}", "peak memory, MB")
+    table = make_table(
+        f"{network}, batch {args.batch} at {args.size}, {args.threads} thread(s)", columns, ["trained as"]
+    )
     for name in models:
-        # Ratios of neighbours in the same round: the machine's speed wanders.
-        ratios = [statistics.median(a / b for a, b in zip(times[name], times[to])) for to in (base, other)]
+        ratios = [median_ratio(times[name], times[to]) for to in (base, other)]
         memory = f"{peak_memory(network, name, args):,.0f}"
         table.add_row(name, f"{statistics.median(times[name]) * 1e3:.0f}", *(f"{r:.2f}" for r in ratios), memory)
     return table
@@ -205,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--size", type=int, default=224, help="side of the pictures in pixels")
+    parser.add_argument("--size", type=int, default=224, help="side of the images in pixels")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-channels-last", dest="channels_last", action="store_false")

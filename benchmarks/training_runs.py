@@ -1,5 +1,6 @@
 """Training runs of `tools/train.py` side by side, kept on disk, and their table: means and spread over seeds."""
 
+import argparse
 import json
 import os
 import statistics
@@ -11,22 +12,65 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import make_table
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: the contender's name, its seed, its config with options, and what else tells it from other runs."""
+    """One run: the contender's name, its seed, its config with options, and what else distinguishes it from other runs."""
 
     name: str
     seed: int
     config: Path
     options: Sequence[str]
     label: str
+
+
+def add_arguments(parser: argparse.ArgumentParser, work_dir: str) -> None:
+    """Add what every benchmark of trainings takes.
+
+    Args:
+        parser: of the benchmark.
+        work_dir: name of its folder in ``work_dirs/``.
+    """
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--work-dir", default=str(ROOT / "work_dirs" / work_dir))
+    parser.add_argument("--cfg-options", nargs="*", default=[], help="further options for every run")
+
+
+def add_fashion_arguments(parser: argparse.ArgumentParser, width: bool = True) -> None:
+    """Add what trainings on Fashion-MNIST take.
+
+    Args:
+        parser: of the benchmark.
+        width: whether the networks have one.
+    """
+    parser.add_argument("--samples", type=int, default=12000, help="training images used, of 60,000")
+    if width:
+        parser.add_argument("--width", type=float, default=0.5, help="width of all networks")
+
+
+def fashion_options(seed: int, epochs: int, samples: int) -> list[str]:
+    """Return the options of a run on Fashion-MNIST that is validated and saved once, at its end.
+
+    Args:
+        seed: of the run.
+        epochs: in all.
+        samples: number of training images.
+    """
+    return [
+        f"randomness.seed={seed}",
+        f"train_dataloader.dataset.indices={samples}",
+        f"train_cfg.max_epochs={epochs}",
+        f"train_cfg.val_interval={epochs}",
+        f"default_hooks.checkpoint.interval={epochs}",
+        "default_hooks.logger.interval=20",
+    ]
 
 
 def folder_of(job: Job, work_dir: Path) -> Path:
@@ -86,9 +130,8 @@ def run_all(jobs: Sequence[Job], work_dir: Path, workers: int) -> dict[str, list
 def print_scores(title: str, found: dict[str, list[dict]], baseline: str) -> None:
     """Print means, spread, every seed, and the gain over the baseline's mean."""
     base = [result["top1"] for result in found.get(baseline, [])]
-    table = Table(title=title)
-    for column in ("trained as", "top-1 %, mean", "spread (std)", "each seed", f"against {baseline}", "ms a step"):
-        table.add_column(column, justify="left" if column == "trained as" else "right")
+    columns = ("trained as", "top-1 %, mean", "spread (std)", "each seed", f"against {baseline}", "ms a step")
+    table = make_table(title, columns, ["trained as"])
     for name, results in found.items():
         scores = [result["top1"] for result in results]
         spread = f"{statistics.stdev(scores):.2f}" if len(scores) > 1 else "-"

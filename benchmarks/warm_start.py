@@ -4,7 +4,7 @@
     python benchmarks/warm_start.py                                              # about an hour on two cores
     python benchmarks/warm_start.py --seeds 1 --samples 512 --stock-epochs 1 --epochs 1 --anneal-epochs 0.5    # a smoke run
 
-All rows see the same number of pictures (``--stock-epochs`` + ``--epochs``). The warm-started network and the one from
+All rows see the same number of images (``--stock-epochs`` + ``--epochs``). The warm-started network and the one from
 scratch deploy as the same 3x3 convolutions; stock MobileNetV2, which does not merge, is the reference. Finished runs are
 kept in the work folder and not repeated. Prints means and spread over the seeds.
 """
@@ -12,9 +12,17 @@ kept in the work folder and not repeated. Prints means and spread over the seeds
 import argparse
 from pathlib import Path
 
-from training_runs import Job, folder_of, print_scores, run_all
+from training_runs import (
+    ROOT,
+    Job,
+    add_arguments,
+    add_fashion_arguments,
+    fashion_options,
+    folder_of,
+    print_scores,
+    run_all,
+)  # fmt: skip
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRATCH, STOCK = ROOT / "configs/rep_mbv2_fashion_mnist.py", ROOT / "benchmarks/configs/stock_mbv2_fashion_mnist.py"
 WARM = ROOT / "benchmarks/configs/warm_start_fashion_mnist.py"
 WARM_NAME, SCRATCH_NAME, STOCK_NAME, FIRST = "stock, then annealed", "from scratch", "stock MobileNetV2", "first phase"
@@ -22,15 +30,7 @@ WARM_NAME, SCRATCH_NAME, STOCK_NAME, FIRST = "stock, then annealed", "from scrat
 
 def make_job(name: str, seed: int, config: Path, epochs: int, args: argparse.Namespace, *options: str) -> Job:
     """One run of ``epochs``; only config, options and seed differ between runs."""
-    common = [
-        f"randomness.seed={seed}",
-        f"train_dataloader.dataset.indices={args.samples}",
-        f"train_cfg.max_epochs={epochs}",
-        f"train_cfg.val_interval={epochs}",
-        f"default_hooks.checkpoint.interval={epochs}",
-        "default_hooks.logger.interval=20",
-        f"model.backbone.widen_factor={args.width}",
-    ]
+    common = [*fashion_options(seed, epochs, args.samples), f"model.backbone.widen_factor={args.width}"]
     label = f"e{epochs}_n{args.samples}_w{args.width}"
     if config == WARM:
         label += f"_s{args.stock_epochs}_a{args.anneal_epochs}_lr{args.lr}"
@@ -40,16 +40,12 @@ def make_job(name: str, seed: int, config: Path, epochs: int, args: argparse.Nam
 def main() -> None:
     """Run all, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--stock-epochs", type=int, default=6, help="of stock MobileNetV2, before the warm start")
     parser.add_argument("--epochs", type=int, default=6, help="after the warm start, anneal included")
     parser.add_argument("--anneal-epochs", type=float, default=3, help="of those, until alpha is 1")
     parser.add_argument("--lr", type=float, default=0.1, help="highest learning rate after the warm start")
-    parser.add_argument("--samples", type=int, default=12000, help="training pictures used, of 60,000")
-    parser.add_argument("--width", type=float, default=0.5, help="width of all networks")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--work-dir", default=str(ROOT / "work_dirs/bench_warm_start"))
-    parser.add_argument("--cfg-options", nargs="*", default=[], help="further options for every run")
+    add_arguments(parser, "bench_warm_start")
+    add_fashion_arguments(parser)
     args = parser.parse_args()
     work_dir, total, seeds = Path(args.work_dir).resolve(), args.stock_epochs + args.epochs, range(args.seeds)
 
@@ -70,7 +66,7 @@ def main() -> None:
         ]
     found = run_all(jobs, work_dir, args.workers) | {f"({FIRST}: stock, {args.stock_epochs} epochs)": found[FIRST]}
     phases = f"{args.stock_epochs} + {args.epochs} epochs (annealed over {args.anneal_epochs:g}, lr {args.lr:g})"
-    size = f"{args.samples} pictures, {phases}, width {args.width}, {args.seeds} seeds"
+    size = f"{args.samples} images, {phases}, width {args.width}, {args.seeds} seeds"
     print_scores(f"Fashion-MNIST, {size}", found, SCRATCH_NAME)
 
 
