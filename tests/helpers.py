@@ -38,10 +38,10 @@ def randomise_bn_(module: nn.Module) -> nn.Module:
     return module
 
 
-def chain_by_hand(ops, x: Tensor, ring: tuple[int, int]) -> Tensor:
+def chain_by_hand(ops, x: Tensor, padding: tuple[int, int]) -> Tensor:
     """Run layers one after the other on an explicitly padded map. Train-mode BN counts the real positions only."""
-    y = F.pad(x, (ring[1], ring[1], ring[0], ring[0]))
-    h, w = ring
+    y = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    h, w = padding
     for op in ops:
         if isinstance(op, nn.Conv2d):
             y = F.conv2d(y, op.weight, op.bias, op.stride, 0, op.dilation, op.groups)
@@ -68,9 +68,9 @@ def block_by_hand(block, x: Tensor) -> Tensor:
     """Sum of a block's chains, each on a map that is padded (or cropped) to be centred in the block's window."""
     total = 0
     for chain in block.branches.values():
-        ring = [
+        padding = [
             p - d * (big - small) // 2
             for p, d, big, small in zip(block.padding, block.dilation, block.kernel_size, chain.kernel_size)
         ]
-        total = total + chain_by_hand(list(chain.children()), x, tuple(ring))
+        total = total + chain_by_hand(list(chain.children()), x, tuple(padding))
     return block.act(total)

@@ -15,8 +15,13 @@ _DEPTHS = (2, 8, 10, 1)
 
 @dataclass(frozen=True)
 class MobileOneArch:
-    """Width factors of 64, 128, 256 and 512, copies of every convolution, blocks of each stage and how many of them,
-    the last ones, have attention.
+    """What the networks of the paper differ in.
+
+    Args:
+        widths: factors of 64, 128, 256 and 512 channels.
+        copies: copies of every convolution.
+        depths: blocks of each stage.
+        se_blocks: how many of them, the last ones, have attention.
     """
 
     widths: Sequence[float]
@@ -41,15 +46,28 @@ ARCHS = {
 
 
 class MobileOne(StagedNetwork):
-    """MobileOne without a classifier.
+    """MobileOne without a classifier: (N, in_channels, H, W) -> tuple of maps, one for each of ``out_indices``.
 
-    (N, in_channels, H, W) -> tuple of maps, one for each of ``out_indices`` (0 to 3, the stages), at the strides that
-    ``strides`` (stem, then four stages) add up to. A stage is a Sequential of depthwise 3x3 and pointwise blocks in turn.
+    A stage is a Sequential of depthwise 3x3 and pointwise blocks in turn.
 
-    ``arch``: a name of ``ARCHS``, or a dict of :class:`MobileOneArch`'s fields. ``online=True`` merges the branches in
-    every training step (see :class:`rep_plugin.blocks.base.RepBlock`). ``deploy=True`` builds the merged network directly.
-    ``output_stride`` limits the stride, see :func:`rep_plugin.backbones.staged.plan_steps`. Raises ValueError for an
-    unknown arch, a bad stride list, output_stride or index.
+    Args:
+        arch: a name of ``ARCHS``, or a dict of :class:`MobileOneArch`'s fields.
+        out_indices: stages, 0 to 3.
+        in_channels: channels of the images.
+        strides: 1 or 2, of the stem and the four stages.
+        deploy: build the merged network directly.
+        online: merge the branches in every training step, see :class:`rep_plugin.blocks.base.RepBlock`.
+        output_stride: limit of the stride, see :func:`rep_plugin.backbones.staged.plan_steps`.
+
+    Raises:
+        ArgumentError: an unknown arch, a bad stride list, output_stride or index.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.backbones import MobileOne
+        >>> net = MobileOne(dict(depths=(1, 1), widths=(0.25, 0.25), se_blocks=(0, 0)), (1,), strides=(2, 2, 2))
+        >>> [tuple(y.shape) for y in net(torch.ones(1, 3, 64, 64))]
+        [(1, 32, 8, 8)]
     """
 
     def __init__(

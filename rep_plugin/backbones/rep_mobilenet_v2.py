@@ -23,24 +23,44 @@ DEFAULT_ACT = "relu6"
 
 
 def make_divisible(value: float, divisor: int = 8) -> int:
-    """Round to the nearest multiple of ``divisor``, never below 90 % of ``value`` (MobileNetV2's rule)."""
+    """Return the nearest multiple of a divisor, never below 90 % of the value (MobileNetV2's rule).
+
+    Args:
+        value: number of channels.
+        divisor: the divisor.
+    """
     rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * value else rounded
 
 
 class RepMobileNetV2(StagedNetwork):
-    """Rep-MobileNetV2 without a classifier.
+    """Rep-MobileNetV2 without a classifier: (N, in_channels, H, W) -> tuple of maps, one for each of ``out_indices``.
 
-    (N, in_channels, H, W) -> tuple of maps, one for each of ``out_indices``: 0 to 6 are the stages, 7 the last feature
-    convolution (as in mmpretrain's MobileNetV2), at the strides that ``strides`` (stem, then seven stages) add up to.
+    Args:
+        widen_factor: factor of the channels.
+        branches: what every block trains as, see :class:`rep_plugin.blocks.inverted_residual.RepInvertedResidual`.
+        out_indices: 0 to 6 are the stages, 7 the last feature convolution (as in mmpretrain's MobileNetV2).
+        in_channels: channels of the images.
+        strides: 1 or 2, of the stem and the seven stages.
+        act: name of the activations.
+        avg_shortcut: average-pool shortcut of the blocks of stride 2.
+        last_kernel: 1 is the stock model's last convolution, 3 gives an all-3x3 network.
+        deploy: build the merged network directly.
+        online: merge the branches in every training step, see :class:`rep_plugin.blocks.base.RepBlock`.
+        anneal: start as stock MobileNetV2 and load its checkpoints, see :mod:`rep_plugin.backbones.warm_start`;
+            ``rep_plugin.LinearizeHook`` then leads to the mergeable form.
+        output_stride: limit of the stride, see :func:`rep_plugin.backbones.staged.plan_steps`.
 
-    ``branches``: what every block trains as, see :class:`RepInvertedResidual`. ``last_kernel`` 1 is the stock model's
-    last convolution, 3 gives an all-3x3 network. ``online=True`` merges the branches in every training step (see
-    :class:`rep_plugin.blocks.base.RepBlock`). ``deploy=True`` builds the merged network directly. ``anneal=True`` starts
-    as stock MobileNetV2 and loads its checkpoints, see :mod:`rep_plugin.backbones.warm_start`;
-    ``rep_plugin.LinearizeHook`` then leads to the mergeable form. ``output_stride`` limits the stride, see
-    :func:`rep_plugin.backbones.staged.plan_steps`. Raises ValueError for a bad width, stride list, output_stride, index,
-    kernel or branch name, or both ``online`` and ``anneal``.
+    Raises:
+        ArgumentError: a bad width, stride list, output_stride, index, kernel or branch name, or both ``online`` and
+            ``anneal``.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.backbones import RepMobileNetV2
+        >>> net = RepMobileNetV2(0.35, out_indices=(2, 7))
+        >>> [tuple(y.shape) for y in net(torch.ones(1, 3, 64, 64))]
+        [(1, 16, 8, 8), (1, 1280, 2, 2)]
     """
 
     def __init__(

@@ -14,8 +14,14 @@ from rep_plugin.errors import ArgumentError
 
 @dataclass(frozen=True)
 class RepLKNetArch:
-    """Channels, large kernels and large-kernel blocks of each stage; width of the depthwise layers against the stage's;
-    the small kernel beside each large one (0: none).
+    """What the networks of the paper differ in.
+
+    Args:
+        channels: channels of each stage.
+        kernels: side of each stage's large kernels.
+        depths: large-kernel blocks of each stage.
+        dw_ratio: width of the depthwise layers against the stage's.
+        small_kernel: side of the kernel beside each large one; 0: none.
     """
 
     channels: Sequence[int]
@@ -120,21 +126,33 @@ class ConvFFN(nn.Module):
 
 
 class RepLKNet(StagedNetwork):
-    """RepLKNet without a classifier.
+    """RepLKNet without a classifier: (N, in_channels, H, W) -> tuple of maps, at strides 4, 8, 16, 32.
 
-    (N, in_channels, H, W) -> tuple of maps, one for each of ``out_indices`` (0 to 3, the stages), at strides 4, 8, 16, 32.
     A stage is a ``transition`` (from the second on), then large-kernel units and ConvFFNs in turn.
 
-    ``arch``: a name of ``ARCHS``, or a dict of :class:`RepLKNetArch`'s fields. ``small_kernel`` None is the arch's own, 0
-    none. ``drop_path_rate`` grows along the depth from 0. ``norm_maps`` puts a BN on every map that leaves, as the authors'
-    classifiers and mmpretrain do.
+    Args:
+        arch: a name of ``ARCHS``, or a dict of :class:`RepLKNetArch`'s fields.
+        out_indices: stages, 0 to 3.
+        in_channels: channels of the images.
+        small_kernel: side of the small kernels; None: the arch's own, 0: none.
+        ffn_ratio: width inside a ConvFFN against the stage's.
+        drop_path_rate: largest rate of stochastic depth; it grows along the depth from 0.
+        norm_maps: put a BN on every map that leaves, as the authors' classifiers and mmpretrain do.
+        deploy: build the merged network directly: one convolution for each large kernel, and for each 1x1 or stem
+            convolution with its BN.
+        keep_bn: leave these BNs in it: the form of the deployed files that the authors and mmpretrain publish.
+        online: merge the large and the small kernel in every training step, see :class:`rep_plugin.blocks.base.RepBlock`.
+        output_stride: limit of the stride, see :func:`rep_plugin.backbones.staged.plan_steps`.
 
-    ``online=True`` merges the large and the small kernel in every training step (see
-    :class:`rep_plugin.blocks.base.RepBlock`). ``deploy=True`` builds the merged network directly: one convolution for
-    each large kernel, and for each 1x1 or stem convolution with its BN. ``keep_bn=True`` leaves these BNs in it: the form
-    of the deployed files that the authors and mmpretrain publish. ``output_stride`` limits the stride, see
-    :func:`rep_plugin.backbones.staged.plan_steps`. Raises ValueError for an unknown arch, a bad index, output_stride, kernel
-    or rate.
+    Raises:
+        ArgumentError: an unknown arch, a bad index, output_stride, kernel or rate.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.backbones import RepLKNet
+        >>> net = RepLKNet(dict(channels=(8, 16), kernels=(7, 5), depths=(1, 1)), out_indices=(1,))
+        >>> [tuple(y.shape) for y in net(torch.ones(1, 3, 64, 64))]
+        [(1, 16, 8, 8)]
     """
 
     def __init__(

@@ -12,7 +12,14 @@ from rep_plugin.blocks.families import RepVGGBlock
 
 @dataclass(frozen=True)
 class RepVGGArch:
-    """Blocks of each stage, width factors of 64, 128, 256 and 512, groups of every second layer, attention."""
+    """What the networks of the paper differ in.
+
+    Args:
+        depths: blocks of each stage.
+        widths: factors of 64, 128, 256 and 512 channels.
+        groups: groups of every second layer.
+        se: squeeze-and-excitation in every block.
+    """
 
     depths: Sequence[int]
     widths: Sequence[float]
@@ -38,16 +45,27 @@ ARCHS = {
 
 
 class RepVGG(StagedNetwork):
-    """RepVGG without a classifier.
+    """RepVGG without a classifier: (N, in_channels, H, W) -> tuple of maps, one for each of ``out_indices``.
 
-    (N, in_channels, H, W) -> tuple of maps, one for each of ``out_indices`` (0 to 3, the stages), at the strides that
-    ``strides`` (stem, then four stages) add up to.
+    Args:
+        arch: a name of ``ARCHS``, or a dict of :class:`RepVGGArch`'s fields.
+        out_indices: stages, 0 to 3.
+        in_channels: channels of the images.
+        strides: 1 or 2, of the stem and the four stages.
+        post_bn: train QARepVGG's blocks, whose merged weights quantise well.
+        deploy: build the merged network directly.
+        online: merge the branches in every training step, see :class:`rep_plugin.blocks.base.RepBlock`.
+        output_stride: limit of the stride, see :func:`rep_plugin.backbones.staged.plan_steps`.
 
-    ``arch``: a name of ``ARCHS``, or a dict of :class:`RepVGGArch`'s fields. ``post_bn`` trains QARepVGG's blocks, whose
-    merged weights quantise well. ``online=True`` merges the branches in every training step (see
-    :class:`rep_plugin.blocks.base.RepBlock`). ``deploy=True`` builds the merged network directly. ``output_stride`` limits
-    the stride, see :func:`rep_plugin.backbones.staged.plan_steps`. Raises ValueError for an unknown arch, a bad stride list,
-    output_stride or index.
+    Raises:
+        ArgumentError: an unknown arch, a bad stride list, output_stride or index.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.backbones import RepVGG
+        >>> net = RepVGG(dict(depths=(1, 1), widths=(0.25, 0.25)), out_indices=(0, 1), strides=(2, 2, 2))
+        >>> [tuple(y.shape) for y in net(torch.ones(1, 3, 64, 64))]
+        [(1, 16, 16, 16), (1, 32, 8, 8)]
     """
 
     def __init__(

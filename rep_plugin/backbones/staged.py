@@ -13,7 +13,19 @@ from rep_plugin.errors import ArgumentError
 
 
 def check_maps(in_channels: int, out_indices: Sequence[int], count: int) -> tuple[int, ...]:
-    """Return ``out_indices`` as a tuple. Raises ValueError for an index over ``count - 1``, or no channels."""
+    """Check which maps a network gives.
+
+    Args:
+        in_channels: channels of the images, >= 1.
+        out_indices: the wanted maps.
+        count: number of maps.
+
+    Returns:
+        ``out_indices`` as a tuple.
+
+    Raises:
+        ArgumentError: an index over ``count - 1``, or no channels.
+    """
     if isinstance(out_indices, (str, int)) or out_indices is None:
         raise ArgumentError(f"out_indices must be a tuple, got {out_indices!r}")
     if not isinstance(in_channels, int) or in_channels < 1:
@@ -24,7 +36,18 @@ def check_maps(in_channels: int, out_indices: Sequence[int], count: int) -> tupl
 
 
 def check_strides(strides: Sequence[int], stages: int) -> tuple[int, ...]:
-    """Return ``strides`` (stem, then stages) as a tuple. Raises ValueError for another number of them, or not 1 or 2."""
+    """Check the strides of a network.
+
+    Args:
+        strides: 1 or 2, of the stem and the stages.
+        stages: number of stages.
+
+    Returns:
+        ``strides`` as a tuple.
+
+    Raises:
+        ArgumentError: another number of them, or not 1 or 2.
+    """
     if isinstance(strides, (str, int)) or strides is None:
         raise ArgumentError(f"strides must be a tuple, got {strides!r}")
     if len(strides) != stages + 1 or any(stride not in (1, 2) for stride in strides):
@@ -33,8 +56,13 @@ def check_strides(strides: Sequence[int], stages: int) -> tuple[int, ...]:
 
 
 class Step(NamedTuple):
-    """How a stage begins: its first block's stride and dilation, the dilation of its other blocks, and whether the first
-    block has lost its stride to dilation.
+    """How a stage begins.
+
+    Args:
+        stride: stride of its first block.
+        first_dilation: dilation of its first block.
+        dilation: dilation of its other blocks.
+        unstrided: its first block has lost its stride to dilation.
     """
 
     stride: int
@@ -48,11 +76,17 @@ class Step(NamedTuple):
 
 
 def plan_steps(strides: Sequence[int], output_stride: int | None) -> list[Step]:
-    """Return the steps of the stages (``strides``: stem, stages) of a network that goes down by ``output_stride`` at most.
+    """Return the steps of the stages of a network that goes down by a limited stride.
 
-    From there on dilation stands in for strides: parameters stay the same, and every 2nd (4th ...) pixel of a map is
-    exactly the pixel of the strided network (Chen et al., "Rethinking Atrous Convolution", 2017, section 3.1). None: no
-    limit. Raises ValueError for anything but a power of 2 from the stem's stride on.
+    From the limit on dilation stands in for strides: parameters stay the same, and every 2nd (4th ...) pixel of a map is
+    exactly the pixel of the strided network (Chen et al., "Rethinking Atrous Convolution", 2017, section 3.1).
+
+    Args:
+        strides: of the stem and the stages.
+        output_stride: the limit; None: none.
+
+    Raises:
+        ArgumentError: anything but a power of 2 from the stem's stride on.
     """
     powers = [strides[0] * 2**i for i in range(len(strides))]
     if output_stride is not None and output_stride not in powers:
@@ -70,9 +104,15 @@ def plan_steps(strides: Sequence[int], output_stride: int | None) -> list[Step]:
 
 
 def pick_arch(arch: str | Mapping, table: Mapping[str, Any], network: str) -> Any:
-    """Return the entry of an arch table, or a new one of the same kind from a dict of its fields.
+    """Return the entry of an arch table, or a new one of the same kind.
 
-    Raises ValueError for an unknown name or field.
+    Args:
+        arch: a name in the table, or a dict of an entry's fields.
+        table: the table.
+        network: the network's name, for messages.
+
+    Raises:
+        ArgumentError: an unknown name or field.
     """
     if isinstance(arch, str) and arch in table:
         return table[arch]
@@ -85,7 +125,7 @@ def pick_arch(arch: str | Mapping, table: Mapping[str, Any], network: str) -> An
 
 
 def check_stages(**fields: Sequence) -> None:
-    """Raise ValueError unless all are sequences of one length whose values are numbers > 0."""
+    """Raise ArgumentError unless all are sequences of one length whose values are numbers > 0."""
     lengths = {name: len(value) for name, value in fields.items()}
     if len(set(lengths.values())) != 1 or not min(lengths.values()):
         raise ArgumentError(f"an arch needs one value a stage in each of its lists, got {lengths}")
@@ -147,7 +187,12 @@ class StagedNetwork(nn.Module):
         return self.stages
 
     def outgoing(self, index: int, x: Tensor) -> Tensor:
-        """Return the map of stage ``index`` as it leaves the network; the next stage reads ``x`` itself."""
+        """Return a stage's map as it leaves the network; the next stage reads the map itself.
+
+        Args:
+            index: the stage.
+            x: its map (N, C, H, W).
+        """
         return x
 
     def finish(self, x: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
-"""Rep-MobileNetV2 from a stock MobileNetV2: timm's, mmpretrain's and torchvision's state dicts, told by their keys.
+"""Rep-MobileNetV2 from a stock MobileNetV2: timm's, mmpretrain's and torchvision's state dicts, recognised by their keys.
 
 A network built with ``anneal=True`` and given stock weights computes what stock does, borders included; annealing
 (:mod:`rep_plugin.blocks.annealed`) leads from there to the mergeable form. Branches that stock lacks start at gamma 0.
 
 Stock's skip becomes the ``identity`` branch: a BN with gamma = sqrt(var + eps) and beta = mean, which is the exact
 identity in eval mode *whatever* mean and var are. In train mode it takes batch statistics, and is the identity as far as
-mean and var are those of its input. No picture is needed to know them: after a BN a channel has mean beta and variance
+mean and var are those of its input. No image is needed for them: after a BN a channel has mean beta and variance
 gamma^2 * var / (var + eps), in every batch (up to eps), and a skip adds the means. So the second block of a stage starts
 as stock in train mode too; the later ones neglect the covariance of skip and branch, which :func:`measure_identities_`
 takes from data.
@@ -140,11 +140,18 @@ def _after_act(mean: Tensor, var: Tensor, act: nn.Module) -> tuple[Tensor, Tenso
 
 @torch.no_grad()
 def from_stock(model: nn.Module, state_dict: Mapping) -> dict[str, Tensor]:
-    """Return a stock MobileNetV2's state dict as one of ``model``, an annealed RepMobileNetV2, alphas 0.
+    """Return a stock MobileNetV2's state dict as one of an annealed RepMobileNetV2, alphas 0; nothing is changed.
 
-    Nothing is changed. A classifier is taken over where both have one. Stock's BNs must have the model's ``eps`` (1e-5),
-    which no state dict tells. Raises CheckpointMismatchError for keys of no known format, missing or left-over keys,
-    other shapes, or a model without the branches that stock needs.
+    A classifier is taken over where both have one. Stock's BNs must have the model's ``eps`` (1e-5), which is in no state
+    dict.
+
+    Args:
+        model: the annealed RepMobileNetV2.
+        state_dict: stock's.
+
+    Raises:
+        CheckpointMismatchError: keys of no known format, missing or left-over keys, other shapes, or a model without the
+            branches that stock needs.
     """
     found = stock_format(state_dict)
     if found is None:
@@ -207,12 +214,21 @@ def _set_identity(result: Mapping[str, Tensor], eps: float, mean: Tensor, var: T
 
 @torch.no_grad()
 def measure_identities_(model: nn.Module, batches: Iterable[Tensor]) -> int:
-    """Set the identity BNs' mean, var, gamma and beta from the maps that ``batches`` make of them; return how many.
+    """Set the identity BNs' mean, var, gamma and beta from the maps that batches make of them.
 
-    ``model`` holds blocks with an ``identity`` branch, ``batches`` are its inputs. The maps are those of training: other
-    BNs take batch statistics, and keep their own. In eval mode the model's function stays what it was; in train mode the
-    skips come close to the identity. An identity BN that has learned something is left alone. Sums run over all
-    processes. Raises ValueError where no batch is given.
+    The maps are those of training: other BNs take batch statistics, and keep their own. In eval mode the model's function
+    stays what it was; in train mode the skips come close to the identity. An identity BN that has learned something is left
+    alone. Sums run over all processes.
+
+    Args:
+        model: holds blocks with an ``identity`` branch; changed in place.
+        batches: its inputs.
+
+    Returns:
+        How many BNs were set.
+
+    Raises:
+        ArgumentError: no batch.
     """
     blocks = [m for m in model.modules() if isinstance(m, RepBlock) and not m.deployed and "identity" in m.branches]
     blocks = [b for b in blocks if hasattr(b.branches["identity"], "bn") and _is_identity(b.branches["identity"].bn)]
@@ -266,11 +282,18 @@ def _adder(total: Tensor) -> Callable[[nn.Module, tuple[Tensor]], None]:
 
 
 def adapt_state_dict_(model: nn.Module, state_dict: MutableMapping, prefix: str = "") -> None:
-    """Make the part of a state dict under ``prefix`` one of ``model``, a RepMobileNetV2; its own stays as it is.
+    """Make a part of a state dict one of a RepMobileNetV2, in place; its own stays as it is.
 
     Stock checkpoints are translated. A plain model takes a finished anneal's checkpoint (alphas of 1 are dropped), an
-    annealed one takes a plain checkpoint (alpha 1). Raises CheckpointMismatchError for an unfinished anneal in a plain
-    model, and what :func:`from_stock` raises.
+    annealed one takes a plain checkpoint (alpha 1).
+
+    Args:
+        model: the RepMobileNetV2.
+        state_dict: changed in place.
+        prefix: what the part's keys begin with.
+
+    Raises:
+        CheckpointMismatchError: an unfinished anneal in a plain model, or as :func:`from_stock`.
     """
     given = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
     if stock_format(given):

@@ -14,15 +14,29 @@ INIT_STD = 0.01
 class BilinearHead(nn.Module):
     """Bilinear pooling, dropout, linear layer: tuple of maps -> logits (N, num_classes).
 
-    ``in_channels``, ``method`` and ``**pooling`` as in :class:`rep_plugin.bilinear.pooling.BilinearPooling`.
-    ``method=None``: the features come pooled, from a neck, and ``in_channels`` is their length. ``num_classes`` 0 leaves
-    the linear layer out. ``deploy=True`` builds what :meth:`switch_to_deploy` leaves.
+    The linear layer starts at a standard deviation of 0.01. On features of unit norm it needs large weights: give it about
+    100 times the learning rate of the rest. A larger start is no substitute: the gradient of the weights does not depend on
+    their size, while the backbone's grows with it (by C times the deviation, 5 at C = 512).
 
-    The linear layer starts at a standard deviation of 0.01. On features of unit norm it needs large weights: give it
-    about 100 times the learning rate of the rest. A larger start is no substitute: the gradient of the weights does not
-    depend on their size, while the backbone's grows with it (by C times the deviation, 5 at C = 512).
+    Args:
+        in_channels: channels of the map(s); with ``method=None`` the length of the features.
+        num_classes: outputs of the linear layer; 0 leaves it out.
+        method: as in :class:`rep_plugin.bilinear.pooling.BilinearPooling`; None: the features come pooled, from a neck.
+        drop_rate: probability of the dropout.
+        deploy: build what :meth:`switch_to_deploy` leaves.
+        pooling: other arguments of :class:`rep_plugin.bilinear.pooling.BilinearPooling`.
 
-    Raises ValueError for num_classes < 0 and as the pooling does.
+    Raises:
+        ArgumentError: num_classes < 0, or as the pooling does.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.bilinear import BilinearHead
+        >>> head, maps = BilinearHead(8, num_classes=5).eval(), (torch.ones(2, 8, 7, 7),)
+        >>> logits = head(maps)
+        >>> head.switch_to_deploy()
+        >>> head.fc.in_features, torch.allclose(head(maps), logits, atol=1e-5)
+        (36, True)
     """
 
     def __init__(
@@ -46,7 +60,7 @@ class BilinearHead(nn.Module):
         self.reset_classes(num_classes)
 
     def reset_classes(self, num_classes: int) -> None:
-        """Put a new linear layer in place; 0 classes: none. Raises ValueError for num_classes < 0."""
+        """Put a new linear layer in place; 0 classes: none. Raises ArgumentError for num_classes < 0."""
         if num_classes < 0:
             raise ArgumentError(f"num_classes must be >= 0, got {num_classes}")
         old = getattr(self, "fc", None)
@@ -84,8 +98,14 @@ class BilinearHead(nn.Module):
     def keep_channels_(self, keep: Sequence[int], keep_second: Sequence[int] | None = None) -> None:
         """Go on with these channels of the map(s) alone: pooling and linear layer lose the rest, in place.
 
-        Exact where the others are zero everywhere. The linear layer's parameters stay the same objects. Raises ValueError
-        for no or unknown indices, or features that come pooled.
+        Exact where the others are zero everywhere. The linear layer's parameters stay the same objects.
+
+        Args:
+            keep: ascending indices of the first map.
+            keep_second: of the second map; None: all.
+
+        Raises:
+            ArgumentError: no or unknown indices, or features that come pooled.
         """
         if self.pool is None:
             raise ArgumentError(
@@ -99,11 +119,21 @@ class BilinearHead(nn.Module):
 
 
 def fold_bilinear_head(model: nn.Module) -> None:
-    """Fold the classifier of a model to the upper triangle, in place and losslessly; a folded model is left as it is.
+    """Fold the classifier of a model to the upper triangle, in place and without loss; a folded model is left as it is.
 
     Serves models with a :class:`BilinearHead` (as ``model.head``), and those with a :class:`BilinearPooling` neck and any
-    head that has one linear layer ``fc``, such as mmpretrain's ``LinearClsHead``. Raises ValueError where the model has
-    neither, or the pooling is not a symmetric ``full`` one.
+    head that has one linear layer ``fc``, such as mmpretrain's ``LinearClsHead``.
+
+    Raises:
+        ArgumentError: the model has neither, or the pooling is not a symmetric ``full`` one.
+
+    Example:
+        >>> from torch import nn
+        >>> from rep_plugin.bilinear import BilinearHead, fold_bilinear_head
+        >>> model = nn.ModuleDict({"head": BilinearHead(8, num_classes=5)})
+        >>> fold_bilinear_head(model)
+        >>> model.head.fc.in_features
+        36
     """
     neck, head = getattr(model, "neck", None), getattr(model, "head", None)
     if isinstance(neck, BilinearPooling) and isinstance(getattr(head, "fc", None), nn.Linear):

@@ -155,7 +155,20 @@ METHODS = ("full", "triu", "tensor_sketch", "random_maclaurin", "low_rank", "isq
 def build_pool(
     method: str, channels1: int, channels2: int | None, dim: int, rank: int | None, iterations: int, seed: int
 ) -> nn.Module:
-    """Return the variant of that name. Raises ValueError for an unknown one and for numbers out of range."""
+    """Return the variant of a name.
+
+    Args:
+        method: name in METHODS.
+        channels1: channels of the first map.
+        channels2: channels of the second map; None: one map.
+        dim: length of sketches and of Maclaurin features.
+        rank: rank of ``low_rank`` (default: the channels).
+        iterations: Newton-Schulz steps.
+        seed: of the random tables.
+
+    Raises:
+        ArgumentError: an unknown name, or numbers out of range.
+    """
     if method not in METHODS:
         raise ArgumentError(f"unknown method {method!r}, expected one of {METHODS}")
     if dim < 1:

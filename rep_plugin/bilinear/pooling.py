@@ -1,4 +1,4 @@
-"""Bilinear pooling as a module: a map (or two) becomes one vector of second-order statistics a picture."""
+"""Bilinear pooling as a module: a map (or two) becomes one vector of second-order statistics an image."""
 
 from collections.abc import Sequence
 
@@ -65,24 +65,41 @@ def _projection(in_channels: int, out_channels: int) -> nn.Sequential:
 class BilinearPooling(nn.Module):
     """Pool one map with itself, or two maps with each other, into a vector: tuple of maps -> tuple of one (N, D).
 
-    ``in_channels``: channels C of the map, or a pair for two streams or two layers (equal N, H, W). ``in_index``: which
-    map(s) of the tuple; by default the last one, of a pair the last two. ``layout`` of the maps: ``NCHW``, ``NHWC`` or
-    ``NLC``. ``out_channels`` is D:
+    ``out_channels`` is D:
 
     * ``full``              C1 * C2
     * ``triu``              C (C + 1) / 2: ``full`` without the mirrored half, its norm counting off-diagonals twice
     * ``tensor_sketch``, ``random_maclaurin``  ``dim``; random tables are buffers, drawn from ``seed``
-    * ``low_rank``          ``rank`` (default: the channels), two learned factors
+    * ``low_rank``          ``rank``, two learned factors
     * ``isqrt_cov``         C (C + 1) / 2, ``iterations`` Newton-Schulz steps
 
-    All but ``isqrt_cov`` end in the zero-preserving signed square root and L2 norm; ``normalize`` overrides that.
-    ``projection`` puts a 1x1 convolution, BN and ReLU to so many channels before the pooling (a pair: one each), as wide
-    backbones need (Li et al., CVPR 2018, use 256). ``deploy=True`` builds what folding a trained symmetric ``full``
-    head leaves, ``triu``; other forms have nothing to fold. A channel that is zero everywhere adds nothing in any
-    method, so that removing it (:meth:`keep_channels_`) changes nothing.
+    A channel that is zero everywhere adds nothing in any method, so that removing it (:meth:`keep_channels_`) changes
+    nothing.
 
-    Raises ValueError for unknown methods and layouts, numbers out of range, a pair where one map is needed, and in the
-    forward pass for maps of another shape; TypeError where it is not given a tuple.
+    Args:
+        in_channels: channels C of the map, or a pair for two streams or two layers (equal N, H, W).
+        method: one of the above.
+        dim: length of sketches and of Maclaurin features.
+        rank: rank of ``low_rank`` (default: the channels).
+        iterations: Newton-Schulz steps.
+        projection: channels of a 1x1 convolution, BN and ReLU before the pooling (a pair: one each), as wide backbones need
+            (Li et al., CVPR 2018, use 256).
+        in_index: which map(s) of the tuple (default: the last one, of a pair the last two).
+        layout: of the maps: ``NCHW``, ``NHWC`` or ``NLC``.
+        normalize: end in the zero-preserving signed square root and L2 norm (default: all but ``isqrt_cov``).
+        seed: of the random tables.
+        deploy: build what folding a trained symmetric ``full`` head leaves, ``triu``; other forms have nothing to fold.
+
+    Raises:
+        ArgumentError: unknown methods and layouts, numbers out of range, a pair where one map is needed; in the forward pass
+            maps of another shape.
+        ArgumentTypeError: anything but a tuple, in the forward pass.
+
+    Example:
+        >>> import torch
+        >>> from rep_plugin.bilinear import BilinearPooling
+        >>> BilinearPooling(8, "triu")((torch.ones(2, 8, 7, 7),))[0].shape
+        torch.Size([2, 36])
     """
 
     def __init__(
@@ -130,12 +147,12 @@ class BilinearPooling(nn.Module):
 
     @property
     def symmetric(self) -> bool:
-        """True where one map is pooled with itself."""
+        """Return True where one map is pooled with itself."""
         return len(self.in_index) == 1
 
     @property
     def out_channels(self) -> int:
-        """Length D of the pooled vector."""
+        """Return the length D of the pooled vector."""
         return self.pool.out_channels
 
     def _map(self, feats: Sequence[Tensor], stream: int) -> Tensor:
@@ -156,10 +173,17 @@ class BilinearPooling(nn.Module):
 
     @torch.no_grad()
     def keep_channels_(self, keep: Sequence[int], keep_second: Sequence[int] | None = None) -> Tensor:
-        """Go on with these channels of the map(s) alone; return which of the D outputs stay, for the classifier.
+        """Go on with these channels of the map(s) alone, in place. Where there is a projection, its inputs go and D stays.
 
-        ``keep``, ``keep_second``: ascending indices (None: all). Where there is a projection, its inputs go and D stays.
-        Raises ValueError for no or unknown indices.
+        Args:
+            keep: ascending indices of the first map.
+            keep_second: of the second map; None: all.
+
+        Returns:
+            Which of the D outputs stay, for the classifier.
+
+        Raises:
+            ArgumentError: no or unknown indices.
         """
         old = (self.in_channels,) if self.symmetric else self.in_channels
         kept = []
@@ -180,10 +204,13 @@ class BilinearPooling(nn.Module):
 
     @torch.no_grad()
     def fold_to_triangle_(self, classifier: nn.Linear) -> None:
-        """Fold this full symmetric pooling and the linear layer on it to the upper triangle, losslessly, in place.
+        """Fold this full symmetric pooling and the linear layer on it to the upper triangle, without loss, in place.
 
         Not ``switch_to_deploy``: converters call that on every module alone, and a pooling must not change without its
-        classifier. Raises ValueError where the pooling is of another kind, or the layer does not fit.
+        classifier.
+
+        Raises:
+            ArgumentError: the pooling is of another kind, or the layer does not fit.
         """
         if self.method != "full" or not self.symmetric:
             kind = self.method if self.symmetric else f"two-stream {self.method}"

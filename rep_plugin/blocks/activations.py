@@ -22,7 +22,15 @@ FUNCTIONS = {"relu": F.relu, "relu6": F.relu6, "hardswish": F.hardswish, "silu":
 
 
 def build_activation(name: str, channels: int) -> nn.Module:
-    """Return a new activation for a map of ``channels``. Raises ValueError for a name that is not in ACTIVATIONS."""
+    """Return a new activation.
+
+    Args:
+        name: name in ACTIVATIONS.
+        channels: channels of its map.
+
+    Raises:
+        ArgumentError: another name.
+    """
     try:
         return ACTIVATIONS[name](channels)
     except KeyError:
@@ -32,8 +40,14 @@ def build_activation(name: str, channels: int) -> nn.Module:
 class SqueezeExcite(nn.Module):
     """Scale each channel by a gate that its own mean and all others' decide: (N, C, H, W) -> (N, C, H, W).
 
-    Two 1x1 convolutions, ``reduce`` to C // ``ratio`` and ``expand``. Hu et al., "Squeeze-and-Excitation Networks"
-    (CVPR 2018). Raises ValueError for fewer channels than ``ratio``.
+    Two 1x1 convolutions. Hu et al., "Squeeze-and-Excitation Networks" (CVPR 2018).
+
+    Args:
+        channels: channels C.
+        ratio: C against the channels between the two convolutions.
+
+    Raises:
+        ArgumentError: fewer channels than ``ratio``.
     """
 
     def __init__(self, channels: int, ratio: int = 16):
@@ -49,6 +63,11 @@ class SqueezeExcite(nn.Module):
 
 
 def relu_after(channels: int, se: bool) -> nn.Module:
-    """Return the ``act`` of a block: ReLU, with squeeze-and-excitation (``se``) before it where asked for."""
+    """Return the ``act`` of a block: ReLU.
+
+    Args:
+        channels: channels of its map.
+        se: put squeeze-and-excitation before it.
+    """
     relu = nn.ReLU(inplace=True)
     return nn.Sequential(OrderedDict(se=SqueezeExcite(channels), relu=relu)) if se else relu

@@ -28,13 +28,22 @@ def he_normal_(conv: nn.Conv2d) -> None:
 def conv_bn(
     in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1, dilation: Size = 1, groups: int = 1
 ) -> Chain:
-    """Convolution (``conv``) and ``bn``."""
+    """Return a convolution (``conv``) and ``bn``.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: sides of the window.
+        stride: stride in pixels.
+        dilation: distance in pixels between two taps of the window.
+        groups: groups of the convolution.
+    """
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, 0, dilation, groups, bias=False)
     return Chain({"conv": conv, "bn": nn.BatchNorm2d(out_channels)})
 
 
 def identity_bn(channels: int) -> Chain:
-    """The input itself, normalised: ``bn``."""
+    """Return the input itself, normalised: ``bn``."""
     return Chain({"bn": nn.BatchNorm2d(channels)})
 
 
@@ -47,9 +56,19 @@ def conv_conv_bn(
     groups: int = 1,
     mid_channels: int | None = None,
 ) -> Chain:
-    """1x1 (``reduce``) and the window (``conv``), a BN after each; ``mid_channels`` defaults to the inputs.
+    """Return 1x1 (``reduce``) and the window (``conv``), a BN after each.
 
-    Raises ValueError where ``groups`` does not divide ``mid_channels``.
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: sides of the window.
+        stride: stride in pixels.
+        dilation: distance in pixels between two taps of the window.
+        groups: groups of both convolutions.
+        mid_channels: channels between them (default: the inputs').
+
+    Raises:
+        ArgumentError: ``groups`` does not divide ``mid_channels``.
     """
     mid = in_channels if mid_channels is None else mid_channels
     if mid % groups:
@@ -67,7 +86,16 @@ def conv_conv_bn(
 def conv_average_bn(
     in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1, dilation: Size = 1, groups: int = 1
 ) -> Chain:
-    """1x1 (``reduce``), average over the window (``avg``), a BN after each; a depthwise block needs no 1x1."""
+    """Return 1x1 (``reduce``) and average over the window (``avg``), a BN after each; a depthwise block needs no 1x1.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: sides of the window.
+        stride: stride in pixels.
+        dilation: distance in pixels between two taps of the window.
+        groups: groups of the 1x1.
+    """
     ops = {}
     if not groups == in_channels == out_channels:
         ops["reduce"] = nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=False)
@@ -80,7 +108,16 @@ def conv_average_bn(
 def average_conv_bn(
     in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1, dilation: Size = 1, mix: bool = False
 ) -> Chain:
-    """Average over the window (``avg``), a 1x1 (``conv``) where the shape changes or ``mix`` asks for it, ``bn``."""
+    """Return average over the window (``avg``), a 1x1 (``conv``) where the shape changes, and ``bn``.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: sides of the window.
+        stride: stride in pixels.
+        dilation: distance in pixels between two taps of the window.
+        mix: keep the 1x1 where the shape does not change.
+    """
     ops = {"avg": DilatedAvgPool2d(kernel_size, stride, dilation)}
     if mix or stride != 1 or in_channels != out_channels:
         ops["conv"] = nn.Conv2d(in_channels, out_channels, 1, bias=False)

@@ -49,6 +49,10 @@ def init_gains_(chain: Chain, in_channels: int) -> None:
     """Set every gain so that the chain up to it answers white noise with unit variance in each channel, as a BN would.
 
     Without it the branches start as unequal as the products of their kernels, and the strongest one learns alone.
+
+    Args:
+        chain: changed in place.
+        in_channels: channels of its input.
     """
     ops = []
     for op in chain.children():
@@ -64,7 +68,7 @@ def _is_dense(op: nn.Module) -> bool:
 
 
 def merge_macs(chain: Chain) -> int:
-    """Multiply-adds of merging a chain: the products of its dense kernels (those with depthwise ones are small)."""
+    """Return the multiply-adds of merging a chain: products of its dense kernels (those with depthwise ones are small)."""
     kh, kw = chain.kernel_size
     dense = [op for op in chain.children() if _is_dense(op)]
     # (M, I/g) with (O, M/g), at every tap of the result.
@@ -72,7 +76,13 @@ def merge_macs(chain: Chain) -> int:
 
 
 def run_macs(chain: Chain, pixels_in: int, pixels_out: int) -> int:
-    """Multiply-adds of running a chain on maps of so many pixels in all; moving an element is counted as ``MOVE``."""
+    """Return the multiply-adds of a chain's forward; moving an element is counted as ``MOVE``.
+
+    Args:
+        chain: the chain.
+        pixels_in: pixels of its input, in all images.
+        pixels_out: pixels of its output.
+    """
     total, pixels = 0, pixels_in
     for op in chain.children():
         if spatial_of(op)[1] != (1, 1):

@@ -20,7 +20,7 @@ import rep_plugin
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.openmmlab.artefacts import write_deployed, write_pruned
 from rep_plugin.openmmlab.load import build_model, load_model
-from tests.downstream.conftest import CONFIGS, ROOT, SIDE, assert_same, lively, images, shipped
+from tests.downstream.conftest import CONFIGS, ROOT, SIDE, assert_same, images, lively, shipped
 
 NARROW_HEADS = {
     "model.neck.out_channels": 32,

@@ -109,7 +109,7 @@ def test_drop_path_keeps_the_mean_and_only_acts_in_training():
     assert rates == pytest.approx([0, 0, 0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4])
 
 
-def test_small_pictures_and_one_channel():
+def test_small_images_and_one_channel():
     for kind, options in ((RepVGG, {}), (MobileOne, {})):
         model = kind(in_channels=1, strides=(1, 1, 2, 2, 2), **options).eval()
         assert model(torch.zeros(2, 1, 28, 28))[0].shape[2:] == (4, 4) and model.reductions == [1, 2, 4, 8]

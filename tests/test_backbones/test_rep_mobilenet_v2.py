@@ -55,7 +55,7 @@ def test_maps_have_mobilenet_v2_shapes():
     assert model.out_channels == [s[0] for s in shapes] and model.reductions == [64 // s[1] for s in shapes]
 
 
-def test_small_pictures_and_one_channel():
+def test_small_images_and_one_channel():
     model = RepMobileNetV2(0.5, in_channels=1, strides=(1, 1, 2, 2, 2, 1, 2, 1)).eval()
     assert model(torch.zeros(2, 1, 28, 28))[0].shape == (2, 1280, 2, 2)
 

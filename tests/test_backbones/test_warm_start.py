@@ -103,7 +103,7 @@ def test_train_mode_starts_near_stock_and_with_measured_statistics_as_stock():
     stock, x = build_stock("timm"), torch.randn(16, 3, 64, 64)
     ours = build_ours("timm")
     ours.load_state_dict(stock.state_dict())
-    assert train_mode_error(stock, ours, x, slice(0, 2)) < 1e-5, "a stage's second block needs no pictures"
+    assert train_mode_error(stock, ours, x, slice(0, 2)) < 1e-5, "a stage's second block needs no images"
     untold = copy.deepcopy(ours)
     for bn in (
         block.branches["identity"].bn for stage in untold.stages for block in stage if "identity" in block.branches

@@ -62,12 +62,12 @@ def test_every_alpha_computes_its_definition(shape):
         if hasattr(chain, "expand"):
             middle = inner(chain.expand_bn(chain.expand(x)))
             shift = alpha * chain.expand_bn(torch.zeros(1, middle.shape[1], 1, 1, dtype=x.dtype))
-            ring = shift.expand(2, -1, 11, 8).clone()
-            ring[:, :, 1:-1, 1:-1] = middle
+            padded = shift.expand(2, -1, 11, 8).clone()
+            padded[:, :, 1:-1, 1:-1] = middle
         else:
-            ring = F.pad(x, (1, 1, 1, 1))
+            padded = F.pad(x, (1, 1, 1, 1))
         conv = chain.depthwise
-        y = F.conv2d(ring, conv.weight, None, conv.stride, 0, groups=conv.groups)
+        y = F.conv2d(padded, conv.weight, None, conv.stride, 0, groups=conv.groups)
         y = chain.project_bn(chain.project(inner(chain.depthwise_bn(y))))
         assert relative_error((1 - alpha) * y + alpha * F.relu6(y), block(x)) < 1e-12
 

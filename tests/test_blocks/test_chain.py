@@ -51,33 +51,33 @@ def chains(draw):
 @settings(max_examples=examples(300), deadline=None)
 @given(chains())
 def test_merged_chain_equals_layers_on_a_padded_map(case):
-    width, ops, ring, seed = case
+    width, ops, padding, seed = case
     torch.manual_seed(seed)
     chain = randomise_bn_(Chain(ops).double()).eval()
     x = torch.randn(2, width, 19, 16, dtype=torch.float64)
-    expected = chain_by_hand(list(ops.values()), x, ring)
+    expected = chain_by_hand(list(ops.values()), x, padding)
     merged = merge_ops(ops.values(), width, torch.float64)
     assert merged.kernel.dtype == torch.float64
-    got = F.conv2d(x, merged.kernel, merged.bias, merged.stride, ring, merged.dilation, merged.groups)
+    got = F.conv2d(x, merged.kernel, merged.bias, merged.stride, padding, merged.dilation, merged.groups)
     assert relative_error(expected, got) < 1e-11
-    assert relative_error(expected, chain(x, ring)) < 1e-11
+    assert relative_error(expected, chain(x, padding)) < 1e-11
 
 
 @settings(max_examples=examples(100), deadline=None)
 @given(chains())
 def test_training_step_equals_layers_on_a_padded_map(case):
     """Outputs and gradients with batch statistics; one window, since only then both count the same positions."""
-    width, ops, ring, seed = case
+    width, ops, padding, seed = case
     if sum(op.weight.shape[2:] != (1, 1) for op in ops.values() if isinstance(op, nn.Conv2d)) > 1:
-        ring = (0, 0)
+        padding = (0, 0)
     torch.manual_seed(seed)
     chain = randomise_bn_(Chain(ops).double()).train()
     x = torch.randn(3, width, 17, 15, dtype=torch.float64, requires_grad=True)  # two windows reach over 13
     has_window = chain.kernel_size != (1, 1)
     if not has_window:
-        ring = (0, 0)
+        padding = (0, 0)
     leaves = [x, *chain.parameters()]
-    expected, got = chain_by_hand(list(ops.values()), x, ring), chain(x, ring)
+    expected, got = chain_by_hand(list(ops.values()), x, padding), chain(x, padding)
     assert relative_error(expected, got) < 1e-10
     weights = torch.randn_like(expected)
     ours = torch.autograd.grad((got * weights).sum(), leaves, allow_unused=True)

@@ -77,7 +77,7 @@ def test_separable_windows_that_pad_one_axis_each(size, stride):
 
 
 def test_padding_the_head_alone_would_be_wrong():
-    """The ring matters: without it the border, and only the border, is off."""
+    """The edge matters: without it the border, and only the border, is off."""
     merged = compose_padded(random_conv(3, 4), random_conv(4, 5, (3, 3), (1, 1)))
     x = torch.randn(1, 3, 8, 8, dtype=torch.float64)
     inside = merged.edge.sum((1, 2, 3))
@@ -103,7 +103,7 @@ def test_two_windows_that_both_pad_are_refused():
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_sums_of_every_kind(stride):
-    """Unequal windows, groups and dilations, a crop, a ring, a scale."""
+    """Unequal windows, groups and dilations, a crop, an edge, a scale."""
     s = (stride, stride)
     convs = [
         random_conv(4, 4, (5, 5), (2, 2), 1, s),
