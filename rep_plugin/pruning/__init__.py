@@ -1,4 +1,4 @@
-"""Channel pruning: which channels belong together, which go (a plan), and their removal, proven equal to masking."""
+"""Channel pruning: which channels belong together, which are removed (a plan), and their removal, proven equal to masking."""
 
 from rep_plugin.errors import TraceError
 from rep_plugin.pruning.apply import PruneReport, apply_plan

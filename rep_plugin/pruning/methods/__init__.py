@@ -1,4 +1,7 @@
-"""Training that prepares a model for pruning: sparsity, soft pruning, ResRep and centripetal SGD."""
+"""Terms and layers that make channels removable: sparsity, soft pruning, ResRep and centripetal SGD.
+
+They act within one step of training. The hooks of ``rep_plugin.openmmlab.hooks`` decide when, and when channels are removed.
+"""
 
 from rep_plugin.pruning.methods.centripetal import Centripetal, cluster_distances, merge_clusters_, snap_clusters_
 from rep_plugin.pruning.methods.clusters import Clusters, plan_clusters

@@ -136,6 +136,12 @@ class PruneOptions:
         return self.scores if isinstance(self.scores, str) else "given scores"
 
     @property
+    def reason_without_score(self) -> str:
+        """Why a layer without scores stays as it is."""
+        no_bn = "it has no BN for bn_gamma: use scores='l1'"
+        return no_bn if self.scores == "bn_gamma" else f"not scored by {self.score_name}"
+
+    @property
     def frozen_patterns(self) -> tuple[str, ...]:
         """All patterns whose layers stay: those of ``ignore``, and those that ``overrides`` freezes."""
         return (*self.ignore, *(pattern for pattern, value in self.overrides.items() if value == "frozen"))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from rep_plugin.checkpoints.files import write_atomic
 from rep_plugin.errors import ArgumentError
 from rep_plugin.pruning.planning.options import PruneOptions
 from rep_plugin.pruning.planning.scores import score_units
@@ -104,7 +105,7 @@ class PrunePlan:
         """
         options = PruneOptions(scores, prune_outputs=prune_outputs, seed=seed)
         trace = trace_channels(model, example_input, prune_outputs)
-        choice = find_candidates(trace, score_units(model, trace, options), without=not_scored(options))
+        choice = find_candidates(trace, score_units(model, trace, options), without=options.reason_without_score)
         why = f"given widths of {len(widths)} layers, by {options.score_name}"
         return make_plan(model, trace, choice, to_widths(choice, widths), why, prune_outputs)
 
@@ -112,9 +113,7 @@ class PrunePlan:
         """Return the plan as JSON text, and write it to ``path`` where one is given (whole or not at all)."""
         text = json.dumps(asdict(self), indent=1)
         if path is not None:
-            temporary = Path(f"{path}.tmp")
-            temporary.write_text(text + "\n")
-            temporary.replace(path)
+            write_atomic(path, lambda file: file.write(f"{text}\n".encode()))
         return text
 
     @classmethod
@@ -165,15 +164,6 @@ def _plain(name: str, value: object) -> object:
     if name == "groups":
         return tuple(tuple(layers) for layers in value)
     return tuple(int(i) for i in value) if name in ("input_shape", "units") else value
-
-
-def not_scored(options: PruneOptions) -> str:
-    """Return why a layer without scores stays as it is."""
-    return (
-        "it has no BN for bn_gamma: use scores='l1'"
-        if options.scores == "bn_gamma"
-        else f"not scored by {options.score_name}"
-    )
 
 
 def make_plan(

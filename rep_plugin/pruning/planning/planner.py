@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rep_plugin.pruning.planning.latency_search import to_latency
 from rep_plugin.pruning.planning.latency_table import EagerTimer, Timer
 from rep_plugin.pruning.planning.options import Budget, PruneOptions
-from rep_plugin.pruning.planning.plan import PrunePlan, make_plan, not_scored
+from rep_plugin.pruning.planning.plan import PrunePlan, make_plan
 from rep_plugin.pruning.planning.scores import score_units
 from rep_plugin.pruning.planning.select import (
     Candidate,
@@ -133,7 +133,7 @@ def plan_to_budget(
     trace = trace_channels(model, example_input, options.prune_outputs)
     own = match_layers(list(options.overrides), list(trace.layers))
     scores = score_units(model, trace, options, loader, loss)
-    choice = find_candidates(trace, scores, options.frozen_patterns, not_scored(options))
+    choice = find_candidates(trace, scores, options.frozen_patterns, options.reason_without_score)
     if not choice.units:
         raise nothing_to_prune(model, choice.frozen)
 
