@@ -111,15 +111,9 @@ def prune_runner_(
             after what :func:`rep_plugin.apply_plan` raises.
     """
     model, averages = plain_model(runner), averages_to_change(runner)
+    ema = averages[0] if averages else None
     with eval_mode(model):
-        report = apply_plan(
-            model,
-            plan,
-            optimizers_of(runner),
-            ema=averages[0] if averages else None,
-            verify=verify,
-            example_input=example_input,
-        )
+        report = apply_plan(model, plan, optimizers_of(runner), ema=ema, verify=verify, example_input=example_input)
     for average in averages:
         if average.update_buffers:  # a state dict holds the tensors as they were
             average.avg_parameters = average.module.state_dict()

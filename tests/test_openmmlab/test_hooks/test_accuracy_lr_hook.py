@@ -19,16 +19,16 @@ EACH = dict(train_cfg=dict(by_epoch=True, max_epochs=4, val_interval=1))
 
 @pytest.fixture
 def accuracies(monkeypatch):
-    """Validation gives these figures, by epoch, whatever the model."""
-    figures = {1: 50.0, 2: 91.0, 3: 60.0, 4: 99.0}
+    """Validation gives these metrics, by epoch, whatever the model."""
+    metrics = {1: 50.0, 2: 91.0, 3: 60.0, 4: 99.0}
     runners = []
 
     def compute(self, results):
-        return {"top1": figures[runners[-1].epoch]}
+        return {"top1": metrics[runners[-1].epoch]}
 
     monkeypatch.setattr("mmpretrain.evaluation.Accuracy.compute_metrics", compute)
     monkeypatch.setattr(AccuracyLrHook, "before_run", lambda self, runner: runners.append(runner), raising=False)
-    return figures
+    return metrics
 
 
 def rates(folder) -> list[float]:

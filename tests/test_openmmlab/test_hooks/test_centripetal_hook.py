@@ -141,8 +141,8 @@ def test_wrapped_model_is_drawn_as_a_plain_one(finished, tmp_path):
 
 
 def test_what_is_not_equal_is_merged_with_a_warning_and_the_averaged_weights_count(tmp_path, monkeypatch):
-    figures = iter([{"accuracy/top1": 90.0}, {"accuracy/top1": 89.8}])
-    monkeypatch.setattr("rep_plugin.openmmlab.hooks.centripetal_hook.evaluate", lambda *_: next(figures))
+    metrics = iter([{"accuracy/top1": 90.0}, {"accuracy/top1": 89.8}])
+    monkeypatch.setattr("rep_plugin.openmmlab.hooks.centripetal_hook.evaluate", lambda *_: next(metrics))
     ema = dict(type="EMAHook", momentum=0.2, update_buffers=True)
     runner = run(config(tmp_path, ema, DRAW | dict(strength=1e-3, clusters="even", by_epoch=False)))
     log = next(tmp_path.glob("*/*.log")).read_text()
@@ -208,7 +208,7 @@ def test_a_merge_that_fails_is_known_before_the_training(tmp_path, monkeypatch):
 
 
 def test_config_halves_the_multiply_adds_without_loss(tmp_path):
-    """The config on real pictures, in short: 96 steps bring filters together at less momentum and a larger strength."""
+    """The config on real images, in short: 96 steps bring filters together at less momentum and a larger strength."""
     options = [
         "train_dataloader.dataset.indices=384",
         "train_dataloader.batch_size=16",
@@ -231,4 +231,4 @@ def test_config_halves_the_multiply_adds_without_loss(tmp_path):
     report, entry = json.loads((tmp_path / "pruned.json").read_text()), entry_of(tmp_path)
     assert report["max_rel_error"] < 1e-9 and report["macs_after"] <= 0.5 * report["macs_before"]
     assert max(group["relative"] for group in entry["distances"].values()) < 1e-5
-    assert abs(entry["before"]["accuracy/top1"] - entry["after"]["accuracy/top1"]) <= 0.5  # a picture of 200
+    assert abs(entry["before"]["accuracy/top1"] - entry["after"]["accuracy/top1"]) <= 0.5  # a image of 200

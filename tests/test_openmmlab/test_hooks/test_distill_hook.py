@@ -48,8 +48,8 @@ def distance(a: torch.nn.Module, b: torch.nn.Module) -> float:
 def by_hand(student: torch.nn.Module, teacher: torch.nn.Module, inputs, labels) -> dict[str, torch.Tensor]:
     """The three terms, written out."""
     ours, theirs = student.backbone(inputs)[0], teacher.backbone(inputs)[0].detach()
-    mine, told = (model.head.fc(maps.mean((2, 3))) for model, maps in ((student, ours), (teacher, theirs)))
-    p, q = (torch.exp(z / T) / torch.exp(z / T).sum(1, keepdim=True) for z in (told.detach(), mine))
+    mine, taught = (model.head.fc(maps.mean((2, 3))) for model, maps in ((student, ours), (teacher, theirs)))
+    p, q = (torch.exp(z / T) / torch.exp(z / T).sum(1, keepdim=True) for z in (taught.detach(), mine))
     looks = [(m**2).sum(1).flatten(1) for m in (ours, theirs)]
     looks = [a / (a**2).sum(1, keepdim=True).sqrt() for a in looks]
     return {
@@ -80,9 +80,9 @@ def test_terms_and_gradients_are_those_written_by_hand(teacher, tmp_path):
     data = cfg.train_dataloader.batch_size
     lines = scalars(tmp_path)
     assert len(lines) == 4 * STEPS
-    pictures = runner.train_dataloader.dataset
+    images = runner.train_dataloader.dataset
     for step, line in enumerate(lines):
-        batch = [pictures[(step % STEPS) * data + i] for i in range(data)]
+        batch = [images[(step % STEPS) * data + i] for i in range(data)]
         inputs = (torch.stack([one["inputs"] for one in batch]).float() - 127) / 64
         terms = by_hand(student, wide, inputs, [int(one["data_samples"].gt_label) for one in batch])
         for name, value in terms.items():

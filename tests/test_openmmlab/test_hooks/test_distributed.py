@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
     for case, hooks in HOOKS.items():
         cfg = config(folder / case, *hooks, dict(type="HashLog"))
         cfg.env_cfg = dict(dist_cfg=dict(backend="gloo"))
-        cfg.train_dataloader.batch_size = 2  # so that each process has four batches an epoch, half of the pictures
+        cfg.train_dataloader.batch_size = 2  # so that each process has four batches an epoch, half of the images
         (folder / case).mkdir()
         cfg.dump(folder / case / "config.py")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

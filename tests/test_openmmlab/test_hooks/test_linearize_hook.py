@@ -26,8 +26,8 @@ STEPS = 3  # iterations an epoch
 
 
 @DATASETS.register_module()
-class TinyPictures(Dataset):
-    """Twelve random pictures of two classes."""
+class TinyImages(Dataset):
+    """Twelve random images of two classes."""
 
     metainfo = {"classes": ("dark", "bright")}
 
@@ -36,12 +36,12 @@ class TinyPictures(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         generator = torch.Generator().manual_seed(index)
-        picture = torch.randint(0, 128, (3, 32, 32), generator=generator) + 128 * (index % 2)
-        return {"inputs": picture.byte(), "data_samples": DataSample().set_gt_label(index % 2)}
+        image = torch.randint(0, 128, (3, 32, 32), generator=generator) + 128 * (index % 2)
+        return {"inputs": image.byte(), "data_samples": DataSample().set_gt_label(index % 2)}
 
 
 def config(work_dir, *hooks, backbone=None, **changes) -> Config:
-    """The tiny training with our backbone, larger pictures and a lower rate."""
+    """The tiny training with our backbone, larger images and a lower rate."""
     model = dict(
         type="ImageClassifier",
         backbone=dict(type="rep_plugin.RepMobileNetV2", widen_factor=0.35, anneal=True) | (backbone or {}),
@@ -51,7 +51,7 @@ def config(work_dir, *hooks, backbone=None, **changes) -> Config:
     own = dict(model=model, optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.01, momentum=0.9)))
     cfg = tiny.config(work_dir, *hooks, **(own | changes))
     for loader in {"train_dataloader", "val_dataloader"} - set(changes):
-        cfg[loader].dataset.type = "TinyPictures"
+        cfg[loader].dataset.type = "TinyImages"
     return cfg
 
 
@@ -154,7 +154,7 @@ def test_an_unfinished_checkpoint_keeps_its_alpha_where_it_is_tested(finished):
 
 @pytest.mark.parametrize("measure", [0, 1])
 def test_first_step_is_stock_in_train_mode(stock, tmp_path, measure):
-    """The first loss, in train mode, with all pictures in one batch: stock's, once the statistics are measured."""
+    """The first loss, in train mode, with all images in one batch: stock's, once the statistics are measured."""
     path, model = stock
     cfg = config(tmp_path, anneal(begin=1, end=2, measure_batches=measure), load_from=str(path))
     cfg.train_dataloader.batch_size = 4 * STEPS
@@ -162,8 +162,8 @@ def test_first_step_is_stock_in_train_mode(stock, tmp_path, measure):
     runner = run(cfg)
     model = copy.deepcopy(model)
     model.train()
-    pictures = TinyPictures()
-    batch = model.data_preprocessor(runner.train_dataloader.collate_fn([pictures[i] for i in range(4 * STEPS)]), True)
+    images = TinyImages()
+    batch = model.data_preprocessor(runner.train_dataloader.collate_fn([images[i] for i in range(4 * STEPS)]), True)
     expected = model.loss(**batch)["loss"].item()
     found = runner.message_hub.get_scalar("train/loss").data[0][0]
     assert logged(runner)[0] == 0 and logged(runner)[-1] == 1

@@ -1,4 +1,4 @@
-"""Pictures that hooks hand to the visualizer: local files and TensorBoard, from the main process alone."""
+"""Plots that hooks hand to the visualizer: local files and TensorBoard, from the main process alone."""
 
 import cv2
 import pytest
@@ -19,7 +19,7 @@ EXPECTED = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("plots")
     run(config(folder, SPARSITY, PRUNE, **VISUALIZER))
     return folder
 
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 def test_local_files(folder):
     files = {path.name: cv2.imread(str(path)) for path in folder.glob("*/vis_data/vis_image/*.png")}
     assert set(files) == {f"{name}_{step}.png" for name, steps in EXPECTED.items() for step in steps}
-    assert all(min(picture.shape[:2]) > 250 and picture.std() > 5 for picture in files.values())
+    assert all(min(plot.shape[:2]) > 250 and plot.std() > 5 for plot in files.values())
 
 
 def test_tensorboard(folder):

@@ -58,9 +58,9 @@ def test_once_after_training_writes_the_artefact_and_leaves_the_model(tmp_path):
     report, (only,) = json.loads((tmp_path / "pruned.json").read_text()), rounds_of(tmp_path)
     assert report["macs_after"] <= 0.5 * report["macs_before"] and report["max_rel_error"] < 1e-9
     plan = PrunePlan.from_json(tmp_path / "pruned.plan.json")
-    twin = load_model(config(tmp_path), tmp_path / "epoch_4.pth")[0]
-    apply_plan(twin, plan)
-    assert relative_error(twin(X), pruned(X)) < 1e-6
+    copied = load_model(config(tmp_path), tmp_path / "epoch_4.pth")[0]
+    apply_plan(copied, plan)
+    assert relative_error(copied(X), pruned(X)) < 1e-6
     assert set(only["before"]) == {"accuracy/top1"} and only["after"] == evaluate(runner, pruned)
     assert only["before"] == evaluate(runner, runner.model) and only["tuned"] is None
 
@@ -200,8 +200,8 @@ def test_blocks_are_pruned_in_training_and_merged_at_the_end(tmp_path):
 
 
 def test_a_collapse_is_said_with_numbers(tmp_path, monkeypatch):
-    figures = iter([{"accuracy/top1": 90.0}, {"accuracy/top1": 12.5}])
-    monkeypatch.setattr("rep_plugin.openmmlab.hooks.pruning_hook.evaluate", lambda *_: next(figures))
+    metrics = iter([{"accuracy/top1": 90.0}, {"accuracy/top1": 12.5}])
+    monkeypatch.setattr("rep_plugin.openmmlab.hooks.pruning_hook.evaluate", lambda *_: next(metrics))
     run(config(tmp_path, dict(type="rep_plugin.PruneHook", prune_fraction=0.5)))
     log = next(tmp_path.glob("*/*.log")).read_text()
     assert "WARNING - PruneHook: accuracy/top1 fell from 90 to 12.5: remove less at a time" in log

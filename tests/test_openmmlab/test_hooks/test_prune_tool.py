@@ -115,7 +115,7 @@ def tried(folder, cases):
 
 
 def test_options(pruned):
-    """Each changes the plan as it says. The pictures of validation tell the size unless --shape does."""
+    """Each changes the plan as it says. The images of validation give the size unless --shape does."""
     plan = PrunePlan.from_json(pruned / "pruned/pruned.plan.json")
     wide = max(plan.kept, key=lambda name: plan.widths[name][0])
     (pruned / "widths.json").write_text(json.dumps({wide: 64}))

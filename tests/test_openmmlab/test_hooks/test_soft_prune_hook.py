@@ -85,8 +85,8 @@ def test_zeroing_equals_removal_and_counts_what_returned(finished):
 
 
 def test_a_collapse_and_dead_filters_are_said_with_numbers(tmp_path, monkeypatch):
-    figures = iter([{"accuracy/top1": 90.0}, {"accuracy/top1": 12.5}])
-    monkeypatch.setattr("rep_plugin.openmmlab.hooks.soft_prune_hook.evaluate", lambda *_: next(figures))
+    metrics = iter([{"accuracy/top1": 90.0}, {"accuracy/top1": 12.5}])
+    monkeypatch.setattr("rep_plugin.openmmlab.hooks.soft_prune_hook.evaluate", lambda *_: next(metrics))
     optimizer = dict(optimizer=dict(type="SGD", lr=0.01))
     run(config(tmp_path, SOFT, optim_wrapper=optimizer, train_cfg=dict(by_epoch=True, max_epochs=1)))
     log = next(tmp_path.glob("*/*.log")).read_text()

@@ -29,8 +29,8 @@ STEPS = 4  # iterations an epoch
 
 
 @DATASETS.register_module()
-class PlainPictures(Dataset):
-    """Sixteen random pictures of two classes, dark and bright."""
+class PlainImages(Dataset):
+    """Sixteen random images of two classes, dark and bright."""
 
     metainfo = {"classes": ("dark", "bright")}
 
@@ -39,8 +39,8 @@ class PlainPictures(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         generator = torch.Generator().manual_seed(index)
-        picture = torch.randint(0, 128, (3, 16, 16), generator=generator) + 128 * (index % 2)
-        return {"inputs": picture.byte(), "data_samples": DataSample().set_gt_label(index % 2)}
+        image = torch.randint(0, 128, (3, 16, 16), generator=generator) + 128 * (index % 2)
+        return {"inputs": image.byte(), "data_samples": DataSample().set_gt_label(index % 2)}
 
 
 @MODELS.register_module()
@@ -120,7 +120,7 @@ def config(work_dir, *hooks, **changes) -> Config:
     loader = dict(
         batch_size=4,
         num_workers=0,
-        dataset=dict(type="PlainPictures"),
+        dataset=dict(type="PlainImages"),
         sampler=dict(type="DefaultSampler", shuffle=True),
         collate_fn=dict(type="default_collate"),
     )
