@@ -3,7 +3,7 @@
 import copy
 import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 
 from mmengine.config import Config
@@ -83,6 +83,12 @@ def typed_dicts(node: object) -> Iterator[dict]:
             yield from typed_dicts(value)
 
 
+def type_name(part: Mapping) -> str:
+    """Return the name of a config's type without its scope; the type may also be the class itself."""
+    kind = part.get("type", "")
+    return (kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))).rpartition(".")[2]
+
+
 def drop_pretrained_(part: dict) -> None:
     """Drop what loads other weights when a part is built or initialised: an artefact's come from its own file."""
     init = part.get("init_cfg")
@@ -138,9 +144,9 @@ def _as_stock(node: object) -> tuple[object, int]:
     return node, total
 
 
-def _takes_deploy(type_name: object) -> bool:
-    if not isinstance(type_name, str) or not type_name.startswith("rep_plugin."):
+def _takes_deploy(name: object) -> bool:
+    if not isinstance(name, str) or not name.startswith("rep_plugin."):
         return False
-    part = MODELS.get(type_name.split(".", 1)[1])
+    part = MODELS.get(name.split(".", 1)[1])
     makers = [cls.__init__ for cls in part.__mro__] if inspect.isclass(part) else [part]  # a subclass hands it on
     return any("deploy" in inspect.signature(maker).parameters for maker in makers if maker is not None)

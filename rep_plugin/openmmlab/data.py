@@ -9,11 +9,12 @@ from urllib.error import URLError
 import mmcv.transforms
 
 from rep_plugin.errors import DataError, first_line
+from rep_plugin.export.preprocessing import IMAGE_ENDINGS
+from rep_plugin.openmmlab.configs import type_name
 
 # They fetch themselves when absent.
 _DOWNLOADED = {"MNIST", "FashionMNIST", "CIFAR10", "CIFAR100"}
 _WITH_FOLDERS = {"CustomDataset", "ImageNet", "ImageNet21k"}
-_IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _EMPTY_LIST_ERROR = "need at least one array to concatenate"
 
 
@@ -29,14 +30,9 @@ def _leaves(dataset: Any) -> Iterator[dict]:
             yield from _leaves(part)
 
 
-def _type_name(dataset: dict) -> str:
-    kind = dataset.get("type", "")
-    return (kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))).rpartition(".")[2]
-
-
 def _required(dataset: dict) -> tuple[list[str], list[str]]:
     """Files and folders a data set needs, relative to its ``data_root``."""
-    kind, split = _type_name(dataset), dataset.get("split", "")
+    kind, split = type_name(dataset), dataset.get("split", "")
     if kind == "CUB":
         return ["images.txt", "image_class_labels.txt", "train_test_split.txt"], ["images"]
     if kind == "FGVCAircraft":
@@ -62,7 +58,7 @@ def _has_image(folder: str, endings: tuple[str, ...]) -> bool:
 
 def _problem(dataset: dict) -> str | None:
     """What is missing from one data set, or None."""
-    kind, root = _type_name(dataset), os.path.expanduser(dataset.get("data_root") or "")
+    kind, root = type_name(dataset), os.path.expanduser(dataset.get("data_root") or "")
     if (kind in _DOWNLOADED and dataset.get("download", True)) or "://" in root:
         return None
     if root and not os.path.isdir(root):
@@ -80,7 +76,7 @@ def _problem(dataset: dict) -> str | None:
         if "://" not in folder and not os.path.isdir(folder):
             return f"image folder {folder!r} of {kind} does not exist"
     if kind in _WITH_FOLDERS and not files:
-        endings = tuple(ending.lower() for ending in dataset.get("extensions") or _IMAGE_ENDINGS)
+        endings = tuple(ending.lower() for ending in dataset.get("extensions") or IMAGE_ENDINGS)
         folder = (folders or [root])[0]
         automatic = os.path.join(root, "meta", f"{dataset.get('split')}.txt")
         if not os.path.isfile(automatic) and "://" not in folder and not _has_image(folder, endings):
@@ -132,7 +128,7 @@ def guard_dataloaders(runner: Any) -> None:
                 raise
             raise DataError(_empty(dataloader.get("dataset"))) from None
         except URLError as error:
-            names = ", ".join(map(_type_name, _leaves(dataloader.get("dataset"))))
+            names = ", ".join(map(type_name, _leaves(dataloader.get("dataset"))))
             raise DataError(f"{names} cannot be downloaded: {error.reason}{_hint(runner.cfg)}") from None
         if hasattr(loader.dataset, "__len__") and len(loader.dataset) == 0:
             raise DataError(_empty(dataloader.get("dataset") if isinstance(dataloader, dict) else loader.dataset))
@@ -143,7 +139,7 @@ def guard_dataloaders(runner: Any) -> None:
 
 def _empty(dataset: Any) -> str:
     leaves = list(_leaves(dataset))
-    names = ", ".join(f"{_type_name(leaf)}({leaf.get('data_root') or leaf.get('ann_file')!r})" for leaf in leaves)
+    names = ", ".join(f"{type_name(leaf)}({leaf.get('data_root') or leaf.get('ann_file')!r})" for leaf in leaves)
     return f"data set {names or type(dataset).__name__} holds 0 images after loading, expected at least 1"
 
 

@@ -15,7 +15,7 @@ from rep_plugin.export.preprocessing import find_images
 from rep_plugin.export.report import ExportReport
 from rep_plugin.measure.verify import default_inputs
 from rep_plugin.openmmlab.artefacts import why_not_class_names
-from rep_plugin.openmmlab.configs import plain_data
+from rep_plugin.openmmlab.configs import plain_data, type_name
 from rep_plugin.openmmlab.load import REAL_IMAGES
 
 LOADER = "LoadImageFromFile"
@@ -83,7 +83,7 @@ def read_images(model: nn.Module, cfg: Config, folder: str | Path, count: int = 
         FileNotFoundError: there are none.
     """
     steps = pipeline_of(cfg)
-    if not any(_kind(step) == LOADER for step in steps):
+    if not any(type_name(step) == LOADER for step in steps):
         grey = default_inputs(model)[0].shape[1] == 1
         steps = [dict(type=LOADER, color_type="grayscale" if grey else "color"), *steps]
     with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmpretrain")):
@@ -134,7 +134,7 @@ def preprocessing_of(model: nn.Module, cfg: Config, input_size: tuple[int, int, 
     if getattr(data, "_enable_normalize", False):
         description |= {name: _numbers(getattr(data, name)) for name in ("mean", "std")}
     for step in steps:
-        kind = _kind(step)
+        kind = type_name(step)
         if kind == "ResizeEdge":
             description["resize"] = {"edge": step.get("edge", "short"), "size": [step["scale"]] * 2}
         elif kind == "Resize" and step.get("scale") is not None:
@@ -155,8 +155,3 @@ def _numbers(tensor: Tensor) -> list[float]:
 def _height_width(value: int | Sequence[int]) -> list[int]:
     """mmcv writes sizes as one number or (width, height)."""
     return [value, value] if isinstance(value, int) else [value[1], value[0]]
-
-
-def _kind(step: Mapping) -> str:
-    kind = step.get("type", "")
-    return (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]

@@ -14,6 +14,7 @@ from rep_plugin.errors import ArgumentError, TrainingError
 from rep_plugin.measure.latency import eager_calls, interleaved_medians, torch_threads
 from rep_plugin.measure.plots import accuracy_figure, save_figure
 from rep_plugin.openmmlab.checkpoint import find_latest_checkpoint
+from rep_plugin.openmmlab.configs import type_name
 from rep_plugin.openmmlab.hooks.runner_utils import main_metric
 from rep_plugin.openmmlab.load import load_model
 
@@ -92,7 +93,7 @@ def _hook_key(path: str, names: tuple[str, ...], argument: str) -> str:
     """``custom_hooks.N.argument`` of the first hook of a config that is one of ``names``."""
     hooks = Config.fromfile(path).get("custom_hooks") or []
     for index, hook in enumerate(hooks):
-        if str(hook["type"]).rpartition(".")[2] in names:
+        if type_name(hook) in names:
             if argument not in hook:
                 raise ArgumentError(f"the {hook['type']} of {path} has no {argument!r}, got {sorted(hook)}")
             return f"custom_hooks.{index}.{argument}"

@@ -72,7 +72,7 @@ def test_a_full_disk_leaves_the_old_files(tmp_path):
     code = f"""
 import resource, signal, sys, torch
 from tests.test_openmmlab.test_artefacts import CONFIG
-from rep_plugin.openmmlab.artefacts import build_model, write_deployed
+from rep_plugin.openmmlab import build_model, write_deployed
 model = build_model(CONFIG)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))

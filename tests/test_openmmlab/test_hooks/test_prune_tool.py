@@ -48,7 +48,7 @@ import mmengine, torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
-from rep_plugin.openmmlab.artefacts import load_model
+from rep_plugin.openmmlab.load import load_model
 cfg = Config.fromfile("pruned/pruned.py")
 model = load_model(cfg, "pruned/pruned.pth")[0]
 with DefaultScope.overwrite_default_scope("mmpretrain"), torch.no_grad():
