@@ -153,7 +153,7 @@ class StagedNetwork(nn.Module):
     ) -> Any:
         """Check the arguments and set widths and strides of a network whose stages are 64, 128, ... times ``widths`` wide.
 
-        Return the arch's settings. Raises ValueError as the checks above do.
+        Return the arch's settings. Raises ArgumentError as the checks above do.
         """
         settings = pick_arch(arch, table, network)
         count = len(settings.depths)

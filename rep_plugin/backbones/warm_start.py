@@ -153,13 +153,13 @@ def from_stock(model: nn.Module, state_dict: Mapping) -> dict[str, Tensor]:
         CheckpointMismatchError: keys of no known format, missing or left-over keys, other shapes, or a model without the
             branches that stock needs.
     """
-    found = stock_format(state_dict)
-    if found is None:
+    layout = stock_format(state_dict)
+    if layout is None:
         raise CheckpointMismatchError(
             f"this is no stock MobileNetV2 checkpoint: expected one of {[f'{stem}.weight' for stem in STEM_OF.values()]}, "
             f"got {next(iter(state_dict), 'no key')!r} first"
         )
-    name, prefix = found
+    name, prefix = layout
     _require_able(model, name)
     own = model.state_dict()
     reader = _Reader(state_dict, name, prefix, own)
@@ -237,23 +237,23 @@ def measure_identities_(model: nn.Module, batches: Iterable[Tensor]) -> int:
     handles = [block.register_forward_pre_hook(_adder(total)) for block, total in zip(blocks, sums)]
     modes = [(module, module.training) for module in model.modules()]
     model.train()
-    live = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    trained = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
     model.eval()
-    for bn in live:
+    for bn in trained:
         bn.training, bn.track_running_stats = bn not in bns, False
-    seen = 0
+    count = 0
     try:
         for batch in batches:
             model(batch)
-            seen += 1
+            count += 1
     finally:
         for handle in handles:
             handle.remove()
         for module, mode in modes:
             module.training = mode
-        for bn in live:
+        for bn in trained:
             bn.track_running_stats = True
-    if not seen:
+    if not count:
         raise ArgumentError("measure_identities_ needs at least one batch, got none")
     for bn, total in zip(bns, sums):
         if dist.is_available() and dist.is_initialized():

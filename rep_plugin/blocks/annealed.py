@@ -43,7 +43,7 @@ class Annealed(nn.Module):
 
     @torch.no_grad()
     def set_alpha(self, alpha: float) -> None:
-        """Set the share, 0 to 1. Raises ValueError for any other number."""
+        """Set the share, 0 to 1. Raises ArgumentError for any other number."""
         if not 0 <= alpha <= 1:
             raise ArgumentError(f"alpha must lie in 0..1, got {alpha}")
         self.anneal_alpha.fill_(alpha)

@@ -186,7 +186,7 @@ def kernel_of(conv: nn.Conv2d, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def channels_of(op: nn.Module) -> tuple[int, int] | None:
-    """Return (inputs, outputs) by the live tensors (a pruned layer's attributes may be stale); None: any number."""
+    """Return (inputs, outputs) by the tensors (a pruned layer's attributes may be stale); None: any number."""
     if isinstance(op, nn.Conv2d):
         return op.weight.shape[1] * groups_of(op), op.weight.shape[0]
     if isinstance(op, _BatchNorm):

@@ -471,7 +471,7 @@ def _centre(kernel: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _add_centred(large: Tensor, small: Tensor) -> Tensor:
-    """``large`` + ``small``, centres aligned; ``large`` must be a temporary. Raises ValueError where they cannot meet."""
+    """``large`` + ``small``, centres aligned; ``large`` must be a temporary. Raises ArgumentError where they cannot meet."""
     if plain_ops():
         return large + pad_kernel(small, tuple(large.shape[2:]))
     if any((a - b) % 2 for a, b in zip(large.shape[2:], small.shape[2:])):

@@ -46,7 +46,7 @@ class PaddedConv(NamedTuple):
 def _constant_edge(conv: PaddedConv, value: Tensor, axes: Sequence[bool]) -> Tensor:
     """A 1-channel kernel of ``conv``'s size that answers ``value`` (O,) wherever a centre tap lies inside the map.
 
-    Raises ValueError on an axis of ``axes`` whose centre tap may lie outside.
+    Raises ArgumentError on an axis of ``axes`` whose centre tap may lie outside.
     """
     kernel_size, dilation = conv.kernel_size, conv.params.dilation
     for side, d, padding, needed in zip(kernel_size, dilation, conv.padding, axes):
@@ -146,11 +146,11 @@ def add_padded(convs: Sequence[PaddedConv]) -> PaddedConv:
         )
     dilation = [1, 1]
     for axis in (0, 1):  # a side of 1 has no dilation of its own
-        found = {conv.params.dilation[axis] for conv in convs if conv.kernel_size[axis] > 1}
-        if len(found) > 1:
+        dilations = {conv.params.dilation[axis] for conv in convs if conv.kernel_size[axis] > 1}
+        if len(dilations) > 1:
             convs = [_written_out(conv, axis) for conv in convs]
-        elif found:
-            dilation[axis] = found.pop()
+        elif dilations:
+            dilation[axis] = dilations.pop()
     size = tuple(max(conv.kernel_size[axis] for conv in convs) for axis in (0, 1))
     padding = tuple(next(c.padding[axis] for c in convs if c.kernel_size[axis] == size[axis]) for axis in (0, 1))
     groups = math.gcd(*(conv.params.groups for conv in convs))

@@ -1,7 +1,7 @@
 """Reading layers that are not ours as padded convolutions, by what they hold rather than by their class.
 
-Everything is read from the live tensors: after channel pruning the attributes (``in_channels``, ``groups``,
-``num_features``) may be stale. What is not certainly linear is refused with TypeError.
+Everything is read from the tensors: after channel pruning the attributes (``in_channels``, ``groups``,
+``num_features``) may be stale. What is not certainly linear is refused with NotMergeableError.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ from rep_plugin.errors import ArgumentError, NotMergeableError
 from rep_plugin.functional.kernels import ConvParams, identity_kernel, pair
 from rep_plugin.functional.padded import PaddedConv, compose_padded, scale_padded
 
-# Conv-BN holders: what they compute is known; the children tell which layers they hold.
+# Conv-BN holders: what they compute is known; the children are the layers.
 CONV_NORM_CLASSES = {
     "ConvNormAct",  # timm.layers, byobnet and fastvit
     "ConvBnAct",  # timm's efficientnet and ghostnet blocks
@@ -56,12 +56,23 @@ def bn_affine(bn: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def affine_conv(scale: Tensor, shift: Tensor, padding: tuple[int, int] = (0, 0)) -> PaddedConv:
-    """Return the depthwise 1x1 convolution ``x * scale + shift``."""
+    """Return the depthwise 1x1 convolution ``x * scale + shift``.
+
+    Args:
+        scale: (C,).
+        shift: (C,).
+        padding: rows and columns of zeros.
+    """
     return PaddedConv(ConvParams(scale.reshape(-1, 1, 1, 1), shift, scale.numel()), padding)
 
 
 def identity_conv(channels: int, device: torch.device | None = None) -> PaddedConv:
-    """Return the convolution that copies its input, in float64."""
+    """Return the convolution that copies its input, in float64.
+
+    Args:
+        channels: channels of the input.
+        device: device of the result.
+    """
     kernel = identity_kernel(channels, channels, dtype=torch.float64, device=device)
     return PaddedConv(ConvParams(kernel, kernel.new_zeros(channels), channels))
 
@@ -77,7 +88,8 @@ def _read_based_1x1(conv: nn.Module) -> PaddedConv:
 def flatten_layers(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """Return the layers that run one after the other: Sequentials and Conv-BN holders opened, idle ones left out.
 
-    Raises TypeError for a holder with a part that is not known to be idle (an activation, a skip).
+    Raises:
+        NotMergeableError: a holder with a part that is not known to be idle (an activation, a skip).
     """
     flat = []
     for module in modules:
@@ -105,9 +117,16 @@ def _open_conv_norm(module: nn.Module) -> list[nn.Module]:
 
 
 def read_layer(module: nn.Module, channels: int | None, device: torch.device) -> PaddedConv:
-    """Return one linear layer as a padded convolution in float64; ``channels`` of its input, where known.
+    """Return one linear layer as a padded convolution in float64.
 
-    Raises TypeError for a layer that is not linear, RuntimeError for a BN in train mode.
+    Args:
+        module: the layer, in eval mode.
+        channels: channels of its input, where known.
+        device: device of the result, for layers without tensors.
+
+    Raises:
+        NotMergeableError: a layer that is not linear.
+        TrainModeError: a BN in train mode.
     """
     kind = type(module).__name__
     if kind == "IdentityBasedConv1x1":
@@ -128,8 +147,14 @@ def read_layer(module: nn.Module, channels: int | None, device: torch.device) ->
 def read_chain(modules: Iterable[nn.Module] | nn.Module, channels: int | None = None) -> PaddedConv:
     """Return the one padded convolution equal to layers that run one after the other, in float64.
 
-    ``channels`` of the input is needed only where no layer tells it. Raises TypeError for a layer that is not linear,
-    RuntimeError for a BN in train mode, ValueError where the layers do not form one convolution.
+    Args:
+        modules: the layers, in eval mode.
+        channels: channels of the input; needed only where no layer has a channel number.
+
+    Raises:
+        NotMergeableError: a layer that is not linear.
+        TrainModeError: a BN in train mode.
+        ArgumentError: the layers do not form one convolution.
     """
     modules = [modules] if isinstance(modules, nn.Module) else list(modules)
     tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
@@ -141,19 +166,38 @@ def read_chain(modules: Iterable[nn.Module] | nn.Module, channels: int | None = 
         channels = merged.params.out_channels
     if merged is None:
         if channels is None:
-            raise ArgumentError("an empty chain says no channel number")
+            raise ArgumentError("an empty chain has no channel number")
         return identity_conv(channels, device)
     return merged
 
 
 def after_affine(conv: PaddedConv, scale: Tensor, shift: Tensor) -> PaddedConv:
-    """Return the convolution followed by ``y * scale + shift``."""
+    """Return the convolution followed by ``y * scale + shift``.
+
+    Args:
+        conv: the convolution, with a bias.
+        scale: (O,).
+        shift: (O,).
+    """
     scaled = scale_padded(conv, scale)
     return scaled._replace(params=scaled.params._replace(bias=scaled.params.bias + shift))
 
 
 def read_linear(linear: nn.Linear, before: Sequence[nn.Module] = (), after: Sequence[nn.Module] = ()):
-    """Return ``(weight, bias)`` in float64 of a linear layer with BNs in front of it and behind it."""
+    """Return a linear layer with BNs in front of it and behind it as one, in float64.
+
+    Args:
+        linear: the layer.
+        before: BNs in front of it, in order.
+        after: BNs behind it, in order.
+
+    Returns:
+        ``(weight (O, I), bias (O,))``.
+
+    Raises:
+        NotMergeableError: a layer that computes something else, or a BN that is not plain.
+        TrainModeError: a BN in train mode.
+    """
     if type(linear).forward is not nn.Linear.forward:
         raise NotMergeableError(f"{type(linear).__name__} does not compute what nn.Linear does and cannot be merged")
     weight = linear.weight.detach().double()
