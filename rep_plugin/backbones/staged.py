@@ -184,7 +184,7 @@ class StagedNetwork(nn.Module):
 
     def parts(self) -> Sequence[nn.Module]:
         """Return what ``out_indices`` count: the stages, and what a network has behind them."""
-        return self.stages
+        return list(self.stages)
 
     def outgoing(self, index: int, x: Tensor) -> Tensor:
         """Return a stage's map as it leaves the network; the next stage reads the map itself.

@@ -153,7 +153,7 @@ class BilinearPooling(nn.Module):
     @property
     def out_channels(self) -> int:
         """Return the length D of the pooled vector."""
-        return self.pool.out_channels
+        return int(self.pool.out_channels)
 
     def _map(self, feats: Sequence[Tensor], stream: int) -> Tensor:
         channels = self.in_channels if self.symmetric else self.in_channels[stream]

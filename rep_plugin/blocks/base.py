@@ -1,6 +1,7 @@
 """The contract of every re-parameterizable block: a named sum of linear chains that becomes one convolution."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -184,8 +185,10 @@ class RepBlock(nn.Module):
             TrainModeError: a BN in train mode.
         """
         if self.deployed:
-            return self.reparam_conv.weight, self.reparam_conv.bias
+            conv: Any = self.reparam_conv
+            return conv.weight, conv.bias
         merged = self._merge()
+        assert merged.bias is not None  # _merge gives one
         return merged.kernel, merged.bias
 
     def _dtype(self) -> torch.dtype:

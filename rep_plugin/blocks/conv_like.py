@@ -4,8 +4,6 @@ The network's own BN and activation stay behind them. Merging (:func:`rep_plugin
 ``nn.Conv2d`` back in the same place, so that the keys are the stock network's again.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -44,7 +42,8 @@ def _same_padding(padding: Size | str, kernel_size: Size, dilation: Size, stride
         raise ArgumentError(
             f"padding must be numbers, 'valid', or 'same' at stride 1, got {padding!r}, stride {stride}"
         )
-    return tuple(d * (k - 1) // 2 for k, d in zip(pair(kernel_size), pair(dilation)))
+    (height, width), (down, right) = pair(kernel_size), pair(dilation)
+    return down * (height - 1) // 2, right * (width - 1) // 2
 
 
 class ConvLike(RepBlock):
@@ -73,6 +72,8 @@ class ConvLike(RepBlock):
 
     main_branch: str
     is_init = False  # read by mmengine's BaseModule: True keeps a trained block from being initialised again
+
+    own_options: Mapping[str, object]
 
     def __init__(
         self,
@@ -172,7 +173,7 @@ class MobileOneConv2d(ConvLike, MobileOneBlock):
     own_options = {"copies": 4}
 
 
-CONV_LIKES: dict[str, Callable[..., ConvLike]] = {
+CONV_LIKES: dict[str, type[ConvLike]] = {
     "dbb": DBBConv2d,
     "acb": ACBConv2d,
     "repvgg": RepConv2d,

@@ -1,6 +1,6 @@
 """The published multi-branch blocks, each a short list of chains."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
@@ -22,7 +22,8 @@ def _odd(kernel_size: Size, block: str) -> tuple[int, int]:
 class FamilyBlock(RepBlock):
     """What the published blocks share: (N, in_channels, H, W) -> (N, out_channels, H', W'), the sizes of ``nn.Conv2d``.
 
-    A subclass has :meth:`chains`, ``own_options`` (the arguments of its own, with defaults) and ``window``.
+    A subclass has ``own_options`` (the arguments of its own, with defaults), ``window``, and the static method
+    ``chains(in_channels, out_channels, size, (stride, dilation, groups), **options)``, which returns the branches by name.
 
     Args:
         in_channels: channels of the input.
@@ -44,6 +45,7 @@ class FamilyBlock(RepBlock):
 
     window: Size = 3
     own_options: Mapping[str, object] = {}
+    chains: Callable[..., dict[str, Chain]]
 
     def __init__(
         self,
@@ -70,21 +72,6 @@ class FamilyBlock(RepBlock):
         super().__init__(
             in_channels, out_channels, size, chains, stride, padding, dilation, groups, act, deploy, post_bn, online
         )
-
-    @staticmethod
-    def chains(
-        in_channels: int, out_channels: int, size: tuple[int, int], shape: tuple[Size, Size, int], **options
-    ) -> dict[str, Chain]:
-        """Return the branches by name.
-
-        Args:
-            in_channels: channels of the input.
-            out_channels: channels of the output.
-            size: sides of the window.
-            shape: stride, dilation and groups.
-            options: the family's own arguments.
-        """
-        raise NotImplementedError
 
 
 def _keeps_shape(in_channels: int, out_channels: int, stride: Size, unstrided: bool) -> bool:

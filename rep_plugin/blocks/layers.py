@@ -1,5 +1,7 @@
 """The layers that may stand in a chain, and which convolution each of them is."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -114,7 +116,7 @@ def is_idle(module: nn.Module | None) -> bool:
         return True
     if type(module).__name__ in {"DropPath", "DropBlock2d"}:
         return True
-    return type(module).forward is nn.Sequential.forward and all(is_idle(child) for child in module)
+    return type(module).forward is nn.Sequential.forward and all(map(is_idle, module.children()))
 
 
 def why_not_plain(op: nn.Module) -> str | None:
@@ -122,7 +124,8 @@ def why_not_plain(op: nn.Module) -> str | None:
 
     timm's BatchNormAct2d is a BN where its activation is the identity.
     """
-    kind, plain = type(op), next((k for k in (nn.Conv2d, _BatchNorm, nn.AvgPool2d) if isinstance(op, k)), None)
+    kind: Any = type(op)
+    plain = next((k for k in (nn.Conv2d, _BatchNorm, nn.AvgPool2d) if isinstance(op, k)), None)
     if plain is None or isinstance(op, (DilatedAvgPool2d, NormedConv2d)):
         return None
     known = kind.forward is plain.forward
@@ -223,7 +226,7 @@ def spatial_of(op: nn.Module, padded: bool = True) -> tuple[tuple[int, int], tup
     if reason is not None:
         raise NotMergeableError(f"{op} cannot be merged: {reason}")
     if isinstance(op, nn.Conv2d):
-        return tuple(op.weight.shape[2:]), pair(op.stride), pair(op.dilation)
+        return pair(op.weight.shape[2:]), pair(op.stride), pair(op.dilation)
     if isinstance(op, nn.AvgPool2d):
         return pair(op.kernel_size), pair(op.stride), pair(getattr(op, "dilation", 1))
     if isinstance(op, (_BatchNorm, Scale, nn.Identity)):

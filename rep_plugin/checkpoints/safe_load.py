@@ -105,7 +105,10 @@ def _describe(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__} object"
 
 
-class _RestrictedUnpickler(pickle._Unpickler):
+_PythonUnpickler: Any = pickle._Unpickler  # its stack is in no type stub
+
+
+class _RestrictedUnpickler(_PythonUnpickler):
     """Unpickler whose lookups, calls, object creations and state settings all go through the allow-list.
 
     The pure Python class is used because the C one lets a subclass guard ``find_class`` only: BUILD could then still
@@ -206,7 +209,7 @@ class _RestrictedUnpickler(pickle._Unpickler):
         raise UnsafeCheckpointError("refused a pickle instruction which no checkpoint needs")
 
     dispatch = {
-        **pickle._Unpickler.dispatch,
+        **_PythonUnpickler.dispatch,
         pickle.REDUCE[0]: load_reduce,
         pickle.NEWOBJ[0]: load_newobj,
         pickle.BUILD[0]: load_build,

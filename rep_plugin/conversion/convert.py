@@ -16,7 +16,7 @@ from rep_plugin.conversion.key_layout import CLASSIFIER
 from rep_plugin.conversion.key_maps import from_own, to_own
 from rep_plugin.errors import KeyMapError, UnreadableCheckpointError
 
-ARCHS = {"repvgg": repvgg.ARCHS, "mobileone": mobileone.ARCHS, "replknet": replknet.ARCHS}
+ARCHS: dict[str, Mapping] = {"repvgg": repvgg.ARCHS, "mobileone": mobileone.ARCHS, "replknet": replknet.ARCHS}
 ANY_ARCH = "any"  # converts what fits none of the published archs
 
 

@@ -112,8 +112,8 @@ def export_onnx(
     inputs = _inputs(x, images, dynamic_batch)
     expected = [_reference(written, one) for one in inputs]
     if dynamic_size:
-        others, found = _other_sizes(written, inputs[0][:2] if dynamic_batch else inputs[0], report)
-        inputs, expected = inputs + others, expected + found
+        others, outputs = _other_sizes(written, inputs[0][:2] if dynamic_batch else inputs[0], report)
+        inputs, expected = inputs + others, expected + outputs
     tensors = [flatten_outputs(one) for one in expected]
     if not tensors[0] or not all(tensor.dim() for tensor in tensors[0]):
         got = [tuple(tensor.shape) for tensor in tensors[0]]
@@ -254,7 +254,7 @@ def _other_sizes(model: nn.Module, x: Tensor, report: ExportReport) -> tuple[lis
     height, width = x.shape[2:]
     odd = ((height - 1 - height % 2, width - 1 - width % 2), ((5 * height // 4) | 1, (9 * width // 8) | 1))
     even = ((height // 32 * 32 + 32, width // 32 * 32 + 32), (height // 32 * 32 + 64, width // 32 * 32 + 32))
-    refused = None
+    refused: ArgumentError | None = None
     for sizes in (odd, even):
         batches = [F.interpolate(x, [max(1, side) for side in size], mode="bilinear") for size in sizes]
         try:

@@ -40,7 +40,8 @@ class PaddedConv(NamedTuple):
 
     @property
     def kernel_size(self) -> tuple[int, int]:
-        return tuple(self.params.kernel.shape[2:])
+        height, width = self.params.kernel.shape[2:]
+        return height, width
 
 
 def _constant_edge(conv: PaddedConv, value: Tensor, axes: Sequence[bool]) -> Tensor:
@@ -161,11 +162,11 @@ def add_padded(convs: Sequence[PaddedConv]) -> PaddedConv:
                     f"a window of {conv.kernel_size} with padding {conv.padding} is not centred in one of {size} with "
                     f"padding {padding}"
                 )
-    whole = max(convs, key=lambda conv: conv.params.kernel.numel() * (conv.kernel_size == size))
-    kernel = regroup_kernel(whole.params.kernel, whole.params.groups, groups)
-    kernel = kernel.clone() if whole.kernel_size == size else pad_kernel(kernel, size)
+    widest = max(convs, key=lambda conv: conv.params.kernel.numel() * (conv.kernel_size == size))
+    kernel = regroup_kernel(widest.params.kernel, widest.params.groups, groups)
+    kernel = kernel.clone() if widest.kernel_size == size else pad_kernel(kernel, size)
     for conv in convs:  # added in place: no padded copies
-        if conv is not whole:
+        if conv is not widest:
             top, left = ((big - small) // 2 for big, small in zip(size, conv.kernel_size))
             part = kernel[:, :, top : top + conv.kernel_size[0], left : left + conv.kernel_size[1]]
             part += regroup_kernel(conv.params.kernel, conv.params.groups, groups)

@@ -4,11 +4,14 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from rep_plugin.measure.forward import run_model
+
+Key = TypeVar("Key")
 
 
 @contextmanager
@@ -22,7 +25,7 @@ def torch_threads(count: int):
         torch.set_num_threads(before)
 
 
-def interleaved_medians(contenders: Mapping[str, Callable[[], object]], rounds: int = 50) -> dict[str, float]:
+def interleaved_medians(contenders: Mapping[Key, Callable[[], object]], rounds: int = 50) -> dict[Key, float]:
     """Return the median latency of each call; every round times each contender once, after three rounds of warm-up.
 
     Args:
@@ -36,7 +39,7 @@ def interleaved_medians(contenders: Mapping[str, Callable[[], object]], rounds: 
         >>> list(interleaved_medians({"a": lambda: None, "b": lambda: None}, rounds=3))
         ['a', 'b']
     """
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    times: dict[Key, list[float]] = {name: [] for name in contenders}
     for index in range(rounds + 3):
         for name, call in contenders.items():
             started = time.perf_counter()

@@ -27,7 +27,7 @@ def activation_name(act_cfg: dict | str) -> str:
     return {"hswish": "hardswish", "swish": "silu"}.get(act_cfg["type"].lower(), act_cfg["type"].lower())
 
 
-class BackboneMixin:
+class BackboneMixin(nn.Module):
     """Give a :class:`rep_plugin.backbones.staged.StagedNetwork` what OpenMMLab's users expect: write it before the network.
 
     Args:
@@ -69,7 +69,7 @@ class BackboneMixin:
         for part in [self.stem, *self.stages][: self.frozen_stages + 1]:
             part.eval().requires_grad_(False)
 
-    def train(self, mode: bool = True) -> nn.Module:
+    def train(self, mode: bool = True) -> "BackboneMixin":
         super().train(mode)
         self._freeze_stages()
         if mode and self.norm_eval:

@@ -111,4 +111,4 @@ def enable_safe_loading() -> None:
     LocalBackend.put = _put_atomic
     for name in _LATEST_USERS:
         if hasattr(sys.modules.get(name), "find_latest_checkpoint"):
-            sys.modules[name].find_latest_checkpoint = find_latest_checkpoint
+            vars(sys.modules[name])["find_latest_checkpoint"] = find_latest_checkpoint

@@ -5,6 +5,7 @@ import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 from mmengine.config import Config
 
@@ -100,7 +101,7 @@ def drop_pretrained_(part: dict) -> None:
         part["checkpoint"] = None
 
 
-def plain_data(value: object) -> object:
+def plain_data(value: object) -> Any:
     """Lists, dicts, strings and numbers only, so that a checkpoint loads with ``weights_only=True``."""
     if isinstance(value, dict):
         return {str(key): plain_data(item) for key, item in value.items()}
@@ -123,7 +124,7 @@ def _finish_(cfg: Config, hooks_over: Sequence[str]) -> None:
     cfg.custom_hooks = [hook for hook in cfg.get("custom_hooks") or [] if str(hook.get("type")) not in over]
 
 
-def _as_stock(node: object) -> tuple[object, int]:
+def _as_stock(node: Any) -> tuple[Any, int]:
     """Return a config with the stock parts that our look-alikes and ``Expanded`` merge into, and how many there were."""
     total = 0
     if isinstance(node, dict):

@@ -52,6 +52,7 @@ def bn_affine(bn: nn.Module) -> tuple[Tensor, Tensor]:
     if not is_plain_bn(bn):
         raise NotMergeableError(f"{type(bn).__name__} is not an affine map of its input and cannot be merged")
     params = layer_params(bn, None, torch.float64, bn.running_var.device)
+    assert params.bias is not None  # a BN always shifts
     return params.kernel.flatten(), params.bias
 
 
@@ -183,7 +184,9 @@ def after_affine(conv: PaddedConv, scale: Tensor, shift: Tensor) -> PaddedConv:
     return scaled._replace(params=scaled.params._replace(bias=scaled.params.bias + shift))
 
 
-def read_linear(linear: nn.Linear, before: Sequence[nn.Module] = (), after: Sequence[nn.Module] = ()):
+def read_linear(
+    linear: nn.Linear, before: Sequence[nn.Module] = (), after: Sequence[nn.Module] = ()
+) -> tuple[Tensor, Tensor]:
     """Return a linear layer with BNs in front of it and behind it as one, in float64.
 
     Args:

@@ -6,6 +6,7 @@
 
 import math
 from collections.abc import Iterable
+from functools import reduce
 
 import torch
 from torch import fx, nn
@@ -53,12 +54,11 @@ def _merge_run(layers: list[nn.Module]) -> PaddedConv:
     channels = next(
         read_layer(layer, None, device).params.in_channels for layer in layers if not isinstance(layer, nn.AvgPool2d)
     )
-    merged = None
+    parts = []
     for layer in layers:
-        part = read_layer(layer, channels, device)
-        merged = part if merged is None else compose_padded(merged, part)
-        channels = merged.params.out_channels
-    return merged
+        parts.append(read_layer(layer, channels, device))
+        channels = parts[-1].params.out_channels
+    return reduce(compose_padded, parts)
 
 
 def _is_linear(module: nn.Module | None) -> bool:

@@ -7,6 +7,7 @@ and what was done to it) and ``model.safetensors``.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 from safetensors import SafetensorError
@@ -93,7 +94,7 @@ def _require_plain(name: str, value: object) -> None:
         raise ArgumentError(f"the argument {name}={value!r} of timm.create_model cannot be written as JSON") from None
 
 
-def _with_classifiers(model: nn.Module) -> tuple[list[dict], int]:
+def _with_classifiers(model: Any) -> tuple[list[dict], int]:
     """Return a model's history with the steps that put fresh classifiers in place, and the classes before the first.
 
     timm's ``reset_classifier`` records no step; the widths in the plans show where the number of classes changed.
@@ -105,7 +106,7 @@ def _with_classifiers(model: nn.Module) -> tuple[list[dict], int]:
         (step, step["plan"]["widths"].get(layer, (None,))[0] if step["step"] == "prune" else None) for step in steps
     ]
     first = classes = next((number for _, number in seen if number is not None), model.num_classes)
-    history = []
+    history: list[dict] = []
     for step, number in (*seen, (None, model.num_classes)):
         if number is not None and number != classes:
             history.append({"step": "classifier", "layer": layer, "num_classes": number})

@@ -109,7 +109,7 @@ class BilinearCNN(nn.Module):
 
     @property
     def head_hidden_size(self) -> int:
-        return self.head.in_features
+        return int(self.head.in_features)
 
     def get_classifier(self) -> nn.Module:
         return self.head.fc

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rep_plugin.errors import ArgumentError
 
 
-class ClassifierMixin:
+class ClassifierMixin(nn.Module):
     """Give a :class:`rep_plugin.backbones.staged.StagedNetwork` timm's interface: write it before the network.
 
     (N, in_chans, H, W) -> logits (N, num_classes).
@@ -21,6 +21,9 @@ class ClassifierMixin:
         drop_rate: dropout before the classifier.
         **backbone_args: the network's own arguments; ``output_stride`` is 32 by default, as timm's.
     """
+
+    global_pool: nn.Module
+    stages: nn.Sequential
 
     def __init__(
         self,

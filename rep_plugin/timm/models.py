@@ -59,7 +59,7 @@ FIRST_CONVS = {
 }
 WIDTHS = {"035": 0.35, "050": 0.5, "075": 0.75, "100": 1.0, "140": 1.4}
 # timm's name -> (class, arguments)
-MODELS = {
+MODELS: dict[str, tuple[type[nn.Module], dict]] = {
     **{
         f"rep_mobilenetv2_{name}": (RepMobileNetV2Classifier, {"widen_factor": width}) for name, width in WIDTHS.items()
     },

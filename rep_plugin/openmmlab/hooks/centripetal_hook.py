@@ -102,7 +102,7 @@ class CentripetalHook(PruningHook):
         self._start = 0
 
     def state(self) -> str | None:
-        return self.clusters and self.clusters.to_json()
+        return self.clusters.to_json() if self.clusters else None
 
     def load_state(self, state: str) -> None:
         self.clusters = Clusters.from_json(state)

@@ -207,6 +207,7 @@ class PruneHook(PruningHook):
             return Budget(self.fractions[done]), self.options
         overrides = {p: v if v == "frozen" else self._share(v, done) for p, v in self.options.overrides.items()}
         options = replace(self.options, overrides=overrides)
+        assert self.budget is not None  # it is given where fractions are not
         name, amount = self.budget.item
         if name == "prune_fraction":
             return Budget(self._share(amount, done)), options

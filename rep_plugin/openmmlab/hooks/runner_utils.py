@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from mmengine.dist import is_main_process
 from mmengine.hooks import EMAHook
-from mmengine.model import is_model_wrapper
+from mmengine.model import ExponentialMovingAverage, is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 from mmengine.runner.amp import autocast
@@ -51,7 +51,7 @@ def plain_model(runner: Runner) -> nn.Module:
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
-def ema_models(runner: Runner) -> list[nn.Module]:
+def ema_models(runner: Runner) -> list[ExponentialMovingAverage]:
     """Return the averages (ExponentialMovingAverage) that EMAHooks keep."""
     return [hook.ema_model for hook in runner.hooks if isinstance(hook, EMAHook)]
 

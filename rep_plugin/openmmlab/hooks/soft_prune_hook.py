@@ -87,7 +87,7 @@ class SoftPruneHook(PruningHook):
         self.zeroings: list[dict] = []  # what was done, plain data
 
     def state(self) -> str | None:
-        return self.plan and json.dumps({"zeroings": self.zeroings, "plan": self.plan.to_json()})
+        return json.dumps({"zeroings": self.zeroings, "plan": self.plan.to_json()}) if self.plan else None
 
     def load_state(self, state: str) -> None:
         kept = json.loads(state)

@@ -1,5 +1,7 @@
 """StatefulHook: what a hook has to know when training is resumed is kept in the meta data of checkpoints."""
 
+from typing import Any
+
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
@@ -9,14 +11,14 @@ class StatefulHook(Hook):
 
     meta_key = ""
 
-    def state(self) -> str | int | None:
+    def state(self) -> Any:
         """Return what the checkpoint keeps; None: nothing."""
         return None
 
-    def load_state(self, state: str | int) -> None:
+    def load_state(self, state: Any) -> None:
         """Go on from what a checkpoint kept. Called where training is resumed."""
 
-    def load_structure(self, runner: Runner, state: str | int) -> None:
+    def load_structure(self, runner: Runner, state: Any) -> None:
         """Change the model so that the checkpoint's weights fit. Called before :meth:`load_state`, also for a test.
 
         Args:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -155,7 +156,7 @@ class PrunePlan:
                 )
 
 
-def _plain(name: str, value: object) -> object:
+def _plain(name: str, value: Any) -> object:
     """Give JSON's lists back their types."""
     if name in ("kept", "widths"):
         return {key: tuple(int(i) for i in items) for key, items in value.items()}

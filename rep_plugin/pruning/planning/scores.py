@@ -109,10 +109,10 @@ def _given_members(trace: Trace, given: Mapping[str, Sequence[float]]) -> Member
     for name, values in given.items():
         if name not in trace.layers:
             raise ArgumentError(f"scores name a layer {name!r} that the model does not have")
-        labels, values = trace.layers[name].labels, torch.as_tensor(values, dtype=torch.float64).flatten().cpu()
-        if len(values) != len(labels):
-            raise ArgumentError(f"scores of {name!r} hold {len(values)} numbers, the layer has {len(labels)} channels")
-        members.append((labels, values))
+        labels, score = trace.layers[name].labels, torch.as_tensor(values, dtype=torch.float64).flatten().cpu()
+        if len(score) != len(labels):
+            raise ArgumentError(f"scores of {name!r} hold {len(score)} numbers, the layer has {len(labels)} channels")
+        members.append((labels, score))
     return members
 
 

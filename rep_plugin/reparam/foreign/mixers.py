@@ -43,7 +43,7 @@ def _sum_only(block: nn.Module) -> PaddedConv:
     return merge_branches(block, names)
 
 
-def _is_layer_scale(scale: object) -> bool:
+def _is_layer_scale(scale: nn.Module | nn.Parameter | None) -> bool:
     if isinstance(scale, nn.Parameter) or scale is None:
         return True
     return is_idle(scale) or (has_layout(scale, "", "", "gamma") and "gamma" in scale._parameters)
