@@ -4,6 +4,8 @@ The network's own BN and activation stay behind them. Merging (:func:`rep_plugin
 ``nn.Conv2d`` back in the same place, so that the keys are the stock network's again.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
