@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from rep_plugin.backbones.staged import StagedNetwork, check_maps, check_strides
-from rep_plugin.backbones.warm_start import adapt_hook, adapt_state_dict_
+from rep_plugin.backbones.warm_start import adapt_state_dict_
 from rep_plugin.blocks.activations import build_activation
 from rep_plugin.blocks.families import plain_block
 from rep_plugin.blocks.inverted_residual import RepInvertedResidual
@@ -26,8 +26,11 @@ def make_divisible(value: float, divisor: int = 8) -> int:
     """Return the nearest multiple of a divisor, never below 90 % of the value (MobileNetV2's rule).
 
     Args:
-        value: number of channels.
+        value: wanted number of channels.
         divisor: the divisor.
+
+    Returns:
+        Number of channels.
     """
     rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * value else rounded
@@ -112,7 +115,7 @@ class RepMobileNetV2(StagedNetwork):
         self.out_channels.append(last)
         self.reductions.append(self.reductions[-1])
         self._init_parameters()
-        self.register_load_state_dict_pre_hook(adapt_hook)
+        self.register_load_state_dict_pre_hook(adapt_state_dict_)
 
     def finish(self, x: Tensor) -> Tensor:
         """Return the last convolution's map, given the last stage's."""

@@ -86,7 +86,7 @@ class _Parts:
         return LargeKernelBlock(channels, channels, kernel, dilation=dilation, small_kernel=small_kernel, **options)
 
 
-class LargeKernelUnit(nn.Module):
+class _LargeKernelUnit(nn.Module):
     """Residual BN, 1x1, large depthwise kernel, 1x1: (N, C, H, W) -> (N, C, H, W). Section 4.1, figure 4."""
 
     def __init__(
@@ -110,7 +110,7 @@ class LargeKernelUnit(nn.Module):
         return x + self.drop_path(self.pw2(self.large(self.pw1(self.norm(x)))))
 
 
-class ConvFFN(nn.Module):
+class _ConvFFN(nn.Module):
     """Residual BN, 1x1, GELU, 1x1: (N, C, H, W) -> (N, C, H, W). Section 4.1, figure 4."""
 
     def __init__(self, channels: int, inner: int, drop_path: float, parts: _Parts):
@@ -200,10 +200,10 @@ class RepLKNet(StagedNetwork):
             width, inner = out, int(out * settings.dw_ratio)
             for index in range(depth):
                 rate = next(rates)
-                blocks[f"{2 * index}"] = LargeKernelUnit(
+                blocks[f"{2 * index}"] = _LargeKernelUnit(
                     width, inner, kernel, small or None, rate, parts, step.dilation
                 )
-                blocks[f"{2 * index + 1}"] = ConvFFN(width, int(width * ffn_ratio), rate, parts)
+                blocks[f"{2 * index + 1}"] = _ConvFFN(width, int(width * ffn_ratio), rate, parts)
             stages.append(nn.Sequential(blocks))
         self.stages = nn.Sequential(*stages)
         leaving = sorted(set(self.out_indices)) if norm_maps else []

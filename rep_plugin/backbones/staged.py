@@ -85,6 +85,9 @@ def plan_steps(strides: Sequence[int], output_stride: int | None) -> list[Step]:
         strides: of the stem and the stages.
         output_stride: the limit; None: none.
 
+    Returns:
+        One step for each stage.
+
     Raises:
         ArgumentError: anything but a power of 2 from the stem's stride on.
     """
@@ -110,6 +113,9 @@ def pick_arch(arch: str | Mapping, table: Mapping[str, Any], network: str) -> An
         arch: a name in the table, or a dict of an entry's fields.
         table: the table.
         network: the network's name, for messages.
+
+    Returns:
+        Entry of the table's class.
 
     Raises:
         ArgumentError: an unknown name or field.

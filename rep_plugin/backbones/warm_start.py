@@ -149,6 +149,9 @@ def from_stock(model: nn.Module, state_dict: Mapping) -> dict[str, Tensor]:
         model: the annealed RepMobileNetV2.
         state_dict: stock's.
 
+    Returns:
+        State dict with the model's keys.
+
     Raises:
         CheckpointMismatchError: keys of no known format, missing or left-over keys, other shapes, or a model without the
             branches that stock needs.
@@ -281,11 +284,11 @@ def _adder(total: Tensor) -> Callable[[nn.Module, tuple[Tensor]], None]:
     return add
 
 
-def adapt_state_dict_(model: nn.Module, state_dict: MutableMapping, prefix: str = "") -> None:
+def adapt_state_dict_(model: nn.Module, state_dict: MutableMapping, prefix: str = "", *_) -> None:
     """Make a part of a state dict one of a RepMobileNetV2, in place; its own stays as it is.
 
     Stock checkpoints are translated. A plain model takes a finished anneal's checkpoint (alphas of 1 are dropped), an
-    annealed one takes a plain checkpoint (alpha 1).
+    annealed one takes a plain checkpoint (alpha 1). Serves as a load_state_dict pre-hook too, where the network is a part.
 
     Args:
         model: the RepMobileNetV2.
@@ -314,8 +317,3 @@ def adapt_state_dict_(model: nn.Module, state_dict: MutableMapping, prefix: str 
     for key in own:
         if key not in given and ".".join(key.split(".")[:3]) in blocks:
             state_dict[f"{prefix}{key}"] = torch.ones(())
-
-
-def adapt_hook(model: nn.Module, state_dict: MutableMapping, prefix: str, *_) -> None:
-    """:func:`adapt_state_dict_` as a load_state_dict pre-hook: for models that hold the backbone as a part."""
-    adapt_state_dict_(model, state_dict, prefix)

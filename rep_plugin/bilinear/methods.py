@@ -29,7 +29,11 @@ for _name in ("gram", "isqrt_cov", "low_rank", "random_maclaurin", "take_triangl
 
 
 class Full(nn.Module):
-    """All products of two channels: D = C1 * C2."""
+    """All products of two channels: D = C1 * C2.
+
+    Args:
+        channels1, channels2: channels of the maps; ``channels2`` None: one map.
+    """
 
     def __init__(self, channels1: int, channels2: int | None):
         super().__init__()
@@ -46,7 +50,15 @@ class Full(nn.Module):
 
 
 class Triangle(nn.Module):
-    """Products i <= j of a symmetric map: D = C (C + 1) / 2, what a full head is once it is deployed."""
+    """Products i <= j of a symmetric map: D = C (C + 1) / 2, what a full head is once it is deployed.
+
+    Args:
+        channels1: channels of the map.
+        channels2: None: there is no second map.
+
+    Raises:
+        ArgumentError: two maps.
+    """
 
     def __init__(self, channels1: int, channels2: int | None):
         super().__init__()
@@ -69,7 +81,16 @@ class Triangle(nn.Module):
 
 
 class ISqrtCov(Triangle):
-    """The triangle of the matrix square root of the covariance; no signed square root and no L2 after it."""
+    """The triangle of the matrix square root of the covariance; no signed square root and no L2 after it.
+
+    Args:
+        channels1: channels of the map.
+        channels2: None: there is no second map.
+        iterations: Newton-Schulz steps, >= 1.
+
+    Raises:
+        ArgumentError: two maps, or iterations < 1.
+    """
 
     def __init__(self, channels1: int, channels2: int | None, iterations: int):
         super().__init__(channels1, channels2)
@@ -97,7 +118,13 @@ class Projected(nn.Module):
 
 
 class TensorSketch(Projected):
-    """Tensor Sketch (Gao et al., CVPR 2016): hashes and signs are buffers drawn from ``seed``."""
+    """Tensor Sketch (Gao et al., CVPR 2016): hashes and signs are buffers drawn from ``seed``.
+
+    Args:
+        channels1, channels2: channels of the maps; ``channels2`` None: one map.
+        dim: D, the length of a sketch.
+        seed: of the buffers.
+    """
 
     tables, channel_dim = (("hash1", "sign1"), ("hash2", "sign2")), 0
 
@@ -114,7 +141,13 @@ class TensorSketch(Projected):
 
 
 class RandomMaclaurin(Projected):
-    """Random Maclaurin features (Gao et al., CVPR 2016): signs are buffers drawn from ``seed``."""
+    """Random Maclaurin features (Gao et al., CVPR 2016): signs are buffers drawn from ``seed``.
+
+    Args:
+        channels1, channels2: channels of the maps; ``channels2`` None: one map.
+        dim: D, the number of features.
+        seed: of the buffers.
+    """
 
     tables, channel_dim = (("signs1",), ("signs2",)), 1
 
@@ -130,7 +163,15 @@ class RandomMaclaurin(Projected):
 
 
 class LowRank(Projected):
-    """Low-rank bilinear pooling (Kim et al., ICLR 2017) with two learned factors."""
+    """Low-rank bilinear pooling (Kim et al., ICLR 2017) with two learned factors.
+
+    Args:
+        channels1, channels2: channels of the maps; ``channels2`` None: one map.
+        rank: D (default: the smaller number of channels).
+
+    Raises:
+        ArgumentError: a rank outside of 1 and the smaller number of channels.
+    """
 
     tables, channel_dim = (("factor1",), ("factor2",)), 0
 
@@ -159,12 +200,14 @@ def build_pool(
 
     Args:
         method: name in METHODS.
-        channels1: channels of the first map.
-        channels2: channels of the second map; None: one map.
+        channels1, channels2: channels of the maps; ``channels2`` None: one map.
         dim: length of sketches and of Maclaurin features.
         rank: rank of ``low_rank`` (default: the channels).
         iterations: Newton-Schulz steps.
         seed: of the random tables.
+
+    Returns:
+        Module ``pool(x, y)`` -> (N, D).
 
     Raises:
         ArgumentError: an unknown name, or numbers out of range.

@@ -28,6 +28,9 @@ def build_activation(name: str, channels: int) -> nn.Module:
         name: name in ACTIVATIONS.
         channels: channels of its map.
 
+    Returns:
+        Module that keeps the shape.
+
     Raises:
         ArgumentError: another name.
     """
@@ -68,6 +71,9 @@ def relu_after(channels: int, se: bool) -> nn.Module:
     Args:
         channels: channels of its map.
         se: put squeeze-and-excitation before it.
+
+    Returns:
+        Module that keeps the shape (N, channels, H, W).
     """
     relu = nn.ReLU(inplace=True)
     return nn.Sequential(OrderedDict(se=SqueezeExcite(channels), relu=relu)) if se else relu

@@ -28,15 +28,15 @@ def he_normal_(conv: nn.Conv2d) -> None:
 def conv_bn(
     in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1, dilation: Size = 1, groups: int = 1
 ) -> Chain:
-    """Return a convolution (``conv``) and ``bn``.
+    """Return a convolution and its BN.
 
     Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        kernel_size: sides of the window.
-        stride: stride in pixels.
-        dilation: distance in pixels between two taps of the window.
+        in_channels, out_channels: channels of the input and of the output.
+        kernel_size, stride, dilation: sides, stride and dilation of the window, in pixels.
         groups: groups of the convolution.
+
+    Returns:
+        Chain of ``conv`` and ``bn``.
     """
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, 0, dilation, groups, bias=False)
     return Chain({"conv": conv, "bn": nn.BatchNorm2d(out_channels)})
@@ -56,16 +56,16 @@ def conv_conv_bn(
     groups: int = 1,
     mid_channels: int | None = None,
 ) -> Chain:
-    """Return 1x1 (``reduce``) and the window (``conv``), a BN after each.
+    """Return a 1x1 and the window's convolution, a BN after each.
 
     Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        kernel_size: sides of the window.
-        stride: stride in pixels.
-        dilation: distance in pixels between two taps of the window.
+        in_channels, out_channels: channels of the input and of the output.
+        kernel_size, stride, dilation: sides, stride and dilation of the window, in pixels.
         groups: groups of both convolutions.
         mid_channels: channels between them (default: the inputs').
+
+    Returns:
+        Chain of ``reduce``, ``reduce_bn``, ``conv`` and ``bn``.
 
     Raises:
         ArgumentError: ``groups`` does not divide ``mid_channels``.
@@ -86,15 +86,15 @@ def conv_conv_bn(
 def conv_average_bn(
     in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1, dilation: Size = 1, groups: int = 1
 ) -> Chain:
-    """Return 1x1 (``reduce``) and average over the window (``avg``), a BN after each; a depthwise block needs no 1x1.
+    """Return a 1x1 and the average over the window, a BN after each; a depthwise block needs no 1x1.
 
     Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        kernel_size: sides of the window.
-        stride: stride in pixels.
-        dilation: distance in pixels between two taps of the window.
+        in_channels, out_channels: channels of the input and of the output.
+        kernel_size, stride, dilation: sides, stride and dilation of the window, in pixels.
         groups: groups of the 1x1.
+
+    Returns:
+        Chain of ``reduce``, ``reduce_bn``, ``avg`` and ``bn``.
     """
     ops = {}
     if not groups == in_channels == out_channels:
@@ -108,15 +108,15 @@ def conv_average_bn(
 def average_conv_bn(
     in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1, dilation: Size = 1, mix: bool = False
 ) -> Chain:
-    """Return average over the window (``avg``), a 1x1 (``conv``) where the shape changes, and ``bn``.
+    """Return the average over the window, a 1x1 where the shape changes, and a BN.
 
     Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        kernel_size: sides of the window.
-        stride: stride in pixels.
-        dilation: distance in pixels between two taps of the window.
+        in_channels, out_channels: channels of the input and of the output.
+        kernel_size, stride, dilation: sides, stride and dilation of the window, in pixels.
         mix: keep the 1x1 where the shape does not change.
+
+    Returns:
+        Chain of ``avg``, ``conv`` and ``bn``.
     """
     ops = {"avg": DilatedAvgPool2d(kernel_size, stride, dilation)}
     if mix or stride != 1 or in_channels != out_channels:
@@ -131,11 +131,12 @@ def linear_bottleneck(
     """Return 1x1 expand, depthwise 3x3, 1x1 project, a BN after each and no activation; no expand at ratio 1.
 
     Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        stride: stride of the depthwise layer.
+        in_channels, out_channels: channels of the input and of the output.
+        stride, dilation: stride and dilation of the depthwise layer, in pixels.
         expand_ratio: channels of the depthwise layer against the input's.
-        dilation: dilation of the depthwise layer.
+
+    Returns:
+        Chain of ``expand``, ``depthwise`` and ``project``, each with its BN (``expand_bn`` ...).
     """
     mid = in_channels * expand_ratio
     ops = {}

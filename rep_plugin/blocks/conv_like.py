@@ -218,6 +218,9 @@ def like_conv(conv: nn.Conv2d, block: str, **options) -> ConvLike:
         block: name in CONV_LIKES.
         options: the family's own arguments.
 
+    Returns:
+        Block with the convolution's input and output shapes.
+
     Raises:
         ArgumentError: an unknown block.
     """

@@ -232,14 +232,14 @@ def plain_block(
     """Return a block of one convolution and its BN (``conv``), with "same" padding.
 
     Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        kernel_size: side of the window.
-        stride: stride in pixels.
-        dilation: distance in pixels between two taps of the window.
+        in_channels, out_channels: channels of the input and of the output.
+        kernel_size, stride, dilation: sides, stride and dilation of the window, in pixels.
         groups: groups of the convolution.
         act: module after the BN.
         deploy: build the merged form directly.
+
+    Returns:
+        Block (N, in_channels, H, W) -> (N, out_channels, H', W').
     """
     shape = (stride, dilation, groups)
     chains = {} if deploy else {"conv": conv_bn(in_channels, out_channels, kernel_size, *shape)}

@@ -146,11 +146,14 @@ def why_not_plain(op: nn.Module) -> str | None:
 
 
 def why_not_average(pool: nn.AvgPool2d, padded: bool) -> str | None:
-    """Return why an average pool is not a convolution, or None where it is one.
+    """Return why an average pool is not a convolution.
 
     Args:
         pool: the layer.
         padded: whether zeros are padded round its input.
+
+    Returns:
+        The reason; None where it is one.
     """
     if (pool.count_include_pad or not padded) and not pool.ceil_mode and not pool.divisor_override:
         return None

@@ -80,8 +80,10 @@ def run_macs(chain: Chain, pixels_in: int, pixels_out: int) -> int:
 
     Args:
         chain: the chain.
-        pixels_in: pixels of its input, in all images.
-        pixels_out: pixels of its output.
+        pixels_in, pixels_out: pixels of its input and of its output, in all images.
+
+    Returns:
+        Multiply-adds for all images.
     """
     total, pixels = 0, pixels_in
     for op in chain.children():

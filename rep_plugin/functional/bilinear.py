@@ -120,6 +120,9 @@ def signed_sqrt(z: Tensor, eps: float = SQRT_EPS) -> Tensor:
         z: tensor of any shape.
         eps: bounds the gradient by ``1 / (2 sqrt(eps))``.
 
+    Returns:
+        Tensor of the same shape.
+
     Example:
         >>> import torch
         >>> from rep_plugin.functional import signed_sqrt
@@ -204,9 +207,11 @@ def triangle_offset(i: int, j: int, channels: int) -> int:
     """Return the place of an entry in the flattened triangle.
 
     Args:
-        i: row.
-        j: column, >= ``i``.
+        i, j: row and column, i <= j.
         channels: rows and columns of the matrix.
+
+    Returns:
+        Index, from 0.
 
     Raises:
         ArgumentError: an entry outside of the triangle.
@@ -315,9 +320,11 @@ def full_columns(keep1: Tensor, keep2: Tensor, channels2: int) -> Tensor:
     """Return the columns of a full head that stay where channels stay.
 
     Args:
-        keep1: kept channels of the first map.
-        keep2: kept channels of the second map.
+        keep1, keep2: kept channels of the first and of the second map.
         channels2: channels of the second map before.
+
+    Returns:
+        (K1 * K2,), int64, for K1 and K2 kept channels.
 
     Example:
         >>> import torch
@@ -334,6 +341,9 @@ def triangle_columns(keep: Tensor, channels: int) -> Tensor:
     Args:
         keep: kept channels, ascending.
         channels: channels before.
+
+    Returns:
+        (K (K + 1) / 2,), int64, for K kept channels.
 
     Example:
         >>> import torch
@@ -354,6 +364,9 @@ def draw_signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     Args:
         shape: shape of the result.
         generator: where they are drawn from.
+
+    Returns:
+        Tensor of this shape, in the default type.
     """
     return torch.randint(2, shape, generator=generator).to(torch.get_default_dtype()) * 2 - 1
 
@@ -367,10 +380,8 @@ def tensor_sketch(matrix: Tensor, hash1: Tensor, hash2: Tensor, sign1: Tensor, s
 
     Args:
         matrix: Gram matrices (N, C1, C2).
-        hash1: (C1,), int64 in 0..dim-1.
-        hash2: (C2,), as ``hash1``.
-        sign1: (C1,), +1 or -1.
-        sign2: (C2,), as ``sign1``.
+        hash1, hash2: (C1,) and (C2,), int64 in 0..dim-1.
+        sign1, sign2: (C1,) and (C2,), +1 or -1.
         dim: length of a sketch.
 
     Returns:
@@ -402,8 +413,7 @@ def random_maclaurin(x: Tensor, y: Tensor | None, signs1: Tensor, signs2: Tensor
     Args:
         x: map (N, C1, L).
         y: map (N, C2, L); None: ``x``.
-        signs1: W1 (D, C1), +1 or -1.
-        signs2: W2 (D, C2), as ``signs1``.
+        signs1, signs2: W1 (D, C1) and W2 (D, C2), +1 or -1.
 
     Returns:
         (N, D).
@@ -437,8 +447,7 @@ def low_rank(x: Tensor, y: Tensor | None, factor1: Tensor, factor2: Tensor) -> T
     Args:
         x: map (N, C1, L).
         y: map (N, C2, L); None: ``x``.
-        factor1: U (C1, R).
-        factor2: V (C2, R).
+        factor1, factor2: U (C1, R) and V (C2, R).
 
     Returns:
         (N, R).

@@ -19,9 +19,11 @@ def soft_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Ten
     "Distilling the Knowledge in a Neural Network" (2015).
 
     Args:
-        student: logits (N, classes).
-        teacher: logits (N, classes).
+        student, teacher: logits (N, classes).
         temperature: divisor of the logits, > 0.
+
+    Returns:
+        Scalar >= 0.
 
     Raises:
         ArgumentError: logits of different shapes.
@@ -66,14 +68,16 @@ def attention_map(x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
 
 
 def attention_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return how far apart two maps look, |a_s - a_t|^2 of their attention maps, mean of the batch: between 0 and 2.
+    """Return how far apart two maps look, |a_s - a_t|^2 of their attention maps, mean of the batch.
 
     Channels are summed away, so that a narrow map compares with a wide one without a learned projection. Where rows or
     columns differ, both are averaged to the smaller number.
 
     Args:
-        student: map (N, C1, H1, W1).
-        teacher: map (N, C2, H2, W2).
+        student, teacher: maps (N, C1, H1, W1) and (N, C2, H2, W2).
+
+    Returns:
+        Scalar from 0 to 2.
 
     Raises:
         ArgumentError: anything but maps of equally many images.

@@ -143,12 +143,15 @@ def fold_bn(kernel: Tensor, bn: nn.Module, bias: Tensor | None = None) -> tuple[
 
 
 def identity_kernel(channels: int, groups: int = 1, **tensor_options) -> Tensor:
-    """Return the (channels, channels / groups, 1, 1) kernel that copies its input.
+    """Return the kernel that copies its input.
 
     Args:
         channels: inputs and outputs.
         groups: groups of the convolution.
         tensor_options: ``dtype``, ``device``.
+
+    Returns:
+        (channels, channels / groups, 1, 1).
 
     Raises:
         ArgumentError: ``groups`` does not divide ``channels``.
@@ -165,12 +168,15 @@ def identity_kernel(channels: int, groups: int = 1, **tensor_options) -> Tensor:
 
 
 def avgpool_kernel(channels: int, kernel_size: tuple[int, int], **tensor_options) -> Tensor:
-    """Return the depthwise (channels, 1, kh, kw) kernel of an average pool that counts its zero padding.
+    """Return the depthwise kernel of an average pool that counts its zero padding.
 
     Args:
         channels: inputs and outputs.
         kernel_size: sides of the window.
         tensor_options: ``dtype``, ``device``.
+
+    Returns:
+        (channels, 1, kh, kw), a view of one element for each channel.
 
     Example:
         >>> from rep_plugin.functional import avgpool_kernel
@@ -187,6 +193,9 @@ def pad_kernel(kernel: Tensor, size: tuple[int, int]) -> Tensor:
     Args:
         kernel: (O, I, kh, kw).
         size: sides of the result.
+
+    Returns:
+        (O, I, *size); the kernel itself where it has this size.
 
     Raises:
         ArgumentError: the kernel is larger, or the difference is odd so that the centres cannot meet.
@@ -292,6 +301,9 @@ def scale_kernel_inputs(kernel: Tensor, groups: int, scale: Tensor) -> Tensor:
         groups: its groups.
         scale: (I,).
 
+    Returns:
+        (O, I / groups, kh, kw).
+
     Example:
         >>> import torch
         >>> from rep_plugin.functional import scale_kernel_inputs
@@ -367,8 +379,10 @@ def compose(first: ConvParams, second: ConvParams) -> ConvParams:
     written out into a larger kernel.
 
     Args:
-        first: convolution on the input.
-        second: convolution on the output of ``first``.
+        first, second: the convolutions, in the order in which they are applied.
+
+    Returns:
+        The composed convolution.
 
     Raises:
         ArgumentError: the channels do not fit.

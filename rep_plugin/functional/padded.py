@@ -65,8 +65,10 @@ def compose_padded(first: PaddedConv, second: PaddedConv) -> PaddedConv:
     """Return the one padded convolution equal to ``second(first(x))``, each padding zeros for itself.
 
     Args:
-        first: convolution on the input, with a bias.
-        second: convolution on the output of ``first``, with a bias.
+        first, second: the convolutions, each with a bias.
+
+    Returns:
+        The composed convolution, with a bias.
 
     Raises:
         ArgumentError: the channels do not fit, or ``second`` pads an axis on which ``first`` has a window or a padding of its
@@ -182,6 +184,9 @@ def scale_padded(conv: PaddedConv, factor: Tensor | float) -> PaddedConv:
     Args:
         conv: the convolution.
         factor: a number, or one for each channel (O,).
+
+    Returns:
+        Convolution of the same geometry.
 
     Example:
         >>> import torch

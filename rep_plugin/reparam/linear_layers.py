@@ -60,19 +60,24 @@ def affine_conv(scale: Tensor, shift: Tensor, padding: tuple[int, int] = (0, 0))
     """Return the depthwise 1x1 convolution ``x * scale + shift``.
 
     Args:
-        scale: (C,).
-        shift: (C,).
+        scale, shift: (C,).
         padding: rows and columns of zeros.
+
+    Returns:
+        Convolution of C groups.
     """
     return PaddedConv(ConvParams(scale.reshape(-1, 1, 1, 1), shift, scale.numel()), padding)
 
 
 def identity_conv(channels: int, device: torch.device | None = None) -> PaddedConv:
-    """Return the convolution that copies its input, in float64.
+    """Return the convolution that copies its input.
 
     Args:
         channels: channels of the input.
         device: device of the result.
+
+    Returns:
+        Depthwise 1x1 convolution in float64, with bias 0.
     """
     kernel = identity_kernel(channels, channels, dtype=torch.float64, device=device)
     return PaddedConv(ConvParams(kernel, kernel.new_zeros(channels), channels))
@@ -118,12 +123,15 @@ def _open_conv_norm(module: nn.Module) -> list[nn.Module]:
 
 
 def read_layer(module: nn.Module, channels: int | None, device: torch.device) -> PaddedConv:
-    """Return one linear layer as a padded convolution in float64.
+    """Read one linear layer as a padded convolution.
 
     Args:
         module: the layer, in eval mode.
         channels: channels of its input, where known.
         device: device of the result, for layers without tensors.
+
+    Returns:
+        Convolution in float64, with a bias.
 
     Raises:
         NotMergeableError: a layer that is not linear.
@@ -146,11 +154,14 @@ def read_layer(module: nn.Module, channels: int | None, device: torch.device) ->
 
 
 def read_chain(modules: Iterable[nn.Module] | nn.Module, channels: int | None = None) -> PaddedConv:
-    """Return the one padded convolution equal to layers that run one after the other, in float64.
+    """Read layers that run one after the other as one padded convolution.
 
     Args:
         modules: the layers, in eval mode.
         channels: channels of the input; needed only where no layer has a channel number.
+
+    Returns:
+        Convolution in float64, with a bias.
 
     Raises:
         NotMergeableError: a layer that is not linear.
@@ -177,8 +188,10 @@ def after_affine(conv: PaddedConv, scale: Tensor, shift: Tensor) -> PaddedConv:
 
     Args:
         conv: the convolution, with a bias.
-        scale: (O,).
-        shift: (O,).
+        scale, shift: (O,).
+
+    Returns:
+        Convolution of the same geometry.
     """
     scaled = scale_padded(conv, scale)
     return scaled._replace(params=scaled.params._replace(bias=scaled.params.bias + shift))
