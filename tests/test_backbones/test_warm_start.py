@@ -260,7 +260,7 @@ def test_shipped_config_starts_as_stock(tmp_path):
     ours.eval()
     x = torch.randn(2, 3, 64, 49)
     assert relative_error(outputs(stock.backbone, x), outputs(ours.backbone, x)) < 5e-5 and ours(x).shape == (2, 200)
-    assert anneal.end < cfg.train_cfg.max_epochs and type(deploy).__name__ == "ReparamHook"
+    assert anneal.schedule.end < cfg.train_cfg.max_epochs and type(deploy).__name__ == "ReparamHook"
 
 
 def test_timm_pretrained_route(tmp_path):
