@@ -99,7 +99,7 @@ torch.set_num_threads(1)
 for words in json.load(open("cases.json")):
     sys.argv = ["prune.py", *map(str, words)]
     try:
-        prune.run(prune.main, RuntimeError, ValueError, TypeError)
+        prune.run(prune.main)
         print("@@ done")
     except SystemExit as error:
         print("@@", str(error).replace(chr(10), "@newline@"))
