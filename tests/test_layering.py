@@ -151,6 +151,25 @@ for tool in {tools}:
     assert without(OPENMMLAB, code) == [f"error: {tool}.py {end}" for tool in tools]
 
 
+def test_tools_need_mmpretrain_for_its_configs_alone(tmp_path):
+    scopes = {"mmpretrain": "mmpretrain", "plain": "mmengine"}
+    for name, scope in scopes.items():
+        (tmp_path / f"{name}.py").write_text(f'default_scope = "{scope}"\nwork_dir = "{tmp_path}"\n')
+    code = f"""
+import runpy
+for name in {list(scopes)}:
+    sys.argv = ["train.py", f"{tmp_path}/{{name}}.py"]
+    try: runpy.run_path("{ROOT.parent}/tools/train.py", run_name="__main__")
+    except SystemExit as end: print(end)
+"""
+    needs, builds = without({"mmpretrain"}, code)
+    assert (
+        needs
+        == f"error: {tmp_path}/mmpretrain.py needs mmpretrain, which is not installed: pip install 'rep-plugin[openmmlab]'"
+    )
+    assert "the config cannot be built" in builds
+
+
 def test_import_needs_no_timm():
     code = "import rep_plugin\nprint(rep_plugin.reparameterize.__name__)\nnames = ['rep_plugin.timm.models']\n"
     assert without({"timm"}, code + ASK) == [

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rep_plugin.optional import require_or_exit
 
-require_or_exit("mmengine", "mmcv", "mmpretrain", extra="openmmlab")
+require_or_exit("mmengine", "mmcv", extra="openmmlab")
 
 from rich.console import Console
 from rich.table import Table

@@ -6,7 +6,7 @@ from copy import deepcopy
 
 from rep_plugin.optional import require_or_exit
 
-require_or_exit("mmengine", "mmcv", "mmpretrain", extra="openmmlab")
+require_or_exit("mmengine", "mmcv", extra="openmmlab")
 
 import mmengine
 from mmengine.config import Config, ConfigDict

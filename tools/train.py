@@ -9,7 +9,7 @@ import argparse
 
 from rep_plugin.optional import require_or_exit
 
-require_or_exit("mmengine", "mmcv", "mmpretrain", extra="openmmlab")
+require_or_exit("mmengine", "mmcv", extra="openmmlab")
 
 from mmengine.config import Config
 

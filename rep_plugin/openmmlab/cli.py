@@ -22,6 +22,9 @@ from rep_plugin.errors import ArgumentError, exit_on_user_errors
 from rep_plugin.openmmlab.checkpoint import enable_safe_loading
 from rep_plugin.openmmlab.data import check_data, guard_dataloaders, name_broken_images
 from rep_plugin.openmmlab.load import config_errors, load_model, real_inputs
+from rep_plugin.optional import require
+
+EXTRAS = {"mmpretrain": "openmmlab", "mmdet": "downstream", "mmseg": "downstream"}  # scope and package of a config
 
 
 def run(main: Callable[[], None]) -> None:
@@ -46,6 +49,15 @@ def _leave() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def _read_config(path: str) -> Config:
+    """Read a config, and require the package whose types it names: mmdet and mmseg are also used without mmpretrain."""
+    cfg = Config.fromfile(path)
+    scope = cfg.get("default_scope", "mmpretrain")
+    if scope in EXTRAS:
+        require(scope, EXTRAS[scope], path)
+    return cfg
 
 
 # Tools that read a trained checkpoint.
@@ -135,7 +147,7 @@ def open_trained(config: str, checkpoint: str, cfg_options: dict | None = None, 
         DataError: the validation set is missing, empty or broken.
     """
     require_files(config, checkpoint)
-    cfg = Config.fromfile(config)
+    cfg = _read_config(config)
     if cfg_options:
         cfg.merge_from_dict(cfg_options)
     model, meta = load_model(cfg, checkpoint)
@@ -173,11 +185,12 @@ def load_config(args: argparse.Namespace) -> Config:
 
     Raises:
         ArgumentError: there is no such file.
+        MissingPackageError: the package of its ``default_scope`` is not installed.
     """
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     if not os.path.isfile(args.config):
         raise ArgumentError(f"config {args.config} does not exist, expected a file")
-    cfg = Config.fromfile(args.config)
+    cfg = _read_config(args.config)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
