@@ -9,7 +9,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from rep_plugin.measure.costs import count_macs, count_params
-from rep_plugin.openmmlab.hooks.pruning_hook import PruningHook
+from rep_plugin.openmmlab.hooks.base_pruning_hook import PruningHook
 from rep_plugin.openmmlab.hooks.runner_utils import evaluate, images_of, optimizers_of, plain_model, shape_of_one
 from rep_plugin.openmmlab.load import build_model
 from rep_plugin.pruning import PrunePlan, PruneReport

@@ -7,7 +7,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from rep_plugin.errors import ArgumentError, HookError
-from rep_plugin.openmmlab.hooks.pruning_hook import PruningHook, budget_of, from_main_process
+from rep_plugin.openmmlab.hooks.base_pruning_hook import PruningHook, budget_of, from_main_process
 from rep_plugin.openmmlab.hooks.runner_utils import (
     as_hook_error,
     evaluate,

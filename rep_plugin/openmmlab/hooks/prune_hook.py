@@ -9,7 +9,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from rep_plugin.errors import ArgumentError, HookError
-from rep_plugin.openmmlab.hooks.pruning_hook import (
+from rep_plugin.openmmlab.hooks.base_pruning_hook import (
     PruningHook,
     budget_of,
     check_scores,
@@ -68,7 +68,7 @@ class PruneHook(PruningHook):
     Validation is run before and after each round, and after the fine-tuning; metrics go to the log and to
     ``pruned.rounds.json``, with the steps per second before and after each removal (the median, since the last start of
     training); an accuracy that falls below half is a warning. Resuming, also after a kill between a removal
-    and the next checkpoint, goes on exactly: see :class:`rep_plugin.openmmlab.hooks.pruning_hook.PruningHook`.
+    and the next checkpoint, goes on exactly: see :class:`rep_plugin.openmmlab.hooks.base_pruning_hook.PruningHook`.
 
     Args:
         prune_fraction: Share of the prunable channels that is removed in all, in (0, 1).

@@ -9,8 +9,8 @@ from rep_plugin.blocks.annealed import annealed_modules
 from rep_plugin.errors import AnnealError
 from rep_plugin.openmmlab.artefacts import write_deployed
 from rep_plugin.openmmlab.configs import pruned_config
+from rep_plugin.openmmlab.hooks.base_pruning_hook import PruningHook
 from rep_plugin.openmmlab.hooks.linearize_hook import LinearizeHook
-from rep_plugin.openmmlab.hooks.pruning_hook import PruningHook
 from rep_plugin.openmmlab.hooks.runner_utils import final_model
 from rep_plugin.openmmlab.load import real_inputs
 from rep_plugin.pruning.planning.plan import compose_plans

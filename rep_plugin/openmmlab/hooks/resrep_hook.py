@@ -10,7 +10,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from rep_plugin.errors import ArgumentError, HookError
-from rep_plugin.openmmlab.hooks.pruning_hook import PruningHook, averages_to_change, from_main_process, wrap_anew
+from rep_plugin.openmmlab.hooks.base_pruning_hook import PruningHook, averages_to_change, from_main_process, wrap_anew
 from rep_plugin.openmmlab.hooks.reparam_hook import ReparamHook
 from rep_plugin.openmmlab.hooks.runner_utils import (
     as_hook_error,

@@ -187,7 +187,7 @@ def plot_rounds(runner: Runner, rounds: Sequence[dict]) -> None:
 
     Args:
         runner: Whose visualizer it is.
-        rounds: The entries that :class:`rep_plugin.openmmlab.hooks.pruning_hook.PruningHook` keeps.
+        rounds: The entries that :class:`rep_plugin.openmmlab.hooks.base_pruning_hook.PruningHook` keeps.
     """
     name = main_metric(rounds[0]["before"]) if rounds else None
     if name is None:

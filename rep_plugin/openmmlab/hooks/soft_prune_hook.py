@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from mmengine.runner import Runner
 
 from rep_plugin.errors import HookError
-from rep_plugin.openmmlab.hooks.pruning_hook import PruningHook, budget_of, check_scores, from_main_process
+from rep_plugin.openmmlab.hooks.base_pruning_hook import PruningHook, budget_of, check_scores, from_main_process
 from rep_plugin.openmmlab.hooks.runner_utils import (
     as_hook_error,
     check_whole,

@@ -201,7 +201,7 @@ def test_blocks_are_pruned_in_training_and_merged_at_the_end(tmp_path):
 
 def test_a_collapse_is_said_with_numbers(tmp_path, monkeypatch):
     metrics = iter([{"accuracy/top1": 90.0}, {"accuracy/top1": 12.5}])
-    monkeypatch.setattr("rep_plugin.openmmlab.hooks.pruning_hook.evaluate", lambda *_: next(metrics))
+    monkeypatch.setattr("rep_plugin.openmmlab.hooks.base_pruning_hook.evaluate", lambda *_: next(metrics))
     run(config(tmp_path, dict(type="rep_plugin.PruneHook", prune_fraction=0.5)))
     log = next(tmp_path.glob("*/*.log")).read_text()
     assert "WARNING - PruneHook: accuracy/top1 fell from 90 to 12.5: remove less at a time" in log
