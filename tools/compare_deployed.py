@@ -72,9 +72,7 @@ def main() -> None:
     images = real_inputs(trained, loader)
     classes = trained.head.num_classes
     folded, _ = reparameterize(
-        timm.create_model(args.stock, num_classes=classes, in_chans=images.shape[1]).eval(),
-        images[:1],
-        verify=False,
+        timm.create_model(args.stock, num_classes=classes, in_chans=images.shape[1]).eval(), images[:1], verify=False
     )
     models = {"trained form": trained, "deployed": deployed, f"stock {args.stock}": folded}
     with torch_threads(1):

@@ -35,6 +35,7 @@ NAMED_METHODS = {
 }
 HISTORY_BUFFER_STATE = frozenset({"max_length", "_log_history", "_count_history", "statistics_methods"})
 NUMERIC_KINDS = "biufc"
+REFUSED = ("INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID", "NEXT_BUFFER", "READONLY_BUFFER")
 
 
 def _history_buffer() -> type:
@@ -219,20 +220,7 @@ class _RestrictedUnpickler(_PythonUnpickler):
         pickle.ADDITEMS[0]: load_additems,
         pickle.SETITEM[0]: load_setitem,
         pickle.SETITEMS[0]: load_setitems,
-        **dict.fromkeys(
-            (
-                pickle.INST[0],
-                pickle.OBJ[0],
-                pickle.NEWOBJ_EX[0],
-                pickle.EXT1[0],
-                pickle.EXT2[0],
-                pickle.EXT4[0],
-                pickle.PERSID[0],
-                pickle.NEXT_BUFFER[0],
-                pickle.READONLY_BUFFER[0],
-            ),
-            load_refused,
-        ),
+        **dict.fromkeys((getattr(pickle, name)[0] for name in REFUSED), load_refused),
     }
 
 

@@ -21,32 +21,26 @@ def _everywhere(places: Iterable[Pair], parts: Iterable[Pair]) -> tuple[Pair, ..
     return tuple((place[0] + part[0], place[1] + part[1]) for place in places for part in parts)
 
 
-def _attention(reduce: str, expand: str) -> list[Pair]:
-    return [(f"{reduce}.", "act.se.reduce."), (f"{expand}.", "act.se.expand.")]
-
-
 _OWN_STAGES = [("stem.", "stem."), ("stages.{s}.{b}.", "stages.{s}.{b}.")]
 _STAGES_FROM_1 = [("stage0.", "stem."), ("stage{s+1}.{b}.", "stages.{s}.{b}.")]
 
 
-def _repvgg(kernel: str, point: str, identity: str, merged: str, attention: list[Pair], bn: str = "bn") -> list[Pair]:
-    return [
-        *_conv_bn(kernel, "branches.conv.", bn),
-        *_conv_bn(point, "branches.point.", bn),
-        (identity, "branches.identity.bn."),
-        (merged, "reparam_conv."),
-        *attention,
+def _branched(family: str, format: str, stages: Iterable[Pair], block: str, attention: str) -> Layout:
+    """RepVGG or MobileOne. ``block``: two kinds of convolutions, the identity, what they merge to; all names of theirs."""
+    kernel, other, identity, merged = block.split()
+    reduce, expand = attention.split()
+    ours = {"repvgg": ("conv", "point"), "mobileone": ("conv{n}", "scale")}[family]
+    is_mm = format == "mmpretrain"
+    parts = [
+        *_conv_bn(f"{kernel}.", f"branches.{ours[0]}.", "norm" if is_mm else "bn"),
+        *_conv_bn(f"{other}.", f"branches.{ours[1]}.", "norm" if is_mm else "bn"),
+        (f"{identity}.", "branches.identity.bn."),
+        (f"{merged}.", "reparam_conv."),
+        (f"{reduce}.", "act.se.reduce."),
+        (f"{expand}.", "act.se.expand."),
     ]
-
-
-def _mobileone(kernels: str, scale: str, identity: str, merged: str, attention: list[Pair], bn="bn") -> list[Pair]:
-    return [
-        *_conv_bn(kernels, "branches.conv{n}.", bn),
-        *_conv_bn(scale, "branches.scale.", bn),
-        (identity, "branches.identity.bn."),
-        (merged, "reparam_conv."),
-        *attention,
-    ]
+    head = "linear." if format == "official" else "head.fc."
+    return Layout(family, format, _everywhere(stages, parts), head, wrapped=is_mm)
 
 
 def _replknet(norms: list[Pair], fused: bool) -> tuple[Pair, ...]:
@@ -74,87 +68,22 @@ def _replknet(norms: list[Pair], fused: bool) -> tuple[Pair, ...]:
 
 _LAST_NORM, _STAGE_NORMS = [("norm.", "norms.3.")], [("stages.{s}.norm.", "norms.{s}.")]
 _FOREIGN = [
-    Layout(
-        "repvgg",
-        "official",
-        _everywhere(
-            _STAGES_FROM_1,
-            _repvgg("rbr_dense.", "rbr_1x1.", "rbr_identity.", "rbr_reparam.", _attention("se.down", "se.up")),
-        ),
-        "linear.",
-    ),
-    Layout(
-        "repvgg",
-        "timm",
-        _everywhere(
-            _OWN_STAGES,
-            _repvgg("conv_kxk.", "conv_1x1.", "identity.", "reparam_conv.", _attention("attn.fc1", "attn.fc2")),
-        ),
-        "head.fc.",
-    ),
-    Layout(
-        "repvgg",
-        "mmpretrain",
-        _everywhere(
-            [("stem.", "stem."), ("stage_{s+1}.{b}.", "stages.{s}.{b}.")],
-            _repvgg(
-                "branch_3x3.",
-                "branch_1x1.",
-                "branch_norm.",
-                "branch_reparam.",
-                _attention("se_layer.conv1.conv", "se_layer.conv2.conv"),
-                "norm",
-            ),
-        ),
-        "head.fc.",
-        wrapped=True,
-    ),
-    Layout(
-        "mobileone",
-        "official",
-        _everywhere(
-            _STAGES_FROM_1,
-            _mobileone(
-                "rbr_conv.{n}.", "rbr_scale.", "rbr_skip.", "reparam_conv.", _attention("se.reduce", "se.expand")
-            ),
-        ),
-        "linear.",
-    ),
-    Layout(
-        "mobileone",
-        "timm",
-        _everywhere(
-            _OWN_STAGES,
-            _mobileone(
-                "conv_kxk.{n}.", "conv_scale.", "identity.", "reparam_conv.", _attention("attn.fc1", "attn.fc2")
-            ),
-        ),
-        "head.fc.",
-    ),
-    Layout(
-        "mobileone",
-        "mmpretrain",
-        _everywhere(
-            _STAGES_FROM_1,
-            _mobileone(
-                "branch_conv_list.{n}.",
-                "branch_scale.",
-                "branch_norm.",
-                "branch_reparam.",
-                _attention("se.conv1.conv", "se.conv2.conv"),
-                "norm",
-            ),
-        ),
-        "head.fc.",
-        wrapped=True,
-    ),
+    _branched("repvgg", "official", _STAGES_FROM_1, "rbr_dense rbr_1x1 rbr_identity rbr_reparam", "se.down se.up"),
+    _branched("repvgg", "timm", _OWN_STAGES, "conv_kxk conv_1x1 identity reparam_conv", "attn.fc1 attn.fc2"),
+    _branched("repvgg", "mmpretrain", [("stem.", "stem."), ("stage_{s+1}.{b}.", "stages.{s}.{b}.")],
+              "branch_3x3 branch_1x1 branch_norm branch_reparam", "se_layer.conv1.conv se_layer.conv2.conv"),
+    _branched("mobileone", "official", _STAGES_FROM_1,
+              "rbr_conv.{n} rbr_scale rbr_skip reparam_conv", "se.reduce se.expand"),
+    _branched("mobileone", "timm", _OWN_STAGES, "conv_kxk.{n} conv_scale identity reparam_conv", "attn.fc1 attn.fc2"),
+    _branched("mobileone", "mmpretrain", _STAGES_FROM_1,
+              "branch_conv_list.{n} branch_scale branch_norm branch_reparam", "se.conv1.conv se.conv2.conv"),
     *(
         Layout("replknet", "official", _replknet(norms, fused), "head.")
         for fused in (False, True)
         for norms in (_LAST_NORM, _STAGE_NORMS)
     ),
     Layout("replknet", "mmpretrain", _replknet(_STAGE_NORMS, False), "head.fc.", wrapped=True),
-]
+]  # fmt: skip
 
 
 def _own(family: str, format: str, head: str, wrapped: bool) -> Layout:

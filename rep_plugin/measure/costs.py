@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from rep_plugin.measure.forward import run_model
+from rep_plugin.measure.forward import eval_mode, run_model
 
 
 def count_params(model: nn.Module) -> int:
@@ -80,12 +80,6 @@ def count_macs(model: nn.Module, example_input: torch.Tensor) -> int:
             run_model(shapes, example_input.to("meta"))
         return counter.total
     except Exception:  # a forward that reads values may raise anything; what else is wrong is raised again below
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
-            with _MacCounter() as counter:
-                run_model(model, example_input)
-        finally:
-            for module, training in modes.items():
-                module.training = training
+        with eval_mode(model), _MacCounter() as counter:
+            run_model(model, example_input)
         return counter.total

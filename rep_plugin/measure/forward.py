@@ -1,5 +1,8 @@
 """How a model is run on images alone: ``model(x)``, unless a :class:`Forward` is registered for models of its kind."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor, nn
 
 
@@ -74,3 +77,15 @@ def run_model(model: nn.Module, x: Tensor) -> object:
         torch.Size([1, 8, 3, 3])
     """
     return forward_of(model).run(model, x)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode; afterwards every module is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

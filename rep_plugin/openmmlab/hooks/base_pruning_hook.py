@@ -15,13 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 from rep_plugin.errors import ArgumentError, HookError
 from rep_plugin.history import history_of
 from rep_plugin.measure.costs import count_params
+from rep_plugin.measure.forward import eval_mode
 from rep_plugin.measure.plots import widths_figure
 from rep_plugin.openmmlab.artefacts import write_pruned_model
 from rep_plugin.openmmlab.hooks.runner_utils import (
     add_plot,
     collapse_warning,
     ema_models,
-    eval_mode,
     evaluate,
     final_model,
     format_metrics,

@@ -15,6 +15,7 @@ from mmengine.runner.amp import autocast
 from torch import Tensor, nn
 
 from rep_plugin.errors import ArgumentError, HookError, RepPluginError, first_line
+from rep_plugin.measure.forward import eval_mode
 from rep_plugin.measure.plots import accuracy_figure, to_array
 from rep_plugin.openmmlab.load import REAL_IMAGES, real_inputs
 
@@ -87,18 +88,6 @@ def images_of(runner: Runner, count: int = REAL_IMAGES) -> Tensor:
 def shape_of_one(runner: Runner) -> tuple[int, ...]:
     """Return the shape (1, C, H, W) of one preprocessed image: costs are those of one."""
     return (1, *images_of(runner, 1).shape[1:])
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode; afterwards every module is in the mode that it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def evaluate(runner: Runner, model: nn.Module) -> dict[str, float]:

@@ -3,23 +3,10 @@
 They act within one step of training. The hooks of ``rep_plugin.openmmlab.hooks`` decide when, and when channels are removed.
 """
 
-from rep_plugin.pruning.methods.centripetal import Centripetal, cluster_distances, merge_clusters_, snap_clusters_
-from rep_plugin.pruning.methods.clusters import Clusters, plan_clusters
-from rep_plugin.pruning.methods.resrep import Forgetting, ResRep
-from rep_plugin.pruning.methods.soft_pruning import count_returned, zero_channels_
-from rep_plugin.pruning.methods.sparsity import Sparsity, prunable_parts
+from rep_plugin.pruning.methods.centripetal import Centripetal, merge_clusters_, snap_clusters_
+from rep_plugin.pruning.methods.clusters import plan_clusters
+from rep_plugin.pruning.methods.resrep import ResRep
+from rep_plugin.pruning.methods.soft_pruning import zero_channels_
+from rep_plugin.pruning.methods.sparsity import Sparsity
 
-__all__ = [
-    "Centripetal",
-    "Clusters",
-    "Forgetting",
-    "ResRep",
-    "Sparsity",
-    "cluster_distances",
-    "count_returned",
-    "merge_clusters_",
-    "plan_clusters",
-    "prunable_parts",
-    "snap_clusters_",
-    "zero_channels_",
-]
+__all__ = ["Centripetal", "ResRep", "Sparsity", "merge_clusters_", "plan_clusters", "snap_clusters_", "zero_channels_"]

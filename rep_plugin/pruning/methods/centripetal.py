@@ -188,7 +188,8 @@ def cluster_distances(model: nn.Module, clusters: Clusters | Members) -> dict[st
 
     Example:
         >>> import torch
-        >>> from rep_plugin.pruning.methods import cluster_distances, plan_clusters
+        >>> from rep_plugin.pruning.methods import plan_clusters
+        >>> from rep_plugin.pruning.methods.centripetal import cluster_distances
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 1))
         >>> torch.nn.init.ones_(net[0].weight), torch.nn.init.zeros_(net[0].bias)  # doctest: +ELLIPSIS
         (...
@@ -239,11 +240,7 @@ def snap_clusters_(model: nn.Module, clusters: Clusters) -> dict[str, tuple[floa
 
 
 def merge_clusters_(
-    model: nn.Module,
-    clusters: Clusters,
-    *,
-    verify: bool = True,
-    example_input: Tensor | None = None,
+    model: nn.Module, clusters: Clusters, *, verify: bool = True, example_input: Tensor | None = None
 ) -> PruneReport:
     """Make every cluster one channel, in place, after :func:`snap_clusters_`.
 

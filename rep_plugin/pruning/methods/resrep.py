@@ -70,13 +70,7 @@ class ResRep:
         (['0'], 8928, 4464)
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        shape: tuple[int, ...],
-        budget: Budget,
-        options: PruneOptions | None = None,
-    ):
+    def __init__(self, model: nn.Module, shape: tuple[int, ...], budget: Budget, options: PruneOptions | None = None):
         if budget.macs is None:
             raise ArgumentError(f"ResRep needs a budget of macs, got {budget}")
         self.options = options or PruneOptions()
@@ -235,7 +229,7 @@ class Forgetting:
 
     Example:
         >>> import torch
-        >>> from rep_plugin.pruning.methods import Forgetting
+        >>> from rep_plugin.pruning.methods.resrep import Forgetting
         >>> weight = torch.nn.Parameter(torch.eye(2).view(2, 2, 1, 1))
         >>> forgetting = Forgetting({"conv": weight}, 0.1)
         >>> forgetting.mark({"conv": torch.tensor([1])})

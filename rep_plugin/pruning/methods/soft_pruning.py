@@ -56,7 +56,7 @@ def count_returned(model: nn.Module, plan: PrunePlan) -> tuple[int, int]:
     Example:
         >>> import torch
         >>> from rep_plugin import plan_pruning
-        >>> from rep_plugin.pruning.methods import count_returned, zero_channels_
+        >>> from rep_plugin.pruning.methods.soft_pruning import count_returned, zero_channels_
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, bias=False), torch.nn.Conv2d(8, 4, 1))
         >>> plan = plan_pruning(net, (1, 3, 8, 8), "l1", 0.5)
         >>> zero_channels_(net, plan)

@@ -37,7 +37,7 @@ def prunable_parts(model: nn.Module, shape: tuple[int, ...]) -> tuple[list[str],
 
     Example:
         >>> import torch
-        >>> from rep_plugin.pruning.methods import prunable_parts
+        >>> from rep_plugin.pruning.methods.sparsity import prunable_parts
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Conv2d(8, 4, 1))
         >>> prunable_parts(net, (1, 3, 8, 8))
         (['1'], ['0'])

@@ -6,6 +6,7 @@ adds up to an estimate; what counts is the pruned model itself, timed in turns w
 """
 
 import bisect
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -76,10 +77,9 @@ class Search:
 
     def _widths(self, members: list[Candidate]) -> list[int]:
         """Channels of the layer that could lose most once the first 0, 1, 2 ... of a group are removed."""
-        total: dict[str, int] = {}
+        total: Counter[str] = Counter()
         for candidate in members:
-            for name, number in candidate.losses:
-                total[name] = total.get(name, 0) + number
+            total.update(dict(candidate.losses))
         layer = max(total, key=total.__getitem__)
         widths = [len(self.trace.layers[layer].labels)]
         for candidate in members:
@@ -88,10 +88,7 @@ class Search:
 
     def wanted(self, number: int) -> dict[int, int]:
         """How many of each group are among the first ``number``."""
-        counts = dict.fromkeys(self.groups, 0)
-        for candidate in self.order[:number]:
-            counts[candidate.group] += 1
-        return counts
+        return dict.fromkeys(self.groups, 0) | Counter(candidate.group for candidate in self.order[:number])
 
     def chosen(self, counts: Mapping[int, int]) -> list[Candidate]:
         """Return the candidates that are removed."""
@@ -223,13 +220,7 @@ class Search:
 
 
 def to_latency(
-    model: nn.Module,
-    trace: Trace,
-    x: Tensor,
-    order: list[Candidate],
-    finish: Finish,
-    budget: Budget,
-    timer: Timer,
+    model: nn.Module, trace: Trace, x: Tensor, order: list[Candidate], finish: Finish, budget: Budget, timer: Timer
 ) -> LatencyChoice:
     """Return what is removed so that the pruned model meets a budget of latency.
 

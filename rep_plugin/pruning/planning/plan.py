@@ -13,13 +13,7 @@ from rep_plugin.checkpoints.files import write_atomic
 from rep_plugin.errors import ArgumentError
 from rep_plugin.pruning.planning.options import PruneOptions
 from rep_plugin.pruning.planning.scores import score_units
-from rep_plugin.pruning.planning.select import (
-    Candidate,
-    Choice,
-    find_candidates,
-    kept_without,
-    to_widths,
-)
+from rep_plugin.pruning.planning.select import Candidate, Choice, find_candidates, kept_without, to_widths
 from rep_plugin.pruning.tracing.graph import Trace
 from rep_plugin.pruning.tracing.kept_channels import count_costs
 from rep_plugin.pruning.tracing.tracer import trace_channels
@@ -256,8 +250,6 @@ def as_plan(plan: PrunePlan | Mapping | str) -> PrunePlan:
     """
     if isinstance(plan, PrunePlan):
         return plan
-    if isinstance(plan, Mapping):
-        return PrunePlan.from_json(json.dumps(plan))
-    if isinstance(plan, str):
-        return PrunePlan.from_json(plan)
+    if isinstance(plan, (Mapping, str)):
+        return PrunePlan.from_json(plan if isinstance(plan, str) else json.dumps(plan))
     raise ArgumentError(f"plan must be a PrunePlan, its data, JSON text or a path, got {type(plan).__name__}")

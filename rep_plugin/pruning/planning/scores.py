@@ -117,11 +117,7 @@ def _given_members(trace: Trace, given: Mapping[str, Sequence[float]]) -> Member
 
 
 def score_units(
-    model: nn.Module,
-    trace: Trace,
-    options: PruneOptions,
-    loader: Iterable | None = None,
-    loss: Callable | None = None,
+    model: nn.Module, trace: Trace, options: PruneOptions, loader: Iterable | None = None, loss: Callable | None = None
 ) -> Tensor:
     """Return the score of every unit by its root; NaN where nothing scores it.
 

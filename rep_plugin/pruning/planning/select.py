@@ -2,7 +2,7 @@
 
 import bisect
 import difflib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -79,10 +79,9 @@ def match_layers(patterns: Sequence[str], names: Sequence[str]) -> dict[str, str
 
 
 def _total(several: Iterable[list[tuple[str, int]]]) -> list[tuple[str, int]]:
-    total: dict[str, int] = {}
+    total: Counter[str] = Counter()
     for losses in several:
-        for name, number in losses:
-            total[name] = total.get(name, 0) + number
+        total.update(dict(losses))
     return list(total.items())
 
 
@@ -161,12 +160,10 @@ def allowed(order: Sequence[Candidate], widths: Mapping[str, int], min_channels:
     Returns:
         The others.
     """
-    left = dict(widths)
-    kept = []
+    left, kept = Counter(widths), []
     for candidate in order:
         if all(left[name] - number >= min_channels for name, number in candidate.losses):
-            for name, number in candidate.losses:
-                left[name] -= number
+            left.subtract(dict(candidate.losses))
             kept.append(candidate)
     return kept
 
@@ -203,19 +200,17 @@ def round_widths(taken: Sequence[Candidate], widths: Mapping[str, int], round_to
     """
     if round_to == 1:
         return list(taken)
-    by_group: dict[int, list[Candidate]] = {}
+    by_group: dict[int, list[Candidate]] = defaultdict(list)
     for candidate in taken:
-        by_group.setdefault(candidate.group, []).append(candidate)
+        by_group[candidate.group].append(candidate)
     kept = []
     for members in by_group.values():
         members = sorted(members, key=lambda c: c.score)
-        left = dict(widths)
+        left = Counter(widths)
         for candidate in members:
-            for name, number in candidate.losses:
-                left[name] -= number
+            left.subtract(dict(candidate.losses))
         while members and any(left[n] % round_to and left[n] < widths[n] for c in members for n, _ in c.losses):
-            for name, number in members.pop().losses:
-                left[name] += number
+            left.update(dict(members.pop().losses))
         kept += members
     return kept
 
@@ -259,7 +254,7 @@ def to_widths(choice: Choice, widths: Mapping[str, int]) -> list[Candidate]:
     Raises:
         ArgumentError: A name or a number does not exist, or coupled layers are given different widths.
     """
-    left = dict(choice.widths)
+    left = Counter(choice.widths)
     taken: dict[Candidate, None] = {}
     for name, width in widths.items():
         if name not in left:
@@ -276,8 +271,7 @@ def to_widths(choice: Choice, widths: Mapping[str, int]) -> list[Candidate]:
             loss = dict(candidate.losses).get(name, 0)
             if candidate not in taken and 0 < loss <= left[name] - width:
                 taken[candidate] = None
-                for other, number in candidate.losses:
-                    left[other] -= number
+                left.subtract(dict(candidate.losses))
     for name, width in widths.items():
         if left[name] != width:
             tied = next(layers for layers in choice.layers if name in layers)

@@ -63,10 +63,7 @@ def _merge_ghost_v3_depthwise(module: nn.Module) -> nn.Module:
     return module
 
 
-@adapts(
-    "PP-LCNetV2 block",
-    lambda module: has_layout(module, "dw_conv_list", "dw_act se pw_conv"),
-)
+@adapts("PP-LCNetV2 block", lambda module: has_layout(module, "dw_conv_list", "dw_act se pw_conv"))
 def _merge_lcnet(module: nn.Module) -> nn.Module:
     module.dw_conv, module.dw_conv_list = pop_branches_(module, "dw_conv_list"), None
     return module

@@ -13,12 +13,7 @@ from rep_plugin.errors import ArgumentError
 from rep_plugin.reparam.adapters import adapts
 from rep_plugin.reparam.border_conv import build_conv
 from rep_plugin.reparam.foreign.parts import has_layout, in_sequence, live_children, plus_identity
-from rep_plugin.reparam.linear_layers import (
-    CONV_NORM_CLASSES,
-    is_plain_bn,
-    read_chain,
-    read_linear,
-)
+from rep_plugin.reparam.linear_layers import CONV_NORM_CLASSES, is_plain_bn, read_chain, read_linear
 
 
 def build_linear(weight: torch.Tensor, bias: torch.Tensor, source: nn.Module) -> nn.Linear:
@@ -112,19 +107,13 @@ def _linear_of(module: nn.Module) -> nn.Linear | None:
     return next((child for child in live_children(module).values() if isinstance(child, nn.Linear)), None)
 
 
-@adapts(
-    "Linear-BN",
-    lambda module: _is_bn_linear(module, {"LinearNorm", "LinearBatchNorm", "Linear_BN"}),
-)
+@adapts("Linear-BN", lambda module: _is_bn_linear(module, {"LinearNorm", "LinearBatchNorm", "Linear_BN"}))
 def _merge_linear_norm(module: nn.Module) -> nn.Module:
     bn = next(child for child in live_children(module).values() if not isinstance(child, nn.Linear))
     return build_linear(*read_linear(_linear_of(module), after=[bn]), module)
 
 
-@adapts(
-    "BN-Linear",
-    lambda module: _is_bn_linear(module, {"NormLinear", "BatchNormLinear", "BN_Linear"}),
-)
+@adapts("BN-Linear", lambda module: _is_bn_linear(module, {"NormLinear", "BatchNormLinear", "BN_Linear"}))
 def _merge_norm_linear(module: nn.Module) -> nn.Module:
     children = live_children(module)
     linear = build_linear(*read_linear(_linear_of(module), before=[module.bn]), module)

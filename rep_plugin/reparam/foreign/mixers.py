@@ -49,20 +49,16 @@ def _is_layer_scale(scale: nn.Module | nn.Parameter | None) -> bool:
     return is_idle(scale) or (has_layout(scale, "", "", "gamma") and "gamma" in scale._parameters)
 
 
+POSITION_ENCODINGS = {"RepConditionalPosEnc": "pos_enc", "RepCPE": "pe"}  # class -> its convolution
+
+
 @adapts(
     "conditional position encoding",
-    lambda module: has_layout(module, "pos_enc") and type(module).__name__ == "RepConditionalPosEnc",
+    lambda module: (conv := POSITION_ENCODINGS.get(type(module).__name__)) is not None and has_layout(module, conv),
 )
 def _merge_position_encoding(module: nn.Module) -> nn.Module:
-    return replace_by("reparam_conv", plus_identity(read_chain(module.pos_enc)), module)
-
-
-@adapts(
-    "conditional position encoding",
-    lambda module: has_layout(module, "pe") and type(module).__name__ == "RepCPE",
-)
-def _merge_rep_cpe(module: nn.Module) -> nn.Module:
-    return replace_by("reparam_conv", plus_identity(read_chain(module.pe)), module)
+    conv = getattr(module, POSITION_ENCODINGS[type(module).__name__])
+    return replace_by("reparam_conv", plus_identity(read_chain(conv)), module)
 
 
 @adapts(

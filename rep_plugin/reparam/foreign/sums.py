@@ -18,100 +18,44 @@ from rep_plugin.reparam.linear_layers import after_affine, bn_affine, read_chain
 
 @dataclass(frozen=True)
 class SumLayout:
-    """A block that adds its ``branches`` and applies ``after`` to the sum, in that order."""
+    """A block that adds its branches, ``needed`` and ``optional``, and applies ``after`` to the sum, in that order.
+
+    ``dropped``: what it may hold besides, and loses.
+    """
 
     name: str
     needed: str
-    allowed: str
-    branches: str
-    conv: str
+    optional: str
     after: str
+    conv: str
+    dropped: str = ""
     test: Callable[[nn.Module], bool] = lambda module: True
 
     def matches(self, module: nn.Module) -> bool:
-        return has_layout(module, self.needed, self.allowed) and self.test(module)
+        return has_layout(module, self.needed, f"{self.optional} {self.after} {self.dropped}") and self.test(module)
 
     def merge(self, module: nn.Module) -> nn.Module:
-        return replace_by(self.conv, merge_branches(module, self.branches), module, self.after)
+        return replace_by(self.conv, merge_branches(module, f"{self.needed} {self.optional}"), module, self.after)
 
 
 # Drop path on the branches is for training, and goes with them. stock mmpretrain passes over the SE layer when it deploys.
 LAYOUTS = [
-    SumLayout(
-        "timm RepVGG block",
-        "conv_kxk conv_1x1",
-        "identity drop_path attn act",
-        "conv_kxk conv_1x1 identity",
-        "reparam_conv",
-        "attn act",
-    ),
-    SumLayout(
-        "timm MobileOne block",
-        "conv_kxk",
-        "conv_scale identity drop_path attn se act",
-        "conv_kxk conv_scale identity",
-        "reparam_conv",
-        "attn se act",
-        lambda module: isinstance(module.conv_kxk, nn.ModuleList),
-    ),
-    SumLayout(
-        "timm large-kernel convolution",
-        "large_conv",
-        "small_conv se act",
-        "large_conv small_conv",
-        "reparam_conv",
-        "se act",
-    ),
-    SumLayout(
-        "mmpretrain RepVGG block",
-        "branch_3x3 branch_1x1",
-        "branch_norm se_layer act",
-        "branch_3x3 branch_1x1 branch_norm",
-        "branch_reparam",
-        "se_layer act",
-    ),
-    SumLayout(
-        "mmpretrain MobileOne block",
-        "branch_conv_list",
-        "branch_scale branch_norm se act",
-        "branch_conv_list branch_scale branch_norm",
-        "branch_reparam",
-        "se act",
-    ),
-    SumLayout(  # DingXiaoH/RepVGG with its plus and QA forms, YOLOv6, YOLOv7, mmyolo
-        "RepVGG block",
-        "rbr_dense rbr_1x1",
-        "rbr_identity se bn nonlinearity act post_se",
-        "rbr_dense rbr_1x1 rbr_identity",
-        "rbr_reparam",
-        "se bn nonlinearity act post_se",
-    ),
-    SumLayout(  # apple/ml-mobileone, ml-fastvit
-        "MobileOne block",
-        "rbr_conv",
-        "rbr_scale rbr_skip se activation",
-        "rbr_conv rbr_scale rbr_skip",
-        "reparam_conv",
-        "se activation",
-        lambda module: isinstance(module.rbr_conv, nn.ModuleList),
-    ),
-    SumLayout(  # DingXiaoH/RepLKNet-pytorch, mmpretrain
-        "large-kernel convolution",
-        "lkb_origin",
-        "small_conv",
-        "lkb_origin small_conv",
-        "lkb_reparam",
-        "",
-    ),
-    SumLayout(  # DingXiaoH/DiverseBranchBlock
-        "diverse branch block",
-        "dbb_origin dbb_avg dbb_1x1_kxk",
-        "dbb_1x1 nonlinear",
-        "dbb_origin dbb_1x1 dbb_avg dbb_1x1_kxk",
-        "dbb_reparam",
-        "nonlinear",
-    ),
-]
+    SumLayout("timm RepVGG block", "conv_kxk conv_1x1", "identity", "attn act", "reparam_conv", "drop_path"),
+    SumLayout("timm MobileOne block", "conv_kxk", "conv_scale identity", "attn se act", "reparam_conv", "drop_path",
+              lambda module: isinstance(module.conv_kxk, nn.ModuleList)),
+    SumLayout("timm large-kernel convolution", "large_conv", "small_conv", "se act", "reparam_conv"),
+    SumLayout("mmpretrain RepVGG block", "branch_3x3 branch_1x1", "branch_norm", "se_layer act", "branch_reparam"),
+    SumLayout("mmpretrain MobileOne block", "branch_conv_list", "branch_scale branch_norm", "se act", "branch_reparam"),
+    # DingXiaoH/RepVGG with its plus and QA forms, YOLOv6, YOLOv7, mmyolo
+    SumLayout("RepVGG block", "rbr_dense rbr_1x1", "rbr_identity", "se bn nonlinearity act post_se", "rbr_reparam"),
+    # apple/ml-mobileone, ml-fastvit
+    SumLayout("MobileOne block", "rbr_conv", "rbr_scale rbr_skip", "se activation", "reparam_conv",
+              test=lambda module: isinstance(module.rbr_conv, nn.ModuleList)),
+    # DingXiaoH/RepLKNet-pytorch, mmpretrain
+    SumLayout("large-kernel convolution", "lkb_origin", "small_conv", "", "lkb_reparam"),
+    # DingXiaoH/DiverseBranchBlock
+    SumLayout("diverse branch block", "dbb_origin dbb_avg dbb_1x1_kxk", "dbb_1x1", "nonlinear", "dbb_reparam"),
+]  # fmt: skip
 for layout in LAYOUTS:
     adapts(layout.name, layout.matches)(layout.merge)
 
