@@ -187,11 +187,9 @@ def export_images(
     if size is not None and tuple(size) != tuple(images.shape[2:]):
         images = F.interpolate(images, tuple(size), mode="bilinear", antialias=True)
     if batch is not None:
-        index = torch.arange(batch) % len(images)
         options |= {"images": images, "dynamic_batch": False}
-        report = export_onnx(model, path, images[index], **options)
-    else:
-        report = export_onnx(model, path, images, **options)
+        images = images[torch.arange(batch) % len(images)]
+    report = export_onnx(model, path, images, **options)
     report.notes += notes
     return report
 

@@ -62,12 +62,7 @@ class ExportReport(Report):
 
     def table(self) -> Table:
         """Return the costs and the file's facts as a rich table."""
-        table = Table(title=f"{self.action}: {self.path}, {self.size_bytes / 1e6:.1f} MB, opset {self.opset}")
-        table.add_column("metric")
-        for column in ("before", "after"):
-            table.add_column(column, justify="right")
-        table.add_row("parameters", f"{self.params_before:,}", f"{self.params_after:,}")
-        table.add_row(f"multiply-adds at {_times(self.input_shape)}", f"{self.macs_before:,}", f"{self.macs_after:,}")
+        table = self._costs(f"{self.action}: {self.path}, {self.size_bytes / 1e6:.1f} MB, opset {self.opset}")
         for kind, entries in (("input", self.inputs), ("output", self.outputs)):
             for name, shape in entries.items():
                 table.add_row(f"{kind} {name}", "", " x ".join(map(str, shape)))
@@ -82,7 +77,7 @@ class ExportReport(Report):
 
     def runtimes_table(self) -> Table:
         """Return errors and times of the runtimes as a rich table."""
-        compared = ", ".join(map(_times, self.compared))
+        compared = ", ".join("x".join(map(str, shape)) for shape in self.compared)
         table = Table(title=f"against PyTorch in float32, inputs {compared}")
         for column in ("runtime", "max absolute", "max relative", "tolerance", "ms"):
             table.add_column(column, justify="left" if column == "runtime" else "right")
@@ -99,10 +94,6 @@ class ExportReport(Report):
         console.print(self.runtimes_table())
         for note in self.notes:
             console.print(f"note: {note}", markup=False)
-
-
-def _times(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
 
 
 def _milliseconds(value: float | None) -> str:

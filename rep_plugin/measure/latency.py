@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -59,12 +60,5 @@ def eager_calls(models: Mapping[str, nn.Module], x: Tensor) -> dict[str, Callabl
     Returns:
         name -> call, for :func:`interleaved_medians`.
     """
-
-    def call(model: nn.Module) -> Callable[[], object]:
-        def run():
-            with torch.inference_mode():
-                return run_model(model, x)
-
-        return run
-
-    return {name: call(model.eval()) for name, model in models.items()}
+    run = torch.inference_mode()(run_model)
+    return {name: partial(run, model.eval(), x) for name, model in models.items()}

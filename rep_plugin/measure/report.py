@@ -88,15 +88,19 @@ class Report:
             Path(path).write_text(text + "\n")
         return text
 
-    def table(self) -> Table:
-        """Return the metrics as a rich table."""
-        table = Table(title=f"{self.action}: {len(self.blocks)} modules replaced")
+    def _costs(self, title: str) -> Table:
+        table = Table(title=title)
         for column in ("metric", "before", "after"):
             table.add_column(column, justify="left" if column == "metric" else "right")
         table.add_row("parameters", f"{self.params_before:,}", f"{self.params_after:,}")
         if self.macs_before is not None:
             shape = "x".join(map(str, self.input_shape))
             table.add_row(f"multiply-adds at {shape}", f"{self.macs_before:,}", f"{self.macs_after:,}")
+        return table
+
+    def table(self) -> Table:
+        """Return the metrics as a rich table."""
+        table = self._costs(f"{self.action}: {len(self.blocks)} modules replaced")
         rows = {
             "max absolute error (float64)": self.max_abs_error,
             "max relative error (float64)": self.max_rel_error,

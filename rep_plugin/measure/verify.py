@@ -132,10 +132,7 @@ def compare_outputs(reference: object, candidate: object) -> Difference:
         border, interior = largest, largest
         if gap.dim() == 4 and min(gap.shape[2:]) > 2:
             interior = gap[:, :, 1:-1, 1:-1].max().item()
-            edge = torch.cat(
-                [gap[:, :, 0].flatten(), gap[:, :, -1].flatten(), gap[..., 0].flatten(), gap[..., -1].flatten()]
-            )
-            border = edge.max().item()
+            border = max(side.max().item() for side in (gap[:, :, 0], gap[:, :, -1], gap[..., 0], gap[..., -1]))
         result.include(Difference(largest, largest / scale, border / scale, interior / scale))
     return result
 
@@ -225,11 +222,8 @@ class _FastDepthwise(TorchFunctionMode):
         x = F.pad(input, (pw, pw, ph, ph))
         kh, kw = weight.shape[2:]
         rows, cols = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1, (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
-        out = (
-            x.new_zeros(*x.shape[:2], rows, cols)
-            if bias is None
-            else bias.view(1, -1, 1, 1).expand(x.shape[0], -1, rows, cols).clone()
-        )
+        shape = (*x.shape[:2], rows, cols)
+        out = x.new_zeros(shape) if bias is None else bias.view(1, -1, 1, 1).expand(shape).clone()
         for a in range(kh):
             for b in range(kw):
                 shifted = x[

@@ -17,12 +17,7 @@ from rep_plugin.checkpoints.safe_load import load_checkpoint_file
 from rep_plugin.errors import UnreadableCheckpointError
 
 # Every module that imported the function by name has to get the replacement.
-_LATEST_USERS = (
-    "mmengine.runner",
-    "mmengine.runner.runner",
-    "mmengine.runner._flexible_runner",
-    "mmengine.runner.checkpoint",
-)
+_LATEST_USERS = [f"mmengine.runner{file}" for file in ("", ".runner", "._flexible_runner", ".checkpoint")]
 
 
 def load_from_local(filename: str, map_location: Any = None) -> Any:

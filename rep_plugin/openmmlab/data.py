@@ -101,8 +101,7 @@ def check_data(cfg: Any, which: Sequence[str] = ("train_dataloader",)) -> None:
         loaders = cfg.get(name)
         for loader in loaders if isinstance(loaders, (list, tuple)) else [loaders]:
             for dataset in _leaves((loader or {}).get("dataset")):
-                problem = _problem(dataset)
-                if problem:
+                if problem := _problem(dataset):
                     raise DataError(f"{name}: {problem}{_hint(cfg)}")
 
 

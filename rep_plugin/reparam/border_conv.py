@@ -69,15 +69,8 @@ def build_conv(merged: PaddedConv, sources: Iterable[nn.Module]) -> nn.Conv2d:
     params = merged.params
     kind = nn.Conv2d if merged.edge is None else BorderConv2d
     with torch.device("meta"):  # no random numbers are drawn for weights that are set below
-        conv = kind(
-            params.in_channels,
-            params.out_channels,
-            merged.kernel_size,
-            params.stride,
-            merged.padding,
-            params.dilation,
-            params.groups,
-        )
+        shape = (params.in_channels, params.out_channels, merged.kernel_size, params.stride, merged.padding)
+        conv = kind(*shape, params.dilation, params.groups)
     last = any(
         p.dim() == 4 and not p.is_contiguous() and p.is_contiguous(memory_format=torch.channels_last) for p in own
     )

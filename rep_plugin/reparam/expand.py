@@ -86,10 +86,8 @@ def _choose(model: nn.Module, where: Where, copied: nn.Module) -> tuple[list[tup
     notes = [f"{len(names)} left as they are, {reason}: {', '.join(names)}" for reason, names in reasons.items()]
     notes += [f"not traced, only the parts inside: {failure}" for failure in untraced]
     if not take:
-        raise ArgumentError(
-            f"where={where!r} selects nothing of {len(convs)} convolutions to expand"
-            + "".join(f"; {n}" for n in notes[:2])
-        )
+        why = "".join(f"; {note}" for note in notes[:2])
+        raise ArgumentError(f"where={where!r} selects nothing of {len(convs)} convolutions to expand{why}")
     return take, notes
 
 

@@ -62,9 +62,8 @@ def trace_parts(model: nn.Module) -> tuple[list[TracedPart], list[str]]:
             return False
         seen.add(module)
         reason = None
-        if (
-            type(module).forward is not nn.Module.forward
-        ):  # lists have none; timm's FeatureListNet is a ModuleDict with one
+        # Lists have none; timm's FeatureListNet is a ModuleDict with one.
+        if type(module).forward is not nn.Module.forward:
             try:
                 parts.append(TracedPart(name, module, trace(module)))
                 return False

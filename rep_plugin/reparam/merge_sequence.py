@@ -51,9 +51,8 @@ def merge_sequence(layers: nn.Module | Iterable[nn.Module]) -> nn.Conv2d:
 
 def _merge_run(layers: list[nn.Module]) -> PaddedConv:
     device = next(p.device for layer in layers for p in layer.parameters())
-    channels = next(
-        read_layer(layer, None, device).params.in_channels for layer in layers if not isinstance(layer, nn.AvgPool2d)
-    )
+    first = next(layer for layer in layers if not isinstance(layer, nn.AvgPool2d))
+    channels = read_layer(first, None, device).params.in_channels
     parts = []
     for layer in layers:
         parts.append(read_layer(layer, channels, device))

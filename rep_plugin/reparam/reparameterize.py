@@ -75,11 +75,8 @@ def _find_self_merging(model: nn.Module) -> dict[str, str]:
     One convolution and its BN is not meant: that is a matter of ``fold_bn``.
     """
     able = [name for name, module in model.named_modules() if _can_merge_itself(module)]
-    inner = [
-        name
-        for name in able
-        if not any(other.startswith(f"{name}." if name else "") for other in able if other != name)
-    ]
+    outer = {name for name in able for other in able if other != name and other.startswith(f"{name}." if name else "")}
+    inner = [name for name in able if name not in outer]
     modules = dict(model.named_modules())
     return {
         name: f"{type(modules[name]).__module__}.{type(modules[name]).__qualname__}"

@@ -88,17 +88,8 @@ class BilinearCNN(nn.Module):
         self.num_features = BACKBONES[backbone].channels
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.backbone = _build_backbone(backbone, in_chans, pretrained_backbone, deploy)
-        self.head = BilinearHead(
-            self.num_features,
-            num_classes,
-            method,
-            drop_rate,
-            deploy,
-            projection=projection,
-            dim=dim,
-            rank=rank,
-            iterations=iterations,
-        )
+        pooling = dict(projection=projection, dim=dim, rank=rank, iterations=iterations)
+        self.head = BilinearHead(self.num_features, num_classes, method, drop_rate, deploy, **pooling)
 
     def _set_pool(self, global_pool: str, num_classes: int) -> None:
         if global_pool not in ("bilinear", ""):

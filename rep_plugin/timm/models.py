@@ -80,7 +80,6 @@ def _create(variant: str, pretrained: bool, **kwargs) -> nn.Module:
 
 
 for _name, (_kind, _arguments) in MODELS.items():
-    _described = (
-        f"{_kind.__mro__[2].__name__} with {', '.join(f'{key}={value!r}' for key, value in _arguments.items())}."
-    )
+    _options = ", ".join(f"{key}={value!r}" for key, value in _arguments.items())
+    _described = f"{_kind.__mro__[2].__name__} with {_options}."
     register(__name__, _name, _create, pretrained_cfg(FIRST_CONVS[_kind]), _described)

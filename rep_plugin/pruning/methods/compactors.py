@@ -79,10 +79,8 @@ def _place(bn: nn.Module, name: str) -> str | None:
         return None
     if type(bn).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
         return name
-    timms = type(bn).__name__ in ("BatchNormAct2d", "SyncBatchNormAct") and isinstance(
-        bn._modules.get("drop"), nn.Module
-    )
-    return member(name, "drop") if timms else None
+    timms = type(bn).__name__ in ("BatchNormAct2d", "SyncBatchNormAct")
+    return member(name, "drop") if timms and isinstance(bn._modules.get("drop"), nn.Module) else None
 
 
 def find_sites(model: nn.Module, trace: Trace) -> list[Site]:

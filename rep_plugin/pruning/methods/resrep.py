@@ -267,9 +267,8 @@ class Forgetting:
         # Hooks run in the order in which they are registered: the gradient is replaced, then the lasso is added.
         self._handles = [one.register_step_pre_hook(lambda optimizer, *_: self._mask(optimizer)) for one in optimizers]
         self._lasso.attach(optimizers)
-        self._handles += [
-            one.register_step_post_hook(lambda optimizer, *_: self._settle(optimizer)) for one in optimizers
-        ]
+        for one in optimizers:
+            self._handles.append(one.register_step_post_hook(lambda optimizer, *_: self._settle(optimizer)))
 
     def detach(self) -> None:
         """Let go of the optimizers."""

@@ -205,18 +205,16 @@ class Search:
         """
         counts = {group: len(members) for group, members in self.groups.items()}
         if (least := self.measure(counts)) > asked:
-            raise ArgumentError(f"{self._cannot(asked)}: the least that remains is {self._amount(least)}")
+            raise ArgumentError(f"{self.cannot_meet(asked)}: the least that remains is {self.describe(least)}")
         return counts
 
-    def _amount(self, share: float) -> str:
+    def describe(self, share: float) -> str:
+        """Return a share of the dense model's time, and its milliseconds, as text."""
         return f"{share:.3g} ({share * self.dense_seconds * 1e3:.3g} ms)"
 
-    def _cannot(self, asked: float) -> str:
-        return f"latency (={self._amount(asked)} of {self.dense_seconds * 1e3:.3g} ms) cannot be met"
-
-    def refusal(self, asked: float, nearest: float) -> ArgumentError:
-        """Return the error for a share that is not met; ``nearest`` is the share of the best plan."""
-        return ArgumentError(f"{self._cannot(asked)}: the nearest plan takes {self._amount(nearest)}")
+    def cannot_meet(self, asked: float) -> str:
+        """Return the beginning of a refusal."""
+        return f"latency (={self.describe(asked)} of {self.dense_seconds * 1e3:.3g} ms) cannot be met"
 
 
 def to_latency(
@@ -261,5 +259,5 @@ def to_latency(
     met = [trial for trial in tried if trial.share <= min(1.0, asked * (1 + TOLERANCE))]
     best = min(met or tried, key=lambda trial: abs(trial.share / goal - 1))
     if not met:
-        raise search.refusal(asked, best.share)
+        raise ArgumentError(f"{search.cannot_meet(asked)}: the nearest plan takes {search.describe(best.share)}")
     return LatencyChoice(search.chosen(best.counts), search.dense_seconds, best.share * search.dense_seconds)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -47,19 +48,16 @@ class EagerTimer:
         for _, args in jobs.values():
             if (odd := next((t.device for t in tensors_in(args) if t.device.type != "cpu"), None)) is not None:
                 raise ArgumentError(f"latency is measured on the CPU, the model is on {odd}: move it, or give a timer")
-        calls = {key: _call(*job) for key, job in jobs.items()}
+        calls = {key: partial(_run, *job) for key, job in jobs.items()}
         with torch_threads(self.threads):
             one = sum(interleaved_medians(calls, 1).values())
             least, most = self.rounds
             return interleaved_medians(calls, min(most, max(least, int(seconds / one))))
 
 
-def _call(module: nn.Module, args: tuple) -> Callable[[], object]:
-    def run() -> object:
-        with torch.inference_mode():
-            return run_model(module, *args) if len(args) == 1 else module(*args)
-
-    return run
+@torch.inference_mode()
+def _run(module: nn.Module, args: tuple) -> object:
+    return run_model(module, *args) if len(args) == 1 else module(*args)
 
 
 def timed_copy(model: nn.Module, trace: Trace, kept: KeptChannels) -> nn.Module:

@@ -6,6 +6,7 @@ al., "Filter Pruning via Geometric Median" (CVPR 2019, ``fpgm``); Molchanov et a
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,9 @@ def _norm(kernel: Tensor, order: int) -> Tensor:
 def _distances(kernel: Tensor) -> Tensor:
     kernel = kernel.double()
     return torch.cdist(kernel, kernel).sum(1)
+
+
+KERNEL_SCORES = {"l1": partial(_norm, order=1), "l2": partial(_norm, order=2), "fpgm": _distances}
 
 
 def _gamma_members(model: nn.Module, trace: Trace) -> Members:
@@ -145,12 +149,8 @@ def score_units(
         members = _gamma_members(model, trace)
         if not members:
             raise ArgumentError(f"{type(model).__name__} has no BN for scores='bn_gamma': use scores='l1'")
-    elif scores == "l1":
-        members = _kernel_members(model, trace, lambda kernel: _norm(kernel, 1))
-    elif scores == "l2":
-        members = _kernel_members(model, trace, lambda kernel: _norm(kernel, 2))
-    elif scores == "fpgm":
-        members = _kernel_members(model, trace, _distances)
+    elif scores in KERNEL_SCORES:
+        members = _kernel_members(model, trace, KERNEL_SCORES[scores])
     else:
         members = _taylor_members(model, trace, loader, loss)
     total = torch.zeros(trace.channels.count, dtype=torch.float64)

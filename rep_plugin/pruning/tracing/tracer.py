@@ -20,7 +20,7 @@ from rep_plugin.measure.forward import forward_of
 from rep_plugin.pruning.tracing.graph import Mark, Trace, eval_copy, is_quiet, member, tensors_in, where
 from rep_plugin.pruning.tracing.labels import FIXED
 from rep_plugin.pruning.tracing.recorder import Recorder
-from rep_plugin.pruning.tracing.rules import find_module_rule, find_rule
+from rep_plugin.pruning.tracing.rules import RULES, find_module_rule
 
 
 def _location(error: BaseException) -> str:
@@ -64,11 +64,8 @@ class _Tracer(TorchFunctionMode):
         return self.trace
 
     def _unused(self) -> list[str]:
-        return [
-            name
-            for name, p in self.model.named_parameters()
-            if p.requires_grad and name not in self.recorder.used_names
-        ]
+        trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        return [name for name in trained if name not in self.recorder.used_names]
 
     def _outputs(self, run: Callable[[nn.Module, Tensor], object], shape: tuple[int, ...]) -> list[Tensor]:
         dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
@@ -101,7 +98,7 @@ class _Tracer(TorchFunctionMode):
         if name == "__iter__":
             return iter(self.__torch_function__(torch.unbind, types, args))
         meta_args, meta_kwargs = tree_map(self._as_meta, (args, kwargs))
-        rule = find_rule(name)
+        rule = RULES.get(name)
         # torch takes 7 ms to find the shape of a batch norm
         out = torch.empty_like(meta_args[0]) if name == "batch_norm" else func(*meta_args, **meta_kwargs)
         made = tensors_in(out)

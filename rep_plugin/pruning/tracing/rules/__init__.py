@@ -6,12 +6,12 @@ from rep_plugin.pruning.tracing.rules import (
     elementwise_pooling_reduction,
 )
 from rep_plugin.pruning.tracing.rules.blocks_and_bilinear import find_module_rule
-from rep_plugin.pruning.tracing.rules.registry import find_rule
+from rep_plugin.pruning.tracing.rules.registry import RULES
 
 __all__ = [
+    "RULES",
     "concat_split_reshape",
     "convolution_linear_norm",
     "elementwise_pooling_reduction",
     "find_module_rule",
-    "find_rule",
 ]

@@ -10,10 +10,6 @@ from rep_plugin.pruning.tracing.recorder import Recorder
 from rep_plugin.pruning.tracing.rules.registry import fixed_like, rule, spread
 
 
-def _all_zero(recorder: Recorder, *values) -> bool:
-    return all(recorder.mark_of(value).zero for value in tensors_in(values))
-
-
 def _rectangular(recorder: Recorder, labels: Tensor) -> Tensor:
     """A map must stay a box when channels go: where they vary along several dimensions, only the longest gives way."""
     labels = compress(labels)
@@ -56,7 +52,7 @@ def _cat(recorder, out, tensors, dim=0, axis=None, *, out_=None):
     for d in joint:
         labels = [part.narrow(d, 0, 1) for part in labels]
     joined = torch.cat(labels, dim).expand(out.shape)
-    return Mark(_rectangular(recorder, joined), _all_zero(recorder, *tensors))
+    return Mark(_rectangular(recorder, joined), all(recorder.mark_of(tensor).zero for tensor in tensors))
 
 
 @rule("repeat_interleave", "flip", "channel_shuffle")
@@ -76,15 +72,13 @@ def _move_whole(recorder, out, input, *args, **kwargs):
 @rule("chunk", "tensor_split")
 def _chunk(recorder, out, input, chunks, dim=0):
     mark = recorder.mark_of(input)
-    parts = (
-        mark.labels.chunk(chunks, dim) if recorder.function_name == "chunk" else mark.labels.tensor_split(chunks, dim)
-    )
+    cut = mark.labels.chunk if recorder.function_name == "chunk" else mark.labels.tensor_split
+    parts = cut(chunks, dim)
     if recorder.channels.varies(mark.labels, dim):
         if not isinstance(chunks, int) or len({part.shape[dim] for part in parts}) > 1:
             return None
         for part in parts[1:]:  # the halves must stay halves
-            rows = torch.stack([parts[0], part])
-            recorder.channels.tie_along(rows, 0, f"a chunk at {where()}")
+            recorder.channels.tie_along(torch.stack([parts[0], part]), 0, f"a chunk at {where()}")
     return [Mark(part, mark.zero) for part in parts]
 
 

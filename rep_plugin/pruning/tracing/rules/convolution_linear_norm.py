@@ -65,12 +65,8 @@ def convolve(
 def _conv(recorder, out, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     mark, name = recorder.mark_of(input), recorder.name_of(weight)
     inputs = recorder.channels.along(mark.labels, 1)
-    if (
-        inputs is None
-        or name is None
-        or (bias is not None and recorder.name_of(bias) is None)
-        or input.dim() != weight.dim()
-    ):
+    unnamed = name is None or (bias is not None and recorder.name_of(bias) is None)
+    if inputs is None or unnamed or input.dim() != weight.dim():
         return None
     labels, groupwise = convolve(recorder, inputs, name, recorder.name_of(bias), groups, weight.shape)
     if not groupwise:

@@ -15,11 +15,6 @@ from rep_plugin.pruning.tracing.labels import FIXED
 RULES: dict[str, Callable] = {}
 
 
-def find_rule(name: str) -> Callable | None:
-    """Return the rule for a torch function by its plain name, None where there is none."""
-    return RULES.get(name)
-
-
 def rule(*names: str) -> Callable:
     """Decorate a function as the rule for torch functions of these names."""
 
