@@ -54,10 +54,6 @@ class ConvParams(NamedTuple):
         """True where channel i of the output depends on channel i of the input alone."""
         return self.groups == self.out_channels and self.kernel.shape[1] == 1
 
-    @property
-    def is_pointwise(self) -> bool:
-        return self.kernel.shape[2:] == (1, 1)
-
 
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
     """Return (value, value) for a number, and the two numbers of a sequence, as torch's 2-d layers read them.
