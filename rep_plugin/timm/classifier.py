@@ -1,5 +1,7 @@
 """timm's classifier interface for our backbones: one mixin, nothing of it copied for each network."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from timm.layers import SelectAdaptivePool2d
 from timm.models._features import feature_take_indices
@@ -22,8 +24,9 @@ class ClassifierMixin(nn.Module):
         **backbone_args: the network's own arguments; ``output_stride`` is 32 by default, as timm's.
     """
 
-    global_pool: nn.Module
-    stages: nn.Sequential
+    if TYPE_CHECKING:  # TorchScript reads annotations of a class, and knows no containers
+        global_pool: nn.Module
+        stages: nn.Sequential
 
     def __init__(
         self,
