@@ -7,8 +7,6 @@ rules are torch's own. Label 0 belongs to no channel that could go.
 
 import numpy as np
 import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 FIXED = 0
@@ -26,6 +24,9 @@ def connected(count: int, edges: list[tuple[Tensor, Tensor]]) -> Tensor:
     """
     if not edges:
         return torch.arange(count)
+    from scipy.sparse import coo_matrix  # 0.2 s that `import rep_plugin` need not take
+    from scipy.sparse.csgraph import connected_components
+
     ends = [torch.cat(side).numpy() for side in zip(*edges)]
     graph = coo_matrix((np.ones(len(ends[0]), dtype=bool), ends), shape=(count, count))
     _, component = connected_components(graph, directed=False)
