@@ -1,13 +1,22 @@
 """Files written whole or not at all."""
 
-import glob
+import errno
 import os
+import re
+import secrets
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def check_writable(folder: Path) -> None:
@@ -19,26 +28,37 @@ def check_writable(folder: Path) -> None:
         raise OSError(f"cannot write into {folder}: {error.strerror} ({there})") from None
 
 
+def require_regular(path: str | os.PathLike) -> Path:
+    """Return where ``path`` leads, links followed. Raises OSError where something else than a regular file stands there."""
+    path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, f"{path} is a folder, expected a file or nothing")
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, f"{path} is a device, pipe or socket, expected a regular file or nothing")
+    return path
+
+
 def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> None:
     """Write a file under a temporary name, then put it in place in one step.
 
     Args:
-        path: the file.
+        path: the file; a link is followed.
         write: function that is given the open temporary file.
 
     Raises:
-        OSError: the disk refused. ``path`` still holds its old content, and the temporary file is removed.
+        OSError: the disk refused, or ``path`` is no regular file. It still holds its old content, and the temporary file is
+            removed.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale_temporaries(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    target = require_regular(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale_temporaries(target.parent)
+    temporary = target.with_name(_temporary_name(target.name))
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         cause = _disk_error(error)
@@ -47,37 +67,93 @@ def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> N
         raise OSError(
             cause.errno, f"cannot write {path}: {cause.strerror or cause}, the old file is unchanged"
         ) from None
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    _sync_folder(target.parent)
 
 
 def write_together(out_dir: Path, files: Mapping[str, Callable[[Path], None]]) -> None:
-    """Write several files under temporary names; once all are on disk they get their names.
+    """Write several files into a temporary folder; once all are on disk they get their names, or none does.
 
     Args:
         out_dir: their folder, made where it is missing.
         files: name -> function that is given the path to write.
 
     Raises:
-        OSError: a file cannot be written. Older files then stay.
+        OSError: a file cannot be written, or another process is writing files into this folder. Older files then stay.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
-    written = [out_dir / f"{name}.new" for name in files]
+    targets = {name: require_regular(out_dir / name) for name in files}
+    with _only_writer(out_dir):
+        _remove_stale_temporaries(out_dir)
+        temporary = out_dir / _temporary_name("files")
+        temporary.mkdir()
+        try:
+            for name, write in files.items():
+                try:
+                    write(temporary / name)
+                except OSError as error:
+                    reason = (error.strerror or str(error)).replace(str(temporary), str(out_dir))
+                    raise OSError(error.errno, f"cannot write {out_dir / name}: {reason}") from None
+            _replace_all({temporary / name: target for name, target in targets.items()}, temporary)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    _sync_folder(out_dir)
+
+
+def _replace_all(moves: Mapping[Path, Path], folder: Path) -> None:
+    """Rename files; where one rename fails, those before it are taken back. ``folder`` takes the old files meanwhile."""
+    undo: list[tuple[Path | None, Path]] = []
     try:
-        for path, write in zip(written, files.values()):
-            write(path)
-        for path in written:
-            if path.with_suffix("").is_dir():
-                raise IsADirectoryError(f"{path.with_suffix('')} is a folder, expected a file or nothing")
-        for path in written:
-            os.replace(path, path.with_suffix(""))
+        for number, (source, target) in enumerate(moves.items()):
+            old = folder / f"{number}.old" if target.exists() else None
+            if old is not None:
+                _keep(target, old)
+            os.replace(source, target)
+            undo.append((old, target))
+    except OSError:
+        for old, target in undo:
+            target.unlink() if old is None else os.replace(old, target)
+        raise
+
+
+def _keep(file: Path, other: Path) -> None:
+    try:
+        os.link(file, other)
+    except OSError:  # a file system without links
+        shutil.copy2(file, other)
+
+
+@contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which ends with the process that holds it.
+
+    Raises:
+        BlockingIOError: another process or thread holds it.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(
+                errno.EWOULDBLOCK, f"another process is writing its files into {folder}; nothing was written"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
     finally:
-        for path in written:
-            path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def save_checkpoint_file(obj: Any, path: str | os.PathLike) -> None:
@@ -105,14 +181,18 @@ def _disk_error(error: BaseException | None) -> OSError | None:
     return error if isinstance(error, OSError) else None
 
 
-def _remove_stale_temporaries(path: Path) -> None:
-    """A writer killed with ``kill -9`` cannot clean up, so the next one does it."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        owner = leftover.name.split(".")[-2]
-        if owner.isdigit():
+def _temporary_name(name: str) -> str:
+    """A name that no other writer takes: process and a random part. ``_remove_stale_temporaries`` reads it."""
+    return f".{name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+
+
+def _remove_stale_temporaries(folder: Path) -> None:
+    """A writer killed with ``kill -9`` cannot clean up, so the next one in this folder does it."""
+    for leftover in folder.glob(".*.tmp"):
+        if match := re.fullmatch(r"\..+\.(\d+)-[0-9a-f]{8}\.tmp", leftover.name):
             try:
-                os.kill(int(owner), 0)
+                os.kill(int(match[1]), 0)
             except ProcessLookupError:
-                leftover.unlink(missing_ok=True)
-            except OSError:
+                shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+            except (OSError, OverflowError):
                 pass

@@ -288,9 +288,11 @@ def load_checkpoint_file(path: str | os.PathLike | BinaryIO, map_location: Any =
             )
     except UnsafeCheckpointError as error:
         raise UnsafeCheckpointError(f"checkpoint {label}: {error}") from None
-    except (MemoryError, OSError):
+    except MemoryError:
         raise
-    except Exception as error:  # a torn file may raise anything
+    except Exception as error:  # a torn file may raise anything, OSError without a name (EINVAL) included
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         if "weights_only" in str(error):
             raise UnsafeCheckpointError(
                 f"checkpoint {label}: refused a TorchScript or tar archive, expected a file written by torch.save"

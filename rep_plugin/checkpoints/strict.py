@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from rep_plugin.errors import CheckpointMismatchError
 
@@ -33,9 +34,26 @@ def describe_mismatch(model: nn.Module, given: Mapping) -> str:
     counters = ".num_batches_tracked"  # absent from old checkpoints, and torch fills it in
     missing = [key for key in own if key not in given and key not in optional and not key.endswith(counters)]
     unexpected = [key for key in given if key not in own and not (key in optional and given[key] == optional[key])]
-    shapes = [key for key in own if key in given and own[key].shape != given[key].shape]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+    tensors = [key for key in own if key in given and isinstance(own[key], Tensor)]  # get_extra_state gives anything
+    strangers = [key for key in tensors if not isinstance(given[key], Tensor)]
+    tensors = [key for key in tensors if isinstance(given[key], Tensor)]
+    shapes = [key for key in tensors if own[key].shape != given[key].shape]
+    numbers = [key for key in tensors if _kind_of(own[key]) != _kind_of(given[key])]
+    kinds = (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("not a tensor", strangers),
+        ("of another shape", shapes),
+        ("of another kind of number", numbers),
+    )
     return "; ".join(f"{len(keys)} {kind} (first: {', '.join(keys[:3])})" for kind, keys in kinds if keys)
+
+
+def _kind_of(tensor: Tensor) -> str:
+    """float16 loads into float32, but torch also casts int8 weights and complex ones without a word."""
+    if tensor.is_complex() or tensor.is_quantized:
+        return str(tensor.dtype)
+    return "float" if tensor.is_floating_point() else "bool" if tensor.dtype == torch.bool else "int"
 
 
 def require_fit(model: nn.Module, state_dict: Mapping, source: str = "the checkpoint") -> None:

@@ -1,10 +1,13 @@
 """Makes mmengine read checkpoints safely, write them in one step, and resume from one that is really there."""
 
+import ast
+import functools
 import logging
 import os
 import re
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from rep_plugin.checkpoints.files import write_atomic
 from rep_plugin.checkpoints.safe_load import load_checkpoint_file
 from rep_plugin.errors import UnreadableCheckpointError
 
+BEST_CHECKPOINT = re.compile(r"best_.+_(epoch|iter)_\d+\.pth")
 # Every module that imported the function by name has to get the replacement.
 _LATEST_USERS = [f"mmengine.runner{file}" for file in ("", ".runner", "._flexible_runner", ".checkpoint")]
 
@@ -40,6 +44,56 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
     if not isinstance(state_dict, dict) or not all(isinstance(key, str) for key in state_dict):
         raise UnreadableCheckpointError(f"checkpoint {filename} holds no state dict, expected names and tensors")
     return content
+
+
+def without_code(content: Any) -> Any:
+    """Take out of a checkpoint what mmengine's Runner would execute, or hand to the file system, when it resumes.
+
+    The text of the config is executed as Python, to read one list from it. The paths of earlier checkpoints are deleted
+    once newer ones exist.
+
+    Args:
+        content: what a checkpoint file contains; changed in place.
+
+    Returns:
+        The same, with ``meta.config`` cut down to ``gpu_ids``, and without paths that no CheckpointHook writes.
+    """
+    if not isinstance(content, dict):
+        return content
+    meta, hub = content.get("meta"), content.get("message_hub")
+    if isinstance(meta, dict) and "config" in meta:
+        meta["config"] = _gpu_ids_alone(meta["config"])
+    info = hub.get("runtime_info") if isinstance(hub, dict) else None
+    for key in list(info) if isinstance(info, dict) else ():
+        is_path = isinstance(key, str) and key.startswith("best_ckpt")
+        if is_path and not BEST_CHECKPOINT.fullmatch(os.path.basename(str(info[key]))):
+            print_log(
+                f"{key}={info[key]!r} in the checkpoint is left out: no CheckpointHook writes such a file", "current"
+            )
+            del info[key]
+    if isinstance(info, dict) and not all(isinstance(step, int) for step in info.get("keep_ckpt_ids") or ()):
+        del info["keep_ckpt_ids"]
+    return content
+
+
+def _gpu_ids_alone(config: Any) -> str:
+    """The one assignment of a config's text that Runner.resume reads, where it is a plain list."""
+    try:
+        body = ast.parse(config).body
+        for node in body if isinstance(config, str) else ():
+            if isinstance(node, ast.Assign) and [ast.unparse(name) for name in node.targets] == ["gpu_ids"]:
+                return f"gpu_ids = {[int(number) for number in ast.literal_eval(node.value)]}\n"
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        pass  # no text that a Runner wrote
+    return ""
+
+
+def _load_without_code(load: Callable) -> Callable:
+    @functools.wraps(load)
+    def load_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
+        return without_code(load(cls, *args, **kwargs))
+
+    return load_checkpoint
 
 
 def _load_any(file: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
@@ -94,10 +148,14 @@ def find_latest_checkpoint(path: str) -> str | None:
 def enable_safe_loading() -> None:
     """Route mmengine's local checkpoint reading and writing through :mod:`rep_plugin.checkpoints.safe_load`.
 
-    Calling it again changes nothing. The loaders for addresses such as ``https://`` stay as they are.
+    Calling it again changes nothing. The loaders for addresses such as ``https://`` stay as they are; what any loader
+    returns goes through :func:`without_code`.
     """
     import mmengine.runner.checkpoint as mm
 
+    load = CheckpointLoader.__dict__["load_checkpoint"].__func__
+    if not hasattr(load, "__wrapped__"):
+        CheckpointLoader.load_checkpoint = classmethod(_load_without_code(load))
     CheckpointLoader.register_scheme(prefixes="", loader=load_from_local, force=True)
     mm.load_from_local = load_from_local
     if hasattr(mm, "_safe_torch_load"):

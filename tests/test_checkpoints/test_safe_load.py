@@ -220,7 +220,8 @@ def test_torn_and_missing_files_are_named(tmp_path):
     path = tmp_path / "a.pth"
     save_checkpoint_file(training_checkpoint(), path)
     whole = path.read_bytes()
-    for content in (whole[: len(whole) // 2], b"", b"hello", whole[:-1000] + b"\0" * 1000):
+    cuts = [whole[: len(whole) * part // 40] for part in range(40)]
+    for content in (*cuts, b"hello", whole[:-1000] + b"\0" * 1000):
         path.write_bytes(content)
         with pytest.raises(UnreadableCheckpointError, match=r"a\.pth is not readable") as caught:
             load_checkpoint_file(path)

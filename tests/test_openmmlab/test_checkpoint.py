@@ -69,6 +69,48 @@ def test_attack_is_refused_through_mmengine(tmp_path):
     assert not mark.exists()
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        "a = __import__('os').system('touch {mark}')",
+        "gpu_ids = [__import__('os').system('touch {mark}')]",
+        "_base_ = '{mark}.py'",
+        "custom_imports = dict(imports=['code_in_a_module'])",
+        "gpu_ids = (",
+        "[" * 5000,
+        3,
+        None,
+    ],
+)
+def test_the_config_in_a_checkpoint_is_never_executed(tmp_path, config, monkeypatch):
+    """Runner.resume reads one list from this text, and executes all of it."""
+    mark = tmp_path / "executed"
+    for name in ("executed.py", "code_in_a_module.py"):
+        (tmp_path / name).write_text(f"open({str(mark)!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    text = config.replace("{mark}", str(mark)) if isinstance(config, str) else config
+    save_checkpoint({**checkpoint(), "meta": {"epoch": 1, "config": text}}, str(tmp_path / "bad.pth"))
+    content = mmengine.runner.checkpoint._load_checkpoint(str(tmp_path / "bad.pth"), "cpu")
+    assert content["meta"]["config"] == ""
+    mmengine.Config.fromstring(content["meta"]["config"], file_format=".py")
+    assert not mark.exists()
+
+
+def test_gpu_ids_of_the_config_in_a_checkpoint_stay(tmp_path):
+    config = mmengine.Config(dict(gpu_ids=[0, 1], model=dict(type="A")))
+    save_checkpoint({**checkpoint(), "meta": {"config": config.pretty_text}}, str(tmp_path / "a.pth"))
+    content = CheckpointLoader.load_checkpoint(str(tmp_path / "a.pth"), "cpu")
+    assert mmengine.Config.fromstring(content["meta"]["config"], ".py").to_dict() == {"gpu_ids": [0, 1]}
+
+
+def test_a_checkpoint_does_not_name_the_files_that_resuming_deletes(tmp_path):
+    own = dict(best_ckpt="/w/best_accuracy_top1_epoch_3.pth", keep_ckpt_ids=[1, 2], iter=5)
+    foreign = dict(best_ckpt=str(tmp_path), best_ckpt_top5="/home/me/thesis.tex", keep_ckpt_ids=["../../x"], iter=5)
+    for info, rest in ((own, own), (foreign, dict(iter=5))):
+        save_checkpoint({"message_hub": {"runtime_info": dict(info)}, "state_dict": {}}, str(tmp_path / "a.pth"))
+        assert CheckpointLoader.load_checkpoint(str(tmp_path / "a.pth"))["message_hub"]["runtime_info"] == rest
+
+
 def test_enabling_twice_changes_nothing_and_keeps_other_schemes():
     def state():
         modules = (mmengine.runner, mmengine.runner.runner, mmengine.runner.checkpoint)

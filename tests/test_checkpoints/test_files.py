@@ -1,0 +1,169 @@
+"""Files are written whole, only over regular files, and several of them together or not at all."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+
+from rep_plugin.checkpoints import files
+from rep_plugin.checkpoints.files import write_atomic, write_together
+from tests.helpers import ROOT
+
+NAMES = ("deploy.pth", "deploy.py", "deploy.json")
+
+
+def writers(text: str) -> dict:
+    return {name: lambda path, name=name: path.write_text(f"{name} {text}") for name in NAMES}
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def test_a_set_replaces_a_set_and_leaves_nothing_else(tmp_path):
+    folder = tmp_path / "new" / "folder"
+    for text in ("old", "new"):
+        write_together(folder, writers(text))
+        assert contents(folder) == {name: f"{name} {text}" for name in NAMES}
+
+
+@pytest.mark.parametrize("failing", NAMES)
+@pytest.mark.parametrize("before", [False, True])
+def test_a_failed_writer_replaces_nothing(tmp_path, failing, before):
+    if before:
+        write_together(tmp_path, writers("old"))
+    old = contents(tmp_path)
+
+    def fail(path):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=f"cannot write .*{failing}: No space left") as caught:
+        write_together(tmp_path, {**writers("new"), failing: fail})
+    assert ".tmp" not in str(caught.value) and contents(tmp_path) == old
+
+
+@pytest.mark.parametrize("before", [(), NAMES, NAMES[:1], NAMES[1:]])
+@pytest.mark.parametrize("number", range(3))
+def test_a_failed_rename_takes_back_those_before_it(tmp_path, before, number, monkeypatch):
+    for name in before:
+        (tmp_path / name).write_text("old")
+    old = contents(tmp_path)
+    replace, calls = os.replace, []
+
+    def failing(source, target):
+        calls.append(target)
+        if len(calls) == number + 1:
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_together(tmp_path, writers("new"))
+    assert contents(tmp_path) == old
+
+
+def test_one_of_two_writers_of_a_folder_wins_whole(tmp_path):
+    inside, leave = threading.Event(), threading.Event()
+
+    def slow(path):
+        inside.set()
+        leave.wait(20)
+        path.write_text("deploy.pth first")
+
+    first = threading.Thread(target=write_together, args=(tmp_path, {**writers("first"), "deploy.pth": slow}))
+    first.start()
+    assert inside.wait(20)
+    for _ in range(2):
+        with pytest.raises(BlockingIOError, match=f"another process is writing its files into {tmp_path}"):
+            write_together(tmp_path, writers("second"))
+    leave.set()
+    first.join()
+    assert contents(tmp_path) == {name: f"{name} first" for name in NAMES}
+    write_together(tmp_path, writers("third"))
+
+
+def test_two_processes_on_one_folder_never_mix(tmp_path):
+    code = f"""
+        import random, sys, time
+        from pathlib import Path
+        from rep_plugin.checkpoints.files import write_together
+        names, written = {NAMES!r}, 0
+        while written < 15:
+            time.sleep(random.uniform(0, 0.01))
+            text = f"{{sys.argv[1]}} {{written}}"
+            try:
+                write_together(Path({str(tmp_path)!r}), {{n: lambda p: p.write_text(text) for n in names}})
+            except BlockingIOError as error:
+                assert "another process" in str(error)
+            else:
+                written += 1
+    """
+    run = [sys.executable, "-c", textwrap.dedent(code)]
+    processes = [subprocess.Popen([*run, name], cwd=ROOT) for name in ("a", "b")]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert set(contents(tmp_path)) == set(NAMES)
+    # The rename of three files is no single step, so that only a finished state is compared.
+    assert len(set(contents(tmp_path).values())) == 1
+
+
+def test_threads_on_one_path_all_write_whole(tmp_path):
+    path, errors = tmp_path / "a.json", []
+
+    def write(number):
+        try:
+            for _ in range(20):
+                write_atomic(path, lambda file: file.write(str(number).encode() * 10_000))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and os.listdir(tmp_path) == ["a.json"]
+    text = path.read_text()
+    assert len(text) == 10_000 and len(set(text)) == 1
+
+
+WRITE = {
+    "atomic": lambda path: write_atomic(path, lambda file: file.write(b"x")),
+    "together": lambda path: write_together(path.parent, {path.name: lambda file: file.write_text("x")}),
+}
+
+
+@pytest.mark.parametrize("write", WRITE.values(), ids=WRITE)
+@pytest.mark.parametrize("name", ["pipe", "folder", "/dev/null"])
+def test_only_regular_files_are_replaced(tmp_path, name, write):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    path = tmp_path / name
+    mode = path.stat().st_mode
+    with pytest.raises(OSError, match=f"{name} is a (folder|device, pipe or socket), expected a"):
+        write(path)
+    assert path.stat().st_mode == mode
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "real" / "a.json")
+    write_atomic(tmp_path / "link.json", lambda file: file.write(b"1"))
+    assert (tmp_path / "link.json").is_symlink() and (tmp_path / "real" / "a.json").read_text() == "1"
+
+
+def test_leftovers_of_killed_writers_go_and_those_of_living_ones_stay(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    for owner in (process.pid, os.getpid()):
+        (tmp_path / f".a.json.{owner}-0123abcd.tmp").write_text("half")
+        (tmp_path / f".files.{owner}-0123abcd.tmp").mkdir()
+    (tmp_path / ".mine.tmp").write_text("a user's")
+    write_atomic(tmp_path / "a.json", lambda file: file.write(b"1"))
+    left = {path.name for path in tmp_path.iterdir()}
+    living = {f".{name}.{os.getpid()}-0123abcd.tmp" for name in ("a.json", "files")}
+    assert left == {"a.json", ".mine.tmp", *living}
