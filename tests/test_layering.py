@@ -16,7 +16,7 @@ OPENMMLAB = {"mmengine", "mmcv", "mmpretrain", "mmdet", "mmseg"}
 ROWS = (
     ("errors", "version"),
     ("functional",),
-    ("optional", "history", "blocks", "checkpoints", "measure"),
+    ("optional", "shipped", "history", "blocks", "checkpoints", "measure"),
     ("registry", "testing", "backbones", "bilinear"),
     ("reparam",),
     ("conversion", "pruning", "export"),
@@ -26,7 +26,7 @@ ROWS = (
 )
 PRUNING_ROWS = (("tracing",), ("surgery",), ("planning",), ("apply",), ("methods",), ("__init__",))
 TORCH_ONLY = {"functional", "blocks", "backbones", "bilinear", "measure", "checkpoints", "conversion", "reparam"}
-TORCH_ONLY |= {"pruning", "export", "history", "testing"}
+TORCH_ONLY |= {"pruning", "export", "history", "testing", "shipped"}
 # matplotlib draws plots and safetensors reads files where they are installed; scipy is a requirement.
 LIBRARIES = {"torch", "rich", "scipy", "matplotlib", "safetensors", "numpy", "PIL", "onnx", "onnxruntime", "openvino"}
 

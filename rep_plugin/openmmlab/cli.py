@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from rep_plugin.checkpoints.files import check_writable
 from rep_plugin.checkpoints.strict import refuse_misfits
 from rep_plugin.errors import ArgumentError, exit_on_user_errors
+from rep_plugin.openmmlab.base_configs import read_config
 from rep_plugin.openmmlab.checkpoint import enable_safe_loading
 from rep_plugin.openmmlab.data import check_data, guard_dataloaders, name_broken_images
 from rep_plugin.openmmlab.load import config_errors, load_model, real_inputs
 from rep_plugin.optional import require
+from rep_plugin.shipped import resolve_config as resolve_config
 
 EXTRAS = {"mmpretrain": "openmmlab", "mmdet": "downstream", "mmseg": "downstream"}  # scope and package of a config
 
@@ -53,7 +55,7 @@ def _leave() -> None:
 
 def _read_config(path: str) -> Config:
     """Read a config, and require the package whose types it names: mmdet and mmseg are also used without mmpretrain."""
-    cfg = Config.fromfile(path)
+    cfg = read_config(path)
     scope = cfg.get("default_scope", "mmpretrain")
     if scope in EXTRAS:
         require(scope, EXTRAS[scope], path)
@@ -79,7 +81,7 @@ def add_trained_arguments(parser: argparse.ArgumentParser, no_real_data: str) ->
         parser: the tool's.
         no_real_data: the help of that flag.
     """
-    parser.add_argument("config", help="config the checkpoint was trained with")
+    parser.add_argument("config", help="config the checkpoint was trained with, or the name of a shipped one")
     parser.add_argument("checkpoint", help="trained checkpoint")
     parser.add_argument("--out-dir", help="folder for the files; default: the checkpoint's")
     parser.add_argument("--no-real-data", action="store_true", help=no_real_data)
@@ -108,7 +110,7 @@ def output_folder(
         OSError: the folder cannot be written to.
         ArgumentError: a file would be replaced that is read, or that is precious.
     """
-    read = require_files(args.config, args.checkpoint, *more_files)
+    read = require_files(resolve_config(args.config), args.checkpoint, *more_files)
     folder = Path(args.out_dir or Path(args.checkpoint).resolve().parent)
     check_writable(folder)
     for path in (folder / name for name in outputs):
@@ -132,7 +134,7 @@ def open_trained(config: str, checkpoint: str, cfg_options: dict | None = None, 
     """Build a config's model and load a checkpoint into it strictly; take images of the validation set.
 
     Args:
-        config: path of the config.
+        config: path of the config, or the name of a shipped one.
         checkpoint: path of the checkpoint.
         cfg_options: changes to the config.
         real_data: read the validation set, where the config has one.
@@ -146,8 +148,8 @@ def open_trained(config: str, checkpoint: str, cfg_options: dict | None = None, 
         CheckpointMismatchError: the checkpoint is not exactly the model's.
         DataError: the validation set is missing, empty or broken.
     """
-    require_files(config, checkpoint)
     cfg = _read_config(config)
+    require_files(checkpoint)
     if cfg_options:
         cfg.merge_from_dict(cfg_options)
     model, meta = load_model(cfg, checkpoint)
@@ -165,7 +167,7 @@ def open_trained(config: str, checkpoint: str, cfg_options: dict | None = None, 
 
 def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that training and testing share."""
-    parser.add_argument("config", help="config file")
+    parser.add_argument("config", help="config file, or the name of a shipped one (rep_mbv2_mini_cub)")
     parser.add_argument("--work-dir", help="folder for logs and results; default: work_dirs/<name of the config>")
     parser.add_argument("--amp", action="store_true", help="automatic mixed precision (bfloat16 on the CPU)")
     parser.add_argument("--no-pin-memory", action="store_true", help="set pin_memory=False in the dataloaders")
@@ -184,12 +186,10 @@ def load_config(args: argparse.Namespace) -> Config:
     """Read the config of the arguments of :func:`add_runner_arguments`, with its launcher and work folder.
 
     Raises:
-        ArgumentError: there is no such file.
+        ArgumentError: there is neither such a file nor a shipped config of that name.
         MissingPackageError: the package of its ``default_scope`` is not installed.
     """
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    if not os.path.isfile(args.config):
-        raise ArgumentError(f"config {args.config} does not exist, expected a file")
     cfg = _read_config(args.config)
     cfg.launcher = args.launcher
     if args.work_dir is not None:

@@ -13,6 +13,7 @@ from rep_plugin.checkpoints.files import write_atomic
 from rep_plugin.errors import ArgumentError, TrainingError
 from rep_plugin.measure.latency import eager_calls, interleaved_medians, torch_threads
 from rep_plugin.measure.plots import accuracy_figure, save_figure
+from rep_plugin.openmmlab.base_configs import read_config
 from rep_plugin.openmmlab.checkpoint import find_latest_checkpoint
 from rep_plugin.openmmlab.configs import type_name
 from rep_plugin.openmmlab.hooks.runner_utils import main_metric
@@ -39,7 +40,8 @@ def sweep(
     Finished trainings are not repeated, and those that were cut off go on.
 
     Args:
-        config: path of the config that prunes and fine-tunes: its PruneHook or SoftPruneHook has ``prune_fraction``.
+        config: the config (a path or a shipped name) that prunes and fine-tunes: its PruneHook or SoftPruneHook has
+            ``prune_fraction``.
         out: folder of all trainings.
         rates: shares of channels to remove.
         train_tool: path of ``tools/train.py``.
@@ -83,7 +85,7 @@ def sweep(
 
 
 def _start_of(config: str, checkpoint: str | None) -> str:
-    path = checkpoint or Config.fromfile(config).get("load_from")
+    path = checkpoint or read_config(config).get("load_from")
     if not path or not Path(path).is_file():
         raise ArgumentError(f"checkpoint {path} does not exist: give --checkpoint, or --sparse to train it")
     return str(path)
@@ -91,7 +93,7 @@ def _start_of(config: str, checkpoint: str | None) -> str:
 
 def _hook_key(path: str, names: tuple[str, ...], argument: str) -> str:
     """``custom_hooks.N.argument`` of the first hook of a config that is one of ``names``."""
-    hooks = Config.fromfile(path).get("custom_hooks") or []
+    hooks = read_config(path).get("custom_hooks") or []
     for index, hook in enumerate(hooks):
         if type_name(hook) in names:
             if argument not in hook:
@@ -142,7 +144,7 @@ def _add_latencies(rows: list[dict], config: str, checkpoint: str) -> None:
     """Time all networks of the sweep interleaved: one image, one thread, milliseconds."""
     folders = [row["folder"] for row in rows]
     models = {one: load_model(Config.fromfile(f"{one}/pruned.py"), f"{one}/pruned.pth")[0] for one in folders}
-    models["dense"] = load_model(Config.fromfile(config), checkpoint)[0]
+    models["dense"] = load_model(read_config(config), checkpoint)[0]
     shape = json.loads(Path(folders[0], "pruned.plan.json").read_text())["input_shape"]
     with torch_threads(1):
         seconds = interleaved_medians(eager_calls(models, torch.rand(1, *shape[1:])))
