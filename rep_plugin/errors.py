@@ -2,7 +2,7 @@
 
 import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -71,7 +71,16 @@ class TraceError(RepPluginError, RuntimeError):
 
 
 class NothingToMergeError(RepPluginError, ValueError):
-    """A model holds no block that can be merged, and no BN that can be folded: it may be merged already."""
+    """A model holds no block that can be merged, and no BN that can be folded: it may be merged already.
+
+    Args:
+        message: the first part of the message.
+        notes: what was seen and left as it is, one sentence each.
+    """
+
+    def __init__(self, message: str, notes: Sequence[str] = ()):
+        super().__init__("; ".join((message, *notes)))
+        self.notes = list(notes)
 
 
 class KeyMapError(RepPluginError, ValueError):

@@ -13,14 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rep_plugin.checkpoints.files import check_writable, write_atomic
-from rep_plugin.errors import ArgumentError, EquivalenceError, NothingToMergeError, TrainModeError, first_line
-from rep_plugin.export.graph import INPUT, name_outputs, open_dims, shapes_of, to_onnx
+from rep_plugin.errors import (
+    ArgumentError,
+    EquivalenceError,
+    ExportError,
+    NothingToMergeError,
+    TrainModeError,
+    first_line,
+)
+from rep_plugin.export.graph import INPUT, name_outputs, open_dims, output_keys, shapes_of, to_onnx
 from rep_plugin.export.preprocessing import metadata_of
 from rep_plugin.export.report import ExportReport, RuntimeReport
 from rep_plugin.export.runtimes import RUNTIMES, check_runtimes, compare_runtime, open_model
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.latency import eager_calls, interleaved_medians
-from rep_plugin.measure.verify import Equivalence, flatten_outputs, sensitivity_of
+from rep_plugin.measure.verify import Equivalence, flatten_outputs, output_paths, sensitivity_of
 from rep_plugin.optional import require
 from rep_plugin.reparam.adapters import find_adapter
 from rep_plugin.reparam.reparameterize import reparameterize as merge
@@ -102,6 +109,7 @@ def export_onnx(
     report = ExportReport("export_onnx", count_params(model), 0, input_shape=tuple(single.shape), path=str(path))
     report.tolerance, report.opset = tolerance, opset
     written = copy.deepcopy(model).cpu()
+    _refuse_post_processing(written, single)
     report.macs_before = count_macs(written, single)
     if reparameterize:
         written = _merged(written, x[:IMAGES_AT_ONCE], report)
@@ -118,15 +126,22 @@ def export_onnx(
     if not tensors[0] or not all(tensor.dim() for tensor in tensors[0]):
         got = [tuple(tensor.shape) for tensor in tensors[0]]
         raise ArgumentError(f"the model must give floating-point tensors (N, ...), got shapes {got}")
+    _refuse_changing_outputs(model, inputs, expected)
     report.compared = list(dict.fromkeys(tuple(one.shape) for one in inputs))
     proof = Equivalence(sensitivity=_sensitivity(expected))
     proof.warn()
     names = list(output_names or name_outputs(model, expected[0]))
-    if len(names) != len(tensors[0]) or len(set(names)) != len(names) or {"", INPUT} & set(names):
-        raise ArgumentError(f"output_names must be {len(tensors[0])} different names (not {INPUT!r}), got {names}")
-    proto = to_onnx(written, x, names, open_dims(inputs, tensors, names), opset, dynamo)
+    invalid = {"", INPUT} & set(names) or any(name.isdigit() for name in names)
+    if len(names) != len(tensors[0]) or len(set(names)) != len(names) or invalid:
+        raise ArgumentError(
+            f"output_names must be {len(tensors[0])} different names (no numbers, not {INPUT!r}), got {names}"
+        )
+    shapes = {name: tuple(tensor.shape) for name, tensor in zip(names, tensors[0])}
+    proto = to_onnx(written, x, shapes, open_dims(inputs, tensors, names), opset, dynamo)
     report.inputs, report.outputs = shapes_of(proto.graph.input), shapes_of(proto.graph.output)
     report.metadata = metadata_of(model, x.shape[1:], tensors[0], class_names, preprocessing)
+    if keys := output_keys(expected[0], names):
+        report.metadata["output_keys"] = keys
     for key, value in report.metadata.items():
         proto.metadata_props.add(key=key, value=json.dumps(value))
     data = proto.SerializeToString()
@@ -215,12 +230,48 @@ def _check(model: nn.Module, path: Path, x: Tensor, images: Tensor | None, dynam
         raise ArgumentError(f"dynamic_size needs an example_input (N, C, H, W), got {tuple(x.shape)}")
 
 
+def _refuse_post_processing(model: nn.Module, x: Tensor) -> None:
+    """Refuse models that give one result for each image, as detectors do, before anything costly begins.
+
+    Raises ExportError, which says what can be exported instead.
+    """
+
+    def one_each(images: Tensor) -> bool:
+        output = _reference(model, images)
+        several = isinstance(output, (list, tuple)) and len(output) == len(images)
+        return several and all(isinstance(one, Mapping) for one in output)
+
+    if one_each(x) and one_each(torch.cat((x, x))):
+        raise ExportError(
+            f"{type(model).__name__} gives one dict for each image: such post-processing has no fixed outputs; "
+            f"{_instead(model)}"
+        )
+
+
+def _refuse_changing_outputs(model: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[object]) -> None:
+    """Refuse outputs whose number, places or ranks depend on the input. Raises ExportError."""
+    kinds = [[(path, tensor.dim()) for path, tensor in output_paths(output)] for output in outputs]
+    for x, kind in zip(inputs, kinds):
+        if kind != kinds[0]:
+            first, other = (f"{len(found)} of ranks {[rank for _, rank in found]}" for found in (kinds[0], kind))
+            raise ExportError(
+                f"{type(model).__name__} gives other outputs for an input of shape {tuple(x.shape)}, {other}, than for "
+                f"{tuple(inputs[0].shape)}, {first}; {_instead(model)}"
+            )
+
+
+def _instead(model: nn.Module) -> str:
+    parts = [name for name in ("backbone", "encoder", "body") if isinstance(getattr(model, name, None), nn.Module)]
+    part = f"model.{parts[0]}" if parts else "its backbone"
+    return f"export the part that gives maps, {part}, or take mmdeploy for a detector of mmdet"
+
+
 def _merged(model: nn.Module, x: Tensor, report: ExportReport) -> nn.Module:
     """Return what merging makes of a model, in place, or the model where there is nothing to merge."""
     try:
         merged, done = merge(model, x, inplace=True)
     except NothingToMergeError as error:
-        report.notes.append(f"nothing to merge: {error}")
+        report.notes += error.notes  # that a model is merged already needs no note
         return model
     report.blocks, report.notes, report.merge_rel_error = done.blocks, list(done.notes), done.max_rel_error
     return merged

@@ -91,6 +91,8 @@ def metadata_of(
         )
     metadata = {}
     names = class_names if class_names is not None else cfg.get("label_names")
+    if isinstance(names, Mapping):  # timm takes {number: name} as well
+        names = [names[number] for number in sorted(names, key=int)]
     if names and len(names) == classes:
         metadata["class_names"] = [str(name) for name in names]
     if preprocessing is None and len(input_shape) == 3 and len(cfg.get("mean") or ()) == input_shape[0]:

@@ -3,8 +3,9 @@
 import copy
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,15 +87,38 @@ class Equivalence:
             )
 
 
+def output_paths(output: object) -> list[tuple[tuple[str | int, ...], Tensor]]:
+    """Return the floating-point tensors of a nested output in order, each with its path: keys, fields and places.
+
+    Args:
+        output: a tensor, or nested mappings, lists, tuples, dataclasses and what torch's pytree knows.
+
+    Returns:
+        (path, tensor) of each.
+
+    Example:
+        >>> import torch
+        >>> [path for path, _ in output_paths({"maps": [torch.zeros(1), torch.zeros(2)], "count": 3})]
+        [('maps', 0), ('maps', 1)]
+    """
+    items: Iterable[tuple[Any, object]]
+    if isinstance(output, Tensor):
+        return [((), output)] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        items = output.items()
+    elif isinstance(output, (list, tuple)):
+        items = zip(getattr(output, "_fields", range(len(output))), output)
+    elif is_dataclass(output):
+        items = ((entry.name, getattr(output, entry.name)) for entry in fields(output))
+    else:
+        leaves = tree_leaves(output)  # classes that are registered with torch
+        items = enumerate(leaf for leaf in leaves if leaf is not output)
+    return [((key, *path), tensor) for key, value in items for path, tensor in output_paths(value)]
+
+
 def flatten_outputs(output: object) -> list[Tensor]:
     """Return the floating-point tensors of a nested output, in order."""
-    tensors = []
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor):
-            tensors += [leaf] if leaf.is_floating_point() else []
-        elif isinstance(leaf, (dict, list, tuple)):  # a subclass that torch does not know
-            tensors += flatten_outputs([*leaf.values()] if isinstance(leaf, dict) else [*leaf])
-    return tensors
+    return [tensor for _, tensor in output_paths(output)]
 
 
 def compare_outputs(reference: object, candidate: object) -> Difference:

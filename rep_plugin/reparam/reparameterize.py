@@ -129,8 +129,7 @@ def _convert(model: nn.Module, fold_bn: bool, merge_linear: bool = False, keep_p
         notes += [f"not traced, only the parts inside: {failure}" for failure in failures]
     notes += _note_unknown(model, able, merged_blocks)
     if not blocks:
-        held = f"{type(model).__name__} holds no block that can be merged"
-        raise NothingToMergeError(held + "".join(f"; {note}" for note in notes))
+        raise NothingToMergeError(f"{type(model).__name__} holds no block that can be merged", notes)
     for module in set(model.modules()) - before:
         module.training = False  # nothing was in train mode, and what stands there now must not be
     return _Conversion(model, blocks, parts, notes)
