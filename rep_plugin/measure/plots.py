@@ -3,6 +3,10 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import BinaryIO
 
+from rep_plugin.optional import require
+
+require("matplotlib", "plots", "drawing plots")
+
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
