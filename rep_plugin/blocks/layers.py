@@ -110,11 +110,14 @@ class DilatedAvgPool2d(nn.AvgPool2d):
         return average(x, self, (0, 0))
 
 
+DROPS = {"DropPath", "StochasticDepth", "DropBlock2d"}  # of timm, mmcv and torchvision; torch's are told by their class
+
+
 def is_idle(module: nn.Module | None) -> bool:
     """True where the module computes nothing in eval mode: Identity, dropout, drop path, an empty Sequential, None."""
     if module is None or isinstance(module, (nn.Identity, _DropoutNd)):
         return True
-    if type(module).__name__ in {"DropPath", "DropBlock2d"}:
+    if type(module).__name__ in DROPS:
         return True
     return type(module).forward is nn.Sequential.forward and all(map(is_idle, module.children()))
 
@@ -174,6 +177,19 @@ def require_eval(bn: nn.Module, name: str = "") -> None:
         raise TrainModeError(
             f"{name or type(bn).__name__} is in train mode (batch statistics cannot be merged): call model.eval() first"
         )
+
+
+def require_eval_mode(model: nn.Module) -> None:
+    """Raise TrainModeError where a part of a model computes by chance or by the batch: a BN or a dropout in train mode."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            require_eval(module, name and repr(name))
+        drops = isinstance(module, _DropoutNd) or type(module).__name__ in DROPS
+        if drops and module.training and any(getattr(module, rate, 0) for rate in ("p", "drop_prob")):
+            raise TrainModeError(
+                f"{name or 'the model'!r} ({type(module).__name__}) is in train mode (what it drops cannot be merged): call "
+                "model.eval() first"
+            )
 
 
 def kernel_of(conv: nn.Conv2d, dtype: torch.dtype | None = None) -> Tensor:

@@ -365,9 +365,9 @@ def verify_equivalence(
         total = compare_outputs(expected, _run(run_model, candidate, x.to(torch.float64, copy=True)))
         result.total.include(total)
         if total.exceeds(tolerance):
+            agree = f" although each of {len(block_names)} blocks agrees" if block_names else ""
             raise EquivalenceError(
-                f"the whole model differs by {total.max_rel:.2e} relative (tolerance {tolerance:.0e}) although each of "
-                f"{len(block_names)} blocks agrees"
+                f"the whole model differs by {total.max_rel:.2e} relative (tolerance {tolerance:.0e}){agree}"
             )
         if len(x) < 2 and index == 0:
             continue  # one image says nothing about another
@@ -376,6 +376,25 @@ def verify_equivalence(
     result.not_run += [name for name in run_names if name in idle]
     result.warn()
     return result
+
+
+def require_rounded(converted: nn.Module, proven: nn.Module) -> None:
+    """Check that a model holds the numbers of the float64 model that was proven, rounded once.
+
+    Args:
+        converted: the model that is handed out.
+        proven: the same in float64.
+
+    Raises:
+        EquivalenceError: a tensor differs, is out of its type's range, or vanishes in it; names the tensor.
+    """
+    for (name, ours), theirs in zip(converted.state_dict().items(), proven.state_dict().values(), strict=True):
+        if not torch.equal(ours, theirs.to(ours.dtype)):
+            raise EquivalenceError(f"{name!r} is not the rounded value of the proven float64 merge")
+        if ours.is_floating_point() and not torch.isfinite(ours).all():
+            raise EquivalenceError(f"{name!r} of the merged model is out of the range of {ours.dtype}, or not a number")
+        if ours.is_floating_point() and (lost := (theirs - ours.double()).abs().max()) > 0.01 * theirs.abs().max():
+            raise EquivalenceError(f"{name!r} of the merged model loses {lost:.1e} in {ours.dtype}: values underflow")
 
 
 def _prove_alone(

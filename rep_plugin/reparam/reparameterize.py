@@ -4,17 +4,16 @@ import copy
 import time
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rep_plugin.blocks.conv_like import ConvLike
-from rep_plugin.blocks.layers import require_eval
-from rep_plugin.errors import EquivalenceError, NothingToMergeError, RepPluginError
+from rep_plugin.blocks.layers import require_eval_mode
+from rep_plugin.errors import NothingToMergeError, RepPluginError
 from rep_plugin.history import history_of, record_, replays
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.report import BlockReport, Report
-from rep_plugin.measure.verify import Equivalence, default_inputs, verify_equivalence
+from rep_plugin.measure.verify import Equivalence, default_inputs, require_rounded, verify_equivalence
 from rep_plugin.reparam.adapters import find_adapter
 from rep_plugin.reparam.fold_bn import absorb_biases_, fold_conv_bn_
 from rep_plugin.reparam.linear_layers import CONV_NORM_CLASSES
@@ -24,12 +23,6 @@ TOLERANCE = 1e-9  # relative, in float64
 # These are proven end to end: under the block's own name stands another part of the whole than before.
 CONV_BN, BN_CONV, SEQUENCE = "Conv-BN", "BN-Conv", "linear sequence"
 MERGE_METHODS = ("fuse", "reparameterize", "switch_to_deploy", "merge_kernel", "local_inject", "fuse_convs")
-
-
-def _refuse_train_mode(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm):
-            require_eval(module, name and repr(name))
 
 
 def _merge_blocks(model: nn.Module) -> tuple[nn.Module, list[BlockReport]]:
@@ -145,17 +138,6 @@ def _copy(model: nn.Module) -> nn.Module:
     return copied
 
 
-def _check_cast(converted: nn.Module, proven: nn.Module) -> None:
-    """The proof was run in float64: the model that is returned must hold the same numbers, rounded once."""
-    for (name, ours), theirs in zip(converted.state_dict().items(), proven.state_dict().values(), strict=True):
-        if not torch.equal(ours, theirs.to(ours.dtype)):
-            raise EquivalenceError(f"{name!r} is not the rounded value of the proven float64 merge")
-        if ours.is_floating_point() and not torch.isfinite(ours).all():
-            raise EquivalenceError(f"{name!r} of the merged model is out of the range of {ours.dtype}, or not a number")
-        if ours.is_floating_point() and (lost := (theirs - ours.double()).abs().max()) > 0.01 * theirs.abs().max():
-            raise EquivalenceError(f"{name!r} of the merged model loses {lost:.1e} in {ours.dtype}: values underflow")
-
-
 def reparameterize(
     model: nn.Module,
     example_input: Tensor | None = None,
@@ -200,7 +182,7 @@ def reparameterize(
     """
     started = time.perf_counter()
     history = history_of(model)
-    _refuse_train_mode(model)
+    require_eval_mode(model)
     inputs = default_inputs(model, example_input)
     counted = inputs[0] if example_input is not None else inputs[0][:1]
     report = Report("reparameterize", count_params(model), 0, input_shape=tuple(counted.shape))
@@ -218,7 +200,7 @@ def reparameterize(
         report.blocks = done.blocks
     else:
         merged.load_state_dict(exact.model.state_dict())  # rounded once, where two steps in float32 round twice
-        _check_cast(merged, exact.model)
+        require_rounded(merged, exact.model)
     report.params_after, report.macs_after = count_params(merged), count_macs(merged, counted)
     report.notes += done.notes
     record_(merged, history, step="reparameterize", fold_bn=fold_bn, merge_linear=merge_linear)

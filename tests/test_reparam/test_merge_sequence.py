@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import rep_plugin
+from rep_plugin.errors import RepPluginError
 from rep_plugin.reparam.border_conv import BorderConv2d
 from rep_plugin.testing import calibrate_random_bn_
 from tests.helpers import randomise_bn_, relative_error
@@ -65,6 +66,43 @@ def test_what_is_no_single_convolution_is_refused():
         rep_plugin.merge_sequence(nn.Sequential(nn.BatchNorm2d(3)).eval())
     with pytest.raises(TypeError, match="not a convolution at the border"):
         rep_plugin.merge_sequence([nn.Conv2d(3, 3, 1), nn.AvgPool2d(3, 1, 1, count_include_pad=False)])
+
+
+class ConvNormAct(nn.Sequential):
+    """Has the name of a Conv-BN holder, and another forward."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def _layers(change) -> nn.Sequential:
+    seq = randomise_bn_(bottleneck(4, 8, 4, padding=0)).eval()
+    change(seq)
+    return seq
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda seq: seq[1].register_forward_hook(lambda module, args, out: out.clamp(-0.1, 0.1)),
+            "whole model differs",
+        ),
+        (lambda seq: setattr(seq[2], "forward", lambda x: nn.Conv2d.forward(seq[2], x).abs()), "whole model differs"),
+        (lambda seq: seq.insert(2, nn.Dropout(0.5).train()), "'2' .Dropout. is in train mode"),
+        (lambda seq: seq.__setitem__(0, ConvNormAct(seq[0], nn.BatchNorm2d(8).eval())), "whole model differs"),
+        (lambda seq: seq[0].weight.data.fill_(float("nan")), "not finite"),
+        (lambda seq: (seq[1].running_var.zero_(), setattr(seq[1], "eps", 0.0)), "not finite"),
+        (lambda seq: (seq.half(), seq[3].running_var.zero_(), setattr(seq[3], "eps", 1e-12)), "out of the range"),
+    ],
+    ids=["hook", "patched forward", "active dropout", "name of a holder", "NaN", "zero variance", "float16 overflow"],
+)
+def test_layers_that_compute_something_else_are_refused(change, words):
+    seq = _layers(change)
+    state = {name: value.clone() for name, value in seq.state_dict().items()}
+    with pytest.raises(RepPluginError, match=words):
+        rep_plugin.merge_sequence(seq)
+    assert all(torch.equal(value.nan_to_num(), state[name].nan_to_num()) for name, value in seq.state_dict().items())
 
 
 def test_merged_layer_is_trainable_and_keeps_dtype():

@@ -12,6 +12,7 @@ import rep_plugin
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.chain import Chain
 from rep_plugin.blocks.inverted_residual import RepInvertedResidual
+from rep_plugin.errors import TrainModeError
 from rep_plugin.measure.verify import verify_equivalence
 from rep_plugin.reparam import adapters
 from rep_plugin.reparam.adapters import Adapter, register_adapter
@@ -311,3 +312,13 @@ def test_a_model_that_is_not_finite_itself_is_told_apart_from_a_wrong_merge():
     model[0].weight.data[0] = float("nan")
     with pytest.raises(rep_plugin.EquivalenceError, match="given model's own output is not finite"):
         rep_plugin.reparameterize(model)
+
+
+def test_an_active_dropout_is_refused():
+    """Monte Carlo dropout between a convolution and its BN: folding would pass over it."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Dropout2d(0.5), nn.BatchNorm2d(8)).eval()
+    model[1].train()
+    with pytest.raises(TrainModeError, match=r"'1' \(Dropout2d\) is in train mode"):
+        rep_plugin.reparameterize(model, torch.randn(2, 3, 8, 8))
+    model[1].p = 0.0
+    assert len(rep_plugin.reparameterize(model, torch.randn(2, 3, 8, 8))[1].blocks) == 1
