@@ -6,9 +6,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
-from rep_plugin.measure.forward import eval_mode, run_model
+from rep_plugin.measure.forward import eval_mode, first_image, run_model
 
 
 def count_params(model: nn.Module) -> int:
@@ -56,30 +57,43 @@ def _shapes_of(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def count_macs(model: nn.Module, example_input: torch.Tensor) -> int:
-    """Return the multiply-adds of all convolutions and matrix products of one forward pass.
+def count_macs(model: nn.Module, example_input: object) -> int:
+    """Return the multiply-adds of all convolutions and matrix products of the forward pass of one image.
 
     Elementwise work, normalisation and pooling are not counted. Only shapes are computed, on a copy, unless the forward needs
     values; the model is left as it is.
 
     Args:
         model: the model.
-        example_input: images (N, C, H, W).
+        example_input: images (N, C, H, W), or a tuple or a dict of what the model is called with. The batch is the first
+            dimension of the first tensor; only its first image is counted, where the model takes one alone.
 
     Returns:
-        The number for all N images.
+        The number for one image, whatever N is.
 
     Example:
-        >>> count_macs(nn.Conv2d(3, 4, 1), torch.zeros(1, 3, 5, 5))
+        >>> count_macs(nn.Conv2d(3, 4, 1), torch.zeros(8, 3, 5, 5))
         300
     """
+    one, images = first_image(example_input)
+    try:
+        return _count(model, one)
+    except Exception:  # that a model takes batches of some sizes only is said in as many ways as there are models
+        if images == 1:
+            raise
+        return _count(model, example_input) // images
+
+
+def _count(model: nn.Module, example: object) -> int:
     shapes = _shapes_of(model)
     shapes.eval()
     try:
         with _SkipNorm(), _MacCounter() as counter:
-            run_model(shapes, example_input.to("meta"))
+            run_model(
+                shapes, tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf, example)
+            )
         return counter.total
     except Exception:  # a forward that reads values may raise anything; what else is wrong is raised again below
         with eval_mode(model), _MacCounter() as counter:
-            run_model(model, example_input)
+            run_model(model, example)
         return counter.total

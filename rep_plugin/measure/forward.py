@@ -1,7 +1,8 @@
 """How a model is run on images alone: ``model(x)``, unless a :class:`Forward` is registered for models of its kind."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeGuard
 
 from torch import Tensor, nn
 
@@ -61,22 +62,69 @@ def forward_of(model: nn.Module) -> Forward:
     return next(forward for forward in _FORWARDS if forward.matches(model))
 
 
-def run_model(model: nn.Module, x: Tensor) -> object:
-    """Return the outputs of a model for images alone.
+def run_model(model: nn.Module, x: object) -> object:
+    """Return the outputs of a model for images alone, or for all of its arguments.
 
     Args:
         model: any model.
-        x: images (N, C, H, W).
+        x: images (N, C, H, W); or a tuple or a dict of what the model is called with.
 
     Returns:
-        ``model(x)``, or what the registered :class:`Forward` of its kind gives.
+        ``model(x)``, or what the registered :class:`Forward` of its kind gives; ``model(*x)`` or ``model(**x)``.
 
     Example:
         >>> import torch
         >>> run_model(torch.nn.Conv2d(3, 8, 3), torch.zeros(1, 3, 5, 5)).shape
         torch.Size([1, 8, 3, 3])
     """
+    if isinstance(x, tuple):
+        return model(*x)
+    if isinstance(x, Mapping):
+        return model(**x)
     return forward_of(model).run(model, x)
+
+
+def first_image(example: object) -> tuple[object, int]:
+    """Return the first image of an example, and how many images it has.
+
+    The batch is the first dimension of the first tensor, or the length of a list of images (C, H, W), as detectors take
+    them. All that is as long is cut to its first entry.
+
+    Args:
+        example: a tensor, or tuples, lists and dicts of tensors.
+
+    Returns:
+        (the same structure with one image, the number of images).
+
+    Example:
+        >>> import torch
+        >>> one, images = first_image((torch.zeros(8, 3, 5, 5), {"size": torch.zeros(8, 2)}))
+        >>> one[0].shape, one[1]["size"].shape, images
+        (torch.Size([1, 3, 5, 5]), torch.Size([1, 2]), 8)
+    """
+    images = _batch_of(example) or 1
+
+    def first(part: object) -> object:
+        if isinstance(part, Tensor) or _is_batch(part):
+            return part[:1] if _batch_of(part) == images else part
+        if isinstance(part, Mapping):
+            return {key: first(value) for key, value in part.items()}
+        return type(part)(map(first, part)) if type(part) in (tuple, list) else part
+
+    return first(example), images
+
+
+def _is_batch(part: object) -> TypeGuard[list]:
+    return isinstance(part, list) and bool(part) and isinstance(part[0], Tensor) and part[0].dim() == 3
+
+
+def _batch_of(part: object) -> int | None:
+    if isinstance(part, Tensor):
+        return len(part) if part.dim() else None
+    if _is_batch(part):
+        return len(part)
+    parts = part.values() if isinstance(part, Mapping) else part if isinstance(part, (tuple, list)) else ()
+    return next((number for one in parts if (number := _batch_of(one)) is not None), None)
 
 
 @contextmanager

@@ -35,9 +35,9 @@ class Report:
         action: name of the verb.
         params_before: number of parameters.
         params_after: number of parameters.
-        macs_before: multiply-adds of convolutions and matrix products for one ``input_shape`` (None: not counted).
+        macs_before: multiply-adds of convolutions and matrix products for one image (None: not counted).
         macs_after: multiply-adds, likewise.
-        input_shape: shape of the counted input.
+        input_shape: shape of the example; one image of it is counted.
         max_abs_error: largest absolute error (None, as the next ones: not verified).
         max_rel_error: relative to the largest value of the reference output.
         border_rel_error: of it, in the outermost pixels of every compared map.
@@ -94,8 +94,8 @@ class Report:
             table.add_column(column, justify="left" if column == "metric" else "right")
         table.add_row("parameters", f"{self.params_before:,}", f"{self.params_after:,}")
         if self.macs_before is not None:
-            shape = "x".join(map(str, self.input_shape))
-            table.add_row(f"multiply-adds at {shape}", f"{self.macs_before:,}", f"{self.macs_after:,}")
+            size = " of " + "x".join(map(str, self.input_shape[1:])) if self.input_shape else ""
+            table.add_row(f"multiply-adds, one image{size}", f"{self.macs_before:,}", f"{self.macs_after:,}")
         return table
 
     def table(self) -> Table:

@@ -80,7 +80,7 @@ class CentripetalHook(PruningHook):
         strength: float = 3e-3,
         begin: float = 0,
         by_epoch: bool = True,
-        min_channels: int = 1,
+        min_channels: int | None = None,
         round_to: int = 1,
         overrides: Mapping[str, float | str] | None = None,
         ignore: Sequence[str] = (),

@@ -108,7 +108,7 @@ class PruneHook(PruningHook):
         by_epoch: bool = True,
         scores: str = "bn_gamma",
         scope: str = "global",
-        min_channels: int = 1,
+        min_channels: int | None = None,
         round_to: int = 1,
         overrides: Mapping[str, float | str] | None = None,
         ignore: Sequence[str] = (),

@@ -90,7 +90,7 @@ class ResRepHook(PruningHook):
         strength: float = 1e-4,
         marked_strength: float | None = None,
         momentum: float = 0.99,
-        min_channels: int = 1,
+        min_channels: int | None = None,
         round_to: int = 1,
         ignore: Sequence[str] = (),
         out_dir: str | None = None,

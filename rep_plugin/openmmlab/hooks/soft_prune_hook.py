@@ -69,7 +69,7 @@ class SoftPruneHook(PruningHook):
         interval: int = 1,
         scores: str = "l2",
         scope: str = "layer",
-        min_channels: int = 1,
+        min_channels: int | None = None,
         round_to: int = 1,
         overrides: Mapping[str, float | str] | None = None,
         ignore: Sequence[str] = (),

@@ -244,7 +244,8 @@ def plan_clusters(
         example_input: A tensor (N, C, ...) or its shape.
         budget: How many channels remain, every group of coupled layers losing an equal share; or {layer: the number of
             its clusters}.
-        options: Of these count ``min_channels``, ``round_to``, ``overrides``, ``ignore`` and ``seed``.
+        options: Of these count ``min_channels``, ``max_prune_fraction``, ``round_to``, ``overrides``, ``ignore`` and
+            ``seed``.
         clusters: ``kmeans`` of the kernels, those of coupled layers side by side, or ``even``.
 
     Returns:

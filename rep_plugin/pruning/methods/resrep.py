@@ -26,7 +26,7 @@ from rep_plugin.pruning.planning.plan import PrunePlan, make_plan
 from rep_plugin.pruning.planning.select import (
     Candidate,
     Choice,
-    allowed,
+    above_floors,
     find_candidates,
     in_order,
     nothing_to_prune,
@@ -53,7 +53,7 @@ class ResRep:
         model: Nothing of it is changed before :meth:`insert_`.
         shape: Of an input, (N, C, H, W).
         budget: The multiply-adds that may remain, by the costs of a plan: compactors are not counted, they merge.
-        options: Of these count ``min_channels``, ``round_to`` and ``ignore``.
+        options: Of these count ``min_channels``, ``max_prune_fraction``, ``round_to`` and ``ignore``.
 
     Raises:
         ArgumentError: The budget is another one or cannot be met, a pattern fits no layer, or the model has no place for a
@@ -105,13 +105,16 @@ class ResRep:
                 number.index_add_(0, units, torch.ones(len(units), dtype=torch.float64))
         return find_candidates(self.trace, (total / number).sqrt(), self.options.frozen_patterns, _WITHOUT)
 
+    def _floors(self, choice: Choice) -> dict[str, tuple[int, int]]:
+        return {name: self.options.floors(width) for name, width in choice.widths.items()}
+
     def _take(self, choice: Choice, macs: int) -> list[Candidate]:
-        order = allowed(in_order(choice.candidates, "global"), choice.widths, self.options.min_channels)
+        order = above_floors(in_order(choice.candidates, "global"), choice.widths, self._floors(choice))
 
         def finish(some: list[Candidate]) -> list[Candidate]:
             return round_widths(some, choice.widths, self.options.round_to)
 
-        return finish(to_budget(self.trace, order, finish, Budget(macs=macs)))
+        return finish(to_budget(self.trace, order, finish, Budget(macs=macs), self.options.limits))
 
     def insert_(self, model: nn.Module) -> None:
         """Put the compactors, identities still, into a model (or a copy of it) that was given to the constructor."""
@@ -143,7 +146,7 @@ class ResRep:
                 raise ArgumentError(f"the compactor behind {site.norm!r} holds NaN or infinity: training has diverged")
         choice = self._candidates(norms)
         why = f"macs={macs} by compactors, {self.options}"
-        return make_plan(model, self.trace, choice, self._take(choice, macs), why, False)
+        return make_plan(model, self.trace, choice, self._take(choice, macs), why, False, self._floors(choice))
 
     def forgotten(self, plan: PrunePlan) -> dict[str, Tensor]:
         """Return the rows that a plan forgets, by the names of the convolutions."""

@@ -9,6 +9,7 @@ from rep_plugin.errors import ArgumentError
 SCORES = ("bn_gamma", "l1", "l2", "fpgm", "taylor", "random")
 SCOPES = ("global", "layer")
 REDUCTIONS = ("mean", "sum", "max")
+MIN_CHANNELS, MAX_PRUNE_FRACTION = 8, 0.9  # where none is given
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,8 @@ class Budget:
 
     Args:
         prune_fraction: Share of the prunable channels that is removed, in [0, 1); coupled channels count once.
-        params: Parameters that may remain, a share as a float or a whole number.
-        macs: Multiply-adds that may remain, a share as a float or a whole number.
+        params: Parameters that may remain: a share as a float (0.5 keeps half), or their number (300_000).
+        macs: Multiply-adds for one image that may remain: a share as a float, or their number.
         latency: Share of the model's own time that may remain, in (0, 1].
         latency_ms: Milliseconds that may remain.
 
@@ -49,8 +50,10 @@ class Budget:
             raise ArgumentError(f"{name} must be a number > 0, got {value!r}")
         elif name == "latency" and value > 1:
             raise ArgumentError(f"latency must be a share in (0, 1], got {value!r}: milliseconds are latency_ms")
-        elif name in ("params", "macs") and isinstance(value, float) and value > 1:
-            raise ArgumentError(f"{name} must be a share (a float <= 1.0) or a whole number, got {value!r}")
+        elif name in ("params", "macs") and (value == 1 if isinstance(value, int) else value > 1):
+            text = f"{name} must be a share (a float <= 1.0) or a whole number, got {value!r}"
+            what = {"params": "parameters", "macs": "multiply-adds for one image"}[name]
+            raise ArgumentError(f"{text}: 1.0 keeps all, 2 is a number of {what}" if value == 1 else text)
 
     @property
     def item(self) -> tuple[str, int | float]:
@@ -81,7 +84,9 @@ class PruneOptions:
     Args:
         scores: A name of ``SCORES``, or {layer: a number for each of its channels}; low ones are removed.
         scope: ``global`` compares scores over all layers, ``layer`` takes an equal share of each group.
-        min_channels: No layer falls below this width.
+        min_channels: No layer falls below this width. Default: 8, half of narrower layers; where a budget cannot be met
+            otherwise it gives way as little as needed, with a note in the plan.
+        max_prune_fraction: No layer loses more than this share of its channels. Default: 0.9, which gives way likewise.
         round_to: Widths that shrink are rounded up to multiples of this, where coupling lets them.
         overrides: {layer pattern: a fraction of its own, or ``'frozen'``}.
         ignore: Layer patterns whose groups stay as they are.
@@ -100,13 +105,14 @@ class PruneOptions:
 
     scores: str | Mapping[str, Sequence[float]] = "bn_gamma"
     scope: str = "global"
-    min_channels: int = 1
+    min_channels: int | None = None
     round_to: int = 1
     overrides: Mapping[str, float | str] | None = None
     ignore: Sequence[str] = ()
     reduction: str = "mean"
     prune_outputs: bool = False
     seed: int = 0
+    max_prune_fraction: float | None = None
 
     def __post_init__(self):
         if not isinstance(self.scores, Mapping) and self.scores not in SCORES:
@@ -116,8 +122,12 @@ class PruneOptions:
                 raise ArgumentError(f"unknown {name} {getattr(self, name)!r}, expected one of {known}")
         for name in ("min_channels", "round_to"):
             value = getattr(self, name)
+            if value is None and name == "min_channels":
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ArgumentError(f"{name} must be a whole number >= 1, got {value!r}")
+        if self.max_prune_fraction is not None:
+            check_fraction("max_prune_fraction", self.max_prune_fraction)
         if not isinstance(self.seed, int):
             raise ArgumentError(f"seed must be a whole number, got {self.seed!r}")
         if not isinstance(self.overrides or {}, Mapping):
@@ -146,8 +156,39 @@ class PruneOptions:
         """All patterns whose layers stay: those of ``ignore``, and those that ``overrides`` freezes."""
         return (*self.ignore, *(pattern for pattern, value in self.overrides.items() if value == "frozen"))
 
+    @property
+    def limits(self) -> str:
+        """The floors that were given, for messages; empty without any."""
+        given = (f"{name}={value}" for name in ("min_channels", "max_prune_fraction") if (value := getattr(self, name)))
+        return " and ".join(given)
+
+    def floors(self, width: int, first: int = 0) -> tuple[int, int]:
+        """Return the widths below which a layer must not fall, and should not.
+
+        Args:
+            width: Of the layer.
+            first: Of the same layer before anything was pruned, for the default floors.
+
+        Returns:
+            (the floor by what was given, that with the defaults as well).
+        """
+        least = max(self.min_channels or 1, _left(width, self.max_prune_fraction or 1.0))
+        first = max(width, first)
+        default = least
+        if self.min_channels is None:
+            default = max(default, min(MIN_CHANNELS, -(-first // 2)))
+        if self.max_prune_fraction is None:
+            default = max(default, _left(first, MAX_PRUNE_FRACTION))
+        return least, max(least, min(width, default))
+
     def __str__(self) -> str:
-        return f"min_channels {self.min_channels}, round_to {self.round_to}"
+        names = ("min_channels", "max_prune_fraction", "round_to")
+        return ", ".join(f"{name} {value}" for name in names if (value := getattr(self, name)) is not None)
+
+
+def _left(width: int, fraction: float) -> int:
+    """How many channels stay where this share goes, rounded up; 12 stay of 120 when 0.9 go, not 13."""
+    return math.ceil(round(width * (1 - fraction), 6))
 
 
 def check_fraction(name: str, value: object) -> None:

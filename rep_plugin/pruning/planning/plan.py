@@ -11,14 +11,20 @@ from torch import Tensor, nn
 
 from rep_plugin.checkpoints.files import write_atomic
 from rep_plugin.errors import ArgumentError
+from rep_plugin.measure.costs import count_params
 from rep_plugin.pruning.planning.options import PruneOptions
 from rep_plugin.pruning.planning.scores import score_units
-from rep_plugin.pruning.planning.select import Candidate, Choice, find_candidates, kept_without, to_widths
+from rep_plugin.pruning.planning.select import Candidate, Choice, find_candidates, kept_without, tied_layers, to_widths
 from rep_plugin.pruning.tracing.graph import Trace
 from rep_plugin.pruning.tracing.kept_channels import count_costs
 from rep_plugin.pruning.tracing.tracer import trace_channels
 
-VERSION = 2
+VERSION = 3
+_LATER = {2: {"latency_before": None, "latency_after": None}, 3: {"notes": ()}}  # fields that a version brought
+LOSS = "layers lose more than 90 %"
+MERGED = (
+    "costs count a re-parameterizable block as the one convolution that it deploys as; its training form costs more"
+)
 
 
 @dataclass(frozen=True)
@@ -36,13 +42,14 @@ class PrunePlan:
         why: What was asked for.
         params_before: Parameters; a block that deploys as one convolution counts as that one.
         params_after: The same, pruned.
-        macs_before: Multiply-adds for one ``input_shape``.
+        macs_before: Multiply-adds for one image.
         macs_after: The same, pruned.
         units: (number of units that could be removed, number that are).
         prune_outputs: Output maps may lose channels as well.
         latency_before: Milliseconds, measured on the machine that planned by latency.
         latency_after: The same, pruned.
         version: Of the format.
+        notes: What a user should know, one sentence each.
 
     Example:
         >>> import torch
@@ -70,6 +77,7 @@ class PrunePlan:
     latency_before: float | None = None
     latency_after: float | None = None
     version: int = VERSION
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def from_widths(
@@ -113,7 +121,7 @@ class PrunePlan:
 
     @classmethod
     def from_json(cls, source: str | Path) -> "PrunePlan":
-        """Return the plan of a JSON text or file; version 1 had no latency.
+        """Return the plan of a JSON text or file, of this version or an older one.
 
         Raises:
             ArgumentError: It is no plan; the message is one line.
@@ -125,8 +133,11 @@ class PrunePlan:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise ArgumentError(f"{what} is not JSON: {error}") from None
-        if isinstance(data, dict) and data.get("version") == 1:
-            data = {"latency_before": None, "latency_after": None} | data | {"version": VERSION}
+        if isinstance(data, dict) and data.get("version") in range(1, VERSION):
+            for version in range(data["version"] + 1, VERSION + 1):
+                data = _LATER[version] | data
+            data["version"] = VERSION
+            _count_one_image_(data)
         fields = cls.__dataclass_fields__
         if not isinstance(data, dict) or set(data) != set(fields):
             odd = sorted(set(data) ^ set(fields)) if isinstance(data, dict) else type(data).__name__
@@ -150,19 +161,35 @@ class PrunePlan:
                 )
 
 
+def _count_one_image_(data: dict) -> None:
+    """Before version 3 multiply-adds were those of the whole example."""
+    shape = data.get("input_shape")
+    for name in ("macs_before", "macs_after"):
+        if isinstance(shape, list) and shape and isinstance(shape[0], int) and isinstance(data.get(name), int):
+            data[name] //= shape[0]
+
+
 def _plain(name: str, value: Any) -> object:
     """Give JSON's lists back their types."""
     if name in ("kept", "widths"):
         return {key: tuple(int(i) for i in items) for key, items in value.items()}
     if name == "scores":
         return {key: tuple(items) for key, items in value.items()}
+    if name == "notes":
+        return tuple(str(note) for note in value)
     if name == "groups":
         return tuple(tuple(layers) for layers in value)
     return tuple(int(i) for i in value) if name in ("input_shape", "units") else value
 
 
 def make_plan(
-    model: nn.Module, trace: Trace, choice: Choice, taken: list[Candidate], why: str, prune_outputs: bool
+    model: nn.Module,
+    trace: Trace,
+    choice: Choice,
+    taken: list[Candidate],
+    why: str,
+    prune_outputs: bool,
+    floors: Mapping[str, tuple[int, int]] | None = None,
 ) -> PrunePlan:
     """Return the plan that removes some candidates.
 
@@ -173,6 +200,7 @@ def make_plan(
         taken: Those that are removed.
         why: What was asked for.
         prune_outputs: As the trace was made.
+        floors: {layer: (least width, the default one)}; the notes name layers that fall below the default.
 
     Returns:
         The plan.
@@ -182,11 +210,15 @@ def make_plan(
     before, after = count_costs(trace), count_costs(trace, kept)
     roots = trace.channels.roots()
     value = {unit: c.score for group in choice.candidates for c in group for unit in c.units}
+    widths = {name: (len(layer.labels), kept.count(layer.labels)) for name, layer in layers.items()}
+    notes = [*_tie_notes(tied_layers(choice)[0], widths), *_floor_notes(widths, floors or {}), *_loss_notes(widths)]
+    if trace.block_parameters and before.params != count_params(model):
+        notes.append(MERGED)
     return PrunePlan(
         model=type(model).__name__,
         input_shape=trace.shape,
         kept={n: tuple(kept.index(layer.labels).tolist()) for n, layer in layers.items() if kept.changes(layer.labels)},
-        widths={name: (len(layer.labels), kept.count(layer.labels)) for name, layer in layers.items()},
+        widths=widths,
         groups=tuple(choice.layers),
         frozen=choice.frozen,
         scores={
@@ -201,7 +233,47 @@ def make_plan(
         macs_after=after.macs,
         units=(choice.units, sum(len(c.units) for c in taken)),
         prune_outputs=prune_outputs,
+        notes=tuple(notes),
     )
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """Return the first few of several names, and how many more there are.
+
+    Args:
+        names: In order.
+        most: How many are named.
+
+    Returns:
+        One line.
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _tie_notes(tied: Sequence[Sequence[str]], widths: Mapping[str, tuple[int, int]]) -> list[str]:
+    names = [layers[0] for layers in tied if any(widths[name][0] > widths[name][1] for name in layers)]
+    return [f"equal scores within {listed(names)}: which of its channels go is chance"] if names else []
+
+
+def _floor_notes(widths: Mapping[str, tuple[int, int]], floors: Mapping[str, tuple[int, int]]) -> list[str]:
+    low = [
+        f"{name} keeps {after} of {before} (default floor {floors[name][1]})"
+        for name, (before, after) in widths.items()
+        if name in floors and after < min(before, floors[name][1])
+    ]
+    advice = "ask for less, or give min_channels or max_prune_fraction to refuse it"
+    return [f"only met below the default floors: {listed(low)}; {advice}"] if low else []
+
+
+def _loss_notes(widths: Mapping[str, tuple[int, int]]) -> list[str]:
+    names = [f"{name} ({before} -> {after})" for name, (before, after) in widths.items() if _is_heavy(before, after)]
+    advice = "fine-tuning seldom repairs that, ask for less or raise min_channels"
+    return [f"{LOSS} of their channels: {listed(names)}; {advice}"] if names else []
+
+
+def _is_heavy(before: int, after: int) -> bool:
+    return 10 * after < before
 
 
 def compose_plans(plans: Sequence[PrunePlan]) -> PrunePlan:
@@ -238,7 +310,8 @@ def compose_plans(plans: Sequence[PrunePlan]) -> PrunePlan:
             macs_after=plan.macs_after,
             units=(whole.units[0], whole.units[1] + plan.units[1]),
         )
-    return whole
+    notes = dict.fromkeys(note for plan in plans for note in plan.notes if not note.startswith(LOSS))
+    return replace(whole, notes=(*notes, *_loss_notes(whole.widths)))
 
 
 def as_plan(plan: PrunePlan | Mapping | str) -> PrunePlan:

@@ -6,23 +6,30 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from rep_plugin.errors import ArgumentError
+from rep_plugin.history import history_of
 from rep_plugin.pruning.planning.latency_search import to_latency
 from rep_plugin.pruning.planning.latency_table import EagerTimer, Timer
 from rep_plugin.pruning.planning.options import Budget, PruneOptions
-from rep_plugin.pruning.planning.plan import PrunePlan, make_plan
+from rep_plugin.pruning.planning.plan import PrunePlan, as_plan, make_plan
 from rep_plugin.pruning.planning.scores import score_units
 from rep_plugin.pruning.planning.select import (
     Candidate,
-    allowed,
+    above_floors,
     find_candidates,
     in_order,
     match_layers,
     nothing_to_prune,
     round_widths,
     take_units,
+    tied_layers,
     to_budget,
 )
 from rep_plugin.pruning.tracing.tracer import trace_channels
+
+_FRESH = (
+    " (a fresh batch norm's gammas all are): train first, with SparsityHook for example, or use scores='l1' or 'l2'"
+)
 
 
 def plan_pruning(
@@ -36,7 +43,8 @@ def plan_pruning(
     latency: float | None = None,
     latency_ms: float | None = None,
     scope: str = "global",
-    min_channels: int = 1,
+    min_channels: int | None = None,
+    max_prune_fraction: float | None = None,
     round_to: int = 1,
     overrides: Mapping[str, float | str] | None = None,
     ignore: Sequence[str] = (),
@@ -58,12 +66,14 @@ def plan_pruning(
         example_input: A tensor (N, C, ...) or its shape.
         scores: ``bn_gamma``, ``l1``, ``l2``, ``fpgm``, ``taylor``, ``random``, or {layer: a number for each channel}.
         prune_fraction: Share of the prunable channels that is removed, in [0, 1); coupled channels count once.
-        params: Parameters that may remain, a share as a float or a whole number.
-        macs: Multiply-adds that may remain, a share as a float or a whole number.
+        params: Parameters that may remain: a share as a float (0.5 keeps half), or their number (300_000).
+        macs: Multiply-adds for one image that may remain: a share as a float, or their number.
         latency: Share of the model's own time that may remain, in (0, 1].
         latency_ms: Milliseconds that may remain.
         scope: ``global`` compares scores over all layers, ``layer`` takes an equal share of each.
-        min_channels: No layer falls below this width.
+        min_channels: No layer falls below this width. Default: 8, half of narrower layers; where the budget cannot be met
+            otherwise it gives way as little as needed, and ``plan.notes`` say so.
+        max_prune_fraction: No layer loses more than this share of its channels. Default: 0.9, which gives way likewise.
         round_to: Widths that shrink are rounded up to multiples of this, where coupling lets them.
         overrides: {layer pattern: a fraction of its own, or ``'frozen'``}, for the groups of the matching layers.
         ignore: Layer patterns whose groups stay as they are.
@@ -79,7 +89,8 @@ def plan_pruning(
 
     Raises:
         ArgumentError: A number is out of range, a pattern matches no layer, the budget cannot be met (the message contains
-            what can), or nothing of the model can be pruned.
+            what can), nothing of the model can be pruned, or the scores are equal in every layer (``bn_gamma`` of a fresh
+            network).
         TraceError: The model cannot be traced.
 
     Example:
@@ -90,7 +101,9 @@ def plan_pruning(
         {'0': (8, 4), '1': (4, 4)}
     """
     budget = Budget(prune_fraction, params, macs, latency, latency_ms)
-    options = PruneOptions(scores, scope, min_channels, round_to, overrides, ignore, reduction, prune_outputs, seed)
+    options = PruneOptions(
+        scores, scope, min_channels, round_to, overrides, ignore, reduction, prune_outputs, seed, max_prune_fraction
+    )
     return plan_to_budget(model, example_input, budget, options, loader=loader, loss=loss, timer=timer)
 
 
@@ -136,25 +149,37 @@ def plan_to_budget(
     choice = find_candidates(trace, scores, options.frozen_patterns, options.reason_without_score)
     if not choice.units:
         raise nothing_to_prune(model, choice.frozen)
+    if budget != Budget(0.0) and isinstance(options.scores, str) and tied_layers(choice)[1]:
+        raise ArgumentError(
+            f"scores={options.scores!r} say nothing about this {type(model).__name__}: within every layer they are equal"
+            f"{_FRESH if options.scores == 'bn_gamma' else ': use other scores'}"
+        )
 
+    first = _first_widths(model)
+    floors = {name: options.floors(width, first.get(name, 0)) for name, width in choice.widths.items()}
     common, taken = [], []
     for layers, group in zip(choice.layers, choice.candidates):
         pattern = next((own[name] for name in layers if name in own), None)
         if pattern is None:
             common.append(group)
         elif group:
-            order = allowed(in_order([group], options.scope), choice.widths, options.min_channels)
+            order = above_floors(in_order([group], options.scope), choice.widths, floors)
             taken += take_units(order, round(options.overrides[pattern] * sum(len(c.units) for c in group)))
-    order = allowed(in_order(common, options.scope), choice.widths, options.min_channels)
+    order = above_floors(in_order(common, options.scope), choice.widths, floors)
 
     def finish(chosen: list[Candidate]) -> list[Candidate]:
         return round_widths([*taken, *chosen], choice.widths, options.round_to)
 
-    why, times = str(budget), {}
+    why, times, notes = str(budget), {}, []
     if budget.prune_fraction is not None:
-        chosen = take_units(order, budget.limit(sum(len(c.units) for group in common for c in group)))
+        number = budget.limit(sum(len(c.units) for group in common for c in group))
+        chosen = take_units(order, number)
+        if chosen == order and (possible := sum(len(c.units) for c in order)) < number:
+            notes.append(
+                f"{budget} asks for {number:,} channels, {possible:,} can go with {options.limits or 'grouping'}"
+            )
     elif budget.params is not None or budget.macs is not None:
-        chosen = to_budget(trace, order, finish, budget)
+        chosen = to_budget(trace, order, finish, budget, options.limits)
     else:
         x = _batch(model, example_input)
         timed = to_latency(model, trace, x, order, finish, budget, timer or EagerTimer())
@@ -162,7 +187,17 @@ def plan_to_budget(
         times = {"latency_before": timed.before * 1e3, "latency_after": timed.after * 1e3}
         why += " (measured: {latency_after:.4g} of {latency_before:.4g} ms)".format(**times)
     why += f" by {options.score_name}, scope {options.scope}, {options}"
-    return replace(make_plan(model, trace, choice, finish(chosen), why, options.prune_outputs), **times)
+    plan = make_plan(model, trace, choice, finish(chosen), why, options.prune_outputs, floors)
+    return replace(plan, notes=(*notes, *plan.notes), **times)
+
+
+def _first_widths(model: nn.Module) -> dict[str, int]:
+    """Widths of before the first pruning, as far as the model's history knows them."""
+    widths: dict[str, int] = {}
+    for step in history_of(model):
+        if step["step"] == "prune":
+            widths = {name: before for name, (before, _) in as_plan(step["plan"]).widths.items()} | widths
+    return widths
 
 
 def _batch(model: nn.Module, example_input: Tensor | Sequence[int]) -> Tensor:

@@ -27,6 +27,7 @@ class Candidate:
     losses: tuple[tuple[str, int], ...]
 
 
+_NOISE = 1e-6  # scores that differ relatively by less are equal
 Finish = Callable[[list[Candidate]], list[Candidate]]  # what is really removed when these candidates are chosen
 
 
@@ -149,23 +150,56 @@ def in_order(groups: Sequence[Sequence[Candidate]], scope: str) -> list[Candidat
     return [c for _, c in sorted(ranked, key=lambda pair: pair[0])]
 
 
-def allowed(order: Sequence[Candidate], widths: Mapping[str, int], min_channels: int) -> list[Candidate]:
-    """Leave out the candidates that would bring a layer below a width once those before them are removed.
+def above_floors(
+    order: Sequence[Candidate], widths: Mapping[str, int], floors: Mapping[str, tuple[int, int]]
+) -> list[Candidate]:
+    """Leave out the candidates that would bring a layer below its floor, and put last those that go below the default one.
+
+    Of these the first are those that use up the smallest part of what lies between the two floors: all layers give way
+    alike, and as little as needed.
 
     Args:
         order: Candidates, the first to be removed first.
         widths: {layer: channels}.
-        min_channels: The least width.
+        floors: {layer: (the floor, the default one)}.
 
     Returns:
         The others.
     """
-    left, kept = Counter(widths), []
+    left, kept, low, last = Counter(widths), [], [], []
     for candidate in order:
-        if all(left[name] - number >= min_channels for name, number in candidate.losses):
+        if all(left[name] - number >= floors[name][1] for name, number in candidate.losses):
             left.subtract(dict(candidate.losses))
             kept.append(candidate)
-    return kept
+        else:
+            low.append(candidate)
+    for candidate in low:
+        if all(left[name] - number >= floors[name][0] for name, number in candidate.losses):
+            left.subtract(dict(candidate.losses))
+            last.append((max(_below(left[name], *floors[name]) for name, _ in candidate.losses), candidate))
+    return kept + [candidate for _, candidate in sorted(last, key=lambda pair: pair[0])]
+
+
+def _below(width: int, least: int, default: int) -> float:
+    return (default - width) / (default - least) if width < default else 0.0
+
+
+def tied_layers(choice: Choice) -> tuple[list[tuple[str, ...]], bool]:
+    """Return the layers of each group within which all scores are equal, and whether none of the groups has others.
+
+    Args:
+        choice: All candidates.
+
+    Returns:
+        (groups of layers, True where the scores say nothing about any channel).
+    """
+    several = [(layers, group) for layers, group in zip(choice.layers, choice.candidates) if len(group) > 1]
+    tied = []
+    for layers, group in several:
+        lowest, highest = group[0].score, group[-1].score
+        if highest - lowest <= _NOISE * max(abs(lowest), abs(highest)):
+            tied.append(layers)
+    return tied, bool(tied) and len(tied) == len(several)
 
 
 def take_units(order: Sequence[Candidate], number: int) -> list[Candidate]:
@@ -215,7 +249,9 @@ def round_widths(taken: Sequence[Candidate], widths: Mapping[str, int], round_to
     return kept
 
 
-def to_budget(trace: Trace, order: list[Candidate], finish: Finish, budget: Budget) -> list[Candidate]:
+def to_budget(
+    trace: Trace, order: list[Candidate], finish: Finish, budget: Budget, limits: str = ""
+) -> list[Candidate]:
     """Return the fewest first candidates whose removal meets a budget.
 
     Args:
@@ -223,6 +259,7 @@ def to_budget(trace: Trace, order: list[Candidate], finish: Finish, budget: Budg
         order: Candidates, the first to be removed first.
         finish: What is really removed when some of them are chosen.
         budget: Of params or macs.
+        limits: What was given that keeps channels, for the message.
 
     Returns:
         The candidates.
@@ -237,7 +274,8 @@ def to_budget(trace: Trace, order: list[Candidate], finish: Finish, budget: Budg
 
     limit, least = budget.limit(getattr(count_costs(trace), name)), cost(len(order))
     if least > limit:
-        raise ArgumentError(f"{name} (={limit:,}) cannot be met: the least that remains is {least:,}")
+        within = f" with {limits}" if limits else ""
+        raise ArgumentError(f"{name} (={limit:,}) cannot be met{within}: the least that remains is {least:,}")
     return order[: bisect.bisect_left(range(len(order) + 1), -limit, key=lambda number: -cost(number))]
 
 

@@ -71,7 +71,7 @@ class Trace:
     """The channels of one model.
 
     Attributes:
-        shape: Of the example input.
+        shape: Of the traced input, (1, C, ...) where the model takes one image alone.
         channels: The labels.
         slices: {tensor name: {dimension: labels}}, all that is sliced when channels are removed; the inputs of a grouped
             kernel are labelled (groups, I / groups).

@@ -95,7 +95,7 @@ def _block_params(layer: Layer, kept: KeptChannels) -> int:
 
 
 class Costs(NamedTuple):
-    """Numbers of parameters and of multiply-adds for the traced input."""
+    """Numbers of parameters, and of multiply-adds for one image."""
 
     params: int
     macs: int
@@ -109,7 +109,7 @@ def count_costs(trace: Trace, kept: KeptChannels | None = None) -> Costs:
         kept: The channels that stay, all by default.
 
     Returns:
-        Parameters, and multiply-adds for the traced input.
+        Parameters, and multiply-adds for one image.
 
     Example:
         >>> import torch
@@ -128,4 +128,4 @@ def count_costs(trace: Trace, kept: KeptChannels | None = None) -> Costs:
             sizes[dim] = kept.count(labels)
         params += torch.Size(sizes).numel()
     macs = sum(cost.count(*(kept.count(labels) for labels in cost.labels)) for cost in trace.costs)
-    return Costs(params, macs)
+    return Costs(params, macs // trace.shape[0] if trace.shape else macs)

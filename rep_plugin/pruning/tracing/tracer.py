@@ -171,7 +171,7 @@ def trace_channels(
 
     Args:
         model: Not wrapped, not compiled.
-        example_input: A tensor (N, C, ...) or its shape.
+        example_input: A tensor (N, C, ...) or its shape. One image is traced, N of them where the model takes no single one.
         prune_outputs: The channels of output *maps* (N, C, H, W) are free, as a backbone's are.
         makers: The only layers and norms behind which a removed channel is zero (default: all are set to zero);
             ``masked_inputs`` are then what still sees something of it.
@@ -202,7 +202,12 @@ def trace_channels(
     if not isinstance(shape, (list, tuple)) or not all(isinstance(size, int) and size > 0 for size in shape):
         raise ArgumentError(f"example_input must be a tensor (N, C, ...) or its shape, got {example_input!r}")
     shape = tuple(shape)
-    trace = _Tracer(model, shape, makers).run()
+    try:
+        trace = _Tracer(model, (1, *shape[1:]), makers).run()  # costs are those of one image
+    except TraceError:
+        if shape[:1] == (1,):
+            raise
+        trace = _Tracer(model, shape, makers).run()  # frames of a video, say, come in batches of a certain size
     for labels in (*trace.outputs, *trace.train_outputs):
         if not (prune_outputs and labels.dim() == 4):
             trace.channels.freeze(labels, "model output")

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -144,6 +145,8 @@ def test_widths_that_cannot_be(widths, message):
         ({}, "exactly one of prune_fraction, params, macs, latency and latency_ms, got none"),
         ({"prune_fraction": 0.1, "macs": 0.5}, "exactly one of"),
         ({"macs": 1.5}, "must be a share"),
+        ({"macs": 1}, r"macs must be a share .* got 1: 1.0 keeps all, 2 is a number of multiply-adds for one image"),
+        ({"params": 1}, r"params must be a share .* got 1: 1.0 keeps all, 2 is a number of parameters"),
         ({"latency": 12.0}, r"latency must be a share in \(0, 1\], got 12.0: milliseconds are latency_ms"),
         ({"latency": 0.0}, "latency must be a number > 0, got 0.0"),
         ({"latency_ms": float("nan")}, "latency_ms must be a number > 0, got nan"),
@@ -176,12 +179,18 @@ def test_json_both_ways(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
-def test_plans_of_version_1_had_no_latency():
+def test_plans_of_older_versions():
+    """Version 1 had no latency; up to version 2 there were no notes, and costs were those of the whole example."""
     plan = plan_pruning(net_of(), X, "l1", 0.3)
-    data = {key: value for key, value in json.loads(plan.to_json()).items() if not key.startswith("latency")}
-    assert PrunePlan.from_json(json.dumps({**data, "version": 1})) == plan
+    data = json.loads(plan.to_json())
+    del data["notes"]
+    whole = {name: 4 * data[name] for name in ("macs_before", "macs_after")} | {"input_shape": [4, 3, 13, 13]}
+    of_four = PrunePlan.from_json(json.dumps({**data, **whole, "version": 2}))
+    assert of_four == replace(plan, input_shape=(4, 3, 13, 13)) and of_four.notes == ()
+    first = {key: value for key, value in data.items() if not key.startswith("latency")}
+    assert PrunePlan.from_json(json.dumps({**first, "version": 1})) == plan
     with pytest.raises(ValueError, match=r"missing or unknown \['latency_after', 'latency_before'\]"):
-        PrunePlan.from_json(json.dumps(data))
+        PrunePlan.from_json(json.dumps({**first, "version": 2}))
 
 
 def test_json_that_is_no_plan(tmp_path):
