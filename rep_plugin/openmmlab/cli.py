@@ -21,6 +21,7 @@ from rep_plugin.checkpoints.strict import refuse_misfits
 from rep_plugin.errors import ArgumentError, exit_on_user_errors
 from rep_plugin.openmmlab.base_configs import read_config
 from rep_plugin.openmmlab.checkpoint import enable_safe_loading
+from rep_plugin.openmmlab.console import with_short_console
 from rep_plugin.openmmlab.data import check_data, guard_dataloaders, name_broken_images
 from rep_plugin.openmmlab.load import config_errors, load_model, real_inputs
 from rep_plugin.optional import require
@@ -255,7 +256,10 @@ def build_runner(cfg: Config) -> Runner:
     if cfg.launcher == "pytorch" and get_device() == "cpu":
         _connect_on_cpu(cfg)
     with config_errors():
-        runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+        runner_class = RUNNERS.get(cfg.get("runner_type", "Runner"))
+        if runner_class is None:
+            raise ArgumentError(f"runner_type is {cfg.runner_type!r}, expected the name of a registered runner")
+        runner = with_short_console(runner_class).from_cfg(cfg)
     guard_dataloaders(runner)
     return runner
 

@@ -20,6 +20,7 @@ from mmengine.logging import HistoryBuffer
 
 from rep_plugin.checkpoints.safe_load import load_checkpoint_file
 from rep_plugin.errors import DataError
+from rep_plugin.openmmlab.console import LONG_TEXTS
 from rep_plugin.openmmlab.data import guard_dataloaders
 from tests.helpers import ROOT
 
@@ -194,8 +195,8 @@ def test_resume_from_a_path_and_other_flags(lab, whole):
 
 
 def test_amp_trains_on_the_cpu(lab, whole):
-    text = lab.run(TRAIN, lab.config, "--amp", "--work-dir", "amp", "--cfg-options", "train_cfg.max_epochs=1")
-    assert "CpuAmpOptimWrapper" in text
+    lab.run(TRAIN, lab.config, "--amp", "--work-dir", "amp", "--cfg-options", "train_cfg.max_epochs=1")
+    assert "CpuAmpOptimWrapper" in (lab.folder / "amp" / "tiny.py").read_text()
     name = "head.fc.weight"
     weights = [load_checkpoint_file(lab.folder / run / "epoch_1.pth")["state_dict"][name] for run in ("amp", "whole")]
     assert weights[0].dtype is torch.float32 and not torch.equal(*weights)
@@ -204,6 +205,24 @@ def test_amp_trains_on_the_cpu(lab, whole):
     narrow = lab.folder / "narrow.py"
     narrow.write_text("_base_ = './tiny.py'\noptim_wrapper = dict(dtype='float16')\n")
     assert "expected bfloat16" in lab.error(TRAIN, narrow, "--amp", *wrong)
+
+
+def test_long_texts_go_into_the_log_file_alone(lab, whole):
+    noisy = lab.folder / "noisy.py"
+    noisy.write_text(
+        "_base_ = './tiny.py'\nrunner_type = 'Runner'\ntrain_cfg = dict(max_epochs=1)\n"
+        "optim_wrapper = dict(optimizer=dict(weight_decay=0.1), paramwise_cfg=dict(norm_decay_mult=0.0))\n"
+    )
+    for argv, texts in (((TRAIN, noisy), LONG_TEXTS), ((TEST, noisy, "noisy/epoch_1.pth"), LONG_TEXTS[:-1])):
+        text = lab.run(*argv, "--work-dir", "noisy")
+        head = text[: text.index("Epoch(")]
+        named = re.findall(r"environment, config, hooks and parameter options: (\S+\.log)", head)
+        assert head.count("\n") < 30 and len(named) == 1, head
+        log = (lab.folder / named[0]).read_text()
+        assert all(begin in log and begin not in text for begin in texts)
+        assert "norm_decay_mult" in log and "Epoch(" in log
+    noisy.write_text("_base_ = './tiny.py'\nrunner_type = 'Rummer'\n")
+    assert "'Rummer', expected the name of a registered runner" in lab.error(TRAIN, noisy)
 
 
 def test_testing(lab, whole):
