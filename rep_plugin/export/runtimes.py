@@ -9,7 +9,7 @@ from importlib import import_module
 from torch import Tensor, from_numpy, nn
 
 from rep_plugin.errors import ArgumentError, EquivalenceError, ExportError, first_line
-from rep_plugin.measure.verify import Difference, compare_outputs, rounding_error
+from rep_plugin.measure.verify import Difference, compare_outputs, flatten_outputs, rounding_error
 
 Session = Callable[[Tensor], list[Tensor]]
 
@@ -101,7 +101,7 @@ def compare_runtime(
         except Exception as error:  # each runtime has kinds of its own
             raise ExportError(f"{where}: {first_line(error)}") from error
         try:
-            found = compare_outputs(wanted, got)
+            found = compare_outputs(flatten_outputs(wanted), got)
         except EquivalenceError as error:
             raise EquivalenceError(f"{where}: {error}") from None
         total.include(found)

@@ -1,7 +1,9 @@
 """The equivalence check itself: it must see what is wrong."""
 
 import copy
+import dataclasses
 import math
+from collections import UserDict
 
 import pytest
 import torch
@@ -71,6 +73,89 @@ def test_shapes_must_agree():
         compare_outputs(torch.zeros(1, 2), torch.zeros(2, 1))
     with pytest.raises(EquivalenceError, match="shapes differ"):
         compare_outputs((), ())
+
+
+@dataclasses.dataclass
+class Found:
+    scores: torch.Tensor
+    labels: torch.Tensor
+    mask: torch.Tensor
+
+
+class Labeller(nn.Module):
+    """Gives numbers of every kind, in a container of the user's choice; ``flip`` changes one kind alone."""
+
+    def __init__(self, pack, flip=""):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.pack, self.flip = nn.Conv2d(3, 4, 3), pack, flip
+
+    def forward(self, x):
+        y = self.conv(x)
+        labels, mask = y.argmax(1), y > 0.5
+        wave = torch.complex(y, y)
+        if self.flip == "labels":
+            labels[:, 0, 0] += 1
+        if self.flip == "mask":
+            mask = mask ^ (torch.arange(mask.shape[-1]) == 2)
+        if self.flip == "wave":
+            wave = wave.conj()
+        return self.pack(y, labels, mask, wave)
+
+
+PACKS = {
+    "dict": lambda y, labels, mask, wave: dict(y=y, labels=labels, mask=mask, wave=wave),
+    "tuple": lambda y, labels, mask, wave: (y, [labels, (mask, wave)]),
+    "dataclass": lambda y, labels, mask, wave: (Found(y, labels, mask), wave),
+    "UserDict": lambda y, labels, mask, wave: UserDict(y=y, labels=labels, rest=UserDict(mask=mask, wave=wave)),
+}
+
+
+@pytest.mark.parametrize("flip", ["", "labels", "mask", "wave"])
+@pytest.mark.parametrize("pack", PACKS.values(), ids=PACKS)
+def test_every_tensor_of_an_output_is_compared(pack, flip):
+    model, other = Labeller(pack).eval(), Labeller(pack, flip).eval()
+    inputs = default_inputs(model)
+    if not flip:
+        assert verify_equivalence(model, other, inputs).total.max_rel == 0
+        return
+    words = {
+        "labels": "values of an output of torch.int64 differ",
+        "mask": "output of torch.bool differ",
+        "wave": "model",
+    }
+    with pytest.raises(EquivalenceError, match=words[flip]):
+        verify_equivalence(model, other, inputs)
+
+
+class Comparer(nn.Module):
+    """Compares two maps that are equal but for rounding, beside a comparison that is none."""
+
+    def __init__(self, rounding=0.0, shift=0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Conv2d(3, 4, 3)
+        self.b = copy.deepcopy(self.a)
+        self.rounding, self.shift = rounding, shift
+
+    def forward(self, x):
+        a, b = self.a(x), self.b(x) * (1 + self.rounding)
+        return dict(a=a, tie=a > b, clear=a > self.shift)
+
+
+def test_what_rounding_decides_is_no_difference():
+    model, rounded = Comparer().eval(), Comparer(rounding=1e-15).eval()
+    inputs = default_inputs(model)
+    x = inputs[0].double()
+    assert not torch.equal(*(copy.deepcopy(one).double()(x)["tie"] for one in (model, rounded)))
+    assert verify_equivalence(model, rounded, inputs).total.max_rel == 0
+    with pytest.raises(EquivalenceError, match="output of torch.bool differ"):
+        verify_equivalence(model, Comparer(rounding=1e-15, shift=1e-3).eval(), inputs)
+
+
+def test_types_must_agree():
+    with pytest.raises(EquivalenceError, match="types differ: expected torch.float32, got torch.complex64"):
+        compare_outputs(torch.ones(2), torch.ones(2, dtype=torch.complex64))
 
 
 def test_a_blind_check_says_so():
