@@ -20,13 +20,13 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
 from rep_plugin import reparameterize
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.latency import eager_calls, interleaved_medians, torch_threads
+from rep_plugin.measure.progress import track
 from rep_plugin.measure.verify import compare_outputs
 from rep_plugin.openmmlab.checkpoint import find_latest_checkpoint
 from rep_plugin.openmmlab.cli import run

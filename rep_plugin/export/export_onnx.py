@@ -27,6 +27,7 @@ from rep_plugin.export.report import ExportReport, RuntimeReport
 from rep_plugin.export.runtimes import RUNTIMES, check_runtimes, compare_runtime, open_model
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.latency import eager_calls, interleaved_medians
+from rep_plugin.measure.progress import track, working
 from rep_plugin.measure.verify import Equivalence, flatten_outputs, output_paths, sensitivity_of
 from rep_plugin.optional import require
 from rep_plugin.reparam.adapters import find_adapter
@@ -37,6 +38,7 @@ OPSET = 18
 IMAGES_AT_ONCE = 8
 
 
+@working("exporting")
 def export_onnx(
     model: nn.Module,
     path: str | Path,
@@ -118,7 +120,7 @@ def export_onnx(
     report.params_after, report.macs_after = count_params(written), count_macs(written, single)
 
     inputs = _inputs(x, images, dynamic_batch)
-    expected = [_reference(written, one) for one in inputs]
+    expected = [_reference(written, one) for one in track(inputs, "running PyTorch")]
     if dynamic_size:
         others, outputs = _other_sizes(written, inputs[0][:2] if dynamic_batch else inputs[0], report)
         inputs, expected = inputs + others, expected + outputs
@@ -129,7 +131,7 @@ def export_onnx(
     _refuse_changing_outputs(model, inputs, expected)
     report.compared = list(dict.fromkeys(tuple(one.shape) for one in inputs))
     proof = Equivalence(sensitivity=_sensitivity(expected))
-    proof.warn()
+    proof.warn(stacklevel=4)  # past the decorator
     names = list(output_names or name_outputs(model, expected[0]))
     invalid = {"", INPUT} & set(names) or any(name.isdigit() for name in names)
     if len(names) != len(tensors[0]) or len(set(names)) != len(names) or invalid:
@@ -148,7 +150,7 @@ def export_onnx(
     report.size_bytes = len(data)
 
     calls = dict(eager_calls({"PyTorch": written}, single))
-    for runtime in runtimes:
+    for runtime in track(runtimes, "comparing runtimes"):
         session = open_model(runtime, data, torch.get_num_threads())
         found = compare_runtime(runtime, session, written, inputs, expected, tolerance)
         proof.total.include(found)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rep_plugin.errors import ExportError, first_line
+from rep_plugin.measure.progress import working
 from rep_plugin.measure.verify import flatten_outputs, output_paths
 from rep_plugin.optional import require
 
@@ -158,7 +159,7 @@ def to_onnx(
         x = x.expand(2, *x.shape[1:])  # a 1 would be taken for a constant
     common = {"input_names": [INPUT], "output_names": list(outputs), "opset_version": opset, "verbose": False}
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), working("writing the graph"):
             warnings.simplefilter("ignore")  # of shapes that become constants: the comparison finds those that matter
             output = model(x.clone())
             several = list(output) if isinstance(output, (tuple, list)) else [output]

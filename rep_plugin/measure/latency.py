@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rep_plugin.measure.forward import run_model
+from rep_plugin.measure.progress import track
 
 Key = TypeVar("Key")
 
@@ -41,7 +42,7 @@ def interleaved_medians(contenders: Mapping[Key, Callable[[], object]], rounds: 
         ['a', 'b']
     """
     times: dict[Key, list[float]] = {name: [] for name in contenders}
-    for index in range(rounds + 3):
+    for index in track(range(rounds + 3), "timing"):
         for name, call in contenders.items():
             started = time.perf_counter()
             call()

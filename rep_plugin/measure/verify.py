@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from rep_plugin.errors import ArgumentError, EquivalenceError, InconclusiveWarning
 from rep_plugin.measure.forward import run_model
+from rep_plugin.measure.progress import track
 
 MIN_SENSITIVITY = 1e-3
 
@@ -72,19 +73,18 @@ class Equivalence:
         notes += [f"block {name!r} was not run by any input and is not proven" for name in self.not_run]
         return notes if self.conclusive else [*notes, f"inconclusive: sensitivity {self.sensitivity:.1e}"]
 
-    def warn(self) -> None:
+    def warn(self, stacklevel: int = 3) -> None:
         """Warn, with InconclusiveWarning, of blocks that are not proven and of a sensitivity that proves little."""
         if self.not_run:
             first, count = self.not_run[0], len(self.not_run)
-            warnings.warn(
-                f"inconclusive: no input runs block {first!r} ({count} such blocks)", InconclusiveWarning, stacklevel=3
-            )
+            text = f"inconclusive: no input runs block {first!r} ({count} such blocks)"
+            warnings.warn(text, InconclusiveWarning, stacklevel=stacklevel)
         if not self.conclusive:
             warnings.warn(
                 f"inconclusive: another input changes the output by {self.sensitivity:.1e} only (expected >= "
                 f"{MIN_SENSITIVITY:.0e}), so equality proves little",
                 InconclusiveWarning,
-                stacklevel=3,
+                stacklevel=stacklevel,
             )
 
 
@@ -382,7 +382,7 @@ def verify_equivalence(
     idle = set(run_names)
     for name in run_names:
         reference.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: idle.discard(name))
-    for index, x in enumerate(inputs):
+    for index, x in enumerate(track(inputs, "comparing whole models")):
         recorder = _Recorder(reference, block_names)
         try:
             expected = _run(run_model, reference, x.to(torch.float64, copy=True))
@@ -394,7 +394,7 @@ def verify_equivalence(
             recorder.remove()
         if not all(torch.isfinite(out).all() for out in flatten_outputs(expected)):
             raise EquivalenceError("the given model's own output is not finite, so nothing can be compared")
-        for name, (args, kwargs, output) in recorder.calls.items():
+        for name, (args, kwargs, output) in track(recorder.calls.items(), "comparing blocks"):
             try:
                 found = compare_outputs(output, _run(parts.get(name) or candidate.get_submodule(name), *args, **kwargs))
             except EquivalenceError as error:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from rep_plugin.checkpoints.files import write_atomic
 from rep_plugin.errors import ArgumentError, TrainingError
 from rep_plugin.measure.latency import eager_calls, interleaved_medians, torch_threads
 from rep_plugin.measure.plots import accuracy_figure, save_figure
+from rep_plugin.measure.progress import track, working
 from rep_plugin.openmmlab.base_configs import read_config
 from rep_plugin.openmmlab.checkpoint import find_latest_checkpoint
 from rep_plugin.openmmlab.configs import type_name
@@ -61,7 +63,7 @@ def sweep(
     """
     key = _hook_key(config, PRUNING, "prune_fraction")
     starts = {"": _start_of(config, checkpoint)} if not sparse else {}
-    for strength in (strengths or [None]) if sparse else []:
+    for strength in track((strengths or [None]) if sparse else [], "sparse trainings"):
         label = "" if strength is None else f"L1 {strength:g}"
         folder = out / ("sparse" if strength is None else f"sparse_{strength:g}")
         chosen = [] if strength is None else [f"{_hook_key(sparse, ('SparsityHook',), 'strength')}={strength}"]
@@ -69,12 +71,13 @@ def sweep(
         _train(train_tool, sparse, folder, [*sparse_options, *chosen])
         starts[label] = str(find_latest_checkpoint(str(folder)))
     rows = []
-    for label, start in starts.items():
-        for rate in rates:
+    with working("pruning and fine-tuning", total=len(starts) * len(rates)) as step:
+        for label, rate in product(starts, rates):
             folder = out / "_".join(filter(None, [label.replace(" ", "_"), f"rate_{rate:g}"]))
             log(f"pruning and fine-tuning: {folder}")
-            _train(train_tool, config, folder, [*cfg_options, f"{key}={rate}"], start)
+            _train(train_tool, config, folder, [*cfg_options, f"{key}={rate}"], starts[label])
             rows.append(_row_of(folder, label, rate))
+            step()
     _add_latencies(rows, config, next(iter(starts.values())))
     write_atomic(out / "sweep.json", lambda file: file.write((json.dumps(rows, indent=1) + "\n").encode()))
     if curves := curves_of(rows):

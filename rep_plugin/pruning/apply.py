@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rep_plugin.errors import ArgumentError, EquivalenceError, first_line
 from rep_plugin.history import history_of, record_, replays
 from rep_plugin.measure.costs import count_macs, count_params
+from rep_plugin.measure.progress import working
 from rep_plugin.measure.report import BlockReport, Report
 from rep_plugin.measure.verify import default_inputs, verify_equivalence
 from rep_plugin.pruning.planning.plan import PrunePlan, as_plan
@@ -57,6 +58,7 @@ class PruneReport(Report):
         return table
 
 
+@working("removing channels")
 def apply_plan(
     model: nn.Module,
     plan: PrunePlan,

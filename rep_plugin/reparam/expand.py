@@ -19,6 +19,7 @@ from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.conv_like import ConvLike, like_conv, look_alike, why_not_replaceable
 from rep_plugin.errors import ArgumentError, ArgumentTypeError
 from rep_plugin.measure.costs import count_macs, count_params
+from rep_plugin.measure.progress import working
 from rep_plugin.measure.report import BlockReport, Report
 from rep_plugin.measure.verify import default_inputs, verify_equivalence
 from rep_plugin.reparam.fold_bn import find_pairs_by_parts, replace_module_
@@ -126,6 +127,7 @@ def _expand_(model: nn.Module, block: str, pairs: Sequence[tuple[str, str]]) -> 
     return model
 
 
+@working("expanding")
 def expand(
     model: nn.Module,
     block: str = "dbb",

@@ -12,6 +12,7 @@ from rep_plugin.blocks.layers import require_eval_mode
 from rep_plugin.errors import NothingToMergeError, RepPluginError
 from rep_plugin.history import history_of, record_, replays
 from rep_plugin.measure.costs import count_macs, count_params
+from rep_plugin.measure.progress import working
 from rep_plugin.measure.report import BlockReport, Report
 from rep_plugin.measure.verify import Equivalence, default_inputs, require_rounded, verify_equivalence
 from rep_plugin.reparam.adapters import find_adapter
@@ -138,6 +139,7 @@ def _copy(model: nn.Module) -> nn.Module:
     return copied
 
 
+@working("merging")
 def reparameterize(
     model: nn.Module,
     example_input: Tensor | None = None,

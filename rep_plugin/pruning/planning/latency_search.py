@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from rep_plugin.errors import ArgumentError
+from rep_plugin.measure.progress import track
 from rep_plugin.pruning.planning.latency_table import LatencyTable, Timer, timed_copy
 from rep_plugin.pruning.planning.options import Budget
 from rep_plugin.pruning.planning.select import Candidate, Finish, kept_without
@@ -139,7 +140,7 @@ class Search:
             counts: The same, of all groups.
         """
         counts = dict(counts)
-        for group, count in wanted.items():
+        for group, count in track(wanted.items(), "timing widths"):
             options = sorted({count, *self.near(group, count)})  # the widest first
             if len(options) < 2:
                 continue
@@ -246,7 +247,7 @@ def to_latency(
     if asked >= 1:
         return LatencyChoice([], search.dense_seconds, search.dense_seconds)
     aim, goal, tried = asked, asked * (1 - _CLOSE / 2), []
-    for _ in range(_ATTEMPTS):
+    for _ in track(range(_ATTEMPTS), "timing pruned copies (often fewer)"):
         trial = search.between(tried, goal) or search.first_below(aim, asked)
         share = search.measure(trial.counts)
         if close := abs(share / goal - 1) <= _CLOSE:

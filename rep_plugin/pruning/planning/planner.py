@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rep_plugin.errors import ArgumentError
 from rep_plugin.history import history_of
+from rep_plugin.measure.progress import working
 from rep_plugin.pruning.planning.latency_search import to_latency
 from rep_plugin.pruning.planning.latency_table import EagerTimer, Timer
 from rep_plugin.pruning.planning.options import Budget, PruneOptions
@@ -107,6 +108,7 @@ def plan_pruning(
     return plan_to_budget(model, example_input, budget, options, loader=loader, loss=loss, timer=timer)
 
 
+@working("planning")
 def plan_to_budget(
     model: nn.Module,
     example_input: Tensor | Sequence[int],

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.errors import ArgumentError
+from rep_plugin.measure.progress import track
 from rep_plugin.pruning.planning.options import PruneOptions
 from rep_plugin.pruning.tracing.graph import Layer, Trace, eval_copy
 from rep_plugin.pruning.tracing.groups import frozen_roots
@@ -39,7 +40,7 @@ def _relative(values: Tensor) -> Tensor:
 def _kernel_members(model: nn.Module, trace: Trace, norm: Callable[[Tensor], Tensor]) -> Members:
     roots, frozen = trace.channels.roots(), frozen_roots(trace)
     members = []
-    for layer in trace.layers.values():
+    for layer in track(trace.layers.values(), "scoring"):
         kernel = _kernel(model, layer)
         if frozen[roots[layer.labels]].all():  # not compared: a classifier can have millions of weights
             _check_finite(kernel.sum(dtype=torch.float64))
@@ -78,7 +79,7 @@ def _taylor_members(model: nn.Module, trace: Trace, loader: Iterable, loss: Call
     copied = eval_copy(model).requires_grad_(True)
     totals: dict[str, Tensor] = {}
     batches = 0
-    for inputs, targets in loader:
+    for inputs, targets in track(loader, "scoring"):
         copied.zero_grad(set_to_none=True)
         loss(copied(inputs), targets).backward()
         for layer in trace.layers.values():
