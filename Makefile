@@ -29,7 +29,7 @@ $(VENV)/.users: setup.cfg pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/.developers: $(VENV)/.users
-	$(BIN)/pip install --progress-bar off -e '.[openmmlab,export,test]'
+	$(BIN)/pip install --progress-bar off -e '.[openmmlab,export,test,docs]'
 	touch $@
 
 $(ONEDL_VENV)/.developers: setup.cfg pyproject.toml
@@ -82,6 +82,12 @@ test-downstream: $(DOWNSTREAM_VENV)/.developers ## detectors and segmentors; bui
 
 lint: $(VENV)/.developers ## ruff (rules, format) and mypy, as .pre-commit-config.yaml lists them
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pre-commit run --all-files
+
+docs: $(VENV)/.developers ## README, pages, API and commands as a site: site/index.html; links and anchors are checked
+	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mkdocs build --quiet --strict
+
+docs-serve: $(VENV)/.developers ## the site on http://127.0.0.1:8000, rebuilt where a file changes
+	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mkdocs serve
 
 format: $(VENV)/.developers ## let ruff rewrite
 	$(BIN)/ruff check --fix .
@@ -151,4 +157,4 @@ bench-export: $(VENV)/.developers data/mini_cub/mini_fgvc.json ## ONNX Runtime a
 	$(ONE_THREAD) $(RUN) benchmarks/export.py
 
 clean:
-	rm -rf $(VENV) $(ONEDL_VENV) $(DOWNSTREAM_VENV) build *.egg-info
+	rm -rf $(VENV) $(ONEDL_VENV) $(DOWNSTREAM_VENV) build site *.egg-info

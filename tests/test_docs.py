@@ -22,7 +22,7 @@ from tests.helpers import ROOT
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = sorted((ROOT / "configs").rglob("README.md"))
-TEXTS = [*PAGES, *FOLDERS, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
+TEXTS = [*PAGES, *FOLDERS, *(ROOT / f"{name}.md" for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY"))]
 
 
 def fences(page: Path, language: str) -> list[str]:
