@@ -6,8 +6,8 @@ _base_ = [
 ]
 
 missing_data_hint = (
-    "put CUB-200-2011 there, or render the small data set: python tools/dataset_converters/make_mini_fgvc.py, "
-    "and train configs/rep_mbv2_mini_cub.py"
+    "put CUB-200-2011 there, or for a trial rendered birds in its layout: "
+    "rep-plugin script make_mini_fgvc.py --out data/CUB_200_2011"
 )
 
 model = dict(

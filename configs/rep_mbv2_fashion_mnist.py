@@ -1,7 +1,10 @@
 # Rep-MobileNetV2 on Fashion-MNIST (28x28, one channel), with mmpretrain's own loader. Data: `make fashion-mnist`.
 _base_ = ["mmpretrain::_base_/schedules/cifar10_bs128.py", "mmpretrain::_base_/default_runtime.py"]
 
-missing_data_hint = "fetch the images: make fashion-mnist"
+missing_data_hint = (
+    "put its four files into data/fashion_mnist/, unpacked (Debian: apt-get install dataset-fashion-mnist; in a checkout: "
+    "make fashion-mnist)"
+)
 
 model = dict(
     type="ImageClassifier",

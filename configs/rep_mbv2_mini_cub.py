@@ -1,8 +1,8 @@
-# Rep-MobileNetV2 on the small rendered birds (python tools/dataset_converters/make_mini_fgvc.py):
+# Rep-MobileNetV2 on the small rendered birds (rep-plugin script make_mini_fgvc.py):
 # CUB's layout and loader, small images, a schedule that fits two CPU cores.
 _base_ = ["./rep_mbv2_cub.py"]
 
-missing_data_hint = "render it: python tools/dataset_converters/make_mini_fgvc.py --out data/mini_cub"
+missing_data_hint = "render it: rep-plugin script make_mini_fgvc.py --out data/mini_cub"
 
 model = dict(
     backbone=dict(widen_factor=0.5, strides=(2, 1, 2, 2, 2, 1, 1, 1), channels_last=True),

@@ -1,7 +1,6 @@
 # MobileOne-s0 at half width on Fashion-MNIST (28x28, one channel). Data: `make fashion-mnist`.
 _base_ = ["./rep_mbv2_fashion_mnist.py"]
 
-missing_data_hint = "fetch the images: make fashion-mnist"
 
 model = dict(
     backbone=dict(

@@ -4,10 +4,6 @@
 #     model.backbone.init_cfg.prefix=backbone.
 _base_ = ["./rep_mbv2_cub.py"]
 
-missing_data_hint = (
-    "put CUB-200-2011 there, or render the small data set: python tools/dataset_converters/make_mini_fgvc.py"
-)
-
 model = dict(
     backbone=dict(_delete_=True, type="rep_plugin.RepVGG", arch="A0"),
     head=dict(in_channels=1280),

@@ -1,5 +1,6 @@
 """Configs and scripts of the package are found by name, from a checkout as from a wheel."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,12 @@ def test_get_config_takes_every_spelling(name):
 
 @pytest.mark.parametrize("name", ON_MMPRETRAIN)
 def test_every_config_is_read_by_its_name(name):
-    assert rep_plugin.get_config(name).model.type
+    """What it says where the data is missing is a command that needs no checkout, and writes where the config reads."""
+    cfg = rep_plugin.get_config(name)
+    assert cfg.model.type
+    for script, out in re.findall(r"rep-plugin script (\S+) .*--out (\S+)", cfg.get("missing_data_hint", "")):
+        assert find_script(script).is_file() and cfg.train_dataloader.dataset.data_root == out
+    assert "tools/" not in cfg.get("missing_data_hint", "")
 
 
 def test_an_unknown_name_ends_in_the_nearest_names():
@@ -89,16 +95,17 @@ STOCK = """
 import sys
 from mmengine.config import Config
 cfg = Config.fromfile("mine.py")
-print(cfg.model.head.num_classes, cfg.model.backbone.type)
+print(cfg.model.head.num_classes, cfg.before, cfg.model.backbone.type)
 """
 
 
 def test_stock_code_inherits_a_shipped_config_by_its_path(tmp_path):
     """Before rep_plugin is imported mmengine knows no such prefix; the way that configs/README.md names works."""
     (tmp_path / "mine.py").write_text(
-        '_base_ = __import__("rep_plugin").get_config("rep_mbv2_cub").filename\nmodel = dict(head=dict(num_classes=3))\n'
+        '_base_ = __import__("rep_plugin").get_config("rep_mbv2_cub").filename\n'
+        "model = dict(head=dict(num_classes=3))\nbefore = {{_base_.model.head.num_classes}}\n"
     )
     command = [sys.executable, "-W", "ignore", "-c", STOCK]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.split() == ["3", "rep_plugin.RepMobileNetV2"], done.stderr
+    assert done.stdout.split() == ["3", "200", "rep_plugin.RepMobileNetV2"], done.stderr
     assert (tmp_path / "mine.py").read_text().splitlines()[0] in (ROOT / "configs/README.md").read_text()

@@ -2,8 +2,8 @@ _base_ = ["./fgvc_224.py"]
 
 data_root = "data/fgvc-aircraft-2013b"
 missing_data_hint = (
-    "put FGVC Aircraft there, or render birds in its layout: "
-    "tools/dataset_converters/make_mini_fgvc.py --layout aircraft"
+    "put FGVC Aircraft there, or for a trial rendered birds in its layout: "
+    "rep-plugin script make_mini_fgvc.py --layout aircraft --out data/fgvc-aircraft-2013b"
 )
 
 data_preprocessor = dict(num_classes=100)

@@ -2,7 +2,8 @@ _base_ = ["./fgvc_224.py"]
 
 data_root = "data/Stanford_Cars"
 missing_data_hint = (
-    "put Stanford Cars there, or render birds in its layout: tools/dataset_converters/make_mini_fgvc.py --layout cars"
+    "put Stanford Cars there, or for a trial rendered birds in its layout: "
+    "rep-plugin script make_mini_fgvc.py --layout cars --out data/Stanford_Cars"
 )
 
 data_preprocessor = dict(num_classes=196)

@@ -1,9 +1,9 @@
 # Bilinear Rep-MobileNetV2 on the rendered birds: 20 classes, 128 x 128, from scratch (draw them:
-# python tools/dataset_converters/make_mini_fgvc.py).
+# rep-plugin script make_mini_fgvc.py).
 _base_ = ["mmpretrain::_base_/default_runtime.py"]
 
 data_root = "data/mini_cub"
-missing_data_hint = "render the images: python tools/dataset_converters/make_mini_fgvc.py"
+missing_data_hint = "render it: rep-plugin script make_mini_fgvc.py --out data/mini_cub"
 
 model = dict(
     type="ImageClassifier",

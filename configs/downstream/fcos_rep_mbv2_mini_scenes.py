@@ -1,8 +1,8 @@
-# FCOS with a narrow Rep-MobileNetV2 on small drawn scenes (python tools/dataset_converters/make_mini_scenes.py):
+# FCOS with a narrow Rep-MobileNetV2 on small drawn scenes (rep-plugin script make_mini_scenes.py):
 # minutes on two CPU cores.
 _base_ = ["./fcos_rep_mbv2_coco.py"]
 
-missing_data_hint = "draw it: python tools/dataset_converters/make_mini_scenes.py"
+missing_data_hint = "draw it: rep-plugin script make_mini_scenes.py --out data/mini_scenes"
 
 model = dict(
     backbone=dict(widen_factor=0.5),
