@@ -15,8 +15,8 @@ OPENMMLAB = {"mmengine", "mmcv", "mmpretrain", "mmdet", "mmseg"}
 # Rooms from the bottom to the top: each may import those in rows above its own.
 ROWS = (
     ("errors", "version"),
-    ("functional", "optional", "shipped"),
-    ("history", "blocks", "checkpoints", "measure"),
+    ("functional", "checkpoints", "optional", "shipped"),
+    ("history", "blocks", "measure"),
     ("registry", "testing", "backbones", "bilinear"),
     ("reparam",),
     ("conversion", "pruning", "export"),

@@ -70,6 +70,11 @@ def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> N
     _sync_folder(target.parent)
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text as :func:`write_atomic` does, with a line break at its end."""
+    write_atomic(path, lambda file: file.write(f"{text}\n".encode()))
+
+
 def write_together(out_dir: Path, files: Mapping[str, Callable[[Path], None]]) -> None:
     """Write several files into a temporary folder; once all are on disk they get their names, or none does.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from rep_plugin.checkpoints.files import write_text
 from rep_plugin.measure.verify import Equivalence
 
 
@@ -82,10 +83,10 @@ class Report:
                 block.max_abs_error, block.max_rel_error = difference.max_abs, difference.max_rel
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """Return the report as JSON text, and write it to ``path`` where one is given (missing values are null)."""
+        """Return the report as JSON text, and write it to ``path`` where one is given, whole or not at all."""
         text = json.dumps(asdict(self), indent=2)
         if path is not None:
-            Path(path).write_text(text + "\n")
+            write_text(path, text)
         return text
 
     def _costs(self, title: str) -> Table:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 
-from rep_plugin.checkpoints.files import write_atomic
+from rep_plugin.checkpoints.files import write_atomic, write_text
 from rep_plugin.errors import ArgumentError, TrainingError
 from rep_plugin.measure.latency import eager_calls, interleaved_medians, torch_threads
 from rep_plugin.measure.plots import accuracy_figure, save_figure
@@ -79,7 +79,7 @@ def sweep(
             rows.append(_row_of(folder, label, rate))
             step()
     _add_latencies(rows, config, next(iter(starts.values())))
-    write_atomic(out / "sweep.json", lambda file: file.write((json.dumps(rows, indent=1) + "\n").encode()))
+    write_text(out / "sweep.json", json.dumps(rows, indent=1))
     if curves := curves_of(rows):
         dense = rows[0]["before"] if len(starts) == 1 else None
         figure = accuracy_figure(curves, rows[0]["metric"], Path(config).stem, dense)
@@ -116,7 +116,7 @@ def _train(tool: Path, config: str, folder: Path, options: list[str], load_from:
     if done.is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(record, lambda file: file.write(json.dumps(asked, indent=1).encode()))
+    write_text(record, json.dumps(asked, indent=1))
     words = [sys.executable, "-W", "ignore", str(tool), config, "--work-dir", str(folder)]
     if (folder / "last_checkpoint").is_file() and find_latest_checkpoint(str(folder)):
         words += ["--resume"]

@@ -167,3 +167,30 @@ def test_leftovers_of_killed_writers_go_and_those_of_living_ones_stay(tmp_path):
     left = {path.name for path in tmp_path.iterdir()}
     living = {f".{name}.{os.getpid()}-0123abcd.tmp" for name in ("a.json", "files")}
     assert left == {"a.json", ".mine.tmp", *living}
+
+
+@pytest.mark.parametrize("kind", ["Report", "PrunePlan"])
+def test_a_full_disk_leaves_the_old_json(tmp_path, kind):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    code = f"""
+        import resource, signal
+        from rep_plugin.measure.report import Report
+        from rep_plugin.pruning.planning.plan import PrunePlan
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        long = ["a note"] * 100_000
+        written = {{
+            "Report": lambda: Report("prune", 1, 1, notes=long),
+            "PrunePlan": lambda: PrunePlan("Net", (1, 3, 8, 8), {{}}, {{}}, why="".join(long)),
+        }}[{kind!r}]()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        try:
+            written.to_json({str(path)!r})
+        except OSError as error:
+            print("refused:", error)
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.stdout.startswith("refused:") and str(path) in result.stdout and result.stdout.count("\n") == 1
+    assert contents(tmp_path) == {"a.json": "old"}

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rep_plugin.checkpoints.files import write_atomic
+from rep_plugin.checkpoints.files import write_text
 from rep_plugin.errors import ArgumentError
 from rep_plugin.measure.costs import count_params
 from rep_plugin.pruning.planning.options import PruneOptions
@@ -116,7 +116,7 @@ class PrunePlan:
         """Return the plan as JSON text, and write it to ``path`` where one is given (whole or not at all)."""
         text = json.dumps(asdict(self), indent=1)
         if path is not None:
-            write_atomic(path, lambda file: file.write(f"{text}\n".encode()))
+            write_text(path, text)
         return text
 
     @classmethod
