@@ -40,7 +40,6 @@ def birds(tmp_path):
     cfg = Config.fromfile(ROOT / "configs/rep_mbv2_mini_cub.py")
     model = calibrate_random_bn_(build_model(cfg), torch.randn(2, 3, 64, 64))
     write_deployed(model, cfg, tmp_path / "work_dirs/rep_mbv2_mini_cub", dataset_meta={"classes": cfg.classes})
-    Image.new("RGB", (120, 100), (90, 140, 60)).save(tmp_path / "image.jpg")
 
 
 @pytest.mark.filterwarnings("error::rep_plugin.InconclusiveWarning")
@@ -48,6 +47,7 @@ def birds(tmp_path):
 def test_a_page_is_one_program_that_runs(page, tmp_path, monkeypatch, request):
     if "work_dirs/rep_mbv2_mini_cub" in "".join(fences(page, "python")):
         request.getfixturevalue("birds")
+    Image.new("RGB", (120, 100), (90, 140, 60)).save(tmp_path / "image.jpg")
     before = {path.name for path in tmp_path.iterdir()}
     monkeypatch.chdir(tmp_path)
     scope: dict = {}

@@ -36,7 +36,7 @@ def timm_preprocessing(cfg: Mapping, input_size: tuple[int, int, int]) -> dict:
     """Return the steps of timm's evaluation transform as plain data.
 
     In this order: resize ``resize.edge`` (short, long or both) to ``resize.size`` (H, W) by ``interpolation``, crop (or pad,
-    where the edge is the long one) the centre to ``crop``, scale so that white is ``white``, subtract ``mean``, divide by
+    with ``fill``, a number in 0 .. 255 a channel, where the edge is the long one) the centre to ``crop``, scale so that white is ``white``, subtract ``mean``, divide by
     ``std``.
 
     Args:
@@ -49,7 +49,7 @@ def timm_preprocessing(cfg: Mapping, input_size: tuple[int, int, int]) -> dict:
     channels, height, width = input_size
     share = cfg.get("crop_pct") or 0.875
     edge = {"squash": "both", "border": "long"}.get(cfg.get("crop_mode"), "short")
-    return {
+    steps = {
         "input_size": [channels, height, width],
         "channel_order": {1: "GRAY", 3: "RGB"}.get(channels),
         "interpolation": cfg.get("interpolation", "bilinear"),
@@ -59,6 +59,7 @@ def timm_preprocessing(cfg: Mapping, input_size: tuple[int, int, int]) -> dict:
         "mean": list(cfg["mean"]),
         "std": list(cfg["std"]),
     }
+    return steps | ({"fill": [round(255 * value) for value in cfg["mean"]]} if edge == "long" else {})
 
 
 def metadata_of(
