@@ -5,6 +5,7 @@ ONEDL_VENV ?= .venv-onedl
 DOWNSTREAM_VENV ?= .venv-downstream
 BIN := $(VENV)/bin
 RUN := PYTHONWARNINGS=ignore $(BIN)/python
+REP := PYTHONWARNINGS=ignore $(BIN)/rep-plugin
 # One thread a process and two processes: the tests are many small networks. A file's tests stay together.
 JOBS ?= 2
 ONE_THREAD := OMP_NUM_THREADS=1
@@ -62,8 +63,8 @@ data/mini_cub/mini_fgvc.json: | $(VENV)/.users
 	$(RUN) tools/dataset_converters/make_mini_fgvc.py --out data/mini_cub
 
 demo: $(VENV)/.users data/mini_cub/mini_fgvc.json ## render birds, train, deploy, prove, time, one table
-	$(RUN) tools/train.py configs/rep_mbv2_mini_cub.py --work-dir $(DEMO_DIR)
-	$(RUN) tools/compare_deployed.py configs/rep_mbv2_mini_cub.py $(DEMO_DIR)
+	$(REP) train configs/rep_mbv2_mini_cub.py --work-dir $(DEMO_DIR)
+	$(REP) compare configs/rep_mbv2_mini_cub.py $(DEMO_DIR)
 
 test: $(VENV)/.developers fashion-mnist ## all tests on the official stack
 	$(ONE_THREAD) $(BIN)/python $(PYTEST) $(TESTS)
@@ -133,12 +134,12 @@ bench-warm-start: $(VENV)/.users fashion-mnist ## stock MobileNetV2 annealed int
 
 # An estimate from 4 ms an image and step: three sparse trainings of 5 minutes, 27 times fine-tuned for 3.
 bench-slim-mobilenet: $(VENV)/.users fashion-mnist ## MobileNetV3 slimmed: nine rates, three L1 strengths (two hours)
-	$(RUN) tools/sweep.py configs/pruning/slim_mobilenetv3_fashion_mnist_oneshot.py --strengths 1e-4 1e-3 1e-2 \
+	$(REP) sweep configs/pruning/slim_mobilenetv3_fashion_mnist_oneshot.py --strengths 1e-4 1e-3 1e-2 \
 	  --sparse configs/pruning/slim_mobilenetv3_fashion_mnist.py \
 	  --sparse-options $(FEWER) --cfg-options $(FEWER)
 
 bench-slim-bcnn: $(VENV)/.users data/mini_cub/mini_fgvc.json ## a bilinear CNN slimmed on the rendered birds: one-shot rates
-	$(RUN) tools/sweep.py configs/pruning/slim_bcnn_rep_mbv2_mini_cub_oneshot.py --rates 0.2 0.4 0.6 0.8 \
+	$(REP) sweep configs/pruning/slim_bcnn_rep_mbv2_mini_cub_oneshot.py --rates 0.2 0.4 0.6 0.8 \
 	  --sparse configs/pruning/slim_bcnn_rep_mbv2_mini_cub.py
 
 bench-training-cost: $(VENV)/.users ## a training step of multi-branch networks: time and memory, ours and others'

@@ -2,7 +2,7 @@
 """Bilinear pooling against global average pooling on the rendered birds: same backbone, schedule and seeds.
 
 As published, both start from a backbone that was trained on other images: here with average pooling on 40 other rendered
-species. Every run is `tools/train.py configs/bcnn/bcnn_rep_mbv2_mini_cub.py` with options. The arms differ in neck and head
+species. Every run is `rep-plugin train configs/bcnn/bcnn_rep_mbv2_mini_cub.py` with options. The arms differ in neck and head
 (and its learning rate) alone.
 
     python benchmarks/bilinear_against_gap.py                  # about an hour on two cores

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Multi-branch against plain training of the same deployed network on Fashion-MNIST, and stock MobileNetV2 beside them.
 
-Every run is `tools/train.py configs/rep_mbv2_fashion_mnist.py` with options; nothing but the backbone and the seed
+Every run is `rep-plugin train configs/rep_mbv2_fashion_mnist.py` with options; nothing but the backbone and the seed
 differs. Finished runs are kept in the work folder and not repeated. Prints means and spread over the seeds.
 """
 

@@ -5,7 +5,7 @@
     python benchmarks/slimming.py --rows dense one-shot "scratch (one-shot)" --seeds 1
     python benchmarks/slimming.py --rows one-shot --seeds 1 --samples 512 --epochs 3          # a smoke run
 
-Every row is one config under `tools/train.py`, with the same network, images, number of epochs in all, cosine and seed.
+Every row is one config under `rep-plugin train`, with the same network, images, number of epochs in all, cosine and seed.
 Finished runs are kept in the work folder and not repeated, so that a table can be completed later; the latency of all
 networks is then measured side by side. Prints the table and writes it to ``table.json`` in the work folder. Columns: top-1
 of the dense network trained as long; before the (first) removal, right after the (last) one, and at the end; costs;

@@ -1,4 +1,4 @@
-"""Training runs of `tools/train.py` side by side, kept on disk, and their table: means and spread over seeds."""
+"""Training runs of `rep-plugin train` side by side, kept on disk, and their table: means and spread over seeds."""
 
 import argparse
 import json
@@ -91,7 +91,7 @@ def run(job: Job, work_dir: Path) -> dict:
         return json.loads(result.read_text())
     folder.mkdir(parents=True, exist_ok=True)
     path = os.pathsep.join(filter(None, [str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-W", "ignore", str(ROOT / "tools/train.py"), str(job.config), "--work-dir", str(folder)]
+    command = [sys.executable, "-W", "ignore", "-m", "rep_plugin", "train", str(job.config), "--work-dir", str(folder)]
     started = time.perf_counter()
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(

@@ -1,39 +1,36 @@
-"""Structural re-parameterization for mmpretrain, mmengine and timm, every step proven equal."""
+"""Structural re-parameterization for mmpretrain, mmengine and timm, every step proven equal.
 
-from rep_plugin.errors import EquivalenceError, InconclusiveWarning
-from rep_plugin.export.export_onnx import export_onnx
-from rep_plugin.measure.report import Report
-from rep_plugin.optional import is_missing
-from rep_plugin.pruning import PrunePlan, apply_plan, plan_pruning
-from rep_plugin.reparam import expand, merge_sequence, reparameterize
-from rep_plugin.shipped import list_configs
-from rep_plugin.version import __version__
+The names stand in ``face.py``. Where the package is started as a command (``rep-plugin``, ``python -m rep_plugin``) they
+are loaded on first use: its ``--help`` and a mistyped option need neither torch nor timm.
+"""
 
-__all__ = [
-    "EquivalenceError",
-    "InconclusiveWarning",
-    "PrunePlan",
-    "Report",
-    "__version__",
-    "apply_plan",
-    "expand",
-    "export_onnx",
-    "get_config",
-    "list_configs",
-    "merge_sequence",
-    "plan_pruning",
-    "reparameterize",
-]
-
-if not is_missing("timm"):  # registers our names with timm
-    from rep_plugin import timm as timm
-if not is_missing("mmengine"):  # registers how OpenMMLab's models are run; imports nothing of theirs
-    from rep_plugin.openmmlab import detectors as detectors
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 
-def __getattr__(name: str):
-    if name == "get_config":  # needs mmengine, and its second of import time
-        from rep_plugin.openmmlab.base_configs import get_config
+def _started_as_command() -> bool:
+    words = getattr(sys, "argv", None) or [""]
+    if words[0] == "-m":  # as long as `python -m` looks for the module
+        return sys.orig_argv[-len(words)].removeprefix("-m") == "rep_plugin"
+    return Path(words[0]).stem == "rep-plugin"
 
-        return get_config
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+if TYPE_CHECKING or not _started_as_command():
+    from rep_plugin.face import *  # noqa: F403
+    from rep_plugin.face import __all__ as __all__
+    from rep_plugin.face import __version__ as __version__
+else:
+
+    def __getattr__(name: str):
+        if not name.startswith("__") or name in ("__all__", "__version__"):
+            face = import_module("rep_plugin.face")
+            if name == "__all__" or name in face.__all__:
+                return getattr(face, name)
+            if name in globals():  # a room that the face has imported
+                return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__getattr__("__all__")})

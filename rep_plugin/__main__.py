@@ -1,28 +1,47 @@
-"""Run a script with our names registered in timm: ``python -m rep_plugin train.py PICTURES --model rep_mobilenetv2_050``.
+"""The console command ``rep-plugin``, also ``python -m rep_plugin`` and ``torchrun -m rep_plugin``."""
 
-timm's own ``train.py`` and ``validate.py`` (in its repository, not in its package) have no flag that imports another
-package. With several processes:
-``torchrun --nproc_per_node 2 -m rep_plugin train.py ...``.
-"""
-
-import runpy
 import sys
-from pathlib import Path
+from contextlib import nullcontext
+from importlib import import_module
 
-import rep_plugin as rep_plugin
+from rep_plugin.commands import COMMANDS, LIGHT
+from rep_plugin.commands.parser import Parser
+from rep_plugin.errors import exit_on_user_errors
+from rep_plugin.version import __version__
 
 
-def main(arguments: list[str]) -> None:
-    """Run ``arguments[0]`` as Python would, with the rest as its command line. Exits with a line where it is no file."""
-    if not arguments or not Path(arguments[0]).is_file():
-        raise SystemExit(
-            f"usage: python -m rep_plugin SCRIPT.py ARGUMENTS; no such script: {' '.join(arguments[:1])!r} (timm's "
-            "train.py and validate.py are in its repository, not in its package)"
-        )
-    sys.argv = arguments
-    sys.path[0] = str(Path(arguments[0]).resolve().parent)
-    runpy.run_path(arguments[0], run_name="__main__")
+def build_parser() -> Parser:
+    """Return the parser of all commands."""
+    parser = Parser(prog="rep-plugin", description="Structural re-parameterization and channel pruning of networks.")
+    parser.add_argument("--version", action="version", version=f"rep-plugin {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        module = import_module(f"rep_plugin.commands.{name}")
+        own = commands.add_parser(name, help=module.HELP, description=module.__doc__)
+        module.add_arguments(own)
+        own.set_defaults(module=module, parser=own)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command of a command line, ``sys.argv[1:]`` by default. What a user can mend ends in one line."""
+    words = sys.argv[1:] if argv is None else argv
+    parser = build_parser()
+    if not words:
+        parser.print_help()
+        sys.exit(2)
+    if words[0].endswith(".py"):
+        more = " ..." if words[1:] else ""
+        parser.error(f"{words[0]} is no command: to run a script write 'rep-plugin script {words[0]}{more}'")
+    args = parser.parse_args(words)
+    if check := getattr(args.module, "check_arguments", None):
+        check(args)
+    # A script's errors are its own: they keep their traceback.
+    with nullcontext() if args.command == "script" else exit_on_user_errors():
+        if args.command not in LIGHT:
+            import_module("rep_plugin.face")  # timm must know our names, also where a config alone names them
+        args.module.run(args)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -1,8 +1,6 @@
 """Packages that only some rooms need, and what is said where one is not installed."""
 
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 from rep_plugin.errors import MissingPackageError
 
@@ -26,12 +24,3 @@ def require(package: str, extra: str, needed_by: str) -> None:
     if is_missing(package):
         text = f"{needed_by} needs {package}, which is not installed: pip install 'rep-plugin[{extra}]'"
         raise MissingPackageError(text, name=package)
-
-
-def require_or_exit(*packages: str, extra: str) -> None:
-    """End a command line tool, in one line, where one of the packages that it needs is not installed."""
-    try:
-        for package in packages:
-            require(package, extra, Path(sys.argv[0]).name)
-    except MissingPackageError as error:
-        sys.exit(f"error: {error}")

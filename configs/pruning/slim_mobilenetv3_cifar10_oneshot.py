@@ -1,5 +1,5 @@
 # The sparse MobileNetV3 of slim_mobilenetv3_cifar10.py, pruned once and fine-tuned. The nine rates of the study:
-#   python tools/sweep.py configs/pruning/slim_mobilenetv3_cifar10_oneshot.py \
+#   rep-plugin sweep configs/pruning/slim_mobilenetv3_cifar10_oneshot.py \
 #     --sparse configs/pruning/slim_mobilenetv3_cifar10.py
 _base_ = ["./slim_mobilenetv3_cifar10.py"]
 

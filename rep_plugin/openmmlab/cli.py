@@ -1,10 +1,11 @@
-"""What the command line tools share: arguments, trained models and runners to work on, and errors in one line."""
+"""What the commands share: trained models and runners to work on, and errors in one line."""
 
 import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 
 from rep_plugin.checkpoints.files import check_writable
 from rep_plugin.checkpoints.strict import refuse_misfits
-from rep_plugin.errors import ArgumentError, exit_on_user_errors
-from rep_plugin.openmmlab.base_configs import read_config
+from rep_plugin.errors import ArgumentError, first_line
+from rep_plugin.openmmlab.base_configs import read_config as read_any_config
 from rep_plugin.openmmlab.checkpoint import enable_safe_loading
 from rep_plugin.openmmlab.console import with_short_console
 from rep_plugin.openmmlab.data import check_data, guard_dataloaders, name_broken_images
@@ -30,20 +31,20 @@ from rep_plugin.shipped import resolve_config as resolve_config
 EXTRAS = {"mmpretrain": "openmmlab", "mmdet": "downstream", "mmseg": "downstream"}  # scope and package of a config
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call ``main``; what a user can mend ends in one line, and a bug in a traceback."""
-    with exit_on_user_errors():
-        enable_safe_loading()
-        name_broken_images()
-        try:
-            main()
-        except IndexError as error:  # torch's cross entropy
-            if not str(error).startswith("Target"):
-                raise
-            raise ArgumentError(f"{error} Labels must be below the head's num_classes") from error
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-            _leave()
+@contextmanager
+def session() -> Iterator[None]:
+    """What surrounds a command's work: safe loading, errors that name the image or the label, and an end of all ranks."""
+    enable_safe_loading()
+    name_broken_images()
+    try:
+        yield
+    except IndexError as error:  # torch's cross entropy
+        if not str(error).startswith("Target"):
+            raise
+        raise ArgumentError(f"{error} Labels must be below the head's num_classes") from error
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        _leave()
 
 
 def _leave() -> None:
@@ -54,9 +55,9 @@ def _leave() -> None:
     os._exit(0)
 
 
-def _read_config(path: str) -> Config:
+def read_config(path: str) -> Config:
     """Read a config, and require the package whose types it names: mmdet and mmseg are also used without mmpretrain."""
-    cfg = read_config(path)
+    cfg = read_any_config(path)
     scope = cfg.get("default_scope", "mmpretrain")
     if scope in EXTRAS:
         require(scope, EXTRAS[scope], path)
@@ -75,20 +76,6 @@ class Trained(NamedTuple):
     dataset_meta: dict | None
 
 
-def add_trained_arguments(parser: argparse.ArgumentParser, no_real_data: str) -> None:
-    """Add the arguments of a tool that reads a trained checkpoint and writes what it makes of it.
-
-    Args:
-        parser: the tool's.
-        no_real_data: the help of that flag.
-    """
-    parser.add_argument("config", help="config the checkpoint was trained with, or the name of a shipped one")
-    parser.add_argument("checkpoint", help="trained checkpoint")
-    parser.add_argument("--out-dir", help="folder for the files; default: the checkpoint's")
-    parser.add_argument("--no-real-data", action="store_true", help=no_real_data)
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="changes to the config as key=value")
-
-
 def output_folder(
     args: argparse.Namespace,
     outputs: Sequence[str],
@@ -98,7 +85,7 @@ def output_folder(
     """Find the folder to write to, and check that nothing is replaced that should stay.
 
     Args:
-        args: the parsed arguments of :func:`add_trained_arguments`.
+        args: the parsed arguments of :func:`rep_plugin.commands.parser.add_trained_arguments`.
         outputs: names of the files to write.
         precious: those of them that are replaced only in a folder that was asked for by name.
         more_files: what is read beside config and checkpoint.
@@ -131,13 +118,13 @@ def require_files(*paths: str | None) -> set[Path]:
     return {path.resolve() for path in given}
 
 
-def open_trained(config: str, checkpoint: str, cfg_options: dict | None = None, real_data: bool = True) -> Trained:
+def open_trained(config: str, checkpoint: str, cfg_options: Sequence[str] = (), real_data: bool = True) -> Trained:
     """Build a config's model and load a checkpoint into it strictly; take images of the validation set.
 
     Args:
         config: path of the config, or the name of a shipped one.
         checkpoint: path of the checkpoint.
-        cfg_options: changes to the config.
+        cfg_options: changes to the config, ``key=value`` each.
         real_data: read the validation set, where the config has one.
 
     Returns:
@@ -149,10 +136,9 @@ def open_trained(config: str, checkpoint: str, cfg_options: dict | None = None, 
         CheckpointMismatchError: the checkpoint is not exactly the model's.
         DataError: the validation set is missing, empty or broken.
     """
-    cfg = _read_config(config)
+    cfg = read_config(config)
     require_files(checkpoint)
-    if cfg_options:
-        cfg.merge_from_dict(cfg_options)
+    merge_options(cfg, cfg_options)
     model, meta = load_model(cfg, checkpoint)
     inputs, dataset_meta = None, meta.get("dataset_meta")
     if real_data and cfg.get("val_dataloader"):
@@ -166,38 +152,50 @@ def open_trained(config: str, checkpoint: str, cfg_options: dict | None = None, 
 # Tools that run a Runner.
 
 
-def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that training and testing share."""
-    parser.add_argument("config", help="config file, or the name of a shipped one (rep_mbv2_mini_cub)")
-    parser.add_argument("--work-dir", help="folder for logs and results; default: work_dirs/<name of the config>")
-    parser.add_argument("--amp", action="store_true", help="automatic mixed precision (bfloat16 on the CPU)")
-    parser.add_argument("--no-pin-memory", action="store_true", help="set pin_memory=False in the dataloaders")
-    parser.add_argument(
-        "--cfg-options",
-        nargs="+",
-        action=DictAction,
-        help='changes to the config as key=value; lists as key="[a,b]" or key=a,b, in quotes and without blanks',
-    )
-    parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none", help="job launcher")
-    # torch.distributed.launch passes the spelling with a hyphen.
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=0)
-
-
 def load_config(args: argparse.Namespace) -> Config:
-    """Read the config of the arguments of :func:`add_runner_arguments`, with its launcher and work folder.
+    """Read the config that the arguments of training and testing name, with their launcher and work folder.
 
     Raises:
         ArgumentError: there is neither such a file nor a shipped config of that name.
         MissingPackageError: the package of its ``default_scope`` is not installed.
     """
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    cfg = _read_config(args.config)
+    if not os.path.isfile(args.config):
+        raise ArgumentError(f"config {args.config} does not exist, expected a file")
+    cfg = read_config(args.config)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get("work_dir") is None:
         cfg.work_dir = os.path.join("work_dirs", Path(args.config).stem)
     return cfg
+
+
+def parse_options(words: Sequence[str]) -> dict:
+    """Return the {key: value} of ``key=value`` words, values as mmengine reads them. Raises ArgumentError for others."""
+    if odd := [word for word in words if "=" not in word]:
+        raise ArgumentError(f"--cfg-options takes key=value, got {odd[0]!r}")
+    space = argparse.Namespace(options=None)
+    if words:
+        DictAction([], "options")(argparse.ArgumentParser(), space, list(words))
+    return space.options or {}
+
+
+def merge_options(cfg: Config, words: Sequence[str]) -> None:
+    """Change a config as ``--cfg-options`` says.
+
+    Args:
+        cfg: the config; it is changed.
+        words: ``key=value``, each.
+
+    Raises:
+        ArgumentError: a word is no ``key=value``, or its key leads nowhere.
+    """
+    options = parse_options(words)
+    try:
+        cfg.merge_from_dict(options)
+    except (KeyError, TypeError) as error:  # mmengine's words for a list that is too short, or no list
+        raise ArgumentError(f"--cfg-options {' '.join(words)}: {first_line(error)}") from error
 
 
 def complete_dataloader(cfg: Config, name: str, pin_memory: bool = True, **defaults: Any) -> None:

@@ -28,7 +28,6 @@ def sweep(
     config: str,
     out: Path,
     rates: Sequence[float],
-    train_tool: Path,
     *,
     checkpoint: str | None = None,
     sparse: str | None = None,
@@ -46,7 +45,6 @@ def sweep(
             ``prune_fraction``.
         out: folder of all trainings.
         rates: shares of channels to remove.
-        train_tool: path of ``tools/train.py``.
         checkpoint: where all start; None for the config's ``load_from``.
         sparse: path of a config with a SparsityHook, to train that checkpoint with first.
         strengths: L1 strengths to train ``sparse`` with; none keeps its own.
@@ -68,14 +66,14 @@ def sweep(
         folder = out / ("sparse" if strength is None else f"sparse_{strength:g}")
         chosen = [] if strength is None else [f"{_hook_key(sparse, ('SparsityHook',), 'strength')}={strength}"]
         log(f"{' '.join(['sparse training', label]).strip()}: {folder}")
-        _train(train_tool, sparse, folder, [*sparse_options, *chosen])
+        _train(sparse, folder, [*sparse_options, *chosen])
         starts[label] = str(find_latest_checkpoint(str(folder)))
     rows = []
     with working("pruning and fine-tuning", total=len(starts) * len(rates)) as step:
         for label, rate in product(starts, rates):
             folder = out / "_".join(filter(None, [label.replace(" ", "_"), f"rate_{rate:g}"]))
             log(f"pruning and fine-tuning: {folder}")
-            _train(train_tool, config, folder, [*cfg_options, f"{key}={rate}"], starts[label])
+            _train(config, folder, [*cfg_options, f"{key}={rate}"], starts[label])
             rows.append(_row_of(folder, label, rate))
             step()
     _add_latencies(rows, config, next(iter(starts.values())))
@@ -107,8 +105,8 @@ def _hook_key(path: str, names: tuple[str, ...], argument: str) -> str:
     )
 
 
-def _train(tool: Path, config: str, folder: Path, options: list[str], load_from: str | None = None) -> None:
-    """Run the training tool into a folder to its end, unless done before; go on where it was cut off."""
+def _train(config: str, folder: Path, options: list[str], load_from: str | None = None) -> None:
+    """Run ``rep-plugin train`` into a folder to its end, unless done before; go on where it was cut off."""
     asked = {"config": config, "options": options, "load_from": load_from}
     record, done = folder / "asked.json", folder / "done"
     if record.is_file() and json.loads(record.read_text()) != asked:
@@ -117,7 +115,7 @@ def _train(tool: Path, config: str, folder: Path, options: list[str], load_from:
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_text(record, json.dumps(asked, indent=1))
-    words = [sys.executable, "-W", "ignore", str(tool), config, "--work-dir", str(folder)]
+    words = [sys.executable, "-W", "ignore", "-m", "rep_plugin", "train", config, "--work-dir", str(folder)]
     if (folder / "last_checkpoint").is_file() and find_latest_checkpoint(str(folder)):
         words += ["--resume"]
     elif load_from:

@@ -313,7 +313,7 @@ def test_files_and_the_command(tmp_path, ending):
     else:
         save_file(state, source)
     if ending == "pth":
-        command = [sys.executable, "-W", "ignore", "tools/convert_checkpoint.py", source, target, "--to", "official"]
+        command = [sys.executable, "-W", "ignore", "-m", "rep_plugin", "convert", source, target, "--to", "official"]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "repvgg A0 in training form with its classifier: 351 tensors, timm -> official" in done.stdout

@@ -1,6 +1,5 @@
 """tools/export.py on configs, artefacts and timm models, and what the files say."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from mmengine.config import Config
 from PIL import Image
 
 import rep_plugin
+from rep_plugin.__main__ import main
 from rep_plugin.checkpoints.files import save_checkpoint_file
 from rep_plugin.export.graph import read_metadata
 from rep_plugin.openmmlab.artefacts import write_deployed, write_pruned
@@ -51,24 +51,14 @@ val_dataloader = dict(
 """
 
 
-def tool():
-    spec = importlib.util.spec_from_file_location("export_tool", ROOT / "tools/export.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def tried(folder, monkeypatch):
     """Call the tool in ``folder`` with a list of words: None, or what it ended with."""
-    module = tool()
     monkeypatch.chdir(folder)
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
 
     def call(*words):
-        monkeypatch.setattr(sys, "argv", ["export.py", *map(str, words), "--rounds", "1"])
         try:
-            module.main()
+            main(["export", *map(str, words), "--rounds", "1"])
         except SystemExit as error:
             return error.code
         return None
@@ -123,11 +113,11 @@ def test_it_writes_configs_artefacts_and_timm_models(folder, tried, capsys):
     (folder / "names.txt").write_text("a\nb\nc\nd\n")
     assert [tried(*words) for words in cases] == [None] * len(cases)
     printed = capsys.readouterr().out
-    assert "written: a.onnx and a.onnx.json" in printed and "openvino" in printed
+    assert "written: a.onnx, a.onnx.json" in printed and "openvino" in printed
     words = ["local-dir:saved", "e.onnx", "--size", "64", "--dynamic-batch"]
     command = [sys.executable, "-W", "ignore", str(ROOT / "tools/export.py"), *words]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0 and "written: e.onnx and e.onnx.json" in done.stdout, done.stderr
+    assert done.returncode == 0 and "written: e.onnx, e.onnx.json" in done.stdout, done.stderr
     reports = {name: json.loads((folder / f"{name}.onnx.json").read_text()) for name in "abcde"}
     assert all(report["max_rel_error"] < 1e-4 and len(report["runtimes"]) == 2 for report in reports.values())
 

@@ -1,6 +1,5 @@
-"""tools/sweep.py: strengths and rates of a network that trains in milliseconds, cut off and gone on with."""
+"""``rep-plugin sweep``: strengths and rates of a network that trains in milliseconds, cut off and gone on with."""
 
-import importlib
 import json
 import subprocess
 from types import SimpleNamespace
@@ -8,28 +7,28 @@ from types import SimpleNamespace
 import mmengine.config.config
 import pytest
 
-from rep_plugin.errors import ArgumentError
+from rep_plugin.__main__ import build_parser, main
 from rep_plugin.openmmlab.checkpoint import enable_safe_loading
+from rep_plugin.openmmlab.cli import build_runner, load_config
+from rep_plugin.openmmlab.runs import merge_train_args
 from rep_plugin.openmmlab.sweep import curves_of
-from tests.test_openmmlab.test_hooks.conftest import ROOT
 from tests.test_openmmlab.test_hooks.tiny import config
 
 
 @pytest.fixture
 def tool(monkeypatch):
-    """The tool; its runs go through tools/train.py's own functions in this process, ``tool.ran`` has the command lines."""
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    sweep, train = (importlib.import_module(name) for name in ("sweep", "train"))
-    sweep.ran, sweep.fail_at = [], None
+    """Runs the command; its trainings run in this process, ``tool.ran`` has their command lines."""
+    sweep = SimpleNamespace(ran=[], fail_at=None, main=lambda words: main(["sweep", *words]))
 
     def run(words, stdout, stderr):
         sweep.ran.append(words)
         if len(sweep.ran) == sweep.fail_at:
             return subprocess.CompletedProcess(words, 1)
-        args = train.parse_args(words[4:])
-        cfg = train.merge_args(train.load_config(args), args)
+        assert words[3:5] == ["-m", "rep_plugin"]
+        args = build_parser().parse_args(words[5:])
+        cfg = merge_train_args(load_config(args), args)
         cfg.experiment_name = cfg.work_dir.replace("/", "_")
-        train.build_runner(cfg).train()
+        build_runner(cfg).train()
         return subprocess.CompletedProcess(words, 0)
 
     monkeypatch.setattr("rep_plugin.openmmlab.sweep.subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
@@ -56,7 +55,7 @@ def files(tmp_path):
 def test_rates_and_strengths_in_one_table_and_nothing_twice(tool, files, tmp_path, capsys):
     arguments = [*files, "--strengths", "0.001", "0.01", "--rates", "0.5", "0.25"]
     tool.fail_at = 4  # both sparse trainings and one rate are done
-    with pytest.raises(RuntimeError, match=r"the training in .*rate_0.5 failed, see .*log.txt"):
+    with pytest.raises(SystemExit, match=r"^error: the training in .*rate_0.5 failed, see .*log.txt"):
         tool.main(arguments)
     tool.main(arguments)
     assert len(tool.ran) == 4 + 3
@@ -79,20 +78,20 @@ def test_rates_and_strengths_in_one_table_and_nothing_twice(tool, files, tmp_pat
     assert (tmp_path / "out/sweep.png").stat().st_size > 5000
     assert set(curves_of(rows)) == {"L1 0.001", "L1 0.01"}
     assert set(curves_of(rows[:2])) == {"pruned", "fine-tuned"}
-    with pytest.raises(ArgumentError, match="holds a run with other options"):
+    with pytest.raises(SystemExit, match="holds a run with other options"):
         tool.main([*arguments, "--cfg-options", "optim_wrapper.optimizer.lr=0.1"])
 
 
 def test_what_does_not_fit_is_refused(tool, files, tmp_path):
     with pytest.raises(
-        ArgumentError, match=r"sparse.py has no PruneHook or SoftPruneHook in custom_hooks, got \['rep_plugin.Sp"
+        SystemExit, match=r"sparse.py has no PruneHook or SoftPruneHook in custom_hooks, got \['rep_plugin.Sp"
     ):
         tool.main([files[2]])
-    with pytest.raises(ArgumentError, match="checkpoint None does not exist: give --checkpoint, or --sparse"):
+    with pytest.raises(SystemExit, match="checkpoint None does not exist: give --checkpoint, or --sparse"):
         tool.main(files[:1])
     config(tmp_path, dict(type="rep_plugin.PruneHook", macs=0.5)).dump(tmp_path / "macs.py")
-    with pytest.raises(ArgumentError, match=r"PruneHook of .*macs.py has no 'prune_fraction', got \['macs', 'type'\]"):
+    with pytest.raises(SystemExit, match=r"PruneHook of .*macs.py has no 'prune_fraction', got \['macs', 'type'\]"):
         tool.main([str(tmp_path / "macs.py")])
     for arguments in (["--rates", "1.5"], ["--strengths", "1"], [*files[1:3], "--checkpoint", "a.pth"]):
         with pytest.raises(SystemExit):
-            tool.parse_args([files[0], *arguments])
+            tool.main([files[0], *arguments])

@@ -1,7 +1,7 @@
-"""tools/train.py in forked processes: imports are paid for once, and every training has a process of its own, or two."""
+"""``rep-plugin train`` in forked processes: imports are paid for once, every training has a process or two."""
 
 import contextlib
-import importlib.util
+import importlib
 import os
 import signal
 import socket
@@ -12,16 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from tests.helpers import ROOT
-
 
 def load_tool() -> ModuleType:
-    """Return tools/train.py as a module."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    spec = importlib.util.spec_from_file_location("train", ROOT / "tools/train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """Return the command line as a module, with what training needs imported."""
+    importlib.import_module("rep_plugin.openmmlab.runs")
+    return importlib.import_module("rep_plugin.__main__")
 
 
 def fork(tool: ModuleType, arguments: list[str], output: Path, prepare: Callable[[], None] = lambda: None) -> int:
@@ -35,8 +30,7 @@ def fork(tool: ModuleType, arguments: list[str], output: Path, prepare: Callable
         os.dup2(file, 1)
         os.dup2(file, 2)
         prepare()
-        sys.argv = ["train.py", *arguments]
-        tool.run(tool.main)
+        tool.main(["train", *arguments])
         code = 0
     except BaseException:
         traceback.print_exc()

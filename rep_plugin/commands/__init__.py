@@ -1,0 +1,10 @@
+"""The commands of ``rep-plugin``, one module each.
+
+A module has HELP (one line), ``add_arguments(parser)`` and ``run(args)``; some have ``check_arguments(args)``, for
+what argparse cannot say. They import nothing heavy but in ``run``: ``--help`` answers at once.
+"""
+
+# In the order of --help.
+COMMANDS = ("train", "test", "sweep", "prune", "reparameterize", "compare", "export", "convert", "script")
+# These import what they need, and do without our names in timm.
+LIGHT = ("convert",)

@@ -1,0 +1,135 @@
+"""Write a trained model as ONNX, once ONNX Runtime and OpenVINO give the same as PyTorch on images.
+
+rep-plugin export CONFIG CHECKPOINT OUT.onnx                   # also deploy.py deploy.pth, pruned.py pruned.pth
+rep-plugin export rep_repvgg_a0 OUT.onnx --checkpoint last.pth.tar --images FOLDER
+rep-plugin export local-dir:FOLDER OUT.onnx --images FOLDER    # what save_timm wrote
+
+Branches are merged first, and the outputs are logits, without softmax. A config's validation images are compared, or
+those of --images; a timm model without --images is compared on random ones. The report is written to OUT.onnx.json as well.
+"""
+
+import argparse
+import ast
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rep_plugin.commands.parser import add_cfg_options
+from rep_plugin.commands.written import print_written
+from rep_plugin.optional import require
+
+if TYPE_CHECKING:
+    from rep_plugin.export.report import ExportReport
+
+HELP = "write a trained model as ONNX, compared in its runtimes first"
+OPSET, TOLERANCE, RUNTIMES = 18, 1e-4, ("onnxruntime", "openvino")
+
+
+def model_arg(text: str) -> tuple[str, object]:
+    """KEY=VALUE, the value as Python writes it, else a word."""
+    key, separator, value = text.partition("=")
+    if not separator or not key.isidentifier():
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the model, the file, and how they are compared."""
+    parser.add_argument("model", help="config (.py), timm name, or local-dir:FOLDER")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="[CHECKPOINT, after a config] OUT.onnx")
+    parser.add_argument("--images", metavar="FOLDER", help="images to compare on")
+    parser.add_argument("--size", type=int, nargs="+", metavar="N", help="height and width, one number for both")
+    parser.add_argument("--dynamic-size", action="store_true", help="leave height and width open")
+    numbers = parser.add_mutually_exclusive_group()
+    numbers.add_argument("--batch", type=int, help="fix the number of images; default: open")
+    numbers.add_argument("--dynamic-batch", action="store_true", help="leave the number of images open: the default")
+    parser.add_argument("--as-it-stands", action="store_true", help="do not merge or fold anything")
+    parser.add_argument("--class-names", metavar="FILE", help="one name a line; default: those of the config or model")
+    parser.add_argument("--opset", type=int, default=OPSET, help="default: %(default)s")
+    parser.add_argument(
+        "--runtimes", nargs="+", default=list(RUNTIMES), choices=RUNTIMES, help="where to compare; default: both"
+    )
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="relative, default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=20, help="timed calls, 0: none; default: %(default)s")
+    mm = parser.add_argument_group("with a config")
+    mm.add_argument("--no-real-data", action="store_true", help="compare on random images; needs --size")
+    add_cfg_options(mm)
+    named = parser.add_argument_group("with a timm name")
+    named.add_argument("--checkpoint", help="weights: what timm's train.py or torch.save wrote, or .safetensors")
+    named.add_argument("--pretrained", action="store_true", help="timm's own weights")
+    named.add_argument(
+        "--model-args", type=model_arg, nargs="+", default=[], metavar="KEY=VALUE", help="as num_classes=20"
+    )
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what does not go with the model, and read the size."""
+    is_config = args.model.endswith(".py")
+    if len(args.files) != 1 + is_config:
+        args.parser.error(
+            f"expected {'CONFIG CHECKPOINT' if is_config else 'NAME'} OUT.onnx, got {len(args.files)} files"
+        )
+    if args.size is not None and len(args.size) > 2:
+        args.parser.error(f"--size takes one or two numbers, got {args.size}")
+    args.size = tuple(args.size * 2)[:2] if args.size else None
+    wrong = ("checkpoint", "pretrained", "model_args") if is_config else ("no_real_data", "cfg_options")
+    for name in wrong:
+        if getattr(args, name):
+            args.parser.error(f"--{name.replace('_', '-')} does not go with {args.model}")
+
+
+def options_of(args: argparse.Namespace) -> dict:
+    """Return the options of export_onnx, whatever the model."""
+    options = {name: getattr(args, name) for name in ("dynamic_size", "opset", "runtimes", "tolerance", "rounds")}
+    if args.class_names:
+        if not Path(args.class_names).is_file():
+            raise FileNotFoundError(f"{args.class_names} does not exist, expected a file of names")
+        options["class_names"] = Path(args.class_names).read_text().splitlines()
+    return options | {"reparameterize": not args.as_it_stands, "batch": args.batch, "size": args.size}
+
+
+def from_config(args: argparse.Namespace) -> "ExportReport":
+    """Export the model of a config."""
+    from rep_plugin.openmmlab.cli import open_trained
+    from rep_plugin.openmmlab.export import read_images, write_onnx
+
+    options, real_data = options_of(args), not args.no_real_data and args.images is None
+    cfg, model, inputs, dataset_meta = open_trained(args.model, args.files[0], args.cfg_options, real_data)
+    if args.images is not None:
+        inputs = read_images(model, cfg, args.images)
+    return write_onnx(model, cfg, args.files[-1], inputs, dataset_meta, **options)
+
+
+def from_timm(args: argparse.Namespace) -> "ExportReport":
+    """Export the model of a timm name."""
+    from rep_plugin.timm.export import export_timm
+
+    return export_timm(
+        args.model,
+        args.files[-1],
+        checkpoint=args.checkpoint,
+        pretrained=args.pretrained,
+        model_args=dict(args.model_args),
+        folder=args.images,
+        **options_of(args),
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load, merge, export, compare, print the report."""
+    is_config = args.model.endswith(".py")
+    for package in ("mmengine", "mmcv") if is_config else ("timm",):
+        require(package, "openmmlab" if is_config else "timm", "rep-plugin export")
+    if is_config:
+        from rep_plugin.openmmlab.cli import session
+
+        with session():
+            report = from_config(args)
+    else:
+        report = from_timm(args)
+    report.print()
+    beside = Path(f"{args.files[-1]}.json")
+    report.to_json(beside)
+    print_written([args.files[-1], beside])

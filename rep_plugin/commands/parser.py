@@ -1,0 +1,94 @@
+"""argparse with "did you mean", and the arguments that several commands share."""
+
+import argparse
+import difflib
+from collections.abc import Iterable
+from typing import NoReturn
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'resume'?"`` with the nearest of the known words, or an empty text where none is near."""
+    near = difflib.get_close_matches(word, list(known), 1, 0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that names the nearest option or choice, and keeps the line breaks of its description."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{"formatter_class": argparse.RawDescriptionHelpFormatter, **kwargs})
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Parse, and refuse what is left over: a command's own parser knows its options, the one above it does not."""
+        namespace, left = super().parse_known_args(args, namespace)
+        if left:
+            known = [option for action in self._actions for option in action.option_strings]
+            options = [word for word in left if word.startswith("-")]
+            hint = did_you_mean(options[0].partition("=")[0], known) if options else ""
+            self.error(f"unrecognized arguments: {' '.join(left)}{hint}")
+        return namespace, left
+
+    def _check_value(self, action, value) -> None:
+        if action.choices is not None and value not in action.choices:
+            hint = did_you_mean(str(value), map(str, action.choices))
+            known = ", ".join(map(str, action.choices))
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}{hint} (choose from {known})")
+
+    def error(self, message: str) -> NoReturn:
+        """End with how the command is used, and the message."""
+        super().error(message)
+
+
+def add_trained_arguments(parser: argparse.ArgumentParser, no_real_data: str) -> None:
+    """Add the arguments of a command that reads a trained checkpoint and writes what it makes of it.
+
+    Args:
+        parser: the command's.
+        no_real_data: the help of that flag.
+    """
+    parser.add_argument(
+        "config", metavar="CONFIG", help="config the checkpoint was trained with, or the name of a shipped one"
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="trained checkpoint")
+    parser.add_argument("--out-dir", metavar="FOLDER", help="folder for the files; default: the checkpoint's")
+    parser.add_argument("--no-real-data", action="store_true", help=no_real_data)
+    add_cfg_options(parser)
+
+
+def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that training and testing share."""
+    parser.add_argument(
+        "config", metavar="CONFIG", help="config file, or the name of a shipped one (rep_mbv2_mini_cub)"
+    )
+    parser.add_argument(
+        "--work-dir", metavar="FOLDER", help="folder for logs and results; default: work_dirs/<name of the config>"
+    )
+    parser.add_argument("--amp", action="store_true", help="automatic mixed precision (bfloat16 on the CPU)")
+    parser.add_argument("--no-pin-memory", action="store_true", help="set pin_memory=False in the dataloaders")
+    add_cfg_options(parser)
+    parser.add_argument(
+        "--launcher",
+        choices=["none", "pytorch", "slurm", "mpi"],
+        default="none",
+        help="what started the processes; default: %(default)s",
+    )
+    # torch.distributed.launch passes the spelling with a hyphen.
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+
+
+def add_cfg_options(parser: argparse.ArgumentParser, name: str = "--cfg-options", what: str = "the config") -> None:
+    """Add ``--cfg-options KEY=VALUE ...``; what it collects is for :func:`rep_plugin.openmmlab.cli.parse_options`.
+
+    Args:
+        parser: the command's, or a group of it.
+        name: the option.
+        what: what it changes, for its help.
+    """
+    parser.add_argument(
+        name,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f'changes to {what}; lists as key="[a,b]" or key=a,b, in quotes and without blanks',
+    )

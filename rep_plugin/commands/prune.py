@@ -1,0 +1,146 @@
+"""Prune a trained checkpoint: pruned.pth, pruned.py, the plan, the report and a plot of the widths.
+
+rep-plugin prune CONFIG CHECKPOINT --fraction 0.3
+rep-plugin prune CONFIG CHECKPOINT --macs 0.5 --round-to 8 --scores l1
+rep-plugin prune CONFIG CHECKPOINT --latency 0.6                     # of the time it takes on this machine
+rep-plugin train pruned.py --cfg-options load_from=pruned.pth        # fine-tune
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rep_plugin.commands.parser import add_trained_arguments
+from rep_plugin.commands.written import print_written
+from rep_plugin.errors import ArgumentError
+from rep_plugin.optional import require
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from torch import nn
+
+    from rep_plugin.pruning import PrunePlan
+
+HELP = "remove channels of a trained checkpoint"
+PRECIOUS = ("pruned.pth", "pruned.py")
+OUTPUTS = (*PRECIOUS, "pruned.plan.json", "pruned.json", "pruned.png")
+SCORES = ("bn_gamma", "l1", "l2", "fpgm", "random")
+
+
+def amount(text: str) -> int | float:
+    """A share with a point in it (0.5), or a whole number (300000000)."""
+    return float(text) if "." in text else int(text)
+
+
+def override(text: str) -> tuple[str, float | str]:
+    """PATTERN=FRACTION or PATTERN=frozen."""
+    pattern, _, value = text.rpartition("=")
+    if not pattern:
+        raise argparse.ArgumentTypeError(f"expected PATTERN=FRACTION or PATTERN=frozen, got {text!r}")
+    return pattern, value if value == "frozen" else float(value)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add how much goes, which channels, and those of all commands that read a trained checkpoint."""
+    add_trained_arguments(parser, no_real_data="prove on random images alone; needs --shape")
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument(
+        "--fraction", "--prune-fraction", type=float, help="share of the prunable channels to remove, 0 <= x < 1"
+    )
+    how.add_argument("--params", type=amount, help="parameters that may remain: a share (0.5) or a number")
+    how.add_argument("--macs", type=amount, help="multiply-adds that may remain: a share (0.5) or a number")
+    how.add_argument("--latency", type=float, help="share of the time on this machine, one thread, one image")
+    how.add_argument("--latency-ms", type=float, help="milliseconds on this machine, one thread, one image")
+    how.add_argument("--widths", help="JSON file {layer name: channels kept}, taken as it is")
+    how.add_argument("--plan", help="plan file of an earlier run, applied as it is")
+    parser.add_argument(
+        "--scores", default="bn_gamma", choices=SCORES, help="how channels are scored; default: %(default)s"
+    )
+    parser.add_argument(
+        "--scope",
+        default="global",
+        choices=["global", "layer"],
+        help="compare over all layers, or in each; default: %(default)s",
+    )
+    parser.add_argument("--min-channels", type=int, default=1, help="no layer falls below; default: %(default)s")
+    parser.add_argument(
+        "--round-to", type=int, default=1, help="narrowed layers keep a multiple of this; default: %(default)s"
+    )
+    parser.add_argument("--override", type=override, nargs="+", default=[], metavar="PATTERN=FRACTION")
+    parser.add_argument("--ignore", nargs="+", default=[], metavar="PATTERN", help="layers that stay as they are")
+    parser.add_argument("--shape", type=int, nargs="+", help="input size C H W; default: that of the validation images")
+
+
+def read_widths(path: Path) -> dict[str, int]:
+    """Return the {layer name: channels kept} of a file. Raises ArgumentError, naming the file, for anything else."""
+    try:
+        widths = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ArgumentError(f"{path} is not JSON: {error}") from None
+    if not isinstance(widths, dict):
+        raise ArgumentError(f"{path} must hold {{layer name: channels kept}}, got a {type(widths).__name__}")
+    if odd := [name for name, width in widths.items() if not isinstance(width, int)]:
+        raise ArgumentError(f"{path} must hold {{layer name: channels kept}}, got {odd[0]!r}: {widths[odd[0]]!r:.40}")
+    return widths
+
+
+def make_plan(model: "nn.Module", shape: tuple[int, ...], args: argparse.Namespace) -> "PrunePlan":
+    """Return the plan that the arguments ask for.
+
+    Args:
+        model: the network.
+        shape: (1, C, H, W) of its input.
+        args: the command line.
+
+    Returns:
+        The plan.
+    """
+    from rep_plugin.pruning import PrunePlan, plan_pruning
+
+    if args.plan:
+        return PrunePlan.from_json(Path(args.plan))
+    if args.widths:
+        scores = "l1" if args.scores == "bn_gamma" else args.scores
+        return PrunePlan.from_widths(model, shape, read_widths(Path(args.widths)), scores)
+    return plan_pruning(
+        model, shape, args.scores, args.fraction, params=args.params, macs=args.macs, latency=args.latency,
+        latency_ms=args.latency_ms, scope=args.scope, min_channels=args.min_channels, round_to=args.round_to,
+        overrides=dict(args.override), ignore=args.ignore,
+    )  # fmt: skip
+
+
+def widths_table(plan: "PrunePlan") -> "Table":
+    """Return every layer's channels before and after, and why the others stay."""
+    from rich.table import Table
+
+    table = Table(title=plan.why)
+    for column in ("layer", "before", "after", "stays because"):
+        table.add_column(column, justify="right" if column in ("before", "after") else "left")
+    for name, (before, after) in plan.widths.items():
+        table.add_row(name, str(before), str(after), plan.frozen.get(name, ""))
+    return table
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load, plan, prune, prove, write, print the report."""
+    for package in ("mmengine", "mmcv"):
+        require(package, "openmmlab", "rep-plugin prune")
+    from rich.console import Console
+
+    from rep_plugin.openmmlab.artefacts import write_pruned
+    from rep_plugin.openmmlab.cli import open_trained, output_folder, session
+
+    with session():
+        out_dir = output_folder(args, OUTPUTS, PRECIOUS, (args.widths, args.plan))
+        trained = open_trained(args.config, args.checkpoint, args.cfg_options, not args.no_real_data)
+        if args.shape and len(args.shape) != 3:
+            raise ArgumentError(f"--shape takes three numbers, C H W, got {args.shape}")
+        if trained.inputs is None and not args.shape:
+            raise ArgumentError("without validation images the input size is needed: --shape C H W")
+        shape = (1, *(args.shape or trained.inputs.shape[1:]))  # costs are those of one image
+        plan = make_plan(trained.model, shape, args)
+        report = write_pruned(trained.model, trained.cfg, plan, out_dir, trained.inputs, trained.dataset_meta)
+        Console().print(widths_table(plan))
+        report.print()
+        print_written(out_dir / name for name in OUTPUTS)

@@ -1,0 +1,50 @@
+"""Test a model on the data set of its config (mmpretrain's, mmdet's or mmseg's), with the flags of mmpretrain's own tool.
+
+rep-plugin test CONFIG CHECKPOINT
+rep-plugin test CONFIG CHECKPOINT --out predictions.pkl
+"""
+
+import argparse
+
+from rep_plugin.commands.parser import add_runner_arguments
+from rep_plugin.optional import require
+
+HELP = "test a checkpoint on the data set of its config"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add mmpretrain's flags."""
+    add_runner_arguments(parser)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint file")
+    parser.add_argument(
+        "--out", metavar="FILE", help="file for the results: .pkl for predictions, .json too for metrics"
+    )
+    parser.add_argument("--out-item", choices=["metrics", "pred"], help="what goes into --out; default: pred")
+    parser.add_argument("--show-dir", metavar="FOLDER", help="folder for the images with their predictions")
+    parser.add_argument("--show", action="store_true", help="show the images with their predictions in a window")
+    parser.add_argument("--interval", type=int, default=1, help="show every so many images; default: %(default)s")
+    parser.add_argument("--wait-time", type=float, default=2, help="seconds a window stays; default: %(default)s")
+    parser.add_argument(
+        "--tta",
+        action="store_true",
+        help="test-time augmentation by tta_model and tta_pipeline of the config; default: average with the mirrored",
+    )
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse --out where it does not fit."""
+    if args.out_item is not None and args.out is None:
+        args.parser.error(f"--out-item {args.out_item} needs --out, which is not given")
+    if args.out is not None and args.out_item != "metrics" and not args.out.endswith((".pkl", ".pickle")):
+        args.parser.error(f"--out is {args.out}, expected a name ending in .pkl or .pickle for predictions")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Test, write the results."""
+    for package in ("mmengine", "mmcv"):
+        require(package, "openmmlab", "rep-plugin test")
+    from rep_plugin.openmmlab.cli import session
+    from rep_plugin.openmmlab.runs import test
+
+    with session():
+        test(args)
