@@ -1,8 +1,9 @@
 """One family of errors: what a user can mend. Messages are one line."""
 
+import difflib
 import pickle
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -100,6 +101,22 @@ def first_line(error: BaseException) -> str:
         return lines[0]
     _, found, message = lines[-1].partition(f"{type(error).__name__}: ")
     return message if found else lines[-1]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ``, did you mean 'NAME'?`` for the nearest known name, '' where none is near; upper case does not count.
+
+    Args:
+        word: What was written.
+        known: The names that exist.
+
+    Example:
+        >>> did_you_mean("SDG", ["Adam", "SGD"]), did_you_mean("Ranger", ["Adam", "SGD"])
+        (", did you mean 'SGD'?", '')
+    """
+    names = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), names, n=1)
+    return f", did you mean {names[near[0]]!r}?" if near else ""
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rep_plugin.blocks.annealed import annealed_modules
 from rep_plugin.checkpoints.files import save_checkpoint_file, write_atomic, write_together
 from rep_plugin.checkpoints.strict import describe_mismatch
+from rep_plugin.errors import ArgumentError
 from rep_plugin.measure.plots import draw_widths
 from rep_plugin.measure.report import Report
 from rep_plugin.openmmlab.configs import deploy_config, plain_data, pruned_config
@@ -57,20 +58,42 @@ def write_deployed(
         >>> len(report.blocks), Config.fromfile("out/deploy.py").model.backbone.deploy
         (19, True)
     """
-    deployed = deploy_config(cfg)
-    source = copy.deepcopy(model)
-    source.eval()
-    merged, report = reparameterize(source, inputs, inplace=True, fold_bn=False)
-    merged.cpu()
-    if describe_mismatch(build_model(deployed), merged.state_dict()):
-        # The merge left biases that the stock network has not, and no batch norm took them up.
-        deployed = deploy_config(cfg, as_stock=False)
+    merged, deployed, report = deployed_form(model, cfg, inputs)
     check_rebuilt(deployed, merged, inputs if inputs is not None else torch.zeros(report.input_shape))
 
     meta = _file_meta(merged, dataset_meta, report.notes)
     texts = {"deploy.py": deployed.pretty_text, "deploy.json": report.to_json()}
     write_together(Path(out_dir), _writers("deploy.pth", merged, meta, texts))
     return report
+
+
+def deployed_form(
+    model: nn.Module, cfg: Config, inputs: Tensor | None = None, verify: bool = True
+) -> tuple[nn.Module, Config, Report]:
+    """Merge a copy of a model, and find the config that builds the result.
+
+    Args:
+        model: what ``cfg.model`` builds, in any mode.
+        cfg: the config it was trained with.
+        inputs: preprocessed images (N, C, H, W) for the proof.
+        verify: prove the merge.
+
+    Returns:
+        The merged model on the CPU, its config, and the report.
+
+    Raises:
+        RepPluginError: what :func:`rep_plugin.reparameterize` raises.
+        ArgumentError: there is no config for the result.
+    """
+    deployed = deploy_config(cfg)
+    source = copy.deepcopy(model)
+    source.eval()
+    merged, report = reparameterize(source, inputs, inplace=True, fold_bn=False, verify=verify)
+    merged.cpu()
+    if describe_mismatch(build_model(deployed), merged.state_dict()):
+        # The merge left biases that the stock network has not, and no batch norm took them up.
+        deployed = deploy_config(cfg, as_stock=False)
+    return merged, deployed, report
 
 
 def write_pruned(
@@ -142,11 +165,7 @@ def write_pruned_model(
         dataset_meta: meta data of the data set.
         more_texts: file name -> text, written along.
     """
-    written = pruned_config(cfg, plan, all(part.alpha == 1 for part in annealed_modules(pruned)))
-    pruned.eval()
-    pruned.cpu()
-    check_rebuilt(written, pruned, inputs if inputs is not None else torch.zeros(1, *plan.input_shape[1:]))
-
+    written = check_pruned_form(pruned, cfg, plan, inputs)
     meta = _file_meta(pruned, dataset_meta, report.notes)
     texts = {
         "pruned.py": written.pretty_text,
@@ -160,6 +179,31 @@ def write_pruned_model(
         path, lambda file: draw_widths(plan.widths, file, title, plan.frozen)
     )
     write_together(Path(out_dir), files)
+
+
+def check_pruned_form(pruned: nn.Module, cfg: Config, plan: PrunePlan, inputs: Tensor | None = None) -> Config:
+    """Return the config of a pruned model, once what it builds is proven to be that model.
+
+    Args:
+        pruned: what ``plan`` makes of ``cfg.model``; it is moved to the CPU and put in eval mode.
+        cfg: the config of the model before.
+        plan: what was removed.
+        inputs: preprocessed images (N, C, H, W) to compare on; None for zeros.
+
+    Returns:
+        The config.
+
+    Raises:
+        CheckpointMismatchError: the weights do not fit.
+        EquivalenceError: the output differs.
+    """
+    if "model" not in cfg:
+        raise ArgumentError("the config has no model: what is written could not be built from it")
+    written = pruned_config(cfg, plan, all(part.alpha == 1 for part in annealed_modules(pruned)))
+    pruned.eval()
+    pruned.cpu()
+    check_rebuilt(written, pruned, inputs if inputs is not None else torch.zeros(1, *plan.input_shape[1:]))
+    return written
 
 
 def _writers(name: str, model: nn.Module, meta: dict, texts: Mapping[str, str]) -> dict[str, Callable[[Path], None]]:

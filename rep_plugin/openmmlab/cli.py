@@ -1,10 +1,11 @@
 """What the commands share: trained models and runners to work on, and errors in one line."""
 
 import argparse
+import functools
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.model import BaseTTAModel, is_model_wrapper
-from mmengine.registry import RUNNERS, DefaultScope
+from mmengine.registry import OPTIMIZERS, RUNNERS, DefaultScope
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ from rep_plugin.openmmlab.base_configs import read_config as read_any_config
 from rep_plugin.openmmlab.checkpoint import enable_safe_loading
 from rep_plugin.openmmlab.console import with_short_console
 from rep_plugin.openmmlab.data import check_data, guard_dataloaders, name_broken_images
-from rep_plugin.openmmlab.load import config_errors, load_model, real_inputs
+from rep_plugin.openmmlab.load import config_errors, load_model, real_inputs, require_type
 from rep_plugin.optional import require
 from rep_plugin.shipped import resolve_config as resolve_config
 
@@ -253,13 +254,43 @@ def build_runner(cfg: Config) -> Runner:
     """
     if cfg.launcher == "pytorch" and get_device() == "cpu":
         _connect_on_cpu(cfg)
+    scope = cfg.get("default_scope", "mmpretrain")
+    with DefaultScope.overwrite_default_scope(scope):
+        for key, part in _optimizers_of(cfg.get("optim_wrapper") or {}):
+            require_type(part.get("type"), OPTIMIZERS, key)  # mmengine would ask None for its signature
     with config_errors():
         runner_class = RUNNERS.get(cfg.get("runner_type", "Runner"))
         if runner_class is None:
             raise ArgumentError(f"runner_type is {cfg.runner_type!r}, expected the name of a registered runner")
         runner = with_short_console(runner_class).from_cfg(cfg)
     guard_dataloaders(runner)
+    for name in LAZILY_BUILT:
+        if hasattr(runner, name):
+            setattr(runner, name, _told_in_one_line(getattr(runner, name)))
     return runner
+
+
+# What a Runner builds once it is asked to train or test.
+LAZILY_BUILT = ("build_train_loop", "build_val_loop", "build_test_loop", "build_optim_wrapper", "build_param_scheduler")
+
+
+def _told_in_one_line(build: Callable) -> Callable:
+    @functools.wraps(build)
+    def building(*args: Any, **kwargs: Any) -> Any:
+        with config_errors():
+            return build(*args, **kwargs)
+
+    return building
+
+
+def _optimizers_of(wrapper: Mapping, key: str = "optim_wrapper") -> Iterator[tuple[str, Mapping]]:
+    """The configs of the optimizers in a wrapper's, one or several, each with its key."""
+    for name, part in wrapper.items():
+        if isinstance(part, Mapping):
+            if name == "optimizer":
+                yield f"{key}.{name}", part
+            else:
+                yield from _optimizers_of(part, f"{key}.{name}")
 
 
 def _connect_on_cpu(cfg: Config) -> None:

@@ -1,22 +1,32 @@
 """Models built from configs, and checkpoints loaded into them strictly."""
 
 import copy
+import inspect
 import math
 import os
+import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS as ROOT_MODELS
-from mmengine.registry import DefaultScope, build_from_cfg
+from mmengine.registry import DefaultScope, Registry, build_from_cfg
+from mmengine.registry.build_functions import build_scheduler_from_cfg
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from rep_plugin.checkpoints.safe_load import load_checkpoint_file
 from rep_plugin.checkpoints.strict import require_fit
-from rep_plugin.errors import ArgumentError, CheckpointMismatchError, EquivalenceError, RepPluginError, first_line
+from rep_plugin.errors import (
+    ArgumentError,
+    CheckpointMismatchError,
+    EquivalenceError,
+    RepPluginError,
+    did_you_mean,
+    first_line,
+)
 from rep_plugin.measure.forward import run_model
 from rep_plugin.measure.verify import compare_outputs, verify_equivalence
 from rep_plugin.openmmlab.configs import drop_pretrained_, typed_dicts
@@ -24,20 +34,77 @@ from rep_plugin.openmmlab.configs import drop_pretrained_, typed_dicts
 REAL_IMAGES, REAL_PIXELS = 8, 8 * 384 * 384  # for the proof on real data: float64 is slow
 
 
+# Of what a value of a config raises in code that is not ours. An assertion is mmengine's way to check an argument.
+VALUE_ERRORS = (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, AssertionError)
+
+
 @contextmanager
 def config_errors() -> Iterator[None]:
-    """Turn what the values of a config raise when mmengine builds them into an ArgumentError that names the type."""
+    """Turn what the values of a config raise when mmengine builds them into an ArgumentError that names the type.
+
+    A type that does not exist, and an argument that a type does not take, are told with the nearest name.
+    """
     try:
         yield
     except RepPluginError:
         raise
-    except (ValueError, TypeError, KeyError) as error:
-        frames = [
-            frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code is build_from_cfg.__code__
-        ]
-        built = [kind.__name__ for frame in frames if (kind := frame.f_locals.get("obj_cls")) is not None]
-        where = f" {built[-1]}:" if built else ""
-        raise ArgumentError(f"the config cannot be built:{where} {first_line(error)}") from error
+    except VALUE_ERRORS as error:
+        frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code in _BUILDERS]
+        built = [kind for frame in frames if (kind := frame.get("obj_cls") or frame.get("scheduler_cls")) is not None]
+        where = f" {built[-1].__name__}:" if built else ""
+        raise ArgumentError(f"the config cannot be built:{where} {_explain(error, frames, built)}") from error
+
+
+_BUILDERS = {build_from_cfg.__code__, build_scheduler_from_cfg.__code__}
+
+
+def _explain(error: BaseException, frames: Sequence[Mapping], built: Sequence[Callable]) -> str:
+    """What is wrong, in one line."""
+    text = first_line(error)
+    if isinstance(error, KeyError) and (found := re.search(r"(\S+) is not in the .*registry", text)):
+        registry = frames[-1].get("registry") if frames else None
+        return unknown_type(found[1].strip("'\""), registry) if isinstance(registry, Registry) else text
+    if built and (found := re.search(r"unexpected keyword argument '(\w+)'", text)):
+        return f"{text}{did_you_mean(found[1], inspect.signature(built[-1]).parameters)}"
+    if isinstance(error, ZeroDivisionError):
+        return f"{text}: the training is too short for it, or one of its numbers is 0"
+    return text
+
+
+def unknown_type(name: str, registry: Registry) -> str:
+    """Return the message for a type that no registry has: the nearest name, or how a class of one's own gets in.
+
+    Args:
+        name: as the config has it, with its scope where it has one.
+        registry: where it was looked for.
+    """
+    scope = name.rpartition(".")[0]
+    related, known = [registry, *_ancestors(registry), registry.root.children.get(scope)], []
+    for one in filter(None, related):
+        prefix = f"{scope}." if scope and one.scope == scope else ""
+        known += [prefix + known_name for known_name in one.module_dict]
+    hint = did_you_mean(name, known)
+    own = "; a class of your own is found once custom_imports names its module"
+    return f"type {name!r} is no {registry.name} that is known{hint or own}"
+
+
+def _ancestors(registry: Registry) -> Iterator[Registry]:
+    while (registry := registry.parent) is not None:
+        yield registry
+
+
+def require_type(name: object, registry: Registry, key: str) -> None:
+    """Raise ArgumentError for a name that a registry does not have, where mmengine itself would fail without it.
+
+    Args:
+        name: the type, by name; a class is taken as it is.
+        registry: of the types.
+        key: where the config has it, for the message.
+    """
+    if isinstance(name, str):
+        with registry.switch_scope_and_registry(None) as there:
+            if there.get(name) is None:
+                raise ArgumentError(f"the config cannot be built: {key}: {unknown_type(name, there)}")
 
 
 def build_model(cfg: Config) -> nn.Module:

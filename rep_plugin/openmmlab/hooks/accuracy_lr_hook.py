@@ -8,7 +8,7 @@ from mmengine.optim import OptimWrapperDict
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
 from rep_plugin.errors import ArgumentError, HookError
-from rep_plugin.openmmlab.hooks.runner_utils import evaluate, final_model
+from rep_plugin.openmmlab.hooks.runner_utils import evaluate, final_model, kept_random_state
 from rep_plugin.openmmlab.hooks.stateful_hook import StatefulHook
 from rep_plugin.registry import HOOKS
 
@@ -54,6 +54,8 @@ class AccuracyLrHook(StatefulHook):
     def before_train(self, runner: Runner) -> None:
         if runner.val_loop is None:
             raise HookError(f"AccuracyLrHook follows {self.monitor!r} of validation, but the config has none")
+        with kept_random_state():
+            self._find(evaluate(runner, final_model(runner), batches=1))
         if runner.iter == 0:
             self.passed = 0
         elif _validated(runner):
@@ -63,10 +65,13 @@ class AccuracyLrHook(StatefulHook):
         if metrics is not None and runner.iter:  # not in a test of weights alone
             self._follow(runner, metrics)
 
-    def _follow(self, runner: Runner, metrics: dict[str, float]) -> None:
+    def _find(self, metrics: dict[str, float]) -> float:
         if self.monitor not in metrics:
             raise HookError(f"AccuracyLrHook: validation gives {sorted(metrics)}, expected {self.monitor!r} among them")
-        value = metrics[self.monitor]
+        return metrics[self.monitor]
+
+    def _follow(self, runner: Runner, metrics: dict[str, float]) -> None:
+        value = self._find(metrics)
         passed = sum(value > threshold for threshold in self.thresholds)
         if passed <= self.passed:
             return

@@ -3,24 +3,29 @@
 import copy
 import gc
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
-from rep_plugin.errors import ArgumentError, HookError
+from rep_plugin.errors import ArgumentError, HookError, first_line
 from rep_plugin.history import history_of
 from rep_plugin.measure.costs import count_params
 from rep_plugin.measure.forward import eval_mode
 from rep_plugin.measure.plots import widths_figure
-from rep_plugin.openmmlab.artefacts import write_pruned_model
+from rep_plugin.openmmlab.artefacts import check_pruned_form, write_pruned_model
 from rep_plugin.openmmlab.hooks.runner_utils import (
     add_plot,
+    check_out_dir,
     collapse_warning,
+    copy_to_rehearse,
     ema_models,
     evaluate,
     final_model,
@@ -29,6 +34,8 @@ from rep_plugin.openmmlab.hooks.runner_utils import (
     optimizers_of,
     plain_model,
     plot_rounds,
+    rehearsal,
+    shape_of_one,
 )
 from rep_plugin.openmmlab.hooks.stateful_hook import StatefulHook
 from rep_plugin.pruning import PrunePlan, PruneReport, apply_plan
@@ -39,6 +46,7 @@ from rep_plugin.pruning.planning.plan import as_plan, compose_plans
 
 META = "rep_prune"  # in a checkpoint's meta data
 HOOK_SCORES = [name for name in SCORES if name != "taylor"]  # a hook has no loader to take first-order scores from
+Planner = Callable[[nn.Module, tuple[int, ...], list[dict]], PrunePlan]
 Planned = TypeVar("Planned", PrunePlan, Clusters)
 
 
@@ -121,6 +129,27 @@ def prune_runner_(
     return report
 
 
+def _check_optimizers(model: nn.Module, optimizers: list[Optimizer], remove: Callable[[], object]) -> None:
+    """Step, remove, step: a state that is not sliced along shows here. All of this on copies."""
+
+    def step() -> None:
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        for optimizer in optimizers:
+            optimizer.step()
+
+    step()
+    remove()
+    try:
+        step()
+    except (RuntimeError, IndexError, ValueError) as error:  # torch's, of shapes
+        names = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
+        raise ArgumentError(
+            f"the state of {names} does not fit a network that becomes narrower ({first_line(error)}): take SGD or AdamW, "
+            "or prune after training"
+        ) from error
+
+
 def averages_to_change(runner: Runner) -> list[nn.Module]:
     """Return the EMA copies, one at most, that a change of the model in training must change along.
 
@@ -165,6 +194,43 @@ class PruningHook(StatefulHook):
 
     def before_run(self, runner: Runner) -> None:
         self._steps_before = len(history_of(plain_model(runner)))
+
+    def before_train(self, runner: Runner) -> None:
+        check_out_dir(runner, self.out_dir)
+
+    def rehearse(
+        self, runner: Runner, plan: Callable[[nn.Module, tuple[int, ...], list[dict]], PrunePlan], last: int
+    ) -> None:
+        """Plan and remove on copies, once for each round that is left, and build what will be written.
+
+        Args:
+            runner: Of the training.
+            plan: Of a model, the shape of an input and the rounds before, makes the plan of the next.
+            last: The number of rounds; 0: one, after training, without the optimizers.
+
+        Raises:
+            HookError: It cannot be done.
+        """
+        model, optimizers = copy_to_rehearse(runner)
+        if last:
+            averages_to_change(runner)
+        shape, images = shape_of_one(runner), images_of(runner, 2)
+        rounds, plans = list(self.rounds) if last else [], self.plans_of(runner)
+        while len(rounds) < max(1, last):
+            with rehearsal(type(self).__name__ + (f", round {len(rounds) + 1}" if last > 1 else "")):
+                now = plan(model, shape, rounds)
+
+                def remove(now: PrunePlan = now, first: bool = not rounds) -> None:
+                    apply_plan(model, now, optimizers if last else None, verify=first, example_input=images)
+
+                if last and not rounds:
+                    _check_optimizers(model, optimizers, remove)
+                else:
+                    remove()
+            rounds.append(dict(plan_params=now.params_before, plan_macs=now.macs_before))
+            plans.append(now)
+        with rehearsal(type(self).__name__):
+            check_pruned_form(model, runner.cfg, compose_plans(plans), images)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         super().before_save_checkpoint(runner, checkpoint)

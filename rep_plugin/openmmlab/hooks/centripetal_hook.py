@@ -7,6 +7,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from rep_plugin.errors import ArgumentError, HookError
+from rep_plugin.openmmlab.artefacts import check_pruned_form
 from rep_plugin.openmmlab.hooks.base_pruning_hook import PruningHook, budget_of, from_main_process
 from rep_plugin.openmmlab.hooks.runner_utils import (
     as_hook_error,
@@ -16,6 +17,7 @@ from rep_plugin.openmmlab.hooks.runner_utils import (
     merge_loss_warning,
     optimizers_of,
     plain_model,
+    rehearsal,
     shape_of_one,
 )
 from rep_plugin.openmmlab.hooks.schedule import Schedule
@@ -108,6 +110,7 @@ class CentripetalHook(PruningHook):
         self.clusters = Clusters.from_json(state)
 
     def before_train(self, runner: Runner) -> None:
+        super().before_train(runner)
         self._start = self.schedule.in_iterations(runner, "CentripetalHook").begin
         if self._start >= runner.max_iters:
             limit, unit = self.schedule.length(runner, "CentripetalHook")
@@ -127,9 +130,11 @@ class CentripetalHook(PruningHook):
         """A merge that cannot be proven shall be known before the training, not after it."""
         model = copy.deepcopy(plain_model(runner))
         model.eval()
-        with as_hook_error("CentripetalHook"):
+        images = images_of(runner, 2)
+        with rehearsal("CentripetalHook"):
             snap_clusters_(model, clusters)
-            merge_clusters_(model, clusters, example_input=images_of(runner, 2))
+            merge_clusters_(model, clusters, example_input=images)
+            check_pruned_form(model, runner.cfg, clusters.plan, images)
 
     def _plan(self, runner: Runner) -> Clusters:
         with as_hook_error("CentripetalHook"):

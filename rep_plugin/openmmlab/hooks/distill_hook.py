@@ -11,14 +11,22 @@ from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.runner import Runner
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from rep_plugin.checkpoints.files import save_checkpoint_file
-from rep_plugin.errors import ArgumentError, HookError, RepPluginError
+from rep_plugin.errors import ArgumentError, HookError, RepPluginError, first_line
 from rep_plugin.functional.distillation import attention_distance, soft_divergence
 from rep_plugin.history import history_of
 from rep_plugin.measure.costs import count_params
 from rep_plugin.openmmlab.hooks.prune_hook import PruneHook
-from rep_plugin.openmmlab.hooks.runner_utils import as_hook_error, final_model, plain_model
+from rep_plugin.openmmlab.hooks.runner_utils import (
+    as_hook_error,
+    check_out_dir,
+    final_model,
+    plain_model,
+    rehearsal,
+    training_batch,
+)
 from rep_plugin.openmmlab.hooks.stateful_hook import StatefulHook
 from rep_plugin.openmmlab.load import load_model
 from rep_plugin.registry import HOOKS
@@ -98,6 +106,7 @@ class DistillHook(StatefulHook):
 
     def before_train(self, runner: Runner) -> None:
         model = plain_model(runner)
+        check_out_dir(runner, None)
         if self.source is not None:
             self._teach(runner, self._from_config(runner, model), str(self.checkpoint))
         elif runner._resume and len(history_of(model)) > self._steps_before:
@@ -107,7 +116,28 @@ class DistillHook(StatefulHook):
                 "DistillHook without teacher copies the model before PruneHook's first removal, but no PruneHook with begin "
                 "is there: give teacher (a config) and checkpoint"
             )
-        self._attach(model)
+        self._rehearse(runner)
+        self._handles = self._attach(model)
+
+    def _rehearse(self, runner: Runner) -> None:
+        """The loss of two training images, on a copy: a teacher that does not fit shall be known before the first step."""
+        student, teacher = copy.deepcopy(plain_model(runner)), self.teacher
+        student.eval()
+        if teacher is None:
+            self.teacher = copy.deepcopy(student)
+        handles = self._attach(student)
+        try:
+            with rehearsal("DistillHook"), torch.no_grad():
+                student(**training_batch(runner), mode="loss")
+        except (RuntimeError, ValueError, IndexError) as error:
+            if isinstance(error, RepPluginError):
+                raise
+            raise HookError(f"DistillHook: teacher and model cannot be run together: {first_line(error)}") from error
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._taps.close()
+            self.teacher = teacher
 
     def before_removal(self, runner: Runner) -> None:
         """Called by hooks that are about to remove channels from the model in training."""
@@ -157,7 +187,7 @@ class DistillHook(StatefulHook):
             _module(self.teacher, name, "teacher")
         runner.logger.info(f"DistillHook: the teacher has {count_params(teacher):,} parameters, from {source}")
 
-    def _attach(self, student: nn.Module) -> None:
+    def _attach(self, student: nn.Module) -> list[RemovableHandle]:
         """Hooks on the model itself act inside DDP's forward too; copies of the model take them along, and are not meant."""
         head = type(getattr(student, "head", None))
         if any(base.__name__ == "MultiLabelClsHead" for base in head.__mro__):  # mmpretrain's, which may be absent
@@ -185,7 +215,7 @@ class DistillHook(StatefulHook):
             outputs.clear()
             return mixed
 
-        self._handles = [
+        return [
             student.register_forward_pre_hook(before, with_kwargs=True),
             student.register_forward_hook(after, with_kwargs=True),
         ]

@@ -134,14 +134,15 @@ class PruneHook(PruningHook):
         self._clock = _StepClock()
 
     def before_train(self, runner: Runner) -> None:
-        if self.begin is None:
-            return
-        limit, unit = self.schedule.length(runner, "PruneHook")
-        last = self.begin + (self.number - 1) * self.schedule.interval
-        if last >= limit:
-            raise HookError(
-                f"PruneHook's last round comes after {last} {unit}, expected fewer than the training's {limit}"
-            )
+        super().before_train(runner)
+        if self.begin is not None:
+            limit, unit = self.schedule.length(runner, "PruneHook")
+            last = self.begin + (self.number - 1) * self.schedule.interval
+            if last >= limit:
+                raise HookError(
+                    f"PruneHook's last round comes after {last} {unit}, expected fewer than the training's {limit}"
+                )
+        self.rehearse(runner, self._plan, 0 if self.begin is None else self.number)
 
     def before_train_epoch(self, runner: Runner) -> None:
         if self.schedule.by_epoch:
@@ -164,7 +165,7 @@ class PruneHook(PruningHook):
     def after_train(self, runner: Runner) -> None:
         if self.begin is None:
             self.rounds = []
-            self.prune_a_copy(runner, self._plan(runner, final_model(runner)))
+            self.prune_a_copy(runner, self._plan_together(runner, final_model(runner)))
             return
         if not self.rounds:
             runner.logger.warning("PruneHook: training ended before the first round, nothing was pruned")
@@ -187,7 +188,7 @@ class PruneHook(PruningHook):
 
     def _prune(self, runner: Runner) -> None:
         speed = self._add_speed(runner)
-        plan = self._plan(runner, plain_model(runner))
+        plan = self._plan_together(runner, plain_model(runner))
         before = evaluate(runner, final_model(runner))
         self.complete_round(runner, before)
         runner.call_hook("before_removal")  # DistillHook copies the model that teaches
@@ -195,14 +196,17 @@ class PruneHook(PruningHook):
         self.add_round(runner, plan, report, before, evaluate(runner, final_model(runner)))
         self.rounds[-1]["steps_per_second"] = {"before": speed, "after": None}
 
-    def _plan(self, runner: Runner, model: nn.Module) -> PrunePlan:
-        shape = shape_of_one(runner)
+    def _plan_together(self, runner: Runner, model: nn.Module) -> PrunePlan:
         with as_hook_error(f"PruneHook, round {len(self.rounds) + 1}"):
-            return from_main_process(plan_to_budget(model, shape, *self._request(model, shape)))
+            return from_main_process(self._plan(model, shape_of_one(runner), self.rounds))
 
-    def _request(self, model: nn.Module, shape: tuple[int, ...]) -> tuple[Budget, PruneOptions]:
-        """What this round asks for: fractions of what is left, costs in whole numbers."""
-        done = len(self.rounds)
+    def _plan(self, model: nn.Module, shape: tuple[int, ...], rounds: list[dict]) -> PrunePlan:
+        """The plan of the round after these."""
+        return plan_to_budget(model, shape, *self._request(model, shape, rounds))
+
+    def _request(self, model: nn.Module, shape: tuple[int, ...], rounds: list[dict]) -> tuple[Budget, PruneOptions]:
+        """What the round after these asks for: fractions of what is left, costs in whole numbers."""
+        done = len(rounds)
         if self.fractions is not None:
             return Budget(self.fractions[done]), self.options
         overrides = {p: v if v == "frozen" else self._share(v, done) for p, v in self.options.overrides.items()}
@@ -213,8 +217,8 @@ class PruneHook(PruningHook):
             return Budget(self._share(amount, done)), options
         if self.number == 1:
             return self.budget, options
-        if self.rounds:
-            first = self.rounds[0][f"plan_{name}"]
+        if rounds:
+            first = rounds[0][f"plan_{name}"]
         else:
             first = getattr(plan_to_budget(model, shape, Budget(0.0), PruneOptions("l1")), f"{name}_before")
         step = (first - self.budget.limit(first)) / self.number

@@ -1,18 +1,21 @@
 """ReparamHook: write the deployed model when training is over."""
 
+import copy
+
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from rep_plugin.blocks.annealed import annealed_modules
+from rep_plugin.blocks.annealed import annealed_modules, set_alpha_
+from rep_plugin.checkpoints.strict import require_fit
 from rep_plugin.errors import AnnealError
-from rep_plugin.openmmlab.artefacts import write_deployed
+from rep_plugin.openmmlab.artefacts import deployed_form, write_deployed
 from rep_plugin.openmmlab.configs import pruned_config
 from rep_plugin.openmmlab.hooks.base_pruning_hook import PruningHook
 from rep_plugin.openmmlab.hooks.linearize_hook import LinearizeHook
-from rep_plugin.openmmlab.hooks.runner_utils import final_model
-from rep_plugin.openmmlab.load import real_inputs
+from rep_plugin.openmmlab.hooks.runner_utils import check_out_dir, final_model, images_of, plain_model, rehearsal
+from rep_plugin.openmmlab.load import build_model, real_inputs
 from rep_plugin.pruning.planning.plan import compose_plans
 from rep_plugin.registry import HOOKS
 
@@ -30,6 +33,7 @@ class ReparamHook(Hook):
     Raises:
         EquivalenceError: The proof fails.
         AnnealError: Before training, for annealed blocks (``anneal=True``) that no LinearizeHook leads to their end.
+        HookError: Before training, where nothing can be merged, or the merged network would have no config.
 
     Example:
         >>> custom_hooks = [dict(type="rep_plugin.ReparamHook")]
@@ -47,6 +51,12 @@ class ReparamHook(Hook):
                 f"the model ends at alpha {lowest:.4g} and could not be merged: add dict(type='rep_plugin.LinearizeHook', "
                 "end=...) to custom_hooks"
             )
+        check_out_dir(runner, self.out_dir)
+        model = copy.deepcopy(plain_model(runner))
+        set_alpha_(model, 1.0)
+        with rehearsal("ReparamHook"):
+            merged, deployed, _ = deployed_form(model, _config_of(runner), images_of(runner, 2), verify=False)
+            require_fit(build_model(deployed), merged.state_dict(), "the merged model")
 
     def after_train(self, runner: Runner) -> None:
         if not is_main_process():

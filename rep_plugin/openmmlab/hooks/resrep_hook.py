@@ -10,7 +10,14 @@ from mmengine.runner import Runner
 from torch import nn
 
 from rep_plugin.errors import ArgumentError, HookError
-from rep_plugin.openmmlab.hooks.base_pruning_hook import PruningHook, averages_to_change, from_main_process, wrap_anew
+from rep_plugin.openmmlab.artefacts import check_pruned_form
+from rep_plugin.openmmlab.hooks.base_pruning_hook import (
+    PruningHook,
+    averages_to_change,
+    budget_of,
+    from_main_process,
+    wrap_anew,
+)
 from rep_plugin.openmmlab.hooks.reparam_hook import ReparamHook
 from rep_plugin.openmmlab.hooks.runner_utils import (
     as_hook_error,
@@ -21,6 +28,7 @@ from rep_plugin.openmmlab.hooks.runner_utils import (
     merge_loss_warning,
     optimizers_of,
     plain_model,
+    rehearsal,
     shape_of_one,
 )
 from rep_plugin.openmmlab.hooks.schedule import Schedule
@@ -28,7 +36,7 @@ from rep_plugin.pruning import PrunePlan
 from rep_plugin.pruning.methods.compactors import compactors_of
 from rep_plugin.pruning.methods.resrep import Forgetting, ResRep
 from rep_plugin.pruning.methods.sparsity import check_strength
-from rep_plugin.pruning.planning import Budget, PruneOptions
+from rep_plugin.pruning.planning import PruneOptions
 from rep_plugin.pruning.planning.plan import as_plan, compose_plans
 from rep_plugin.registry import HOOKS
 
@@ -43,7 +51,7 @@ class ResRepHook(PruningHook):
     :class:`rep_plugin.pruning.methods.resrep.ResRep`); they join the optimizer as a group of its own, without weight
     decay. Group lasso pulls their rows. From ``begin`` on the rows of the lowest norms are marked to be forgotten: no
     gradient of the objective reaches them any more. Their number grows, so that what they leave falls in equal steps to
-    ``macs`` at the last choice before ``end``. The rest of the training is for forgetting: a marked row shrinks by about
+    the budget at the last choice before ``end``. The rest of the training is for forgetting: a marked row shrinks by about
     ``lr * marked_strength / (1 - momentum)`` an iteration, from 1, and stays at zero once it is there.
 
     After training, compactors are merged into a copy of the model (of the EMA weights, where there are), forgotten rows
@@ -55,8 +63,13 @@ class ResRepHook(PruningHook):
     Checkpoints hold compactors, their momentum and what is marked, so that resuming goes on exactly; other checkpoints
     are loaded before the compactors are put in.
 
+    Networks of multi-branch blocks (RepMobileNetV2, RepVGG ...) have no place for compactors, which is said before the first
+    step. A first merge, on a copy, is proven then as well.
+
     Args:
-        macs: Multiply-adds that may remain, a share as a float or a whole number.
+        prune_fraction: Share of the channels that is removed, in (0, 1); or
+        params: parameters that may remain, a share as a float or a whole number; or
+        macs: multiply-adds, likewise.
         begin: Epochs that are over at the first choice, fractions too.
         end: Epochs that are over at the last choice at most; default: half of the way from ``begin`` to the end.
         by_epoch: False: ``begin`` and ``end`` count iterations.
@@ -81,8 +94,10 @@ class ResRepHook(PruningHook):
 
     def __init__(
         self,
-        macs: int | float,
+        prune_fraction: float | None = None,
         *,
+        params: int | float | None = None,
+        macs: int | float | None = None,
         begin: float = 1,
         end: float | None = None,
         by_epoch: bool = True,
@@ -96,7 +111,7 @@ class ResRepHook(PruningHook):
         out_dir: str | None = None,
     ):
         super().__init__(out_dir)
-        self.budget = Budget(macs=macs)
+        self.budget = budget_of(prune_fraction, params, macs)
         self.options = PruneOptions(min_channels=min_channels, round_to=round_to, ignore=ignore)
         self.schedule = Schedule(begin, end, by_epoch=by_epoch)
         check_whole("interval", interval, 1, "iterations")
@@ -165,6 +180,7 @@ class ResRepHook(PruningHook):
             _add_param_group(runner, weights, momentum=self.momentum, weight_decay=0.0)
 
     def before_train(self, runner: Runner) -> None:
+        super().before_train(runner)
         limit, unit = self.schedule.length(runner, "ResRepHook")
         begin, end = self.schedule.begin, self.schedule.end
         end = (begin + limit) / 2 if end is None else end
@@ -183,10 +199,31 @@ class ResRepHook(PruningHook):
         if self.plan is not None:
             self._forgetting.mark(self.resrep.forgotten(self.plan))
         self._forgetting.attach(optimizers_of(runner))
+        self._rehearse(runner)
         runner.logger.info(
-            f"ResRepHook: {len(weights)} compactors, multiply-adds {self.resrep.macs_before:,} -> {self.resrep.target:,} "
+            f"ResRepHook: {len(weights)} compactors, {self._what} {self.resrep.before:,} -> {self.resrep.target:,} "
             f"in {self._number} choices"
         )
+
+    @property
+    def _what(self) -> str:
+        """What the budget counts."""
+        return {"macs": "multiply-adds", "params": "parameters"}.get(self.budget.item[0], "channels")
+
+    def _remain(self) -> int:
+        """How much of it the plan leaves."""
+        if self._what == "channels":
+            return self.plan.units[0] - self.plan.units[1]
+        return getattr(self.plan, f"{self.budget.item[0]}_after")
+
+    def _rehearse(self, runner: Runner) -> None:
+        """A merge that cannot be proven shall be known before the training, not after it."""
+        images, copied = images_of(runner, 2), copy.deepcopy(plain_model(runner))
+        copied.eval()
+        with rehearsal("ResRepHook"):
+            plan = self.plan or self.resrep.choose(copied)
+            self.resrep.compact_(copied, plan, images)
+            check_pruned_form(copied, runner.cfg, compose_plans([*self.plans_of(runner), plan]), images)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
         due = min(self._number, self._due.count(runner.iter))
@@ -197,7 +234,7 @@ class ResRepHook(PruningHook):
 
     def _choose(self, runner: Runner, due: int) -> None:
         """Mark the rows of the choice with this number, from 1; all processes alike."""
-        whole, target, model = self.resrep.macs_before, self.resrep.target, plain_model(runner)
+        whole, target, model = self.resrep.before, self.resrep.target, plain_model(runner)
         with as_hook_error(f"ResRepHook, choice {due}"):
             plan = self.resrep.choose(model, whole - (whole - target) * due // self._number)
         self.plan = from_main_process(plan)
@@ -223,8 +260,8 @@ class ResRepHook(PruningHook):
             return
         if (done := self.choices[-1]["number"]) < self._number:
             runner.logger.warning(
-                f"ResRepHook: training ended after choice {done} of {self._number}: {self.plan.macs_after:,} multiply-adds "
-                f"remain, the target is {self.resrep.target:,}"
+                f"ResRepHook: training ended after choice {done} of {self._number}: {self._remain():,} {self._what} remain, "
+                f"the target is {self.resrep.target:,}"
             )
         model = final_model(runner)
         left = self.resrep.rows_left(model, self.plan)

@@ -1,9 +1,13 @@
 """What several hooks ask of a Runner: the plain model, its optimizers, images, metrics of validation, plots."""
 
+import copy
+import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Number
+from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from mmengine.dist import is_main_process
@@ -13,10 +17,12 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 from mmengine.runner.amp import autocast
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from rep_plugin.errors import ArgumentError, HookError, RepPluginError, first_line
-from rep_plugin.measure.forward import eval_mode
+from rep_plugin.checkpoints.files import check_writable
+from rep_plugin.errors import ArgumentError, HookError, InconclusiveWarning, RepPluginError, first_line
 from rep_plugin.measure.plots import accuracy_figure, to_array
+from rep_plugin.openmmlab.accuracy import measure
 from rep_plugin.openmmlab.load import REAL_IMAGES, real_inputs
 
 ALLOWED_LOSS = 0.1  # points of accuracy, where a method promises that merging costs nothing
@@ -70,8 +76,20 @@ def optimizers_of(runner: Runner) -> list[torch.optim.Optimizer]:
     return [wrapper.optimizer] if isinstance(wrapper, OptimWrapper) else []
 
 
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Give back the random states of torch, numpy and Python, which augmentations draw from: the training stays the same."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
 def images_of(runner: Runner, count: int = REAL_IMAGES) -> Tensor:
-    """Return preprocessed images, of validation where there is one; torch's random state stays.
+    """Return preprocessed images, of validation where there is one; random states stay.
 
     Args:
         runner: Of the training.
@@ -81,8 +99,61 @@ def images_of(runner: Runner, count: int = REAL_IMAGES) -> Tensor:
         Images (N, C, H, W).
     """
     loader = (runner.val_loop or runner.train_loop).dataloader
-    with torch.random.fork_rng(devices=[]):
+    with kept_random_state():
         return real_inputs(plain_model(runner), loader, count)
+
+
+def training_batch(runner: Runner, count: int = 2) -> dict:
+    """Return a few training samples as the model is given them, ``inputs`` and ``data_samples``; random states stay.
+
+    Args:
+        runner: Of the training.
+        count: How many at most.
+
+    Returns:
+        What the model's forward takes.
+    """
+    loader = runner.train_loop.dataloader
+    with kept_random_state(), torch.no_grad():
+        samples = [loader.dataset[index] for index in range(min(count, len(loader.dataset)))]
+        return copy.deepcopy(plain_model(runner)).data_preprocessor(loader.collate_fn(samples), True)
+
+
+def check_out_dir(runner: Runner, out_dir: str | None) -> None:
+    """Raise OSError where what a training ends with could not be written.
+
+    Args:
+        runner: Of the training.
+        out_dir: Folder of the files; None: the work directory.
+    """
+    if is_main_process():
+        check_writable(Path(out_dir or runner.work_dir))
+
+
+def copy_to_rehearse(runner: Runner) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+    """Return copies of the model and its optimizers, to try on what will be done to them.
+
+    Batch norms whose gammas are all equal, as those of a fresh network, get random ones: a plan needs an order.
+    """
+    model, optimizers = copy.deepcopy((plain_model(runner), optimizers_of(runner)))
+    model.eval()  # not chained: mmpretrain's return None
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        gamma = getattr(module, "weight", None)
+        if isinstance(module, _BatchNorm) and gamma is not None and (gamma == gamma[0]).all():
+            gamma.data = (gamma.data * (0.5 + torch.rand(len(gamma), generator=generator)).to(gamma)).detach()
+    return model, optimizers
+
+
+@contextmanager
+def rehearsal(who: str) -> Iterator[None]:
+    """Raise errors of ours as HookErrors whose message begins with ``who``; untrained networks prove little, without a word.
+
+    Random states stay.
+    """
+    with kept_random_state(), as_hook_error(who), warnings.catch_warnings():
+        warnings.simplefilter("ignore", InconclusiveWarning)
+        yield
 
 
 def shape_of_one(runner: Runner) -> tuple[int, ...]:
@@ -90,7 +161,7 @@ def shape_of_one(runner: Runner) -> tuple[int, ...]:
     return (1, *images_of(runner, 1).shape[1:])
 
 
-def evaluate(runner: Runner, model: nn.Module) -> dict[str, float]:
+def evaluate(runner: Runner, model: nn.Module, batches: int | None = None) -> dict[str, float]:
     """Measure a model in validation.
 
     The Runner's own loop would also step schedulers, save a best checkpoint and count for early stopping.
@@ -98,6 +169,7 @@ def evaluate(runner: Runner, model: nn.Module) -> dict[str, float]:
     Args:
         runner: Whose validation it is.
         model: To be measured; it stays as it is.
+        batches: How many at most; None: all.
 
     Returns:
         The metrics by name; {} without validation.
@@ -105,13 +177,8 @@ def evaluate(runner: Runner, model: nn.Module) -> dict[str, float]:
     loop = runner.val_loop
     if loop is None:
         return {}
-    with eval_mode(model):
-        with torch.no_grad(), autocast(enabled=getattr(loop, "fp16", False)):
-            for batch in loop.dataloader:
-                outputs = model.val_step(batch)
-                loop.evaluator.process(data_samples=outputs, data_batch=batch)
-        metrics = loop.evaluator.evaluate(len(loop.dataloader.dataset))
-    return {name: float(value) for name, value in metrics.items() if isinstance(value, Number)}
+    with torch.no_grad(), autocast(enabled=getattr(loop, "fp16", False)):
+        return measure(model, loop.dataloader, loop.evaluator, batches)
 
 
 def format_metrics(metrics: dict[str, float]) -> str:

@@ -39,7 +39,9 @@ class SoftPruneHook(PruningHook):
     contain what that costs. Resuming goes on exactly.
 
     Args:
-        prune_fraction: Share of the prunable channels that is set to zero, in (0, 1).
+        prune_fraction: Share of the prunable channels that is set to zero, in (0, 1); or
+        params: parameters that may remain, a share as a float or a whole number; or
+        macs: multiply-adds, likewise.
         begin: Epochs that are over the first time.
         interval: Epochs between two times; the last epoch counts too.
         scores: As :func:`rep_plugin.plan_pruning` has it, by name; ``l2`` is the paper's.
@@ -63,8 +65,10 @@ class SoftPruneHook(PruningHook):
 
     def __init__(
         self,
-        prune_fraction: float,
+        prune_fraction: float | None = None,
         *,
+        params: int | float | None = None,
+        macs: int | float | None = None,
         begin: int = 1,
         interval: int = 1,
         scores: str = "l2",
@@ -77,7 +81,7 @@ class SoftPruneHook(PruningHook):
         out_dir: str | None = None,
     ):
         super().__init__(out_dir)
-        self.budget = budget_of(prune_fraction)
+        self.budget = budget_of(prune_fraction, params, macs)
         check_whole("begin", begin, 1, "epochs")
         check_whole("interval", interval, 1, "epochs")
         check_scores(scores)
@@ -94,12 +98,14 @@ class SoftPruneHook(PruningHook):
         self.zeroings, self.plan = kept["zeroings"], PrunePlan.from_json(kept["plan"])
 
     def before_train(self, runner: Runner) -> None:
+        super().before_train(runner)
         limit, unit = self.schedule.length(runner, "SoftPruneHook")
         if self.schedule.begin > limit:
             raise HookError(f"SoftPruneHook.begin (={self.schedule.begin}) must be <= the training's {limit} {unit}")
         groups = [g for one in optimizers_of(runner) for g in one.param_groups]
         if all(not group.get("momentum") and "betas" not in group for group in groups):
             runner.logger.warning("SoftPruneHook: the optimizer has no momentum, zeroed filters will hardly come back")
+        self.rehearse(runner, lambda model, shape, _: plan_to_budget(model, shape, self.budget, self.options), 0)
 
     def after_train_epoch(self, runner: Runner) -> None:
         epoch = runner.epoch + 1

@@ -88,6 +88,12 @@ class SparsityHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         self._due = self.schedule.in_iterations(runner, "SparsityHook")
+        limit, unit = self.schedule.length(runner, "SparsityHook")
+        if self.schedule.begin >= limit:
+            raise HookError(
+                f"SparsityHook.warmup (={self.schedule.begin}) must be < the training's {limit} {unit}: the full strength "
+                "would never be reached"
+            )
         model = plain_model(runner)
         norms, kernels = self._parts(runner)
         with as_hook_error("SparsityHook"):

@@ -4,11 +4,12 @@ Source: Ding et al., "ResRep: Lossless CNN Pruning via Decoupling Remembering an
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from rep_plugin.blocks.base import RepBlock
 from rep_plugin.errors import ArgumentError
 from rep_plugin.measure.verify import verify_equivalence
 from rep_plugin.pruning.apply import TOLERANCE, PruneReport, apply_plan, proof_inputs
@@ -31,6 +32,7 @@ from rep_plugin.pruning.planning.select import (
     in_order,
     nothing_to_prune,
     round_widths,
+    take_units,
     to_budget,
 )
 from rep_plugin.pruning.tracing.groups import frozen_roots
@@ -52,12 +54,18 @@ class ResRep:
     Args:
         model: Nothing of it is changed before :meth:`insert_`.
         shape: Of an input, (N, C, H, W).
-        budget: The multiply-adds that may remain, by the costs of a plan: compactors are not counted, they merge.
+        budget: How many channels go, or the parameters or multiply-adds that may remain, by the costs of a plan: compactors
+            are not counted, they merge.
         options: Of these count ``min_channels``, ``max_prune_fraction``, ``round_to`` and ``ignore``.
 
     Raises:
-        ArgumentError: The budget is another one or cannot be met, a pattern fits no layer, or the model has no place for a
-            compactor.
+        ArgumentError: The budget is one of latency or cannot be met, a pattern fits no layer, or the model has no place for
+            a compactor.
+
+    Attributes:
+        before: What the dense model has of what the budget counts.
+        target: What may remain of it.
+        macs_before: Multiply-adds of the dense model.
         TraceError: The model cannot be traced.
 
     Example:
@@ -71,8 +79,9 @@ class ResRep:
     """
 
     def __init__(self, model: nn.Module, shape: tuple[int, ...], budget: Budget, options: PruneOptions | None = None):
-        if budget.macs is None:
-            raise ArgumentError(f"ResRep needs a budget of macs, got {budget}")
+        self.unit = budget.item[0]
+        if self.unit not in ("prune_fraction", "params", "macs"):
+            raise ArgumentError(f"ResRep needs a budget of prune_fraction, params or macs, got {budget}")
         self.options = options or PruneOptions()
         sites = find_sites(model, trace_channels(model, shape))
         self.trace = trace_channels(model, shape, makers=[site.norm for site in sites])
@@ -85,9 +94,15 @@ class ResRep:
             site for site in sites if site.conv not in choice.frozen and not frozen[roots[self._labels(site)]].all()
         ]
         if not self.sites or not choice.units:
-            raise nothing_to_prune(model, choice.frozen, "pruned by compactors")
-        self.macs_before = count_costs(self.trace).macs
-        self.target = budget.limit(self.macs_before)
+            raise _no_place(model, sites, choice.frozen)
+        costs = count_costs(self.trace)
+        self.macs_before = costs.macs
+        if self.unit == "prune_fraction":
+            self.before = sum(len(candidate.units) for group in choice.candidates for candidate in group)
+            self.target = self.before - budget.limit(self.before)
+        else:
+            self.before = getattr(costs, self.unit)
+            self.target = budget.limit(self.before)
         self._take(choice, self.target)
 
     def _labels(self, site: Site) -> Tensor:
@@ -108,13 +123,15 @@ class ResRep:
     def _floors(self, choice: Choice) -> dict[str, tuple[int, int]]:
         return {name: self.options.floors(width) for name, width in choice.widths.items()}
 
-    def _take(self, choice: Choice, macs: int) -> list[Candidate]:
+    def _take(self, choice: Choice, remain: int) -> list[Candidate]:
         order = above_floors(in_order(choice.candidates, "global"), choice.widths, self._floors(choice))
 
         def finish(some: list[Candidate]) -> list[Candidate]:
             return round_widths(some, choice.widths, self.options.round_to)
 
-        return finish(to_budget(self.trace, order, finish, Budget(macs=macs), self.options.limits))
+        if self.unit == "prune_fraction":
+            return finish(take_units(order, self.before - remain))
+        return finish(to_budget(self.trace, order, finish, Budget(**{self.unit: remain}), self.options.limits))
 
     def insert_(self, model: nn.Module) -> None:
         """Put the compactors, identities still, into a model (or a copy of it) that was given to the constructor."""
@@ -125,28 +142,29 @@ class ResRep:
         """Return the weights of a model's compactors."""
         return [compactor.weight for compactor in compactors_of(model, self.sites).values()]
 
-    def choose(self, model: nn.Module, macs: int | None = None) -> PrunePlan:
+    def choose(self, model: nn.Module, remain: int | None = None) -> PrunePlan:
         """Return the plan of what is to be forgotten: the channels of the lowest scores.
 
         Args:
             model: With compactors; the plan is for the model without.
-            macs: How many shall remain (default: the target).
+            remain: What shall remain of what the budget counts (default: the target).
 
         Returns:
             The plan.
 
         Raises:
-            ArgumentError: So few cannot remain, or a row is not finite.
+            ArgumentError: So little cannot remain, or a row is not finite.
         """
-        macs = self.target if macs is None else macs
+        remain = self.target if remain is None else remain
         compactors = compactors_of(model, self.sites)
         norms = {site: compactors[site.conv].row_norms() for site in self.sites}
         for site, values in norms.items():
             if not torch.isfinite(values).all():
                 raise ArgumentError(f"the compactor behind {site.norm!r} holds NaN or infinity: training has diverged")
         choice = self._candidates(norms)
-        why = f"macs={macs} by compactors, {self.options}"
-        return make_plan(model, self.trace, choice, self._take(choice, macs), why, False, self._floors(choice))
+        what = f"{remain} of {self.before} channels" if self.unit == "prune_fraction" else f"{self.unit}={remain}"
+        why = f"{what} by compactors, {self.options}"
+        return make_plan(model, self.trace, choice, self._take(choice, remain), why, False, self._floors(choice))
 
     def forgotten(self, plan: PrunePlan) -> dict[str, Tensor]:
         """Return the rows that a plan forgets, by the names of the convolutions."""
@@ -213,6 +231,17 @@ class ResRep:
         apply_plan(model, plan, verify=False)
         model.load_state_dict(merged.state_dict())  # rounded once
         return report
+
+
+def _no_place(model: nn.Module, sites: list[Site], frozen: Mapping[str, str]) -> ArgumentError:
+    """The error for a model without a place for a compactor."""
+    blocks = [module for module in model.modules() if isinstance(module, RepBlock)]
+    if not sites and blocks:
+        return ArgumentError(
+            f"{type(model).__name__} has {len(blocks)} blocks of several branches ({type(blocks[0]).__name__}), and a "
+            "compactor stands behind one convolution and its batch norm: take another way of pruning, or the deployed form"
+        )
+    return nothing_to_prune(model, frozen, "pruned by compactors")
 
 
 class Forgetting:

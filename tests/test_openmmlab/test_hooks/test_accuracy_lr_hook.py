@@ -20,7 +20,7 @@ EACH = dict(train_cfg=dict(by_epoch=True, max_epochs=4, val_interval=1))
 @pytest.fixture
 def accuracies(monkeypatch):
     """Validation gives these metrics, by epoch, whatever the model."""
-    metrics = {1: 50.0, 2: 91.0, 3: 60.0, 4: 99.0}
+    metrics = {0: 10.0, 1: 50.0, 2: 91.0, 3: 60.0, 4: 99.0}
     runners = []
 
     def compute(self, results):

@@ -254,7 +254,7 @@ BAD_RUNS = {
     ),
     "no map": (
         lambda t: t | dict(feature_weight=1.0, features=["neck"]),
-        r"expected maps \(N, C, H, W\), got \(4, 16\) and \(4, 16\)",
+        r"expected maps \(N, C, H, W\), got \(2, 16\) and \(2, 16\)",
     ),
     "normalised otherwise": (
         lambda t: t | other(t, **{"data_preprocessor.std": [60.0] * 3}),
@@ -274,5 +274,5 @@ def test_what_does_not_fit_is_refused(case, teacher, tmp_path):
 def test_other_classes_are_refused(teacher, tmp_path):
     cfg = config(tmp_path, dict(type=TYPE, **teacher))
     cfg.model.head.num_classes = cfg.data_preprocessor.num_classes = 3
-    with pytest.raises(HookError, match=r"got \(4, 3\) of the student and \(4, 2\) of the teacher"):
+    with pytest.raises(HookError, match=r"got \(2, 3\) of the student and \(2, 2\) of the teacher"):
         run(cfg)
