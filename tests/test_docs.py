@@ -1,6 +1,7 @@
 """README and pages: examples run, links and anchors lead somewhere, plots are those that are drawn, configs have rows."""
 
 import re
+import shlex
 import subprocess
 import sys
 from functools import cache
@@ -12,10 +13,12 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from PIL import Image
 
+from rep_plugin.__main__ import build_parser
 from rep_plugin.openmmlab.artefacts import write_deployed
 from rep_plugin.openmmlab.base_configs import read_config
 from rep_plugin.openmmlab.load import build_model
 from rep_plugin.registry import HOOKS, MODELS
+from rep_plugin.shipped import find_config
 from rep_plugin.testing import calibrate_random_bn_
 from tests.helpers import ROOT
 
@@ -102,6 +105,32 @@ def test_links_anchors_and_files_of_a_page_exist(page):
             assert (ROOT / name).is_file(), name
 
 
+def commands(page: Path) -> list[str]:
+    """The lines of a page's fences, or of a config's first comment, that call our command."""
+    text = page.read_text()
+    if page.suffix == ".py":
+        code = re.sub(r"^#(?=   )", "", re.match(r"(#.*\n)*", text)[0], flags=re.M)
+    else:
+        code = "\n".join(re.findall(r"^```\n(.*?)^```$", text, re.S | re.M))
+    return re.findall(r"^ *(rep-plugin .*)$", code.replace("\\\n", " "), re.M)
+
+
+WITH_COMMANDS = [page for page in [*TEXTS, *sorted((ROOT / "configs").rglob("*.py"))] if commands(page)]
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: f"{page.parent.name}/{page.stem}")
+def test_commands_of_a_page_have_these_arguments(page):
+    for line in commands(page):
+        words = shlex.split(line, comments=True)[1:]
+        if words[0] == "script" and words[1].startswith("timm/"):
+            continue
+        args = build_parser().parse_args(words)
+        if check := getattr(args.module, "check_arguments", None):
+            check(args)
+        for path in (getattr(args, "config", None), getattr(args, "sparse", None)):
+            assert not path or re.match(r"work_dirs/|mine\.py|CONFIG", path) or find_config(path), line
+
+
 @pytest.mark.parametrize("page", TEXTS, ids=lambda page: f"{page.parent.name}/{page.stem}")
 def test_targets_of_make_exist(page):
     known = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
@@ -120,9 +149,11 @@ def test_every_config_has_a_row_in_the_readme_of_its_folder():
     assert not missing
 
 
-def test_every_page_can_be_reached_from_the_readme():
-    text = README.read_text()
-    assert all(f"docs/{page.name}" in text for page in PAGES[1:])
+@pytest.mark.parametrize(("place", "name"), [("README.md", "docs/{}"), ("mkdocs.yml", " {}")])
+def test_every_page_can_be_reached_from_the_readme_and_in_the_site(place, name):
+    text = (ROOT / place).read_text()
+    missing = [page.name for page in PAGES[1:] if name.format(page.name) not in text]
+    assert not missing
 
 
 @pytest.mark.parametrize("script", ["draw_blocks", "draw_measured"])

@@ -1,5 +1,5 @@
 # The sparse network of slim_bcnn_vgg16bn_cars.py, pruned once and fine-tuned. 20, 40, 60 and 80 %:
-#   rep-plugin sweep configs/pruning/slim_bcnn_vgg16bn_cars_oneshot.py --rates 0.2 0.4 0.6 0.8
+#   rep-plugin sweep slim_bcnn_vgg16bn_cars_oneshot --rates 0.2 0.4 0.6 0.8
 _base_ = ["../_base_/cars_224.py", "../_base_/slim_bcnn_vgg16bn_oneshot.py"]
 
 model = dict(head=dict(num_classes=196))

@@ -1,5 +1,5 @@
 # The sparse network of slim_bcnn_vgg16bn_cub.py, pruned softly. The study's 60 %:
-#   rep-plugin sweep configs/pruning/slim_bcnn_vgg16bn_cub_soft.py --rates 0.6 --cfg-options \
+#   rep-plugin sweep slim_bcnn_vgg16bn_cub_soft --rates 0.6 --cfg-options \
 #     train_cfg.max_epochs=150 custom_hooks.1.interval=3
 _base_ = ["../_base_/cub_224.py", "../_base_/slim_bcnn_vgg16bn_soft.py"]
 

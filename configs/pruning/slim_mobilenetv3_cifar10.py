@@ -1,6 +1,6 @@
 # MobileNetV3-small (squeeze-and-excite, h-swish) on CIFAR-10, sparse training, as published in 2019: 30 epochs, batch 100,
 # Adam at 2e-3, stepped down as the accuracy passes 80, 87 and 90 % (by an unpublished factor; here 0.5). Then prune and
-# fine-tune: slim_mobilenetv3_cifar10_oneshot.py, ..._iterative.py, or all rates and strengths with tools/sweep.py.
+# fine-tune: slim_mobilenetv3_cifar10_oneshot.py, ..._iterative.py, or all rates and strengths with rep-plugin sweep.
 _base_ = ["mmpretrain::mobilenet_v3/mobilenet-v3-small_8xb16_cifar10.py"]
 
 model = dict(backbone=dict(_delete_=True, type="rep_plugin.MobileNetV3_CIFAR", arch="small"))

@@ -1,6 +1,6 @@
 # The sparse MobileNetV3 of slim_mobilenetv3_cifar10.py, pruned once and fine-tuned. The nine rates of the study:
-#   rep-plugin sweep configs/pruning/slim_mobilenetv3_cifar10_oneshot.py \
-#     --sparse configs/pruning/slim_mobilenetv3_cifar10.py
+#   rep-plugin sweep slim_mobilenetv3_cifar10_oneshot \
+#     --sparse slim_mobilenetv3_cifar10
 _base_ = ["./slim_mobilenetv3_cifar10.py"]
 
 load_from = "work_dirs/slim_mobilenetv3_cifar10/epoch_30.pth"
