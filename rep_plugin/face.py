@@ -6,6 +6,7 @@ from rep_plugin.measure.report import Report
 from rep_plugin.optional import is_missing
 from rep_plugin.pruning import PrunePlan, apply_plan, plan_pruning
 from rep_plugin.reparam import expand, merge_sequence, reparameterize
+from rep_plugin.saving import load, save
 from rep_plugin.shipped import list_configs
 from rep_plugin.version import __version__
 
@@ -20,9 +21,11 @@ __all__ = [
     "export_onnx",
     "get_config",
     "list_configs",
+    "load",
     "merge_sequence",
     "plan_pruning",
     "reparameterize",
+    "save",
 ]
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from rep_plugin import apply_plan, plan_pruning, reparameterize
 from rep_plugin.blocks.families import RepVGGBlock
-from rep_plugin.history import check_history, history_of, rebuild_, record_
+from rep_plugin.history import before_step, check_history, history_of, rebuild_, record_
 from rep_plugin.pruning.planning.plan import as_plan
 from rep_plugin.timm.artefacts import set_classes_
 from tests.test_pruning.nets import ConvBN, Pooled, ready
@@ -25,8 +25,8 @@ def net_of():
 def test_a_model_starts_without_history_and_steps_are_added():
     net = net_of()
     assert history_of(net) == []
-    record_(net, [], step="a", value=1)
-    record_(net, history_of(net), step="b")
+    record_(net, before_step(net), step="a", value=1)
+    record_(net, before_step(net), step="b")
     assert history_of(net) == [{"step": "a", "value": 1}, {"step": "b"}]
     history_of(net).clear()
     assert len(history_of(net)) == 2 and history_of(copy.deepcopy(net)) == history_of(net)
@@ -84,7 +84,10 @@ def test_plans_in_any_form(tmp_path):
     ("history", "message"),
     [
         ("prune", "a history must be a list of steps, got str"),
-        (["prune"], "unknown step 'prune' in the history, expected one of classifier, prune, reparameterize"),
+        (
+            ["prune"],
+            "unknown step 'prune' in the history, expected one of classifier, expand, features, prune",
+        ),
         ([{"step": "fuse"}], "unknown step 'fuse'"),
         ([{}], "unknown step None"),
         (

@@ -18,7 +18,7 @@ from torch import nn
 
 from rep_plugin.checkpoints.strict import refuse_misfits
 from rep_plugin.errors import ArgumentError
-from rep_plugin.history import ATTRIBUTE, history_of, rebuild_
+from rep_plugin.history import rebuild_
 from rep_plugin.openmmlab.configs import drop_pretrained_, typed_dicts
 from rep_plugin.openmmlab.load import load_strictly, read_state_dict
 from rep_plugin.pruning import PrunePlan
@@ -48,10 +48,7 @@ def _rebuilt(
         drop_pretrained_(part)
     if data_preprocessor is not None and not isinstance(data_preprocessor, nn.Module):
         inner.setdefault("data_preprocessor", data_preprocessor)
-    built = ROOT_MODELS.build(inner)
-    before = history_of(built)
-    rebuilt = rebuild_(built, steps)
-    setattr(rebuilt, ATTRIBUTE, [*before, *steps])
+    rebuilt = rebuild_(ROOT_MODELS.build(inner), steps)
     refuse_misfits(rebuilt)
     return rebuilt
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from rep_plugin.errors import ArgumentError, EquivalenceError, first_line
-from rep_plugin.history import history_of, record_, replays
+from rep_plugin.history import before_step, record_, replays
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.progress import working
 from rep_plugin.measure.report import BlockReport, Report
@@ -104,6 +104,7 @@ def apply_plan(
     kept = kept_by(plan, model, trace)
     optimizers = _optimizers(optimizer, model)
     shadow = None if ema is None else _shadow(ema, model)
+    copies = [(one, before_step(one)) for one in (model, shadow) if one is not None]
     report = PruneReport("apply_plan", count_params(model), 0, input_shape=trace.shape)
     report.macs_before = _macs(model, trace, KeptChannels(trace))
     if verify:
@@ -127,7 +128,8 @@ def apply_plan(
         reasons.setdefault(reason, []).append(name)
     report.notes += [_frozen_note(names, reason) for reason, names in reasons.items()]
     # The scores are not needed to do it again, and are most of the plan.
-    record_(model, history_of(model), step="prune", plan=asdict(replace(plan, scores={})))
+    for one, before in copies:
+        record_(one, before, step="prune", plan=asdict(replace(plan, scores={})))
     report.seconds = time.perf_counter() - started
     return report
 

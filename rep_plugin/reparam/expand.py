@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.conv_like import ConvLike, like_conv, look_alike, why_not_replaceable
 from rep_plugin.errors import ArgumentError, ArgumentTypeError
+from rep_plugin.history import before_step, layer_named, record_, replays
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.progress import working
 from rep_plugin.measure.report import BlockReport, Report
@@ -170,6 +171,7 @@ def expand(
     """
     started = time.perf_counter()
     look_alike(block)
+    before = before_step(model)
     exact = copy.deepcopy(model).double()
     exact.eval()  # not chained: mmpretrain's return None
     pairs, notes = _choose(model, where, exact)
@@ -185,5 +187,19 @@ def expand(
     expanded = _expand_(model if inplace else copy.deepcopy(model), block, pairs)
     expanded.load_state_dict(exact.state_dict())  # what was proven, rounded once
     report.params_after, report.macs_after = count_params(expanded), count_macs(expanded, inputs[0])
+    record_(expanded, before, step="expand", block=block, pairs=[list(pair) for pair in pairs])
     report.seconds = time.perf_counter() - started
     return expanded, report
+
+
+@replays("expand", "block", "pairs")
+def _replay(model: nn.Module, block: str, pairs: Sequence[Sequence[str]]) -> nn.Module:
+    look_alike(block)
+    for conv_name, bn_name in pairs:
+        conv, bn = layer_named(model, conv_name), layer_named(model, bn_name)
+        if not isinstance(conv, nn.Conv2d) or not isinstance(bn, nn.modules.batchnorm._BatchNorm):
+            raise ArgumentError(
+                f"the history is of another model: it expands {conv_name!r} in front of {bn_name!r}, which are "
+                f"{type(conv).__name__} and {type(bn).__name__}, expected a convolution and a BN"
+            )
+    return _expand_(model, block, [(conv, bn) for conv, bn in pairs])

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rep_plugin.blocks.conv_like import ConvLike
 from rep_plugin.blocks.layers import require_eval_mode
 from rep_plugin.errors import NothingToMergeError, RepPluginError
-from rep_plugin.history import history_of, record_, replays
+from rep_plugin.history import before_step, record_, replays
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.progress import working
 from rep_plugin.measure.report import BlockReport, Report
@@ -183,7 +183,7 @@ def reparameterize(
         (['0'], True)
     """
     started = time.perf_counter()
-    history = history_of(model)
+    before = before_step(model)
     require_eval_mode(model)
     inputs = default_inputs(model, example_input)
     counted = inputs[0] if example_input is not None else inputs[0][:1]
@@ -205,7 +205,7 @@ def reparameterize(
         require_rounded(merged, exact.model)
     report.params_after, report.macs_after = count_params(merged), count_macs(merged, counted)
     report.notes += done.notes
-    record_(merged, history, step="reparameterize", fold_bn=fold_bn, merge_linear=merge_linear)
+    record_(merged, before, step="reparameterize", fold_bn=fold_bn, merge_linear=merge_linear)
     report.seconds = time.perf_counter() - started
     return merged, report
 

@@ -1,7 +1,7 @@
-"""Pruned and merged timm models as a folder that ``timm.create_model('local-dir:FOLDER')`` loads.
+"""Expanded, pruned and merged timm models as a folder that ``timm.create_model('local-dir:FOLDER')`` loads.
 
-The folder holds ``config.json`` (timm's: architecture ``rep_rebuilt``, whose ``model_args`` are the original architecture
-and what was done to it) and ``model.safetensors``.
+It is the folder of :func:`rep_plugin.save`. Its ``config.json`` is timm's: the architecture is ``rep_plugin_rebuilt``, whose
+``model_args`` are the original architecture and what was done to it.
 """
 
 import json
@@ -10,38 +10,67 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from timm.layers import SelectAdaptivePool2d
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from rep_plugin.checkpoints.files import write_atomic, write_together
 from rep_plugin.checkpoints.strict import describe_mismatch, require_fit
 from rep_plugin.errors import ArgumentError, CheckpointMismatchError
-from rep_plugin.history import ATTRIBUTE, check_history, history_of, rebuild_, replays
+from rep_plugin.history import (
+    CHANGED,
+    changes,
+    check_history,
+    history_of,
+    layers_of,
+    rebuild_,
+    replaceable,
+    replays,
+    start_of,
+)
+from rep_plugin.saving import (
+    ARCHITECTURE,
+    BUILDERS,
+    WEIGHTS,
+    Builder,
+    load_weights_,
+    read_weights,
+    state_of,
+    write_folder,
+)
+from rep_plugin.timm.features import as_features
 
-ARCHITECTURE, CONFIG, WEIGHTS = "rep_rebuilt", "config.json", "model.safetensors"
+OLD_ARCHITECTURE = "rep_rebuilt"  # of folders written before 0.2
 # The part of a pretrained_cfg that describes the input; where its first weights came from does not hold any more.
 KEPT_CFG = (
     "input_size", "min_input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std",
     "num_classes", "license", "label_names", "label_descriptions",
 )  # fmt: skip
-default_cfgs = generate_default_cfgs({f"{ARCHITECTURE}.untrained": {"url": ""}})
+default_cfgs = generate_default_cfgs({f"{name}.untrained": {"url": ""} for name in (ARCHITECTURE, OLD_ARCHITECTURE)})
+
+
+def _read_pool(pool: SelectAdaptivePool2d) -> dict:
+    flatten = isinstance(pool.flatten, nn.Flatten) or bool(getattr(pool.pool, "flatten", False))
+    last = getattr(pool.pool, "dim", None) == (1, 2)
+    return {"pool_type": pool.pool_type, "flatten": flatten, "input_fmt": "NHWC" if last else "NCHW"}
+
+
+replaceable(SelectAdaptivePool2d, "pool_type", "flatten", "input_fmt", read=_read_pool)
 
 
 def save_timm(model: nn.Module, folder: str | Path) -> None:
-    """Write a pruned or merged timm model so that ``timm.create_model('local-dir:FOLDER')`` loads it.
+    """Write an expanded, pruned or merged timm model so that ``timm.create_model('local-dir:FOLDER')`` loads it.
 
-    The structure is built again from the model's history first, so that what is written loads. Where anything fails, older
-    files stay.
+    :func:`rep_plugin.save` does the same, and also takes models that timm does not build. The structure is built again first,
+    so that what is written loads. Where anything fails, older files stay.
 
     Args:
         model: made by ``timm.create_model``.
         folder: where ``config.json`` and ``model.safetensors`` go.
 
     Raises:
-        ArgumentError: timm did not create the model, or JSON does not hold its arguments.
-        CheckpointMismatchError: the model was changed by something that is not in its history.
+        ArgumentError: timm did not create the model, JSON does not hold its arguments, or it was changed by hand in a way
+            that cannot be repeated.
+        CheckpointMismatchError: the model is not what its arguments and its history make.
         OSError: a file cannot be written.
 
     Example:
@@ -51,77 +80,71 @@ def save_timm(model: nn.Module, folder: str | Path) -> None:
         >>> sorted(os.listdir("saved")), timm.create_model("local-dir:saved").num_classes
         (['config.json', 'model.safetensors'], 2)
     """
-    pretrained_cfg = getattr(model, "pretrained_cfg", None) or {}
-    if not pretrained_cfg.get("architecture") or not hasattr(model, "_model_args"):
+    if (config := describe(model)) is None:
         raise ArgumentError(
-            f"{type(model).__name__} was not made by timm.create_model, whose arguments the folder holds"
+            f"{type(model).__name__} was not made by timm.create_model, whose arguments the folder holds: use "
+            "rep_plugin.save(model, folder) and rep_plugin.load(folder, model=a freshly built one)"
         )
-    base, base_args = getattr(model, "_rep_base", None) or (pretrained_cfg["architecture"], _args_of(model))
+    write_folder(folder, config, model)
+
+
+def describe(model: Any) -> dict | None:
+    """Return the config of a folder.
+
+    Args:
+        model: any model.
+
+    Returns:
+        Content of ``config.json``, None for a model that timm did not make.
+
+    Raises:
+        ArgumentError: as :func:`save_timm`.
+        CheckpointMismatchError: as :func:`save_timm`.
+    """
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    if not isinstance(cfg, dict) or not cfg.get("architecture") or not hasattr(model, "_model_args"):
+        return None
+    base, base_args = getattr(model, "_rep_base", None) or (cfg["architecture"], model._model_args)
+    base_args = {name: value for name, value in base_args.items() if name != "pretrained_model_args"}
     for name, value in base_args.items():
         _require_plain(name, value)
-    history, classes = _with_classifiers(model)
-    base_args = {**base_args, "num_classes": classes}
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    rebuilt = _build(base, base_args, history)
-    if mismatch := describe_mismatch(rebuilt, state):
+    fresh = _build(base, base_args)
+    history = [*changes(layers_of(fresh), start_of(model)), *history_of(model)]
+    check_history(history)
+    rebuilt = rebuild_(fresh, history)
+    differs = describe_mismatch(rebuilt, state_of(model)) or "; ".join(
+        step["what"] if step["step"] == CHANGED else f"{step['layer']!r} is {step['by']}"
+        for step in changes(layers_of(rebuilt), layers_of(model))
+    )
+    if differs:
         raise CheckpointMismatchError(
-            f"{type(model).__name__} is not what its history makes of {base!r}: {mismatch}; nothing was written"
+            f"{type(model).__name__} is not what its history makes of {base!r}: {differs}; nothing was written"
         )
-
-    config = {
+    classes = {"num_classes": model.num_classes} if hasattr(model, "num_classes") else {}
+    return {
         "architecture": ARCHITECTURE,
-        "num_classes": model.num_classes,
+        **classes,
         "model_args": {"base": base, "base_args": base_args, "history": history},
-        "pretrained_cfg": {key: pretrained_cfg[key] for key in KEPT_CFG if pretrained_cfg.get(key) is not None},
+        "pretrained_cfg": {key: cfg[key] for key in KEPT_CFG if cfg.get(key) is not None} | classes,
     }
-    contents = {WEIGHTS: save(state), CONFIG: json.dumps(config, indent=1).encode()}
-    writers = {
-        name: lambda path, data=data: write_atomic(path, lambda file: file.write(data))
-        for name, data in contents.items()
-    }
-    write_together(Path(folder), writers)
-
-
-def _args_of(model: nn.Module) -> dict:
-    """The arguments of timm.create_model."""
-    return {name: value for name, value in model._model_args.items() if name != "pretrained_model_args"}
 
 
 def _require_plain(name: str, value: object) -> None:
     try:
         json.dumps(value)
     except TypeError:
-        raise ArgumentError(f"the argument {name}={value!r} of timm.create_model cannot be written as JSON") from None
+        raise ArgumentError(
+            f"the argument {name}={value!r} of timm.create_model cannot be written as JSON: use rep_plugin.save(model, "
+            "folder) and rep_plugin.load(folder, model=a freshly built one)"
+        ) from None
 
 
-def _with_classifiers(model: Any) -> tuple[list[dict], int]:
-    """Return a model's history with the steps that put fresh classifiers in place, and the classes before the first.
-
-    timm's ``reset_classifier`` records no step; the widths in the plans show where the number of classes changed.
-    """
-    steps = [step for step in history_of(model) if step["step"] != "classifier"]
-    classifier = model.get_classifier()
-    layer = next((name for name, module in model.named_modules() if module is classifier), None)
-    seen = [
-        (step, step["plan"]["widths"].get(layer, (None,))[0] if step["step"] == "prune" else None) for step in steps
-    ]
-    first = classes = next((number for _, number in seen if number is not None), model.num_classes)
-    history: list[dict] = []
-    for step, number in (*seen, (None, model.num_classes)):
-        if number is not None and number != classes:
-            history.append({"step": "classifier", "layer": layer, "num_classes": number})
-            classes = number
-        if step is not None:
-            history.append(step)
-    return history, first
-
-
-def _build(base: str, base_args: Mapping, history: Sequence[Mapping]) -> nn.Module:
-    return rebuild_(timm.create_model(base, pretrained=False, **base_args), history)
+def _build(base: str, base_args: Mapping, **more: Any) -> nn.Module:
+    return timm.create_model(base, pretrained=False, **{**base_args, **more})
 
 
 @register_model
-def rep_rebuilt(
+def rep_plugin_rebuilt(
     pretrained: bool = False,
     pretrained_cfg: Mapping | None = None,
     pretrained_cfg_overlay: Mapping | None = None,
@@ -132,9 +155,12 @@ def rep_rebuilt(
     history: Sequence[Mapping] = (),
     num_classes: int | None = None,
     in_chans: int | None = None,
-    drop_rate: float | None = None,
-    drop_path_rate: float | None = None,
+    global_pool: str | None = None,
+    features_only: bool = False,
     weights: bool = True,
+    device: Any = None,
+    dtype: Any = None,
+    **arguments,
 ) -> nn.Module:
     """Build what a folder of :func:`save_timm` holds, for ``timm.create_model('local-dir:FOLDER')``.
 
@@ -146,59 +172,91 @@ def rep_rebuilt(
         history: what was done to it, see :mod:`rep_plugin.history`.
         num_classes: another number than the saved one puts a fresh classifier on it, 0: none.
         in_chans: timm's own scripts give it; must be the model's.
-        drop_rate, drop_path_rate: passed on to the network.
+        global_pool: another pool before the classifier, one of timm's.
+        features_only: return the maps of the stages, as timm's own models do; ``out_indices`` chooses them.
         weights: load the saved weights; False trains from scratch.
+        device, dtype: of the parameters.
+        **arguments: passed on to the network (``drop_rate``, ``drop_path_rate`` ...).
 
     Returns:
         The model.
 
     Raises:
-        ArgumentError: an argument does not fit, or timm was not called with a folder.
+        ArgumentError: an argument does not fit, or timm was not called with a folder of its own models.
         CheckpointMismatchError: the weights do not fit.
     """
     folder = (pretrained_cfg or {}).get("file") if isinstance(pretrained_cfg, Mapping) else None
-    if not base or not folder:
+    if not folder:
         raise ArgumentError(f"{ARCHITECTURE!r} is loaded from a folder: timm.create_model('local-dir:FOLDER')")
+    if not base:
+        raise ArgumentError(
+            f"{folder} holds a model that timm does not build: rep_plugin.load({str(folder)!r}, model=a freshly built one)"
+        )
     base_args = dict(base_args or {})
     if in_chans is not None and in_chans != (own := base_args.get("in_chans", 3)):
         raise ArgumentError(f"in_chans must be what the model in {folder} has, {own}, got {in_chans}")
     check_history(history)
-    given = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
-    model = _build(base, base_args | {name: value for name, value in given.items() if value is not None}, history)
-    if weights:
-        state = _read_weights(Path(folder) / WEIGHTS)
-        require_fit(model, state, str(Path(folder) / WEIGHTS))
-        model.load_state_dict(state)
-    setattr(model, ATTRIBUTE, [dict(step) for step in history])
+    options = {name: arguments.pop(name) for name in ("out_indices", "feature_cls") if name in arguments}
+    base_args |= arguments
+    model: Any = rebuild_(_build(base, base_args), history)
     model._rep_base = (base, base_args)
     own = {key: tuple(value) if isinstance(value, list) else value for key, value in pretrained_cfg.items()}
     model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **{k: own[k] for k in KEPT_CFG if k in own}}
-    if num_classes is not None and num_classes != model.num_classes:
-        classifier = model.get_classifier()
-        layer = next((name for name, module in model.named_modules() if module is classifier), None)
-        if layer is None:
-            raise ArgumentError(
-                f"num_classes (={num_classes}) needs a linear classifier, the model has {type(classifier).__name__}"
-            )
-        set_classes_(model, layer, num_classes)
-    return model
+    if hasattr(model, "num_classes") and own.get("num_classes") is not None:
+        model.num_classes = own["num_classes"]
+    if weights:
+        state = read_weights(Path(folder))
+        require_fit(model, state, str(Path(folder) / WEIGHTS))
+        load_weights_(model, state)
+    if global_pool is not None:
+        _set_pool(model, global_pool, num_classes)
+    if num_classes is not None and num_classes != getattr(model, "num_classes", None) and not features_only:
+        _set_classes(model, num_classes)
+    if features_only or options:
+        if not features_only:
+            raise ArgumentError(f"{min(options)} goes with features_only=True")
+        model = as_features(model, options)
+    return model if device is None and dtype is None else model.to(device=device, dtype=dtype)
 
 
-def _read_weights(path: Path) -> dict:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist, expected the weights of a model")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise CheckpointMismatchError(f"{path} holds no weights: {error}") from None
+OLD_ENTRY = rep_plugin_rebuilt
+
+
+def rep_rebuilt(*args, **kwargs) -> nn.Module:
+    """Read a folder that was written before the name told the package; as :func:`rep_plugin_rebuilt`."""
+    return OLD_ENTRY(*args, **kwargs)
+
+
+register_model(rep_rebuilt)
+
+
+def _classifier(model: Any, what: str) -> tuple[str, nn.Linear]:
+    """Name and layer of a model's linear classifier. Raises ArgumentError, beginning with ``what``, for another one."""
+    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
+    name = next((name for name, module in model.named_modules() if module is classifier), None)
+    if name is None or not isinstance(classifier, nn.Linear):
+        raise ArgumentError(f"{what} needs a linear classifier, the model has {type(classifier).__name__}")
+    return name, classifier
+
+
+def _set_classes(model: Any, num_classes: int) -> None:
+    set_classes_(model, _classifier(model, f"num_classes (={num_classes})")[0], num_classes)
+
+
+def _set_pool(model: Any, global_pool: str, num_classes: int | None) -> None:
+    """Give a model another pool by timm's own method; a classifier that still fits keeps its weights."""
+    old = model.get_classifier()
+    model.reset_classifier(model.num_classes if num_classes is None else num_classes, global_pool)
+    new = model.get_classifier()
+    if isinstance(old, nn.Linear) and isinstance(new, nn.Linear) and old.weight.shape == new.weight.shape:
+        new.load_state_dict(old.state_dict())
 
 
 @replays("classifier", "layer", "num_classes")
 def set_classes_(model: nn.Module, layer: str, num_classes: int) -> nn.Module:
     """Put a fresh linear layer in the place of a classifier; ``model.num_classes`` follows.
 
-    Its inputs are those of the old weights: timm's ``reset_classifier`` reads them from attributes that pruning leaves as
-    they were.
+    Its inputs are those of the old weights: timm's ``reset_classifier`` reads them from attributes.
 
     Args:
         model: the network; it is changed.
@@ -220,3 +278,6 @@ def set_classes_(model: nn.Module, layer: str, num_classes: int) -> nn.Module:
     model.set_submodule(layer, new.to(old.weight.device, old.weight.dtype).train(old.training))
     model.num_classes = num_classes
     return model
+
+
+BUILDERS["timm"] = Builder(describe, lambda folder: timm.create_model(f"local-dir:{folder}"))

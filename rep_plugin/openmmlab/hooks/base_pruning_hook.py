@@ -256,12 +256,13 @@ class PruningHook(StatefulHook):
                 f"the checkpoint's model was pruned otherwise before: it begins with {len(history)} steps, of which the "
                 f"{len(own)} of {type(model).__name__} in the config are not the first"
             )
-        for step in history[len(own) :]:
+        for step in (step for step in history[len(own) :] if step["step"] == "prune"):
             prune_runner_(runner, as_plan(step["plan"]), verify=False)
 
     def plans_of(self, runner: Runner) -> list[PrunePlan]:
         """Return the plans by which the model in training differs from the config's."""
-        return [as_plan(step["plan"]) for step in history_of(plain_model(runner))[self._steps_before :]]
+        steps = history_of(plain_model(runner))[self._steps_before :]
+        return [as_plan(step["plan"]) for step in steps if step["step"] == "prune"]
 
     def write_artefact(self, runner: Runner, plan: PrunePlan, pruned: nn.Module, report: PruneReport) -> None:
         """Write what :func:`rep_plugin.openmmlab.artefacts.write_pruned` writes, and ``pruned.rounds.json``.

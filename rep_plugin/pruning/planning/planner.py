@@ -198,7 +198,8 @@ def _first_widths(model: nn.Module) -> dict[str, int]:
     widths: dict[str, int] = {}
     for step in history_of(model):
         if step["step"] == "prune":
-            widths = {name: before for name, (before, _) in as_plan(step["plan"]).widths.items()} | widths
+            own = as_plan(step["plan"]).widths
+            widths = {f"{step.get('part', '')}.{name}".strip("."): before for name, (before, _) in own.items()} | widths
     return widths
 
 

@@ -12,6 +12,7 @@ from rep_plugin.bilinear.methods import LowRank
 from rep_plugin.bilinear.pooling import BilinearPooling
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.layers import NormedConv2d
+from rep_plugin.pruning.tracing.features import describe_features_
 from rep_plugin.pruning.tracing.graph import Trace, member
 from rep_plugin.pruning.tracing.kept_channels import KeptChannels, slice_tensor
 
@@ -79,6 +80,7 @@ def remove_channels_(model: nn.Module, trace: Trace, kept: KeptChannels, optimiz
     for name, module in model.named_modules(remove_duplicate=False):
         _set_numbers(name, module, before[module], trace, kept)
     _set_owners(model, before)
+    describe_features_(model, {key: kept.count(labels) for key, labels in trace.described.items()})
     return model
 
 

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rep_plugin.errors import ArgumentError, TraceError, first_line
 from rep_plugin.measure.forward import forward_of
+from rep_plugin.pruning.tracing.features import FeatureWatch
 from rep_plugin.pruning.tracing.graph import Mark, Trace, eval_copy, is_quiet, member, tensors_in, where
 from rep_plugin.pruning.tracing.labels import FIXED
 from rep_plugin.pruning.tracing.recorder import Recorder
@@ -38,6 +39,7 @@ class _Tracer(TorchFunctionMode):
         self.model = eval_copy(model, memo)
         self.recorder = Recorder(self.model, shape, makers)
         self.trace = self.recorder.trace
+        self.watch = FeatureWatch(self.model, self.recorder)
         for name, module in self.model.named_modules():
             if (rule := find_module_rule(module)) is not None:
                 module.forward = self._as_one_unit(rule, name, module)
@@ -49,6 +51,7 @@ class _Tracer(TorchFunctionMode):
         """
         forward = forward_of(self.model)
         self.trace.outputs = self._outputs(forward.run, self.trace.shape)
+        self.watch.close()
         if not self.trace.outputs:
             raise TraceError(f"{type(self.model).__name__} gives no tensor that depends on its input")
         if self._unused():

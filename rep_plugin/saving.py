@@ -1,0 +1,231 @@
+"""Models of any framework as a folder: what was done to them and their weights, nothing pickled.
+
+The folder holds ``config.json`` and ``model.safetensors``. Where a framework builds a model by name and arguments, it
+registers itself in BUILDERS, and the folder alone is enough; otherwise the user's code builds the model, and what was done
+to it is repeated on that.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
+from torch import Tensor, nn
+
+from rep_plugin import pruning as pruning  # these two register how their steps are repeated
+from rep_plugin import reparam as reparam
+from rep_plugin.checkpoints.files import write_atomic, write_together
+from rep_plugin.checkpoints.strict import require_fit
+from rep_plugin.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    CheckpointMismatchError,
+    RepPluginError,
+    UnreadableCheckpointError,
+    first_line,
+)
+from rep_plugin.history import check_history, history_of, rebuild_
+from rep_plugin.optional import require
+
+CONFIG, WEIGHTS, ARCHITECTURE = "config.json", "model.safetensors", "rep_plugin_rebuilt"
+
+
+class Builder(NamedTuple):
+    """How a framework's own models are saved and built again.
+
+    Args:
+        describe: returns the config of a model, None for another framework's; raises an error of ours for one that cannot be
+            built again by name.
+        load: builds the model in a folder, with its weights.
+    """
+
+    describe: Callable[[nn.Module], dict | None]
+    load: Callable[[Path], nn.Module]
+
+
+BUILDERS: dict[str, Builder] = {}
+
+
+def save(model: nn.Module, folder: str | Path) -> None:
+    """Write a model that was expanded, pruned or merged, in any order, so that :func:`load` gives the very same one back.
+
+    The folder of a timm model, ``features_only`` ones included, is what ``timm.create_model('local-dir:FOLDER')`` loads too.
+    For other models (torchvision, segmentation_models_pytorch, your own) it holds what was done to them, and :func:`load`
+    needs a freshly built one. Replaced classifiers and other plain layers are among what was done. Older files stay where an
+    error is raised.
+
+    Args:
+        model: not wrapped (DDP), not compiled.
+        folder: where ``config.json`` and ``model.safetensors`` go.
+
+    Raises:
+        ArgumentError: the model was changed by hand in a way that cannot be repeated, or is wrapped. It names the layer.
+        OSError: a file cannot be written.
+
+    Example:
+        >>> import rep_plugin, torch
+        >>> build = lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.BatchNorm2d(8))
+        >>> expanded, _ = rep_plugin.expand(build().eval(), "dbb")
+        >>> rep_plugin.save(expanded, "saved")
+        >>> type(rep_plugin.load("saved", model=build())[0]).__name__
+        'DBBConv2d'
+    """
+    write_folder(folder, _config_of(model), model)
+
+
+def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Return the model that :func:`save` wrote: the same structure, the same weights, bit by bit.
+
+    Args:
+        folder: what :func:`save` or ``save_timm`` wrote.
+        model: one built as the saved one was before its first step; its weights do not matter. It is changed in place (use
+            what is returned: merging may replace the root), and stays as it was where an error is raised. Not needed where
+            timm builds the model.
+
+    Returns:
+        The model, in the mode of ``model``; one that timm builds is in train mode, as timm's are.
+
+    Raises:
+        ArgumentError: ``model`` is needed.
+        CheckpointMismatchError: the folder does not fit ``model``; it names the layer.
+        UnreadableCheckpointError: a file is torn.
+        FileNotFoundError: the folder or one of its files does not exist.
+
+    Example:
+        >>> import rep_plugin, timm
+        >>> net, _ = rep_plugin.reparameterize(timm.create_model("rep_mobilenetv2_035", num_classes=2).eval())
+        >>> rep_plugin.save(net, "saved")
+        >>> rep_plugin.load("saved").num_classes
+        2
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    arguments = config["model_args"]
+    if model is None:
+        if not arguments.get("base"):
+            raise ArgumentError(_needs_model(folder, config))
+        require("timm", "timm", str(folder))
+        return BUILDERS["timm"].load(folder)
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"model must be a freshly built torch.nn.Module, got {type(model).__name__}")
+    state = read_weights(folder)
+    rehearsed = copy.deepcopy(model)
+    try:
+        own, steps = json.loads(json.dumps(history_of(model))), arguments.get("history", [])
+        check_history(steps)
+        if steps[: len(own)] != own:
+            raise ArgumentError(f"{len(own)} steps were done to it already, others than to the saved one")
+        require_fit(rebuild_(rehearsed, steps[len(own) :]), state, WEIGHTS)
+    except RepPluginError as error:
+        kind = str(config.get("model", arguments.get("base"))).rpartition(".")[2]
+        raise CheckpointMismatchError(
+            f"{folder} (a {kind}) does not fit this {type(model).__name__}, which must be built as the saved one was before "
+            f"its first step: {first_line(error)}"
+        ) from error
+    return load_weights_(rebuild_(model, steps[len(own) :]), state)
+
+
+def _needs_model(folder: Path, config: Mapping) -> str:
+    why = f" ({config['why']})" if config.get("why") else ""
+    return (
+        f"{folder} holds a {config.get('model')}, which is not built by name{why}: rep_plugin.load({str(folder)!r}, "
+        "model=one built as before its first step)"
+    )
+
+
+def _config_of(model: nn.Module) -> dict:
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch._dynamo.OptimizedModule)
+    if isinstance(model, wrappers):
+        raise ArgumentError(f"got a {type(model).__name__}: save the model inside of it (.module or ._orig_mod)")
+    history = history_of(model)
+    check_history(history)
+    why = ""
+    for builder in BUILDERS.values():
+        try:
+            if (config := builder.describe(model)) is not None:
+                return config
+        except RepPluginError as error:  # it is then saved as one that the user builds
+            why = first_line(error)
+    kind = type(model)
+    return {
+        "architecture": ARCHITECTURE,
+        "model": f"{kind.__module__}.{kind.__qualname__}",
+        "why": why,
+        "model_args": {"base": "", "base_args": {}, "history": history},
+        "pretrained_cfg": {},
+    }
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's state dict as safetensors writes it. Raises ArgumentError for what is no tensor, by name."""
+    state = model.state_dict()
+    if other := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise ArgumentError(f"the state of {other[0]!r} is a {type(state[other[0]]).__name__}, expected tensors alone")
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+
+
+def write_folder(folder: str | Path, config: Mapping, model: nn.Module) -> None:
+    """Write both files of a model, or none.
+
+    Args:
+        folder: their folder.
+        config: content of ``config.json``.
+        model: the model.
+    """
+    contents = {WEIGHTS: safetensors.save(state_of(model)), CONFIG: json.dumps(config, indent=1).encode()}
+    writers = {
+        name: lambda path, data=data: write_atomic(path, lambda file: file.write(data))
+        for name, data in contents.items()
+    }
+    write_together(Path(folder), writers)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the config in a folder. Raises UnreadableCheckpointError, or FileNotFoundError, where there is none."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist, expected a folder that rep_plugin.save wrote")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise UnreadableCheckpointError(f"{path} is no JSON: {first_line(error)}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_args"), dict):
+        raise UnreadableCheckpointError(f"{path} has no model_args, expected what rep_plugin.save writes")
+    return config
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Return the weights in a folder. Raises CheckpointMismatchError, or FileNotFoundError, where there are none."""
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist, expected the weights of a model")
+    try:
+        return safetensors.load_file(path)
+    except SafetensorError as error:
+        raise CheckpointMismatchError(f"{path} holds no weights: {error}") from None
+
+
+def load_weights_(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """Load weights as they are, in the dtype that they have, which torch alone would round to the model's.
+
+    Args:
+        model: that they fit, see :func:`rep_plugin.checkpoints.strict.require_fit`.
+        state: its state dict.
+
+    Returns:
+        The model.
+    """
+    floats = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    if len(floats) == 1:
+        model.to(dtype=floats.pop())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in state and tensor.dtype != state[name].dtype:
+            tensor.data = tensor.data.to(state[name].dtype)
+    model.load_state_dict(state)
+    return model
