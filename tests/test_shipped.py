@@ -10,6 +10,7 @@ import yaml
 from mmengine.config import Config
 
 import rep_plugin
+from rep_plugin.commands.export import names_config
 from rep_plugin.errors import ArgumentError
 from rep_plugin.openmmlab.cli import resolve_config
 from rep_plugin.shipped import CONFIGS, SCRIPTS, find_config, find_script, list_configs
@@ -73,6 +74,18 @@ def test_a_file_goes_before_a_shipped_name(tmp_path, monkeypatch):
     assert resolve_config("rep_mbv2_cub.py") == str(CONFIGS / "rep_mbv2_cub.py")
     (tmp_path / "rep_mbv2_cub.py").write_text("mine = 1")
     assert resolve_config("rep_mbv2_cub.py") == "rep_mbv2_cub.py"
+
+
+def test_export_tells_shipped_configs_from_timm_names():
+    models = (
+        "rep_mbv2_mini_cub",
+        "bcnn/bcnn_vgg16bn_cub",
+        "mine.py",
+        "rep_mobilenetv2_050",
+        "local-dir:folder",
+        "resnet18",
+    )
+    assert [names_config(model) for model in models] == [True, True, True, False, False, False]
 
 
 def test_scripts_are_found_without_their_folder():

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from rep_plugin.commands.parser import add_cfg_options
 from rep_plugin.commands.written import print_written
 from rep_plugin.optional import require
+from rep_plugin.shipped import list_configs
 
 if TYPE_CHECKING:
     from rep_plugin.export.report import ExportReport
@@ -35,9 +36,14 @@ def model_arg(text: str) -> tuple[str, object]:
         return key, value
 
 
+def names_config(model: str) -> bool:
+    """Return whether a model is named by a config: a file, or a shipped one."""
+    return model.endswith(".py") or bool(list_configs(model))
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the model, the file, and how they are compared."""
-    parser.add_argument("model", help="config (.py), timm name, or local-dir:FOLDER")
+    parser.add_argument("model", help="config (a file or a shipped name), timm name, or local-dir:FOLDER")
     parser.add_argument("files", nargs="+", metavar="FILE", help="[CHECKPOINT, after a config] OUT.onnx")
     parser.add_argument("--images", metavar="FOLDER", help="images to compare on")
     parser.add_argument("--size", type=int, nargs="+", metavar="N", help="height and width, one number for both")
@@ -66,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what does not go with the model, and read the size."""
-    is_config = args.model.endswith(".py")
+    is_config = names_config(args.model)
     if len(args.files) != 1 + is_config:
         args.parser.error(
             f"expected {'CONFIG CHECKPOINT' if is_config else 'NAME'} OUT.onnx, got {len(args.files)} files"
@@ -119,7 +125,7 @@ def from_timm(args: argparse.Namespace) -> "ExportReport":
 
 def run(args: argparse.Namespace) -> None:
     """Load, merge, export, compare, print the report."""
-    is_config = args.model.endswith(".py")
+    is_config = names_config(args.model)
     for package in ("mmengine", "mmcv") if is_config else ("timm",):
         require(package, "openmmlab" if is_config else "timm", "rep-plugin export")
     if is_config:

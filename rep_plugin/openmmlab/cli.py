@@ -161,8 +161,6 @@ def load_config(args: argparse.Namespace) -> Config:
         MissingPackageError: the package of its ``default_scope`` is not installed.
     """
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    if not os.path.isfile(args.config):
-        raise ArgumentError(f"config {args.config} does not exist, expected a file")
     cfg = read_config(args.config)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
