@@ -18,6 +18,7 @@ from rep_plugin.errors import ArgumentError, HookError, RepPluginError, first_li
 from rep_plugin.functional.distillation import attention_distance, soft_divergence
 from rep_plugin.history import history_of
 from rep_plugin.measure.costs import count_params
+from rep_plugin.openmmlab.base_configs import read_config
 from rep_plugin.openmmlab.hooks.prune_hook import PruneHook
 from rep_plugin.openmmlab.hooks.runner_utils import (
     as_hook_error,
@@ -48,7 +49,8 @@ class DistillHook(StatefulHook):
     first channels; it teaches from then on, and is kept in ``teacher.pth`` for resuming.
 
     Args:
-        teacher: A config, a file or its data, of any network with the same classes and normalisation of images.
+        teacher: A config (a file, the name of a shipped one, or its data) of any network with the same classes and
+            normalisation of images.
         checkpoint: Of the teacher.
         temperature: T of both class probabilities.
         weight: Of the class probabilities, in [0, 1].
@@ -157,10 +159,11 @@ class DistillHook(StatefulHook):
         self._handles = []
 
     def _from_config(self, runner: Runner, student: nn.Module) -> nn.Module:
-        cfg = Config.fromfile(self.source) if isinstance(self.source, str) else Config(copy.deepcopy(dict(self.source)))
-        if "model" not in cfg:
-            cfg = Config(dict(model=cfg, data_preprocessor=runner.cfg.get("data_preprocessor")))
         try:
+            named = isinstance(self.source, str)
+            cfg = read_config(self.source) if named else Config(copy.deepcopy(dict(self.source)))
+            if "model" not in cfg:
+                cfg = Config(dict(model=cfg, data_preprocessor=runner.cfg.get("data_preprocessor")))
             teacher, _ = load_model(cfg, str(self.checkpoint))
         except (OSError, RepPluginError) as error:
             raise HookError(f"DistillHook: the teacher cannot be loaded: {' '.join(str(error).split())}") from error

@@ -243,6 +243,10 @@ def other(teacher: dict, **changes) -> dict:
 
 
 BAD_RUNS = {
+    "no config": (
+        lambda t: t | dict(teacher="rep_mbv2_mini_cup"),
+        "^DistillHook: the teacher cannot be loaded: config rep_mbv2_mini_cup does not exist, .*: rep_mbv2_mini_cub, ",
+    ),
     "no teacher": (
         lambda t: t | dict(checkpoint="none.pth"),
         "^DistillHook: the teacher cannot be loaded: checkpoint none.pth is missing",
