@@ -20,7 +20,7 @@ ROWS = (
     ("registry", "testing", "backbones", "bilinear"),
     ("reparam",),
     ("conversion", "pruning", "export"),
-    ("saving",),
+    ("saving", "summary"),
     ("timm", "openmmlab"),
     ("face",),
     ("__init__",),
@@ -29,7 +29,7 @@ ROWS = (
 )
 PRUNING_ROWS = (("tracing",), ("surgery",), ("planning",), ("apply",), ("methods",), ("__init__",))
 TORCH_ONLY = {"functional", "blocks", "backbones", "bilinear", "measure", "checkpoints", "conversion", "reparam"}
-TORCH_ONLY |= {"pruning", "export", "history", "testing", "shipped", "saving"}
+TORCH_ONLY |= {"pruning", "export", "history", "testing", "shipped", "saving", "summary"}
 # matplotlib draws plots and safetensors reads files where they are installed; scipy is a requirement.
 LIBRARIES = {"torch", "rich", "scipy", "matplotlib", "safetensors", "numpy", "PIL", "onnx", "onnxruntime", "openvino"}
 

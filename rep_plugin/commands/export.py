@@ -9,14 +9,12 @@ those of --images; a timm model without --images is compared on random ones. The
 """
 
 import argparse
-import ast
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rep_plugin.commands.models import ANY, add_timm_arguments, is_config, require_packages
 from rep_plugin.commands.parser import add_cfg_options
 from rep_plugin.commands.written import print_written
-from rep_plugin.optional import require
-from rep_plugin.shipped import list_configs
 
 if TYPE_CHECKING:
     from rep_plugin.export.report import ExportReport
@@ -25,25 +23,9 @@ HELP = "write a trained model as ONNX, compared in its runtimes first"
 OPSET, TOLERANCE, RUNTIMES = 18, 1e-4, ("onnxruntime", "openvino")
 
 
-def model_arg(text: str) -> tuple[str, object]:
-    """KEY=VALUE, the value as Python writes it, else a word."""
-    key, separator, value = text.partition("=")
-    if not separator or not key.isidentifier():
-        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
-
-
-def names_config(model: str) -> bool:
-    """Return whether a model is named by a config: a file, or a shipped one."""
-    return model.endswith(".py") or bool(list_configs(model))
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the model, the file, and how they are compared."""
-    parser.add_argument("model", help="config (a file or a shipped name), timm name, or local-dir:FOLDER")
+    parser.add_argument("model", metavar="MODEL", help=ANY)
     parser.add_argument("files", nargs="+", metavar="FILE", help="[CHECKPOINT, after a config] OUT.onnx")
     parser.add_argument("--images", metavar="FOLDER", help="images to compare on")
     parser.add_argument("--size", type=int, nargs="+", metavar="N", help="height and width, one number for both")
@@ -64,23 +46,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_cfg_options(mm)
     named = parser.add_argument_group("with a timm name")
     named.add_argument("--checkpoint", help="weights: what timm's train.py or torch.save wrote, or .safetensors")
-    named.add_argument("--pretrained", action="store_true", help="timm's own weights")
-    named.add_argument(
-        "--model-args", type=model_arg, nargs="+", default=[], metavar="KEY=VALUE", help="as num_classes=20"
-    )
+    add_timm_arguments(named)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what does not go with the model, and read the size."""
-    is_config = names_config(args.model)
-    if len(args.files) != 1 + is_config:
-        args.parser.error(
-            f"expected {'CONFIG CHECKPOINT' if is_config else 'NAME'} OUT.onnx, got {len(args.files)} files"
-        )
+    config = is_config(args.model)
+    if len(args.files) != 1 + config:
+        args.parser.error(f"expected {'CONFIG CHECKPOINT' if config else 'NAME'} OUT.onnx, got {len(args.files)} files")
     if args.size is not None and len(args.size) > 2:
         args.parser.error(f"--size takes one or two numbers, got {args.size}")
     args.size = tuple(args.size * 2)[:2] if args.size else None
-    wrong = ("checkpoint", "pretrained", "model_args") if is_config else ("no_real_data", "cfg_options")
+    wrong = ("checkpoint", "pretrained", "model_args") if config else ("no_real_data", "cfg_options")
     for name in wrong:
         if getattr(args, name):
             args.parser.error(f"--{name.replace('_', '-')} does not go with {args.model}")
@@ -125,10 +102,9 @@ def from_timm(args: argparse.Namespace) -> "ExportReport":
 
 def run(args: argparse.Namespace) -> None:
     """Load, merge, export, compare, print the report."""
-    is_config = names_config(args.model)
-    for package in ("mmengine", "mmcv") if is_config else ("timm",):
-        require(package, "openmmlab" if is_config else "timm", "rep-plugin export")
-    if is_config:
+    config = is_config(args.model)
+    require_packages("export", config)
+    if config:
         from rep_plugin.openmmlab.cli import session
 
         with session():

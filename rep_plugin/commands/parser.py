@@ -7,7 +7,15 @@ from typing import NoReturn
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'resume'?"`` with the nearest of the known words, or an empty text where none is near."""
+    """Return the end of a message: ``; did you mean 'resume'?``
+
+    Args:
+        word: what was given.
+        known: what could have been meant.
+
+    Returns:
+        The question, or an empty text where no known word is near.
+    """
     near = difflib.get_close_matches(word, list(known), 1, 0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
 

@@ -22,7 +22,7 @@ def count_params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-class _MacCounter(TorchDispatchMode):
+class MacCounter(TorchDispatchMode):
     """Adds up the multiply-adds of the operators that torch has a formula for.
 
     FlopCounterMode counts the same, by module, and takes up to 1.4 times as long.
@@ -88,12 +88,12 @@ def _count(model: nn.Module, example: object) -> int:
     shapes = _shapes_of(model)
     shapes.eval()
     try:
-        with _SkipNorm(), _MacCounter() as counter:
+        with _SkipNorm(), MacCounter() as counter:
             run_model(
                 shapes, tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf, example)
             )
         return counter.total
     except Exception:  # a forward that reads values may raise anything; what else is wrong is raised again below
-        with eval_mode(model), _MacCounter() as counter:
+        with eval_mode(model), MacCounter() as counter:
             run_model(model, example)
         return counter.total

@@ -15,10 +15,10 @@ from rep_plugin.checkpoints.strict import describe_mismatch
 from rep_plugin.errors import ArgumentError
 from rep_plugin.measure.plots import draw_widths
 from rep_plugin.measure.report import Report
-from rep_plugin.openmmlab.configs import deploy_config, plain_data, pruned_config
+from rep_plugin.openmmlab.configs import deploy_config, expanded_config, plain_data, pruned_config
 from rep_plugin.openmmlab.load import build_model, check_rebuilt
 from rep_plugin.pruning import PrunePlan, PruneReport, apply_plan
-from rep_plugin.reparam import reparameterize
+from rep_plugin.reparam import expand, reparameterize
 from rep_plugin.version import __version__
 
 
@@ -140,6 +140,41 @@ def write_pruned(
     pruned.eval()
     report = apply_plan(pruned, plan, example_input=inputs)
     write_pruned_model(pruned, cfg, plan, report, out_dir, inputs, dataset_meta)
+    return report
+
+
+def write_expanded(
+    model: nn.Module,
+    cfg: Config,
+    block: str,
+    where: str | Sequence[str] | None,
+    out_dir: str | os.PathLike,
+) -> Report:
+    """Expand a copy of a model, prove it, and write ``expanded.pth``, ``expanded.py`` and ``expanded.json`` (the report).
+
+    ``expanded.py`` is the config with ``rep_plugin.Expanded`` around its model. It loads ``expanded.pth`` beside it, and
+    trains on as before. Where anything fails, older files stay.
+
+    Args:
+        model: what ``cfg.model`` builds, with its weights.
+        cfg: the config it was trained with.
+        block: as in :func:`rep_plugin.expand`.
+        where: as in :func:`rep_plugin.expand`.
+        out_dir: folder of the files.
+
+    Returns:
+        The report.
+
+    Raises:
+        ArgumentError: there is nothing to expand.
+        OSError: a file cannot be written.
+    """
+    expanded, report = expand(model, block, where=where)
+    written = expanded_config(cfg, block, where)
+    check_rebuilt(written, expanded.eval() or expanded, torch.zeros(report.input_shape))
+    written.load_from = "{{ fileDirname }}/expanded.pth"
+    texts = {"expanded.py": written.pretty_text, "expanded.json": report.to_json() + "\n"}
+    write_together(Path(out_dir), _writers("expanded.pth", expanded, _file_meta(expanded, None, report.notes), texts))
     return report
 
 

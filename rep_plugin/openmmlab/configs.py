@@ -72,6 +72,25 @@ def pruned_config(cfg: Config, plan: PrunePlan, linear: bool = True) -> Config:
     return cfg
 
 
+def expanded_config(cfg: Config, block: str, where: str | Sequence[str] | None) -> Config:
+    """Make the config of an expanded model: the same file in all else.
+
+    Args:
+        cfg: the config of the model before.
+        block: as in :func:`rep_plugin.expand`.
+        where: as in :func:`rep_plugin.expand`.
+
+    Returns:
+        A changed copy.
+    """
+    cfg = copy.deepcopy(cfg)
+    for part in typed_dicts(cfg.model):
+        drop_pretrained_(part)
+    cfg.model = dict(type="rep_plugin.Expanded", model=cfg.model, block=block, where=where)
+    _finish_(cfg, ())
+    return cfg
+
+
 def typed_dicts(node: object) -> Iterator[dict]:
     """Yield every dict with a ``type`` in a config, outer ones first."""
     if isinstance(node, dict):

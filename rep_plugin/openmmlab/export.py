@@ -104,6 +104,27 @@ def pipeline_of(cfg: Config) -> list[dict]:
     raise ArgumentError("the config has no test_dataloader or val_dataloader with a pipeline")
 
 
+def size_of(cfg: Config, default: tuple[int, int] = (224, 224)) -> tuple[int, int]:
+    """Return the (height, width) that the config's pipeline gives images.
+
+    Args:
+        cfg: the config.
+        default: where it has no pipeline, or the size is the image's own.
+
+    Returns:
+        Height and width.
+    """
+    try:
+        steps = pipeline_of(cfg)
+    except ArgumentError:
+        return default
+    for step in reversed(steps):
+        kind = type_name(step)
+        if kind == "CenterCrop" or (kind == "Resize" and step.get("scale") is not None and not step.get("keep_ratio")):
+            return tuple(_height_width(step["crop_size" if kind == "CenterCrop" else "scale"]))
+    return default
+
+
 def preprocessing_of(model: nn.Module, cfg: Config, input_size: tuple[int, int, int]) -> dict:
     """Describe what is done to an image on its way into the model.
 

@@ -93,6 +93,25 @@ def _choose(model: nn.Module, where: Where, copied: nn.Module) -> tuple[list[tup
     return take, notes
 
 
+def find_expandable(model: nn.Module, where: Where = None) -> tuple[list[str], list[str]]:
+    """Find what :func:`expand` would replace; nothing is changed.
+
+    Args:
+        model: the model.
+        where: as in :func:`expand`.
+
+    Returns:
+        Names of the convolutions, and notes on what is left out.
+
+    Raises:
+        ArgumentError: there is nothing to expand; the message says why.
+    """
+    copied = copy.deepcopy(model)
+    copied.eval()
+    pairs, notes = _choose(model, where, copied)
+    return [conv for conv, _ in pairs], notes
+
+
 def _block_for(conv: nn.Conv2d, bn: nn.Module, block: str) -> ConvLike:
     """Return the block that computes what ``conv`` does, given the BN that follows it."""
     made = like_conv(conv, block)

@@ -115,6 +115,11 @@ def load_timm(
     return model.eval()
 
 
+def size_of_timm(model: nn.Module) -> tuple[int, int]:
+    """Return the (height, width) that a timm model is used with."""
+    return tuple(resolve_data_config({}, model=model)["input_size"][1:])
+
+
 def read_images(folder: str | Path, cfg: Mapping, count: int = IMAGES) -> Tensor:
     """Read images as timm's evaluation transform gives them.
 
