@@ -15,7 +15,7 @@ from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.progress import working
 from rep_plugin.measure.report import BlockReport, Report
 from rep_plugin.measure.verify import default_inputs, verify_equivalence
-from rep_plugin.pruning.planning.plan import PrunePlan, as_plan
+from rep_plugin.pruning.planning.plan import MERGED, PrunePlan, as_plan, frozen_notes
 from rep_plugin.pruning.surgery.mask import KeptOutputs, mask_channels_
 from rep_plugin.pruning.surgery.remove import remove_channels_
 from rep_plugin.pruning.tracing.graph import Trace
@@ -35,6 +35,8 @@ class PruneReport(Report):
         frozen: {layer: why it stays as it is}.
         latency_before: Milliseconds of the dense model, where the plan was made by latency.
         latency_after: Milliseconds of the pruned one.
+        planned_macs: (before, after) as the plan counts multiply-adds, where that is another number: a block as the one
+            convolution that it deploys as.
 
     Example:
         >>> from rep_plugin.pruning import PruneReport
@@ -47,6 +49,23 @@ class PruneReport(Report):
     frozen: dict[str, str] = field(default_factory=dict)
     latency_before: float | None = None
     latency_after: float | None = None
+    planned_macs: tuple[int, int] | None = None
+
+    def add_plan(self, plan: PrunePlan) -> None:
+        """Fill in the widths, what is frozen, the times and the notes of a plan; after :attr:`macs_before` is known."""
+        self.widths, self.frozen = dict(plan.widths), dict(plan.frozen)
+        self.latency_before, self.latency_after = plan.latency_before, plan.latency_after
+        if plan.macs_before != self.macs_before:
+            self.planned_macs = plan.macs_before, plan.macs_after
+            text = f"merged, {plan.macs_before:,} multiply-adds are {plan.macs_after:,}: what budgets count"
+            self.notes.append(f"{text} ({plan.macs_after / plan.macs_before:.1%})")
+        self.notes += [note for note in plan.notes if note != MERGED] + frozen_notes(plan.frozen)
+
+    def _costs(self, title: str) -> Table:
+        table = super()._costs(title)
+        if self.planned_macs is not None:
+            table.add_row("  once merged, as budgets count", *(f"{macs:,}" for macs in self.planned_macs))
+        return table
 
     def table(self) -> Table:
         """Return the metrics as a rich table."""
@@ -114,19 +133,12 @@ def apply_plan(
         remove_channels_(shadow, trace, kept)
         _refresh_table(ema, shadow)
     report.params_after, report.macs_after = count_params(model), _macs(model, trace, kept)
-    report.widths, report.frozen = dict(plan.widths), dict(plan.frozen)
-    report.latency_before, report.latency_after = plan.latency_before, plan.latency_after
     report.blocks = [
         BlockReport(name, f"{layer.kind} {len(layer.labels)} -> {kept.count(layer.labels)}")
         for name, layer in trace.layers.items()
         if kept.changes(layer.labels)
     ]
-    if trace.block_parameters:
-        report.notes.append(f"merged, {plan.macs_before:,} multiply-adds are {plan.macs_after:,}: what budgets count")
-    reasons: dict[str, list[str]] = {}
-    for name, reason in plan.frozen.items():
-        reasons.setdefault(reason, []).append(name)
-    report.notes += [_frozen_note(names, reason) for reason, names in reasons.items()]
+    report.add_plan(plan)
     # The scores are not needed to do it again, and are most of the plan.
     for one, before in copies:
         record_(one, before, step="prune", plan=asdict(replace(plan, scores={})))
@@ -146,11 +158,6 @@ def _macs(model: nn.Module, trace: Trace, kept: KeptChannels) -> int:
         return count_costs(trace, kept).macs
     first = next(model.parameters())
     return count_macs(model, torch.zeros(trace.shape, dtype=first.dtype, device=first.device))
-
-
-def _frozen_note(names: list[str], reason: str) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"frozen: {', '.join(names[:3])}{more}: {reason}"
 
 
 def kept_by(plan: PrunePlan, model: nn.Module, trace: Trace) -> KeptChannels:

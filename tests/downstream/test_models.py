@@ -180,7 +180,7 @@ def test_the_second_stage_keeps_what_it_reads(case):
     name, _, model = case
     plan = rep_plugin.plan_pruning(model, X.shape, "l1", 0.3)
     if name.startswith("faster_rcnn"):
-        assert {plan.frozen[f"neck.fpn_convs.{i}.conv"] for i in range(4)} == {"model output"}
+        assert all("makes the model output" in plan.frozen[f"neck.fpn_convs.{i}.conv"] for i in range(4))
         assert not any(key.startswith("roi_head") for key in plan.widths)
     elif name.startswith("deeplab"):
         assert plan.widths["auxiliary_head.convs.0.conv"][0] == 32  # seen, so that it follows the backbone

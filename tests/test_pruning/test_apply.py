@@ -356,5 +356,5 @@ def test_the_report():
     assert report.widths["2.up"] == (16, 8) and "layer norm over channels" in report.frozen["0.conv"]
     assert [(b.name, b.kind) for b in report.blocks] == [("2.up", "linear 16 -> 8")]
     text = str(report)
-    assert "1 of 4 layers narrower, 3 frozen" in text and "frozen: 0.conv, 2.down" in text
+    assert "1 of 4 layers narrower, 3 frozen" in text and "stay as they are: 0.conv, 2.down" in text
     assert '"widths"' in report.to_json() and report.seconds > 0

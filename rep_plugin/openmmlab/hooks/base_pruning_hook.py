@@ -350,6 +350,6 @@ class PruningHook(StatefulHook):
         report = PruneReport("apply_plan", first["params_before"], count_params(model), input_shape=plan.input_shape)
         report.macs_before, report.macs_after = first["macs_before"], last["macs_after"]
         report.max_rel_error = max(entry["max_rel_error"] for entry in self.rounds)
-        report.widths, report.frozen = dict(plan.widths), dict(plan.frozen)
         report.notes = [f"{len(self.rounds)} rounds, each proven; metrics of validation are in pruned.rounds.json"]
+        report.add_plan(plan)
         return report

@@ -17,7 +17,7 @@ from rep_plugin.pruning.planning.plan import PrunePlan
 from rep_plugin.pruning.planning.planner import plan_to_budget
 from rep_plugin.pruning.planning.select import nothing_to_prune
 from rep_plugin.pruning.tracing.graph import Trace
-from rep_plugin.pruning.tracing.groups import find_groups
+from rep_plugin.pruning.tracing.groups import find_groups, name_layer
 from rep_plugin.pruning.tracing.kept_channels import KeptChannels
 from rep_plugin.pruning.tracing.labels import squeeze_constant
 from rep_plugin.pruning.tracing.tracer import trace_channels
@@ -102,23 +102,24 @@ class Alignment:
         classes, reasons = [], {}
         for group in find_groups(self.trace):
             by_kinds: dict[tuple, list[int]] = {}
-            reason = group.reason or "no two of its channels do the same work"
+            layer, reason = name_layer(group.layers[0]), "has no two channels that do the same work"
             for unit in group.units.tolist():
                 if unit in counted:
                     reason = counted[unit]
                 elif len(set(kinds[unit])) < len(kinds[unit]):
-                    reason = "channels of one layer go together, none answers to another"
+                    reason = "has channels that go together, none answers to another"
                 else:
                     by_kinds.setdefault(tuple(sorted(kinds[unit])), []).append(unit)
             alike = [(group.layers[0], units) for units in by_kinds.values() if len(units) > 1]
             classes += alike
             if not alike:
-                reasons |= dict.fromkeys(group.layers, reason)
+                reasons |= dict.fromkeys(group.layers, group.reason or f"{layer} {reason}")
         return classes, reasons
 
     def _counted(self) -> list[tuple[Tensor, str]]:
         """Channels whose number matters: two equal ones are not one of twice the weight."""
-        pools = [(labels, f"{name} multiplies it") for name, (_, ends) in self.trace.pools.items() for labels in ends]
+        what = "which multiplies its channels: two equal ones are not one"
+        pools = [(labels, f"feeds {n!r}, {what}") for n, (_, ends) in self.trace.pools.items() for labels in ends]
         return [*self.trace.counted, *pools]
 
     def places(self, labels: Tensor) -> dict[int, list[int]]:

@@ -39,7 +39,8 @@ from rep_plugin.pruning.tracing.groups import frozen_roots
 from rep_plugin.pruning.tracing.kept_channels import count_costs
 from rep_plugin.pruning.tracing.tracer import trace_channels
 
-_WITHOUT = "no compactor can make its channels zero"
+_WITHOUT = "cannot lose channels, no compactor can make them zero"
+_ADVICE = "that takes a convolution with a BN, prune such layers with PruneHook"
 
 
 class ResRep:
@@ -118,7 +119,9 @@ class ResRep:
                 units = roots[self._labels(site)]
                 total.index_add_(0, units, values.double().square())
                 number.index_add_(0, units, torch.ones(len(units), dtype=torch.float64))
-        return find_candidates(self.trace, (total / number).sqrt(), self.options.frozen_patterns, _WITHOUT)
+        return find_candidates(
+            self.trace, (total / number).sqrt(), self.options.frozen_patterns, f"{_WITHOUT}: {_ADVICE}"
+        )
 
     def _floors(self, choice: Choice) -> dict[str, tuple[int, int]]:
         return {name: self.options.floors(width) for name, width in choice.widths.items()}

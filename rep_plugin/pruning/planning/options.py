@@ -147,9 +147,9 @@ class PruneOptions:
 
     @property
     def reason_without_score(self) -> str:
-        """Why a layer without scores stays as it is."""
-        no_bn = "it has no BN for bn_gamma: use scores='l1'"
-        return no_bn if self.scores == "bn_gamma" else f"not scored by {self.score_name}"
+        """Why a layer without scores stays as it is, as what is said of it."""
+        no_bn = "has no BN for bn_gamma: use scores='l1'"
+        return no_bn if self.scores == "bn_gamma" else f"is not scored by {self.score_name}: add it, or use scores='l1'"
 
     @property
     def frozen_patterns(self) -> tuple[str, ...]:

@@ -1,12 +1,16 @@
 """A pruning plan: which channels of which layer stay, as plain data. Planning touches no module."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from rep_plugin.checkpoints.files import write_text
@@ -21,15 +25,18 @@ from rep_plugin.pruning.tracing.tracer import trace_channels
 
 VERSION = 3
 _LATER = {2: {"latency_before": None, "latency_after": None}, 3: {"notes": ()}}  # fields that a version brought
+_QUOTED = re.compile(r"'[^']*'|\d+")
 LOSS = "layers lose more than 90 %"
 MERGED = (
     "costs count a re-parameterizable block as the one convolution that it deploys as; its training form costs more"
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PrunePlan:
     """What stays of a model, as plain data. A unit are channels that are only removed together.
+
+    ``print(plan)`` gives a few lines, ``plan.print()`` a table of the layers, ``plan.plot("widths.png")`` a plot of them.
 
     Args:
         model: Its class, for messages.
@@ -111,6 +118,66 @@ class PrunePlan:
         choice = find_candidates(trace, score_units(model, trace, options), without=options.reason_without_score)
         why = f"given widths of {len(widths)} layers, by {options.score_name}"
         return make_plan(model, trace, choice, to_widths(choice, widths), why, prune_outputs)
+
+    def __repr__(self) -> str:
+        changed = sum(before != after for before, after in self.widths.values())
+        costs = f"parameters {self.params_before:,} -> {self.params_after:,}, multiply-adds {self.macs_before:,} -> "
+        return (
+            f"PrunePlan({self.model}, {self.why}: {changed} of {len(self.widths)} layers narrower, {len(self.frozen)} "
+            f"frozen, {costs}{self.macs_after:,})"
+        )
+
+    def __str__(self) -> str:
+        return "\n".join([repr(self), *(f"note: {note}" for note in self.notes)])
+
+    def table(self) -> Table:
+        """Return a rich table of the layers that can lose channels, and of the costs."""
+        table = Table(title=f"{self.model}: {self.why}")
+        for column in ("layer", "before", "after", "removed", "note"):
+            table.add_column(column, justify="left" if column in ("layer", "note") else "right")
+        ends = {name: "" for name in self.widths if name not in self.frozen}
+        for layers in self.groups:
+            first = next((name for name in layers if name in ends), None)
+            ends |= {name: f"goes with {first}" for name in layers if name in ends and name != first}
+        for name, note in ends.items():
+            before, after = self.widths[name]
+            loud = "more than 90 % go" if _is_heavy(before, after) else note
+            table.add_row(Text(name), str(before), str(after), _share(before, after), Text(loud))
+        table.add_section()
+        table.add_row("parameters", f"{self.params_before:,}", f"{self.params_after:,}", *self._removed("params"))
+        table.add_row(
+            "multiply-adds, one image", f"{self.macs_before:,}", f"{self.macs_after:,}", *self._removed("macs")
+        )
+        if self.latency_before is not None:
+            pair = self.latency_before, self.latency_after
+            table.add_row("milliseconds", *(f"{ms:.2f}" for ms in pair), _share(*pair))
+        return table
+
+    def _removed(self, cost: str) -> tuple[str, str]:
+        counted = "each block as one convolution" if MERGED in self.notes else ""
+        return _share(getattr(self, f"{cost}_before"), getattr(self, f"{cost}_after")), counted
+
+    def print(self, console: Console | None = None) -> None:
+        """Print the table, why other layers stay as they are, and the notes."""
+        console = console or Console()
+        console.print(self.table())
+        for line in frozen_notes(self.frozen):
+            console.print(line, markup=False, highlight=False)
+        for note in self.notes:
+            console.print(f"note: {note}", markup=False)
+
+    def plot(self, path: str | Path) -> None:
+        """Write a plot of the widths before and after, as PNG.
+
+        Args:
+            path: Of the file.
+
+        Raises:
+            MissingPackageError: matplotlib is not installed.
+        """
+        from rep_plugin.measure.plots import draw_widths  # matplotlib need not be installed to plan
+
+        write_atomic(path, lambda file: draw_widths(self.widths, file, f"{self.model}: {self.why}", self.frozen))
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Return the plan as JSON text, and write it to ``path`` where one is given (whole or not at all)."""
@@ -235,6 +302,26 @@ def make_plan(
         prune_outputs=prune_outputs,
         notes=tuple(notes),
     )
+
+
+def frozen_notes(frozen: Mapping[str, str]) -> list[str]:
+    """Return one line for each kind of reason why layers stay as they are, with the first reason of the kind.
+
+    Args:
+        frozen: {layer: why it stays as it is}.
+
+    Returns:
+        The lines.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name, reason in frozen.items():
+        kinds.setdefault(_QUOTED.sub("", reason), []).append(name)
+    several = {names[0]: f"stay as they are: {listed(names)}: " for names in kinds.values() if len(names) > 1}
+    return [several.get(names[0], "stays as it is: ") + frozen[names[0]] for names in kinds.values()]
+
+
+def _share(before: float, after: float) -> str:
+    return f"{1 - after / before:.1%}" if before and after != before else ""
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:

@@ -13,7 +13,7 @@ from rep_plugin.errors import ArgumentError
 from rep_plugin.pruning.planning.balance import bundle_units
 from rep_plugin.pruning.planning.options import Budget
 from rep_plugin.pruning.tracing.graph import Trace
-from rep_plugin.pruning.tracing.groups import find_groups
+from rep_plugin.pruning.tracing.groups import find_groups, name_layer
 from rep_plugin.pruning.tracing.kept_channels import KeptChannels, count_costs
 
 
@@ -53,7 +53,7 @@ class Choice:
         return sum(len(c.units) for group in self.candidates for c in group)
 
     def reason(self, layer: str) -> str:
-        return self.frozen.get(layer, "none of its channels can go")
+        return self.frozen.get(layer, f"none of the channels of {name_layer(layer)} can go")
 
 
 def match_layers(patterns: Sequence[str], names: Sequence[str]) -> dict[str, str]:
@@ -86,14 +86,14 @@ def _total(several: Iterable[list[tuple[str, int]]]) -> list[tuple[str, int]]:
     return list(total.items())
 
 
-def find_candidates(trace: Trace, scores: Tensor, ignore: Sequence[str] = (), without: str = "no score") -> Choice:
+def find_candidates(trace: Trace, scores: Tensor, ignore: Sequence[str] = (), without: str = "has no score") -> Choice:
     """Return what may be removed.
 
     Args:
         trace: Of the model.
         scores: Of the units by root, (count,).
         ignore: Layer patterns whose groups are frozen.
-        without: The reason for a group without scores, which is frozen as well.
+        without: What is said of the layer of a group without scores, which is frozen as well.
 
     Returns:
         The candidates.
@@ -109,13 +109,15 @@ def find_candidates(trace: Trace, scores: Tensor, ignore: Sequence[str] = (), wi
         units, reason = group.units, group.reason
         hit = next((name for name in group.layers if name in ignored), None)
         if reason is None and hit is not None:
-            units, reason = units[:0], f"ignored by {ignored[hit]!r}"
+            units, reason = units[:0], f"{name_layer(hit)} is ignored by {ignored[hit]!r}"
         if reason is None and scores[units].isnan().any():
             units = units[~scores[units].isnan()]
-            reason = None if len(units) else without
-        bundles, left = bundle_units(trace, units, scores[units]) if len(units) else ([], [])
+            reason = None if len(units) else f"{name_layer(group.layers[0])} {without}"
+        bundles, _ = bundle_units(trace, units, scores[units]) if len(units) else ([], [])
         if reason is None and not bundles:
-            reason = f"its groups cannot lose as many channels each ({len(left)} units)"
+            reason = (
+                f"{name_layer(group.layers[0])} has groups that cannot lose as many channels each: change their number"
+            )
         losses: dict[int, list[tuple[str, int]]] = defaultdict(list)
         for name in group.layers:
             roots_of_layer, numbers = roots[trace.layers[name].labels].unique(return_counts=True)
@@ -342,11 +344,11 @@ def nothing_to_prune(model: nn.Module, reasons: Mapping[str, str], what: str = "
 
     Args:
         model: For its name.
-        reasons: {frozen layer: why}; the first is named.
+        reasons: {frozen layer: why}; the first is told.
         what: Was asked for.
 
     Returns:
         The error.
     """
-    name, reason = next(iter(reasons.items()), ("it", "it has no layer that makes channels"))
-    return ArgumentError(f"nothing in {type(model).__name__} can be {what}: {name!r}: {reason}")
+    reason = next(iter(reasons.values()), "it has no layer that makes channels")
+    return ArgumentError(f"nothing in {type(model).__name__} can be {what}: {reason}")

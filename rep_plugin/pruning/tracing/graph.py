@@ -2,10 +2,11 @@
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from types import CodeType
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from torch.utils._pytree import tree_flatten
 from rep_plugin.pruning.tracing.labels import Channels
 
 _QUIET = (Path(torch.__file__).parent, Path(__file__).parent)
+OUTPUT = "makes the model output"  # begins the reason of what makes it
+_OURS = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -110,12 +113,32 @@ class Trace:
     described: dict[tuple[str, int | str], Tensor] = field(default_factory=dict)
 
 
-def where() -> str:
-    """Return ``file:line`` of the model's code that is running."""
+def running(modules: Mapping[int, str], stop: CodeType) -> str:
+    """Return which module of a model is running, with file and line where that is no code of ours or of torch.
+
+    Args:
+        modules: {id of a module: its name, empty for the root}.
+        stop: The code of the function that has called the model.
+
+    Returns:
+        As ``'layer1.0' (timm/models/resnet.py:210)``.
+    """
+    module, line = "", ""
     frame = sys._getframe(1)
-    while frame is not None and is_quiet(frame.f_code.co_filename):
+    while frame is not None and frame.f_code is not stop:
+        path, owner = frame.f_code.co_filename, frame.f_locals.get("self")
+        if not module and id(owner) in modules:
+            module = repr(modules[id(owner)]) if modules[id(owner)] else type(owner).__name__
+        if not line and not is_quiet(path) and not Path(path).is_relative_to(_OURS):
+            line = f" ({_short(path)}:{frame.f_lineno})"
         frame = frame.f_back
-    return "torch" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+    return (module or "the model") + line
+
+
+def _short(path: str) -> str:
+    """Of an installed file the path inside of site-packages, of others the name."""
+    parts = Path(path).parts
+    return "/".join(parts[parts.index("site-packages") + 1 :]) if "site-packages" in parts else parts[-1]
 
 
 @lru_cache

@@ -5,13 +5,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rep_plugin.pruning.tracing.graph import Layer, Trace
+from rep_plugin.pruning.tracing.graph import OUTPUT, Layer, Trace
 from rep_plugin.pruning.tracing.labels import FIXED, connected
 
 
 @dataclass(frozen=True)
 class Group:
-    """Coupled ``layers``, the ``units`` that may be removed (roots of labels, ascending), and why if there are none."""
+    """Coupled ``layers``, the ``units`` that may be removed (roots of labels, ascending), and why if there are none.
+
+    The reason names one of the layers, what holds it, and what can be done about it.
+    """
 
     layers: tuple[str, ...]
     units: Tensor
@@ -32,16 +35,31 @@ def frozen_roots(trace: Trace) -> Tensor:
     return frozen
 
 
-def _reason(trace: Trace, layer: Layer) -> str:
+def name_layer(name: str) -> str:
+    """Return how a layer is named in a reason; the root has no name."""
+    return repr(name) if name else "the model itself"
+
+
+def _reason(trace: Trace, group: list[Layer]) -> str:
     roots = trace.channels.roots()
-    units = roots[layer.labels].unique()
-    for labels, reason in trace.channels.frozen:
-        if torch.isin(units, roots[labels]).any():
-            return reason
+    units = [roots[layer.labels].unique() for layer in group]
+    reasons = [
+        f"{name_layer(layer.name)} {reason}"
+        for labels, reason in trace.channels.frozen
+        for layer, own in zip(group, units)
+        if torch.isin(own, roots[labels]).any()
+    ]
+    if (output := next((reason for reason in reasons if OUTPUT in reason), None)) is not None:
+        return output
+    name, number = name_layer(group[0].name), len(group[0].labels)
     for labels, what in trace.channels.mixed:
-        if len(units) == 1 and torch.isin(units, roots[labels]).any():
-            return f"its {len(layer.labels)} channels go together: {what}"
-    return "it has a single channel" if len(layer.labels) == 1 else "coupled to channels that stay"
+        if len(units[0]) == 1 < number and torch.isin(units[0], roots[labels]).any():
+            return f"{name} loses all of its {number} channels or none, by {what}: take a narrower network for that"
+    if reasons:
+        return reasons[0]
+    if number == 1:
+        return f"{name} has a single channel, which has to stay"
+    return f"{name} is coupled to channels that stay, as the model's input does: nothing to do"
 
 
 def find_groups(trace: Trace) -> list[Group]:
@@ -61,6 +79,6 @@ def find_groups(trace: Trace) -> list[Group]:
     for group in members.values():
         units = torch.cat([roots[layer.labels] for layer in group]).unique()
         units = units[~frozen[units]]
-        reason = None if len(units) else _reason(trace, group[0])
+        reason = None if len(units) else _reason(trace, group)
         groups.append(Group(tuple(layer.name for layer in group), units, reason))
     return groups

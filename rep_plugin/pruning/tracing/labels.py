@@ -89,8 +89,9 @@ class Channels:
             return
         first, second = first[differ], second[differ]
         if self.products and (self.is_product(first).any() or self.is_product(second).any()):
-            self.freeze(first, f"products of channels meet in {what}")
-            self.freeze(second, f"products of channels meet in {what}")
+            reason = f"feeds a bilinear pooling whose products meet in {what}: do that before the pooling"
+            self.freeze(first, reason)
+            self.freeze(second, reason)
         self._edges.append((first, second))
         self._roots = None
 
@@ -116,7 +117,7 @@ class Channels:
 
         Args:
             labels: Of any shape.
-            reason: Why.
+            reason: Why, as what is said of the layer that makes them: ``makes the model output``.
         """
         labels = squeeze_constant(labels)[0].unique()
         labels = labels[labels != FIXED]

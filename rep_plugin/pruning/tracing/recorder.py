@@ -2,12 +2,13 @@
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
+from types import CodeType
 
 import torch
 from torch import Tensor, nn
 
 from rep_plugin.errors import TraceError
-from rep_plugin.pruning.tracing.graph import Cost, Mark, Trace, named_tensors, where
+from rep_plugin.pruning.tracing.graph import Cost, Mark, Trace, named_tensors, running
 from rep_plugin.pruning.tracing.labels import FIXED
 
 
@@ -24,6 +25,7 @@ class Recorder:
         channels: The labels of the trace, and which of them are tied or frozen.
         function: The torch function that a rule is asked about.
         function_name: Its plain name.
+        caller: The code of the function that calls the model.
         used_names: Names of the parameters and buffers that the model has used.
     """
 
@@ -33,6 +35,8 @@ class Recorder:
         self.makers = makers
         self.function: Callable | None = None
         self.function_name = ""
+        self.caller: CodeType | None = None
+        self._modules = {id(module): name for name, module in model.named_modules()}
         self.names = {id(t): name for name, t in named_tensors(model).items()}
         self.trace.sizes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.used_names: set[str] = set()
@@ -41,6 +45,17 @@ class Recorder:
         self._reads: Counter[int] = Counter()  # of a map, by id
         self._made: dict[str, set[int]] = {}  # by a convolution: ids of maps
         self._normed: dict[str, set[int]] = {}  # by a batch norm
+
+    def place(self) -> str:
+        """Return which part of the model is running, as ``in 'layer1.0' (timm/models/resnet.py:210)``."""
+        return f"in {running(self._modules, self.caller)}"
+
+    def operation(self) -> str:
+        """Return the function that a rule is asked about, in words, and its place."""
+        name = self.function_name.strip("_")
+        name = {"getitem": "indexing", "setitem": "assignment by index"}.get(name, name)
+        name = name[1:] if name[1:] in ("add", "sub", "mul", "truediv") else name
+        return f"{name} {self.place()}"
 
     def is_tracked(self, tensor: object) -> bool:
         """Return whether this is a map of the traced run."""
@@ -71,7 +86,7 @@ class Recorder:
             return self._mark_parameter(tensor, name)
         if not tensor.is_meta:
             return Mark(torch.tensor(FIXED).expand(tensor.shape), False)
-        raise TraceError(f"at {where()} a map appears that no torch function made: it cannot be followed")
+        raise TraceError(f"{self.place()} a map appears that no torch function made: it cannot be followed")
 
     def _mark_parameter(self, tensor: Tensor, name: str) -> Mark:
         """A parameter or buffer in arithmetic: its one dimension that is longer than 1 may follow channels."""
@@ -87,9 +102,13 @@ class Recorder:
         elif long:
             self._unlabelled.add(name)
             for labels in self.trace.slices.get(name, {}).values():
-                self.channels.freeze(labels, f"{name} is also used in arithmetic at {where()}")
+                self.channels.freeze(labels, self._used_twice(name))
         self._marks[id(tensor)] = (mark, tensor)
         return mark
+
+    @staticmethod
+    def _used_twice(name: str) -> str:
+        return f"is tied to {name!r}, which the model also uses outside of its layer: give the layer a parameter of its own"
 
     def name_of(self, tensor: object) -> str | None:
         """Return the name of a parameter or buffer, None for anything else."""
@@ -107,10 +126,10 @@ class Recorder:
         if maker:
             self.trace.makers.add((name, dim))
         if name in self._unlabelled:
-            self.channels.freeze(labels, f"{name} is also used in arithmetic")
+            self.channels.freeze(labels, self._used_twice(name))
         dims = self.trace.slices.setdefault(name, {})
         if dim in dims:
-            self.channels.tie(dims[dim], labels, f"a second use of {name}")
+            self.channels.tie(dims[dim], labels, f"the second use of {name!r}")
         else:
             dims[dim] = labels
 
@@ -141,9 +160,12 @@ class Recorder:
             what: The function without a rule, for the reason.
             tensors: Its arguments.
         """
+        reason = (
+            f"goes through {what}, which pruning cannot follow: rewrite that step, or plan the parts around it alone"
+        )
         for tensor in tensors:
             if self.is_tracked(tensor) or self.name_of(tensor) is not None:
-                self.channels.freeze(self.mark_of(tensor).labels, f"no rule for {what}")
+                self.channels.freeze(self.mark_of(tensor).labels, reason)
 
     def note_reads(self, tensors: Iterable[Tensor]) -> None:
         """Note that a function reads these maps."""

@@ -5,6 +5,7 @@ exist, so that nothing is computed, no statistic and no random state moves, and 
 are in :mod:`rep_plugin.pruning.tracing.rules`. An operation without a rule freezes the channels it touches.
 """
 
+import sys
 import traceback
 from collections.abc import Callable, Collection
 from functools import partial
@@ -18,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rep_plugin.errors import ArgumentError, TraceError, first_line
 from rep_plugin.measure.forward import forward_of
 from rep_plugin.pruning.tracing.features import FeatureWatch
-from rep_plugin.pruning.tracing.graph import Mark, Trace, eval_copy, is_quiet, member, tensors_in, where
+from rep_plugin.pruning.tracing.graph import OUTPUT, Mark, Trace, eval_copy, is_quiet, member, tensors_in
 from rep_plugin.pruning.tracing.labels import FIXED
 from rep_plugin.pruning.tracing.recorder import Recorder
 from rep_plugin.pruning.tracing.rules import RULES, find_module_rule
@@ -73,6 +74,7 @@ class _Tracer(TorchFunctionMode):
     def _outputs(self, run: Callable[[nn.Module, Tensor], object], shape: tuple[int, ...]) -> list[Tensor]:
         dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
         x = torch.empty(shape, dtype=dtype, device="meta")
+        self.recorder.caller = sys._getframe().f_code
         self.recorder.set_mark(x, Mark(torch.tensor(FIXED).expand(x.shape), False))
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]), self:
@@ -111,7 +113,7 @@ class _Tracer(TorchFunctionMode):
         self.recorder.note_reads(given)
         marks = None if rule is None else rule(self.recorder, out, *args, **kwargs)
         if marks is None:
-            self.recorder.freeze_maps(f"{name} at {where()}", given)
+            self.recorder.freeze_maps(self.recorder.operation(), given)
             with FlopCounterMode(display=False) as counter:
                 func(*meta_args, **meta_kwargs)
             if macs := counter.get_total_flops() // 2:
@@ -213,5 +215,6 @@ def trace_channels(
         trace = _Tracer(model, shape, makers).run()  # frames of a video, say, come in batches of a certain size
     for labels in (*trace.outputs, *trace.train_outputs):
         if not (prune_outputs and labels.dim() == 4):
-            trace.channels.freeze(labels, "model output")
+            maps = "; prune_outputs=True lets maps lose channels" if labels.dim() == 4 and not prune_outputs else ""
+            trace.channels.freeze(labels, f"{OUTPUT}, which keeps its width{maps}")
     return trace

@@ -354,8 +354,8 @@ COUNTED = {
     "norm": (lambda: [Call(normed), Pooled(8)], "1.conv", "a norm over channels at"),
     "layer norm": (lambda: [Normed(8), Pooled(8)], "1.conv", "go together"),
     "swapped": (lambda: [Call(swapped), Pooled(8)], "1.conv", "none answers to another"),
-    "bilinear": (lambda: bilinear(None), "1.conv", "3 multiplies it"),
-    "bilinear, projected": (lambda: bilinear(6), "3.projection.conv", "3 multiplies it"),
+    "bilinear": (lambda: bilinear(None), "1.conv", "'3', which multiplies its channels"),
+    "bilinear, projected": (lambda: bilinear(6), "3.projection.conv", "'3', which multiplies its channels"),
 }
 
 
@@ -393,7 +393,7 @@ BAD = {
     "budget": (dict(budget=Budget(macs=0.01)), r"macs \(=.*\) cannot be met: the least that remains is"),
     "pattern": (dict(options=PruneOptions(ignore=["nothing"])), "no layer is named like 'nothing'"),
     "layer": (dict(budget={"nothing": 2}), "the model has no layer 'nothing'"),
-    "frozen": (dict(budget={"2.fc": 2}), "'2.fc' cannot be merged to 2 channels: model output"),
+    "frozen": (dict(budget={"2.fc": 2}), "'2.fc' cannot be merged to 2 channels: '2.fc' makes the model output"),
 }
 
 
@@ -421,7 +421,7 @@ def test_other_models_and_broken_texts_are_refused():
     model[0].conv.weight.requires_grad_(False)
     with pytest.raises(ValueError, match=r"'0.conv.weight' \(1 of 6 such tensors\) is not trained"):
         Centripetal(model, clusters).attach([torch.optim.SGD([p for p in model.parameters() if p.requires_grad], LR)])
-    with pytest.raises(ValueError, match="nothing in Sequential can be merged: '0': model output"):
+    with pytest.raises(ValueError, match="nothing in Sequential can be merged: '0' makes the model output"):
         plan_clusters(nn.Sequential(nn.Conv2d(3, 4, 3)), X, Budget(0.5))
     with pytest.raises(TraceError):
         plan_clusters(nn.Sequential(Call(lambda x: x if x.sum() > 0 else -x)), X, Budget(0.5))

@@ -220,7 +220,9 @@ def test_what_remains_falls_to_the_target_and_options_hold():
     assert macs == sorted(macs, reverse=True) and macs[-1] <= resrep.target == int(0.6 * resrep.macs_before)
     narrower = {name: after for name, (before, after) in steps[-1].widths.items() if after < before}
     assert narrower and all(after >= 4 and after % 4 == 0 for after in narrower.values())
-    assert steps[-1].frozen["0.conv"] == "ignored by '0.conv'" and "0.conv" not in resrep.forgotten(steps[-1])
+    assert steps[-1].frozen["0.conv"] == "'0.conv' is ignored by '0.conv'" and "0.conv" not in resrep.forgotten(
+        steps[-1]
+    )
     whole = ResRep(NETS["chain"](), SHAPE, Budget(macs=30_000))
     assert whole.target == 30_000
 

@@ -23,7 +23,9 @@ def test_a_fraction_counts_tied_channels_once():
     gone = {name: before - after for name, (before, after) in plan.widths.items()}
     assert gone["0.conv"] == gone["1.second.conv"] and gone["2.conv"] == gone["3.up"]
     assert gone["0.conv"] + gone["1.first.conv"] + gone["2.conv"] + gone["3.down"] == 20
-    assert plan.kept["0.conv"] == plan.kept["1.second.conv"] and plan.frozen == {"4.fc": "model output"}
+    assert plan.kept["0.conv"] == plan.kept["1.second.conv"] and plan.frozen == {
+        "4.fc": "'4.fc' makes the model output, which keeps its width"
+    }
 
 
 def test_the_lowest_scores_go():
@@ -35,7 +37,7 @@ def test_the_lowest_scores_go():
     )
     kept = torch.cat([s[list(plan.kept.get(n, range(len(s))))] for n, s in scored.items()])
     assert removed.max() <= kept.min()
-    assert plan.frozen["3.down"] == "it has no BN for bn_gamma: use scores='l1'"
+    assert plan.frozen["3.down"] == "'3.down' has no BN for bn_gamma: use scores='l1'"
 
 
 def test_layer_scope_takes_an_equal_share_of_each():
@@ -94,7 +96,7 @@ def test_overrides_and_ignore():
         net_of(), X, "l1", 0.5, overrides={"1.first*": 0.25, "3.down": "frozen"}, ignore=["2.conv"], scope="layer"
     )
     assert plan.widths["1.first.conv"] == (24, 18) and plan.widths["0.conv"] == (16, 8)
-    assert plan.frozen["2.conv"] == plan.frozen["3.up"] == "ignored by '2.conv'"
+    assert plan.frozen["2.conv"] == plan.frozen["3.up"] == "'2.conv' is ignored by '2.conv'"
     assert plan.widths["3.down"] == (8, 8)
 
 
@@ -126,7 +128,7 @@ def test_from_widths_takes_numbers_as_they_are():
         ({"0.conv": 0}, "width of '0.conv' must lie in 1..16, got 0"),
         ({"0.conv": 17}, "must lie in 1..16, got 17"),
         ({"0.conv": 2.0}, "must lie in 1..16, got 2.0"),
-        ({"4.fc": 2}, "'4.fc' cannot go from 5 to 2 channels: model output"),
+        ({"4.fc": 2}, "'4.fc' cannot go from 5 to 2 channels: '4.fc' makes the model output"),
         ({"0.conv": 7, "1.second.conv": 8}, "'1.second.conv' cannot keep 8 of 16 channels"),
         ({"0.conv": 8, "1.second.conv": 7}, "'0.conv' cannot keep 8 of 16 channels"),
     ],
@@ -157,7 +159,7 @@ def test_widths_that_cannot_be(widths, message):
         ({"prune_fraction": 0.1, "ignore": ["nothing*"]}, "no layer is named like 'nothing\\*'"),
         ({"prune_fraction": 0.1, "overrides": {"nothing": 0.1}}, "no layer is named like 'nothing'"),
         ({"prune_fraction": 0.1, "overrides": {"*": 2}}, r"overrides\['\*'\] must lie in \[0, 1\), got 2"),
-        ({"prune_fraction": 0.1, "ignore": ["*"]}, "nothing in Sequential can be pruned: '0.conv': ignored by"),
+        ({"prune_fraction": 0.1, "ignore": ["*"]}, "nothing in Sequential can be pruned: '0.conv' is ignored by"),
     ],
 )
 def test_errors(options, message):
@@ -167,7 +169,7 @@ def test_errors(options, message):
 
 
 def test_nothing_to_prune():
-    with pytest.raises(ValueError, match="nothing in Conv2d can be pruned: '': model output"):
+    with pytest.raises(ValueError, match="nothing in Conv2d can be pruned: the model itself makes the model output"):
         plan_pruning(nn.Conv2d(3, 4, 1), X, "l1", 0.5)
 
 

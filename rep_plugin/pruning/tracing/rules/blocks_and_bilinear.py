@@ -34,9 +34,11 @@ def _run_chain(recorder: Recorder, name: str, ops: Sequence[tuple[str, nn.Module
     for op_name, op in ops:
         path = member(name, op_name)
         if isinstance(op, nn.Conv2d) and f"{path}.weight" not in recorder.trace.sizes:
-            recorder.channels.freeze(labels, f"the weight of {path} is a parametrization's")
+            advice = "take it off first (torch.nn.utils.parametrize.remove_parametrizations)"
+            reason = f"is tied to {path!r}, whose weight a parametrization computes: {advice}"
+            recorder.channels.freeze(labels, reason)
             labels = recorder.channels.fresh(op.weight.shape[0])
-            recorder.channels.freeze(labels, f"the weight of {path} is a parametrization's")
+            recorder.channels.freeze(labels, reason)
         elif isinstance(op, nn.Conv2d):
             bias = None if op.bias is None else f"{path}.bias"
             groups = len(labels) // op.weight.shape[1]
@@ -65,7 +67,7 @@ def _rep_block(recorder: Recorder, name: str, block: RepBlock, x: Tensor):
         ends = [_run_chain(recorder, path, list(chain.named_children()), inputs) for path, chain in chains]
     labels = ends[0]
     for other in ends[1:]:
-        recorder.channels.tie(labels, other, f"the branches of {name}")
+        recorder.channels.tie(labels, other, f"the branches of {name!r}")
     if hasattr(block, "post_bn"):
         labels = _run_chain(recorder, name, [("post_bn", block.post_bn)], labels)
     for tensor, dims in _slices_inside(recorder, name):
@@ -79,7 +81,8 @@ def _rep_block(recorder: Recorder, name: str, block: RepBlock, x: Tensor):
         if isinstance(part, nn.PReLU) and part.weight.numel() > 1:
             recorder.add_slice(f"{path}.weight", 0, labels)
         elif any(p.numel() > 1 for p in part.parameters(recurse=False)):
-            recorder.channels.freeze(labels, f"no rule for {type(part).__name__} in {name}")
+            what = f"goes through {type(part).__name__} in {name!r}, whose parameters pruning cannot follow"
+            recorder.channels.freeze(labels, f"{what}: take another activation")
     parameter = next(block.parameters())
     tried = act(torch.zeros(1, out_shape[1], 1, 1, dtype=parameter.dtype, device=parameter.device))
     zero = bool((tried == 0).all()) and recorder.makes_zero(name)
@@ -137,7 +140,8 @@ def _stream(recorder: Recorder, name: str, neck: BilinearPooling, feats: Sequenc
         recorder.trace.layers[layer] = Layer(layer, "conv", labels, inputs, f"{layer}.weight")
         recorder.add_cost([labels, inputs], lambda kept, read: x.shape[0] * positions * kept * read)
     if not mark.zero:
-        recorder.channels.freeze(labels, f"{name} is given channels that are not zero once they are masked")
+        what = f"feeds {name!r} through a step that makes no zero of a removed channel"
+        recorder.channels.freeze(labels, f"{what}: end it with a ReLU")
     return given, labels, positions
 
 
@@ -160,7 +164,8 @@ def _bilinear_pooling(recorder: Recorder, name: str, neck: BilinearPooling, feat
         for factor, labels in zip(("factor1", "factor2"), (first, second)):
             recorder.add_slice(member(name, f"pool.{factor}"), 0, labels)
     elif not isinstance(pool, (TensorSketch, RandomMaclaurin)):
-        recorder.channels.freeze(torch.cat([first, second]), f"no rule for {type(pool).__name__} in {name}")
+        what = f"feeds {type(pool).__name__} in {name!r}, which pruning cannot follow"
+        recorder.channels.freeze(torch.cat([first, second]), f"{what}: take another pooling")
     recorder.add_cost([first, second], lambda one, two: batch * _pool_macs(pool, one, two, positions, neck.symmetric))
     recorder.trace.pools[name] = (given, pooled)
     return (out,), [mark]

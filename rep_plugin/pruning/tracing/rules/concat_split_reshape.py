@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rep_plugin.pruning.tracing.graph import Mark, tensors_in, where
+from rep_plugin.pruning.tracing.graph import Mark, tensors_in
 from rep_plugin.pruning.tracing.labels import FIXED, compress
 from rep_plugin.pruning.tracing.recorder import Recorder
 from rep_plugin.pruning.tracing.rules.registry import fixed_like, rule, spread
@@ -18,7 +18,7 @@ def _rectangular(recorder: Recorder, labels: Tensor) -> Tensor:
         longest = max(dims, key=lambda d: labels.shape[d])
         for dim in dims:
             if dim != longest:
-                recorder.channels.tie_along(labels, dim, f"a reshape at {where()}")
+                recorder.channels.tie_along(labels, dim, f"a reshape {recorder.place()}")
     return labels
 
 
@@ -61,7 +61,7 @@ def _move_whole(recorder, out, input, *args, **kwargs):
     if recorder.function_name == "channel_shuffle":
         groups = args[0] if args else kwargs["groups"]
         rows = mark.labels.unflatten(1, (groups, -1))
-        recorder.channels.tie_along(rows, 1, f"a channel shuffle at {where()}")
+        recorder.channels.tie_along(rows, 1, f"a channel shuffle {recorder.place()}")
         return Mark(rows.transpose(1, 2).flatten(1, 2), mark.zero)
     repeats = recorder.function_name == "repeat_interleave"
     if repeats and recorder.channels.varying(mark.labels) and not isinstance(args[0], int):
@@ -78,7 +78,7 @@ def _chunk(recorder, out, input, chunks, dim=0):
         if not isinstance(chunks, int) or len({part.shape[dim] for part in parts}) > 1:
             return None
         for part in parts[1:]:  # the halves must stay halves
-            recorder.channels.tie_along(torch.stack([parts[0], part]), 0, f"a chunk at {where()}")
+            recorder.channels.tie_along(torch.stack([parts[0], part]), 0, f"a chunk {recorder.place()}")
     return [Mark(part, mark.zero) for part in parts]
 
 
@@ -142,7 +142,7 @@ def _pixel_shuffle(recorder, out, input, upscale_factor):
     if labels is None:
         return None
     rows = labels.view(-1, upscale_factor**2)
-    recorder.channels.tie_along(rows, 1, f"a pixel shuffle at {where()}")
+    recorder.channels.tie_along(rows, 1, f"a pixel shuffle {recorder.place()}")
     return Mark(spread(rows[:, 0], 1, out.shape), mark.zero)
 
 

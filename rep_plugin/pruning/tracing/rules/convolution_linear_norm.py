@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from rep_plugin.pruning.tracing.graph import Layer, Mark, owner_of, where
+from rep_plugin.pruning.tracing.graph import Layer, Mark, owner_of
 from rep_plugin.pruning.tracing.recorder import Recorder
 from rep_plugin.pruning.tracing.rules.registry import rule, spread
 
@@ -165,14 +165,14 @@ def _prelu(recorder, out, input, weight):
 def _layer_norm(recorder, out, input, normalized_shape, weight=None, bias=None, eps=1e-5):
     labels = recorder.mark_of(input).labels
     for dim in range(input.dim() - len(normalized_shape), input.dim()):
-        recorder.channels.tie_along(labels, dim, f"a layer norm over channels at {where()}")
+        recorder.channels.tie_along(labels, dim, f"a layer norm over channels {recorder.place()}")
     return Mark(labels, False)
 
 
 @rule("group_norm")
 def _group_norm(recorder, out, input, num_groups, weight=None, bias=None, eps=1e-5):
     labels = recorder.mark_of(input).labels
-    recorder.channels.tie_along(labels, 1, f"a group norm over channels at {where()}")
+    recorder.channels.tie_along(labels, 1, f"a group norm over channels {recorder.place()}")
     return Mark(labels, False)
 
 
@@ -181,7 +181,7 @@ def _softmax(recorder, out, input, dim=None, _stacklevel=3, dtype=None):
     labels = recorder.mark_of(input).labels
     if dim is None:
         return None
-    recorder.channels.tie_along(labels, dim, f"a softmax over channels at {where()}")
+    recorder.channels.tie_along(labels, dim, f"a softmax over channels {recorder.place()}")
     return Mark(labels, False)
 
 
@@ -189,7 +189,8 @@ def _softmax(recorder, out, input, dim=None, _stacklevel=3, dtype=None):
 def _normalize(recorder, made, input, p=2.0, dim=1, eps=1e-12, out=None):  # torch hands `out` over by name
     mark = recorder.mark_of(input)
     if not mark.zero:  # zeros add nothing to a norm
-        recorder.channels.tie_along(mark.labels, dim, f"a norm over channels at {where()}")
+        recorder.channels.tie_along(mark.labels, dim, f"a norm over channels {recorder.place()}")
     elif recorder.channels.varies(mark.labels, dim):
-        recorder.trace.counted.append((mark.labels, f"a norm over channels at {where()}"))
+        reason = f"goes into a norm over channels {recorder.place()}, where two equal channels are not one"
+        recorder.trace.counted.append((mark.labels, reason))
     return mark

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from rep_plugin.pruning.tracing.graph import Mark, where
+from rep_plugin.pruning.tracing.graph import Mark
 from rep_plugin.pruning.tracing.labels import FIXED, squeeze_constant
 from rep_plugin.pruning.tracing.recorder import Recorder
 from rep_plugin.pruning.tracing.rules.registry import RULES, rule
@@ -84,7 +84,8 @@ def _join(recorder: Recorder, first: Tensor, second: Tensor, shape: Sequence[int
         stretched = [d for d in range(len(shape)) if (d < lead or labels.shape[d - lead] == 1) and shape[d] > 1]
         if any(recorder.channels.varies(other, d) for d in stretched):
             # One channel meets many: it is needed as long as any of them.
-            recorder.channels.freeze(labels, f"broadcast over channels at {where()}")
+            what = f"meets all channels of another map at once, by {recorder.operation()}"
+            recorder.channels.freeze(labels, f"{what}: to prune it, let both have as many channels")
             both.append(None)
         else:
             both.append(labels.expand(shape))
@@ -96,12 +97,13 @@ def _join(recorder: Recorder, first: Tensor, second: Tensor, shape: Sequence[int
 
 
 def _tie_maps(recorder: Recorder, first: Tensor, second: Tensor) -> None:
-    what = f"arithmetic at {where()}"
+    what = recorder.operation()
     first, second = torch.broadcast_tensors(*squeeze_constant(first, second))
     known = (first != FIXED) & (second != FIXED)
     recorder.channels.tie(first[known], second[known], what)
     for labels, other in ((first, second), (second, first)):
-        recorder.channels.freeze(labels[other == FIXED], f"meets channels that stay in {what}")
+        reason = f"meets channels that stay, by {what}: to prune it, let both come from layers that can be pruned"
+        recorder.channels.freeze(labels[other == FIXED], reason)
 
 
 for _name in (*UNARY, *ADDITIVE, *PRODUCT, *QUOTIENT):
@@ -134,6 +136,6 @@ def _reduce(recorder, out, input, dim=None, keepdim=False, *, dtype=None, correc
     dims = sorted(d % input.dim() for d in dims)
     labels = mark.labels
     for d in dims:
-        recorder.channels.tie_along(labels, d, f"a reduction over channels at {where()}")
+        recorder.channels.tie_along(labels, d, f"a reduction over channels {recorder.place()}")
         labels = labels.narrow(d, 0, 1)
     return Mark(labels.reshape(out.shape), mark.zero)
