@@ -17,7 +17,6 @@ from rep_plugin.errors import ArgumentError
 from rep_plugin.optional import require
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from torch import nn
 
     from rep_plugin.pruning import PrunePlan
@@ -49,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fraction", "--prune-fraction", type=float, help="share of the prunable channels to remove, 0 <= x < 1"
     )
     how.add_argument("--params", type=amount, help="parameters that may remain: a share (0.5) or a number")
-    how.add_argument("--macs", type=amount, help="multiply-adds that may remain: a share (0.5) or a number")
+    how.add_argument(
+        "--macs", type=amount, help="multiply-adds of one image that may remain: a share (0.5) or a number"
+    )
     how.add_argument("--latency", type=float, help="share of the time on this machine, one thread, one image")
     how.add_argument("--latency-ms", type=float, help="milliseconds on this machine, one thread, one image")
     how.add_argument("--widths", help="JSON file {layer name: channels kept}, taken as it is")
@@ -63,7 +64,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["global", "layer"],
         help="compare over all layers, or in each; default: %(default)s",
     )
-    parser.add_argument("--min-channels", type=int, default=1, help="no layer falls below; default: %(default)s")
+    parser.add_argument(
+        "--min-channels",
+        type=int,
+        help="no layer falls below; default: 8, half of narrower layers, where the budget can be met so",
+    )
+    parser.add_argument(
+        "--max-prune-fraction",
+        type=float,
+        help="no layer loses a larger share; default: 0.9, where the budget can be met so",
+    )
     parser.add_argument(
         "--round-to", type=int, default=1, help="narrowed layers keep a multiple of this; default: %(default)s"
     )
@@ -106,20 +116,8 @@ def make_plan(model: "nn.Module", shape: tuple[int, ...], args: argparse.Namespa
     return plan_pruning(
         model, shape, args.scores, args.fraction, params=args.params, macs=args.macs, latency=args.latency,
         latency_ms=args.latency_ms, scope=args.scope, min_channels=args.min_channels, round_to=args.round_to,
-        overrides=dict(args.override), ignore=args.ignore,
+        overrides=dict(args.override), ignore=args.ignore, max_prune_fraction=args.max_prune_fraction,
     )  # fmt: skip
-
-
-def widths_table(plan: "PrunePlan") -> "Table":
-    """Return every layer's channels before and after, and why the others stay."""
-    from rich.table import Table
-
-    table = Table(title=plan.why)
-    for column in ("layer", "before", "after", "stays because"):
-        table.add_column(column, justify="right" if column in ("before", "after") else "left")
-    for name, (before, after) in plan.widths.items():
-        table.add_row(name, str(before), str(after), plan.frozen.get(name, ""))
-    return table
 
 
 def run(args: argparse.Namespace) -> None:
@@ -141,6 +139,6 @@ def run(args: argparse.Namespace) -> None:
         shape = (1, *(args.shape or trained.inputs.shape[1:]))  # costs are those of one image
         plan = make_plan(trained.model, shape, args)
         report = write_pruned(trained.model, trained.cfg, plan, out_dir, trained.inputs, trained.dataset_meta)
-        Console().print(widths_table(plan))
+        Console().print(plan.table())  # the report has the notes
         report.print()
         print_written(out_dir / name for name in OUTPUTS)

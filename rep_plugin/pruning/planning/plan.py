@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from rep_plugin.checkpoints.files import write_text
+from rep_plugin.checkpoints.files import write_atomic, write_text
 from rep_plugin.errors import ArgumentError
 from rep_plugin.measure.costs import count_params
 from rep_plugin.pruning.planning.options import PruneOptions
