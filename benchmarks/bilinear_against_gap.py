@@ -25,7 +25,7 @@ CONTENDERS = {
     "global average": (GAP, []),
     "global average, head lr x 5": (GAP, ["optim_wrapper.paramwise_cfg.custom_keys.fc.lr_mult=5.0"]),
 }
-OTHER_CLASSES, OTHER_SEED = 40, 7
+CLASSES, OTHER_CLASSES, OTHER_SEED = 20, 40, 7
 
 
 def schedule(epochs: int) -> list[str]:
@@ -41,14 +41,20 @@ def schedule(epochs: int) -> list[str]:
     ]
 
 
+def render(birds: Path, classes: int, seed: int) -> list[str]:
+    """Render 60 images a class to train on and 20 to test on, unless done before; return the options that read them."""
+    tool = [sys.executable, str(ROOT / "tools/dataset_converters/make_mini_fgvc.py"), "--out", str(birds)]
+    counts = ["--classes", str(classes), "--train-per-class", "60", "--test-per-class", "20"]
+    subprocess.run([*tool, *counts, "--seed", str(seed)], check=True)
+    return [f"{name}_dataloader.dataset.data_root={birds}" for name in ("train", "val", "test")]
+
+
 def train_backbone(folder: Path, epochs: int) -> Path:
     """Render other species, train the backbone on them with average pooling, return its weights."""
-    weights, birds = folder / "backbone.pth", folder / "other_birds"
+    weights = folder / "backbone.pth"
     if weights.is_file():
         return weights
-    render = [sys.executable, str(ROOT / "tools/dataset_converters/make_mini_fgvc.py"), "--out", str(birds)]
-    subprocess.run([*render, "--classes", str(OTHER_CLASSES), "--seed", str(OTHER_SEED)], check=True)
-    loaders = [f"{name}_dataloader.dataset.data_root={birds}" for name in ("train", "val", "test")]
+    loaders = render(folder / "other_birds", OTHER_CLASSES, OTHER_SEED)
     classes = [f"{part}.num_classes={OTHER_CLASSES}" for part in ("model.head", "data_preprocessor")]
     options = [*schedule(epochs), *loaders, *classes, "optim_wrapper.optimizer.lr=0.1", "randomness.seed=0"]
     job = Job("backbone", 0, GAP, options, f"other_e{epochs}")
@@ -67,7 +73,8 @@ def main() -> None:
     parser.add_argument("--from-scratch", action="store_true", help="start without trained weights")
     add_arguments(parser, "bench_bilinear_against_gap")
     args = parser.parse_args()
-    options = [*schedule(args.epochs), *args.cfg_options]
+    loaders = render(Path(args.work_dir) / "birds", CLASSES, seed=0)
+    options = [*schedule(args.epochs), *loaders, *args.cfg_options]
     label = f"e{args.epochs}"
     if args.from_scratch:
         label += "_scratch"

@@ -7,9 +7,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import make_table
@@ -21,13 +21,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Job:
-    """One run: the contender's name, its seed, its config with options, and what else distinguishes it from other runs."""
+    """One run: the contender's name, its seed, its config with options, what else distinguishes it, more environment."""
 
     name: str
     seed: int
     config: Path
     options: Sequence[str]
     label: str
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def add_arguments(parser: argparse.ArgumentParser, work_dir: str) -> None:
@@ -96,7 +97,7 @@ def run(job: Job, work_dir: Path) -> dict:
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(
             [*command, "--cfg-options", *job.options],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | dict(job.environment),
             stdout=log,
             stderr=subprocess.STDOUT,
             cwd=ROOT,

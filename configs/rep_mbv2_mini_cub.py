@@ -4,22 +4,26 @@ _base_ = ["./rep_mbv2_cub.py"]
 
 missing_data_hint = "render it: rep-plugin script make_mini_fgvc.py --out data/mini_cub"
 
+# RepVGG's branches: a step takes about 60 % of the time of the default ones (bottleneck, identity), and what is deployed is
+# the same network.
+branches = ("conv3x3", "conv1x1", "identity")
 model = dict(
-    backbone=dict(widen_factor=0.5, strides=(2, 1, 2, 2, 2, 1, 1, 1), channels_last=True),
+    backbone=dict(widen_factor=0.5, strides=(2, 1, 2, 2, 2, 1, 1, 1), branches=branches, channels_last=True),
     head=dict(num_classes=20, topk=(1,)),
 )
 data_preprocessor = dict(num_classes=20)
 
+# The birds reach the borders of their images: nothing is cropped away in validation, and little in training.
 train_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="RandomResizedCrop", scale=96, crop_ratio_range=(0.6, 1.0)),
+    dict(type="Resize", scale=96),
+    dict(type="RandomCrop", crop_size=96, padding=6, padding_mode="edge"),
     dict(type="RandomFlip", prob=0.5, direction="horizontal"),
     dict(type="PackInputs"),
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=112),
-    dict(type="CenterCrop", crop_size=96),
+    dict(type="Resize", scale=96),
     dict(type="PackInputs"),
 ]
 # The loader knows CUB's 200 names; these are the ones of the tool's 20 classes.
@@ -54,9 +58,15 @@ optim_wrapper = dict(
     optimizer=dict(type="SGD", lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True, _delete_=True),
     paramwise_cfg=dict(norm_decay_mult=0.0),
 )
+# Warm-up and averaged weights: without them another order of sums (threads, processor) moves top-1 by many points.
 param_scheduler = dict(
-    type="OneCycleLR", eta_max=0.1, pct_start=0.2, by_epoch=True, convert_to_iter_based=True, _delete_=True
+    type="OneCycleLR", eta_max=0.1, pct_start=0.1, by_epoch=True, convert_to_iter_based=True, _delete_=True
 )
-train_cfg = dict(max_epochs=30, val_interval=5)
-default_hooks = dict(checkpoint=dict(interval=5, max_keep_ckpts=2), logger=dict(interval=19))
+train_cfg = dict(max_epochs=16, val_interval=4)
+default_hooks = dict(checkpoint=dict(interval=4, max_keep_ckpts=2), logger=dict(interval=25))
+# The average follows the weights closely at first, over the last 40 steps or so at the end; ReparamHook merges the average.
+custom_hooks = [
+    dict(type="EMAHook", ema_type="MomentumAnnealingEMA", momentum=0.01, gamma=25, update_buffers=True),
+    dict(type="rep_plugin.ReparamHook"),
+]
 randomness = dict(seed=0)

@@ -1,8 +1,10 @@
 """One table of a finished run: its trained form, its deployed form, and a stock network."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from mmengine.config import Config
@@ -12,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from rep_plugin.errors import EquivalenceError
+from rep_plugin.errors import ArgumentError, EquivalenceError
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.latency import eager_calls, interleaved_medians, torch_threads
 from rep_plugin.measure.progress import track
@@ -37,9 +39,42 @@ def _predict(models: dict[str, nn.Module], loader) -> tuple[dict[str, Tensor], T
     return {name: torch.cat(parts) for name, parts in predictions.items()}, torch.tensor(labels)
 
 
+class StockRecord(NamedTuple):
+    """What a stock network reached elsewhere: top-1 in percent, mean over seeds, and a line on how, where and when."""
+
+    top1: float
+    source: str
+
+
+def read_stock_record(path: str | os.PathLike) -> StockRecord:
+    """Read a record that ``benchmarks/demo.py`` wrote.
+
+    Args:
+        path: the JSON file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ArgumentError: the file is no such record.
+    """
+    try:
+        record = json.loads(Path(path).read_text())
+        scores = [run["top1"] for run in record["runs"]]
+        how = f"{record['config']}, seeds {', '.join(str(run['seed']) for run in record['runs'])}"
+        threads = " and ".join(str(count) for count in sorted({run["threads"] for run in record["runs"]}))
+        where = f"threads: {threads}, {record['processor']}, torch {record['versions']['torch']}, {record['date']}"
+        return StockRecord(sum(scores) / len(scores), f"stored record {path}: {how}; {where}")
+    except (ValueError, KeyError, TypeError, ZeroDivisionError):
+        raise ArgumentError(f"{path} is no record of trainings, expected what benchmarks/demo.py writes") from None
+
+
 def compare_deployed(
-    config: str, work_dir: str | os.PathLike, stock: str, build_stock: Callable[[dict], nn.Module], rounds: int = 100
-) -> None:
+    config: str,
+    work_dir: str | os.PathLike,
+    stock: str,
+    build_stock: Callable[[dict], nn.Module],
+    rounds: int = 100,
+    record: StockRecord | None = None,
+) -> Path:
     """Compare the last checkpoint of a run with what was deployed of it, time both beside a stock network, and print it.
 
     Args:
@@ -48,6 +83,10 @@ def compare_deployed(
         stock: what to call the stock network.
         build_stock: makes it, from the arguments ``num_classes`` and ``in_chans``.
         rounds: timed calls of each network.
+        record: accuracy of the stock network, which is not trained here.
+
+    Returns:
+        The checkpoint.
 
     Raises:
         FileNotFoundError: the folder holds no checkpoint.
@@ -81,10 +120,15 @@ def compare_deployed(
     slowest = medians[list(models)[-1]]
     for name, model in models.items():
         key = name.split()[0]
-        top1 = f"{100 * (predictions[key] == labels).float().mean():.2f}" if key in predictions else "not trained"
+        if key in predictions:
+            top1 = f"{100 * (predictions[key] == labels).float().mean():.2f}"
+        else:
+            top1 = f"{record.top1:.2f} *" if record else "not trained"
         row = (f"{count_params(model):,}", f"{count_macs(model, images[:1]):,}", top1)
         table.add_row(name, *row, f"{medians[name] * 1e3:.2f}", f"{slowest / medians[name]:.2f}")
     console.print(table)
+    if record:
+        console.print(f"* {record.source}")
     errors = Table(title="deployed against trained form, real images, largest relative errors")
     for column in ("size", "float64", "at the border", "inside", "float32, last map", "at the border", "seconds"):
         errors.add_column(column, justify="right")
@@ -105,3 +149,4 @@ def compare_deployed(
     console.print(f"predictions that differ: {differing} of {len(labels)}")
     if differing:
         raise EquivalenceError(f"{differing} predictions differ between trained and deployed form, expected 0")
+    return Path(checkpoint)

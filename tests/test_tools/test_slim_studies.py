@@ -97,7 +97,7 @@ def shortened(name: str, data, work_dir) -> Config:
         if hook.get("end"):
             hook.end = 1
     schedulers = cfg.param_scheduler
-    if isinstance(schedulers, list):  # of the thirty epochs of the sparse birds
+    if isinstance(schedulers, list):  # of the ten epochs of the sparse birds
         cfg.param_scheduler = None
     return cfg
 
