@@ -51,11 +51,11 @@ def test_the_fronts_in_tools_are_the_commands():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("trian config.py", "invalid choice: 'trian'; did you mean 'train'?"),
-        ("train config.py --reusme", "unrecognized arguments: --reusme; did you mean '--resume'?"),
-        ("prune a.py b.pth --mac=0.5 --min-chanels=4", "--min-chanels=4; did you mean '--min-channels'?"),
-        ("convert a b --to offical", "invalid choice: 'offical'; did you mean 'official'?"),
-        ("export a b.onnx --runtimes onnxruntme", "invalid choice: 'onnxruntme'; did you mean 'onnxruntime'?"),
+        ("trian config.py", "invalid choice: 'trian', did you mean 'train'?"),
+        ("train config.py --reusme", "unrecognized arguments: --reusme, did you mean '--resume'?"),
+        ("prune a.py b.pth --mac=0.5 --min-chanels=4", "--min-chanels=4, did you mean '--min-channels'?"),
+        ("convert a b --to offical", "invalid choice: 'offical', did you mean 'official'?"),
+        ("export a b.onnx --runtimes onnxruntme", "invalid choice: 'onnxruntme', did you mean 'onnxruntime'?"),
         ("train.py IMAGES --model x", "train.py is no command: to run a script write 'rep-plugin script train.py ...'"),
         ("script nowhere.py --model x", "script nowhere.py does not exist, expected a file"),
     ],

@@ -1,23 +1,8 @@
 """argparse with "did you mean", and the arguments that several commands share."""
 
 import argparse
-import difflib
-from collections.abc import Iterable
-from typing import NoReturn
 
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return the end of a message: ``; did you mean 'resume'?``
-
-    Args:
-        word: what was given.
-        known: what could have been meant.
-
-    Returns:
-        The question, or an empty text where no known word is near.
-    """
-    near = difflib.get_close_matches(word, list(known), 1, 0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
+from rep_plugin.errors import did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,10 +26,6 @@ class Parser(argparse.ArgumentParser):
             hint = did_you_mean(str(value), map(str, action.choices))
             known = ", ".join(map(str, action.choices))
             raise argparse.ArgumentError(action, f"invalid choice: {value!r}{hint} (choose from {known})")
-
-    def error(self, message: str) -> NoReturn:
-        """End with how the command is used, and the message."""
-        super().error(message)
 
 
 def add_trained_arguments(parser: argparse.ArgumentParser, no_real_data: str) -> None:

@@ -8,6 +8,7 @@ rep-plugin train pruned.py --cfg-options load_from=pruned.pth        # fine-tune
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 HELP = "remove channels of a trained checkpoint"
 PRECIOUS = ("pruned.pth", "pruned.py")
 OUTPUTS = (*PRECIOUS, "pruned.plan.json", "pruned.json", "pruned.png")
-SCORES = ("bn_gamma", "l1", "l2", "fpgm", "random")
+SCORES = ("bn_gamma", "l1", "l2", "fpgm", "taylor", "random")
+TAYLOR_IMAGES = 256
 
 
 def amount(text: str) -> int | float:
@@ -56,7 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--widths", help="JSON file {layer name: channels kept}, taken as it is")
     how.add_argument("--plan", help="plan file of an earlier run, applied as it is")
     parser.add_argument(
-        "--scores", default="bn_gamma", choices=SCORES, help="how channels are scored; default: %(default)s"
+        "--scores",
+        default="bn_gamma",
+        choices=SCORES,
+        help="how channels are scored; taylor: by gradients on validation images; default: %(default)s",
     )
     parser.add_argument(
         "--scope",
@@ -82,6 +87,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", type=int, nargs="+", help="input size C H W; default: that of the validation images")
 
 
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse --scores taylor where it has no images, or nothing to score."""
+    for name in ("no_real_data", "widths", "plan"):
+        if args.scores == "taylor" and getattr(args, name):
+            args.parser.error(f"--scores taylor does not go with --{name.replace('_', '-')}")
+
+
 def read_widths(path: Path) -> dict[str, int]:
     """Return the {layer name: channels kept} of a file. Raises ArgumentError, naming the file, for anything else."""
     try:
@@ -95,17 +107,22 @@ def read_widths(path: Path) -> dict[str, int]:
     return widths
 
 
-def make_plan(model: "nn.Module", shape: tuple[int, ...], args: argparse.Namespace) -> "PrunePlan":
+def make_plan(
+    model: "nn.Module", shape: tuple[int, ...], args: argparse.Namespace, batches: Sequence = ()
+) -> "PrunePlan":
     """Return the plan that the arguments ask for.
 
     Args:
         model: the network.
         shape: (1, C, H, W) of its input.
         args: the command line.
+        batches: of (images, labels), for ``--scores taylor``.
 
     Returns:
         The plan.
     """
+    from torch.nn.functional import cross_entropy
+
     from rep_plugin.pruning import PrunePlan, plan_pruning
 
     if args.plan:
@@ -117,6 +134,7 @@ def make_plan(model: "nn.Module", shape: tuple[int, ...], args: argparse.Namespa
         model, shape, args.scores, args.fraction, params=args.params, macs=args.macs, latency=args.latency,
         latency_ms=args.latency_ms, scope=args.scope, min_channels=args.min_channels, round_to=args.round_to,
         overrides=dict(args.override), ignore=args.ignore, max_prune_fraction=args.max_prune_fraction,
+        loader=batches, loss=cross_entropy,
     )  # fmt: skip
 
 
@@ -128,6 +146,7 @@ def run(args: argparse.Namespace) -> None:
 
     from rep_plugin.openmmlab.artefacts import write_pruned
     from rep_plugin.openmmlab.cli import open_trained, output_folder, session
+    from rep_plugin.openmmlab.load import labelled_batches
 
     with session():
         out_dir = output_folder(args, OUTPUTS, PRECIOUS, (args.widths, args.plan))
@@ -137,7 +156,8 @@ def run(args: argparse.Namespace) -> None:
         if trained.inputs is None and not args.shape:
             raise ArgumentError("without validation images the input size is needed: --shape C H W")
         shape = (1, *(args.shape or trained.inputs.shape[1:]))  # costs are those of one image
-        plan = make_plan(trained.model, shape, args)
+        batches = labelled_batches(trained.model, trained.cfg, TAYLOR_IMAGES) if args.scores == "taylor" else ()
+        plan = make_plan(trained.model, shape, args, batches)
         report = write_pruned(trained.model, trained.cfg, plan, out_dir, trained.inputs, trained.dataset_meta)
         Console().print(plan.table())  # the report has the notes
         report.print()

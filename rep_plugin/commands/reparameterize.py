@@ -17,6 +17,12 @@ OUTPUTS = ("deploy.pth", "deploy.py", "deploy.json")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add those of all commands that read a trained checkpoint."""
     add_trained_arguments(parser, no_real_data="prove on random images alone, no data set needed")
+    parser.add_argument(
+        "--fold-bn",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="fold the network's own BNs as well; deploy.py then merges when it builds; default: --no-fold-bn",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -29,6 +35,6 @@ def run(args: argparse.Namespace) -> None:
     with session():
         out_dir = output_folder(args, OUTPUTS)
         trained = open_trained(args.config, args.checkpoint, args.cfg_options, not args.no_real_data)
-        report = write_deployed(trained.model, trained.cfg, out_dir, trained.inputs, trained.dataset_meta)
+        report = write_deployed(trained.model, trained.cfg, out_dir, trained.inputs, trained.dataset_meta, args.fold_bn)
         report.print()
         print_written(out_dir / name for name in OUTPUTS)

@@ -28,6 +28,7 @@ def write_deployed(
     out_dir: str | os.PathLike,
     inputs: Tensor | None = None,
     dataset_meta: dict | None = None,
+    fold_bn: bool = False,
 ) -> Report:
     """Merge a copy of a trained model, prove it, and write ``deploy.pth``, ``deploy.py`` and ``deploy.json`` (the report).
 
@@ -40,6 +41,7 @@ def write_deployed(
         out_dir: folder of the files.
         inputs: preprocessed images (N, C, H, W) for the proof, beside random ones.
         dataset_meta: meta data of the data set; class names go into the file.
+        fold_bn: fold the network's own BNs as well; ``deploy.py`` is then no stock config, but merges when it builds.
 
     Returns:
         The report.
@@ -58,7 +60,7 @@ def write_deployed(
         >>> len(report.blocks), Config.fromfile("out/deploy.py").model.backbone.deploy
         (19, True)
     """
-    merged, deployed, report = deployed_form(model, cfg, inputs)
+    merged, deployed, report = deployed_form(model, cfg, inputs, fold_bn=fold_bn)
     check_rebuilt(deployed, merged, inputs if inputs is not None else torch.zeros(report.input_shape))
 
     meta = _file_meta(merged, dataset_meta, report.notes)
@@ -68,7 +70,7 @@ def write_deployed(
 
 
 def deployed_form(
-    model: nn.Module, cfg: Config, inputs: Tensor | None = None, verify: bool = True
+    model: nn.Module, cfg: Config, inputs: Tensor | None = None, verify: bool = True, fold_bn: bool = False
 ) -> tuple[nn.Module, Config, Report]:
     """Merge a copy of a model, and find the config that builds the result.
 
@@ -77,6 +79,7 @@ def deployed_form(
         cfg: the config it was trained with.
         inputs: preprocessed images (N, C, H, W) for the proof.
         verify: prove the merge.
+        fold_bn: fold the network's own BNs as well.
 
     Returns:
         The merged model on the CPU, its config, and the report.
@@ -85,12 +88,14 @@ def deployed_form(
         RepPluginError: what :func:`rep_plugin.reparameterize` raises.
         ArgumentError: there is no config for the result.
     """
-    deployed = deploy_config(cfg)
+    deployed = deploy_config(cfg, as_stock=not fold_bn)
     source = copy.deepcopy(model)
     source.eval()
-    merged, report = reparameterize(source, inputs, inplace=True, fold_bn=False, verify=verify)
+    merged, report = reparameterize(source, inputs, inplace=True, fold_bn=fold_bn, verify=verify)
     merged.cpu()
-    if describe_mismatch(build_model(deployed), merged.state_dict()):
+    if fold_bn:
+        deployed.model.fold_bn = True
+    elif describe_mismatch(build_model(deployed), merged.state_dict()):
         # The merge left biases that the stock network has not, and no batch norm took them up.
         deployed = deploy_config(cfg, as_stock=False)
     return merged, deployed, report

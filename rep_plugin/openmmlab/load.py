@@ -14,6 +14,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import DefaultScope, Registry, build_from_cfg
 from mmengine.registry.build_functions import build_scheduler_from_cfg
+from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -203,6 +204,40 @@ def real_inputs(model: nn.Module, loader: DataLoader, count: int = REAL_IMAGES) 
     samples = samples[: max(2, REAL_PIXELS // math.prod(common[-2:]))]
     with torch.no_grad():
         return model.data_preprocessor(copy.deepcopy(loader.collate_fn(samples)), False)["inputs"]
+
+
+def labelled_batches(model: nn.Module, cfg: Config, count: int, batch_size: int = 32) -> list[tuple[Tensor, Tensor]]:
+    """Take labelled images of the config's validation set, evenly spread, preprocessed as the model sees them.
+
+    Args:
+        model: a classifier.
+        cfg: its config.
+        count: how many images at most.
+        batch_size: images of a batch.
+
+    Returns:
+        Batches of images (N, C, H, W) and labels (N,).
+
+    Raises:
+        ArgumentError: the config has no validation set, or its images have no single label.
+    """
+    if not cfg.get("val_dataloader"):
+        raise ArgumentError("labelled images are needed: the config has no val_dataloader")
+    with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmpretrain")), config_errors():
+        loader = Runner.build_dataloader(cfg.val_dataloader)
+    chosen = range(0, len(loader.dataset), max(1, len(loader.dataset) // count))[:count]
+    batches = []
+    for first in range(0, len(chosen), batch_size):
+        samples = loader.collate_fn([loader.dataset[i] for i in chosen[first : first + batch_size]])
+        with torch.no_grad():
+            data = model.data_preprocessor(samples, False)
+        labels = [getattr(sample, "gt_label", None) for sample in data["data_samples"]]
+        if any(label is None or label.numel() != 1 for label in labels):
+            raise ArgumentError(
+                "one label for each image is needed: the images of val_dataloader have none, or several"
+            )
+        batches.append((data["inputs"], torch.tensor([int(label) for label in labels])))
+    return batches
 
 
 def check_rebuilt(cfg: Config, merged: nn.Module, inputs: Tensor) -> None:

@@ -54,7 +54,7 @@ def test_a_config_becomes_one_that_loads_its_expanded_weights(tmp_path, monkeypa
     for words, message in (
         (["config.py"], "the config config.py needs a CHECKPOINT after it"),
         (["resnet18"], "resnet18 needs --out-dir"),
-        (["resnet18", "--out-dir", "x", "--block", "dbbb"], "invalid choice: 'dbbb'; did you mean 'dbb'?"),
+        (["resnet18", "--out-dir", "x", "--block", "dbbb"], "invalid choice: 'dbbb', did you mean 'dbb'?"),
     ):
         with pytest.raises(SystemExit):
             main(["expand", *words])
