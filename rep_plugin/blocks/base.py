@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from rep_plugin.blocks.chain import Chain
 from rep_plugin.blocks.layers import require_eval
-from rep_plugin.blocks.online import init_gains_, merge_macs, run_macs, without_bns
+from rep_plugin.blocks.online import gain_of, init_gains_, merge_macs, run_macs, without_bns
 from rep_plugin.errors import ArgumentError, NotMergeableError
 from rep_plugin.functional.kernels import ConvParams, fold_bn, merge_sum, pad_kernel, pair, regroup_kernel
 
@@ -254,6 +254,13 @@ class RepBlock(nn.Module):
         if hasattr(self, "post_bn"):
             return [self.post_bn]
         return [bn for chain in self.branches.values() if (bn := chain.last_bn()) is not None]
+
+    def output_gains(self) -> list[nn.Parameter]:
+        """Return the factors that end the branches of the online form, where no BN of the block's own follows."""
+        if self.deployed:
+            return []
+        last = (list(chain.children())[-1] for chain in self.branches.values())
+        return [gain for op in last if (gain := gain_of(op)) is not None]
 
     def extra_repr(self) -> str:
         return (

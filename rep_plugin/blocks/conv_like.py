@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.branches import Size, he_normal_
 from rep_plugin.blocks.families import ACBlock, DiverseBranchBlock, MobileOneBlock, RepVGGBlock
+from rep_plugin.blocks.online import gain_of
 from rep_plugin.errors import ArgumentError, ArgumentTypeError
 from rep_plugin.functional.kernels import pair
 
@@ -65,6 +66,8 @@ class ConvLike(RepBlock):
             False it goes into the BN that follows.
         padding_mode: ``"zeros"`` alone.
         deploy: build the merged form directly.
+        online: merge the branches in every training step: no BN is in them, the network's own follows their sum, or one in
+            the block where ``bias`` is True.
         options: the family's own arguments.
 
     Raises:
@@ -89,24 +92,29 @@ class ConvLike(RepBlock):
         bias: bool = True,
         padding_mode: str = "zeros",
         deploy: bool = False,
+        online: bool = False,
         **options,
     ):
         if padding_mode != "zeros":
             raise ArgumentError(f"padding_mode must be 'zeros' in {type(self).__name__}, got {padding_mode!r}")
-        if extra := {"act", "online"} & set(options):  # FamilyBlock's own, that a convolution has not
+        if extra := {"act", "bn_follows"} & set(options):  # FamilyBlock's own, that a convolution has not
             raise ArgumentTypeError(f"{type(self).__name__} takes no {min(extra)!r}, expected Conv2d's arguments")
         pixels = _same_padding(padding, kernel_size, dilation, stride)
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, pixels, dilation, groups, deploy=deploy, **options
-        )
-        self.bias_free = not bias
+        shape = (in_channels, out_channels, kernel_size, stride, pixels, dilation, groups)
+        # Who leaves out the bias has a BN behind.
+        super().__init__(*shape, deploy=deploy, online=online, bn_follows=not bias, **options)
+        self.bias_free, self.silent = not bias, False
 
     def silence_(self) -> "ConvLike":
-        """Make every branch but the main one start at zero, by a last BN with gamma 0. Returns the block."""
+        """Make every branch but the main one start at zero, by a last BN (online: a gain) of 0. Returns the block."""
+        self.silent = True
         for name, chain in self.branches.items():
             if name == self.main_branch:
                 continue
             last, bn = list(chain.named_children())[-1]
+            if (gain := gain_of(bn)) is not None:
+                nn.init.zeros_(gain)
+                continue
             silent = SilentBatchNorm2d(bn.num_features, bn.eps, bn.momentum)
             setattr(chain, last, silent.to(bn.weight.device, bn.weight.dtype).train(bn.training))
         return self
@@ -122,6 +130,9 @@ class ConvLike(RepBlock):
                 he_normal_(module)
             elif isinstance(module, _BatchNorm):
                 module.reset_parameters()
+        self.init_gains_()
+        if self.online and self.silent and not self.deployed:
+            self.silence_()
 
 
 class DBBConv2d(ConvLike, DiverseBranchBlock):

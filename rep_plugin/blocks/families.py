@@ -36,6 +36,7 @@ class FamilyBlock(RepBlock):
         act: module after the sum.
         deploy: build the merged form directly.
         online: merge the branches in every training step, see :class:`rep_plugin.blocks.base.RepBlock`.
+        bn_follows: the network has a BN behind the block, so that ``online`` adds none.
         options: the family's own arguments.
 
     Raises:
@@ -59,6 +60,7 @@ class FamilyBlock(RepBlock):
         act: nn.Module | None = None,
         deploy: bool = False,
         online: bool = False,
+        bn_follows: bool = False,
         **options,
     ):
         if unknown := sorted(set(options) - set(self.own_options)):
@@ -68,7 +70,7 @@ class FamilyBlock(RepBlock):
         options = {**self.own_options, **options}
         size = _odd(self.window if kernel_size is None else kernel_size, type(self).__name__)
         chains = {} if deploy else self.chains(in_channels, out_channels, size, (stride, dilation, groups), **options)
-        post_bn = online or options.get("post_bn", False)
+        post_bn = (online and not bn_follows) or options.get("post_bn", False)
         super().__init__(
             in_channels, out_channels, size, chains, stride, padding, dilation, groups, act, deploy, post_bn, online
         )

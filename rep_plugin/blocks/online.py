@@ -38,7 +38,8 @@ def without_bns(chain: Chain) -> Chain:
     return Chain(ops)
 
 
-def _gain_of(op: nn.Module) -> nn.Parameter | None:
+def gain_of(op: nn.Module) -> nn.Parameter | None:
+    """Return the factors (C,) that a layer of the online form has in the place of a BN's; None for other layers."""
     if isinstance(op, NormedConv2d):
         return op.gain
     return op.weight if isinstance(op, Scale) else None
@@ -57,7 +58,7 @@ def init_gains_(chain: Chain, in_channels: int) -> None:
     ops = []
     for op in chain.children():
         ops.append(op)
-        if (gain := _gain_of(op)) is not None:
+        if (gain := gain_of(op)) is not None:
             gain.fill_(1.0)
             norm = merge_ops(ops, in_channels).kernel.flatten(1).norm(dim=1)
             gain.copy_(torch.where(norm > 0, 1.0 / norm, torch.ones_like(norm)))

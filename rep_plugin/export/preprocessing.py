@@ -35,9 +35,9 @@ def find_images(folder: str | Path, count: int) -> list[Path]:
 def timm_preprocessing(cfg: Mapping, input_size: tuple[int, int, int]) -> dict:
     """Return the steps of timm's evaluation transform as plain data.
 
-    In this order: resize ``resize.edge`` (short, long or both) to ``resize.size`` (H, W) by ``interpolation``, crop (or pad,
-    with ``fill``, a number in 0 .. 255 a channel, where the edge is the long one) the centre to ``crop``, scale so that white is ``white``, subtract ``mean``, divide by
-    ``std``.
+    In this order: resize ``resize.edge`` (short, long or both) to ``resize.size`` (H, W) by ``interpolation``, crop the
+    centre to ``crop`` (or pad it with ``fill``, 0 to 255 a channel, where the edge is the long one), scale so that white is
+    ``white``, subtract ``mean``, divide by ``std``.
 
     Args:
         cfg: a ``pretrained_cfg``.

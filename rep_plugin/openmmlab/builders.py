@@ -99,6 +99,7 @@ def Expanded(
     where: str | Sequence[str] | None = None,
     checkpoint: str | None = None,
     data_preprocessor: dict | None = None,
+    online: bool = False,
 ) -> nn.Module:
     """Build a stock model, initialise it, load its weights where a checkpoint is given, and expand it.
 
@@ -112,6 +113,7 @@ def Expanded(
         where: as in :func:`rep_plugin.expand`.
         checkpoint: one of that very model, in full.
         data_preprocessor: config of the preprocessor, where ``model`` has none.
+        online: as in :func:`rep_plugin.expand`.
 
     Returns:
         The expanded model.
@@ -124,7 +126,7 @@ def Expanded(
         net.init_weights()
     if checkpoint is not None:
         load_strictly(net, read_state_dict(checkpoint)[0], str(checkpoint))
-    net, report = expand(net, block, inplace=True, where=where)
+    net, report = expand(net, block, inplace=True, where=where, online=online)
     print_log(f"{len(report.blocks)} convolutions expanded\n{report}", logger="current")
     refuse_misfits(net)
     return net

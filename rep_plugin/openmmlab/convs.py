@@ -1,7 +1,8 @@
 """Multi-branch convolutions for any ``conv_cfg``: ``conv_cfg=dict(type='rep_plugin.DBBConv2d')``.
 
 mmcv's ``build_conv_layer`` finds them, so every mmpretrain, mmdet and mmseg network that takes a ``conv_cfg`` gets its
-variant. Kernels of side 1 stay plain convolutions, as in the papers.
+variant. Kernels of side 1 stay plain convolutions, as in the papers. ``online=True`` beside the type merges the branches in
+every training step.
 """
 
 from collections.abc import Callable
@@ -30,9 +31,10 @@ def _builder(cls: type[ConvLike]) -> Callable[..., nn.Module]:
         padding_mode: str = "zeros",
         **options,
     ) -> nn.Module:
-        if unknown := sorted(set(options) - set(cls.own_options)):
+        known = {*cls.own_options, "online"}
+        if unknown := sorted(set(options) - known):
             raise ArgumentTypeError(
-                f"conv_cfg of {cls.__name__} takes {sorted(cls.own_options)} beside 'type', got {unknown[0]!r}"
+                f"conv_cfg of {cls.__name__} takes {sorted(known)} beside 'type', got {unknown[0]!r}"
             )
         shape = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         return nn.Conv2d(*shape) if pair(kernel_size) == (1, 1) else cls(*shape, **options)

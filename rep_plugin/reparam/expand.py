@@ -112,20 +112,24 @@ def find_expandable(model: nn.Module, where: Where = None) -> tuple[list[str], l
     return [conv for conv, _ in pairs], notes
 
 
-def _block_for(conv: nn.Conv2d, bn: nn.Module, block: str) -> ConvLike:
+def _block_for(conv: nn.Conv2d, bn: nn.Module, block: str, online: bool) -> ConvLike:
     """Return the block that computes what ``conv`` does, given the BN that follows it."""
-    made = like_conv(conv, block)
+    made = like_conv(conv, block, online=online)
     for module in made.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eps, module.momentum = bn.eps, bn.momentum
     made.silence_()
     main = made.branches[made.main_branch]
     main.conv.weight = conv.weight  # the same parameter: what else holds it goes on holding it
-    mean, std = bn.running_mean, torch.sqrt(bn.running_var + bn.eps)
-    main.bn.running_mean.copy_(mean if conv.bias is None else mean - conv.bias)
-    main.bn.running_var.copy_(bn.running_var)
-    main.bn.weight.copy_(std)
-    main.bn.bias.copy_(mean)
+    if online:
+        norms = torch.linalg.vector_norm(conv.weight, dim=(1, 2, 3))
+        main.conv.gain.copy_(torch.sqrt(norms.square() + main.conv.eps))
+    if (inner := getattr(made, "post_bn", None) if online else main.bn) is not None:
+        mean, std = bn.running_mean, torch.sqrt(bn.running_var + bn.eps)
+        inner.running_mean.copy_(mean if conv.bias is None else mean - conv.bias)
+        inner.running_var.copy_(bn.running_var)
+        inner.weight.copy_(std)
+        inner.bias.copy_(mean)
     made.is_init = True
     if isinstance(bn, nn.SyncBatchNorm):
         made = nn.SyncBatchNorm.convert_sync_batchnorm(made, bn.process_group)
@@ -137,10 +141,10 @@ def _block_for(conv: nn.Conv2d, bn: nn.Module, block: str) -> ConvLike:
 
 
 @torch.no_grad()
-def _expand_(model: nn.Module, block: str, pairs: Sequence[tuple[str, str]]) -> nn.Module:
+def _expand_(model: nn.Module, block: str, pairs: Sequence[tuple[str, str]], online: bool = False) -> nn.Module:
     for conv_name, bn_name in pairs:
         conv = model.get_submodule(conv_name)
-        replace_module_(model, conv, _block_for(conv, model.get_submodule(bn_name), block))
+        replace_module_(model, conv, _block_for(conv, model.get_submodule(bn_name), block, online))
     for module in model.modules():
         if hasattr(type(module), "is_init"):
             module.is_init = True  # mmengine's BaseModule: init_weights() would overwrite what was expanded
@@ -154,6 +158,7 @@ def expand(
     inplace: bool = False,
     where: Where = None,
     example_input: Tensor | None = None,
+    online: bool = False,
 ) -> tuple[nn.Module, Report]:
     """Turn spatial convolutions into blocks of several branches; return the model, still the same function, and a report.
 
@@ -174,6 +179,8 @@ def expand(
         where: which convolutions: a shell pattern on the full name (``'layer1.*'``), several, or a function
             ``(name, module) -> bool``; None: all.
         example_input: images (N, C, H, W) for the proof, which also runs random images.
+        online: merge the branches in every training step, which is several times as fast: norms of filters stand for the
+            branches' BNs, and the network's own BN follows their sum.
 
     Returns:
         The expanded model and the report.
@@ -197,13 +204,13 @@ def expand(
     inputs = default_inputs(model, example_input)
     report = Report("expand", count_params(model), 0, count_macs(model, inputs[0]), input_shape=tuple(inputs[0].shape))
 
-    _expand_(exact, block, pairs)
+    _expand_(exact, block, pairs, online)
     found = verify_equivalence(model, exact, inputs, [conv for conv, _ in pairs], TOLERANCE)
     report.blocks = [BlockReport(name, block) for name, _ in pairs]
     report.notes = notes
     report.add_proof(found)
 
-    expanded = _expand_(model if inplace else copy.deepcopy(model), block, pairs)
+    expanded = _expand_(model if inplace else copy.deepcopy(model), block, pairs, online)
     expanded.load_state_dict(exact.state_dict())  # what was proven, rounded once
     report.params_after, report.macs_after = count_params(expanded), count_macs(expanded, inputs[0])
     record_(expanded, before, step="expand", block=block, pairs=[list(pair) for pair in pairs])

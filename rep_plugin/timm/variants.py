@@ -30,26 +30,27 @@ STOCK = {
 NAMES = tuple(f"{block}_{stock}" for stock in STOCK for block in BLOCKS)
 
 
-def plug_in_(model: nn.Module, block: str) -> nn.Module:
+def plug_in_(model: nn.Module, block: str, online: bool = False) -> nn.Module:
     """Put a block, all of its branches live, in the place of every convolution with 1 < K < 7.
 
     Args:
         model: the network; it is changed.
         block: ``dbb`` or ``acb``.
+        online: merge the branches in every training step.
 
     Returns:
         The model.
     """
     for _, conv in list(own_convs(model)):
         if not why_not_replaceable(conv) and max(conv.kernel_size) < 7:
-            replace_module_(model, conv, like_conv(conv, block))
+            replace_module_(model, conv, like_conv(conv, block, online=online))
     return model
 
 
-def _build(block: str, stock: str, deploy: bool, **kwargs) -> nn.Module:
+def _build(block: str, stock: str, deploy: bool, online: bool, **kwargs) -> nn.Module:
     model = timm.create_model(stock, **kwargs)
     if not deploy:
-        return plug_in_(model, block)
+        return plug_in_(model, block, online)
     fold_conv_bn_(model.eval())
     return model.train()
 
@@ -65,13 +66,13 @@ def _first_convs(block: str, stock: str, deploy: bool) -> str | tuple[str, ...]:
     return tuple(f"{first}.branches.{name}.{layer}" for name, (layer, _) in heads.items())
 
 
-def _create(name: str, pretrained: bool, deploy: bool = False, **kwargs) -> nn.Module:
+def _create(name: str, pretrained: bool, deploy: bool = False, online: bool = False, **kwargs) -> nn.Module:
     block, stock = name.split("_", 1)
     if deploy:
         name_first_conv_(kwargs, _first_convs(block, stock, deploy))
     feature_cfg = {"flatten_sequential": stock.startswith("mobilenet")}
     return build_model_with_cfg(
-        partial(_build, block, stock, deploy), name, pretrained, feature_cfg=feature_cfg, **kwargs
+        partial(_build, block, stock, deploy, online), name, pretrained, feature_cfg=feature_cfg, **kwargs
     )
 
 
@@ -81,5 +82,6 @@ for _name in NAMES:
     _described = f"""timm's {_stock} with {look_alike(_block).__name__} for its convolutions of 1 < K < 7.
 
     ``deploy=True`` builds what :func:`rep_plugin.reparameterize` makes of it: no branches, no BN.
+    ``online=True`` merges the branches in every training step, which is several times as fast.
     """
     register(__name__, _name, _create, _cfg, _described)

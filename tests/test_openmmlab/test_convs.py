@@ -88,6 +88,18 @@ def test_networks_train_deploy_and_become_the_stock_network(backbone, channels, 
     assert relative_error(loaded(x), stock(x)) < 1e-6
 
 
+@pytest.mark.parametrize("backbone, channels, cls", [(RESNET, 64, DBBConv2d), (VGG, 512, ACBConv2d)])
+def test_online_form(backbone, channels, cls):
+    """VGG's convolutions have a bias and a BN behind: their blocks keep a BN, which becomes the bias."""
+    model = build_model(config(backbone | {"conv_cfg": dict(type=f"rep_plugin.{cls.__name__}", online=True)}, channels))
+    blocks = [m for m in model.modules() if isinstance(m, ConvLike)]
+    assert blocks and all(block.online and hasattr(block, "post_bn") != block.bias_free for block in blocks)
+    calibrate_random_bn_(model, X)
+    merged, report = reparameterize(model, X, fold_bn=False)
+    stock = build_model(config(backbone, channels))
+    assert report.max_rel_error < 1e-9 and merged.state_dict().keys() == stock.state_dict().keys()
+
+
 def test_deploy_config_says_plain_convolutions():
     cfg = config(dict(RESNET, conv_cfg=dict(type="rep_plugin.DBBConv2d", mid_channels=4)), 64, load_from="x.pth")
     deployed = deploy_config(cfg)

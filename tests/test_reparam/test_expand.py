@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import rep_plugin
-from rep_plugin.blocks.conv_like import ConvLike, SilentBatchNorm2d
+from rep_plugin.blocks.conv_like import ConvLike, SilentBatchNorm2d, like_conv
+from rep_plugin.blocks.online import gain_of
 from rep_plugin.errors import EquivalenceError
 from rep_plugin.testing import calibrate_random_bn_
 from tests.helpers import relative_error
@@ -186,3 +187,39 @@ def test_a_wrong_expansion_is_refused_and_nothing_is_lost(monkeypatch):
     with pytest.raises(EquivalenceError, match="block '0' differs"):
         rep_plugin.expand(model, inplace=True)
     assert list(model.state_dict()) == list(state) and not blocks_of(model)
+
+
+@pytest.mark.parametrize("block", ["dbb", "acb", "repvgg", "mobileone"])
+def test_online_form_through_training_and_back(block):
+    """The first convolution has a bias, and so a BN in its block; the other has the network's own behind."""
+    stock, x = nn.Sequential(*net(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval(), torch.randn(16, 3, 16, 16)
+    model, report = rep_plugin.expand(stock, block, online=True)
+    assert report.max_rel_error < 1e-9 and report.sensitivity > 1e-3 and len(report.blocks) == 2
+    first, second = blocks_of(model).values()
+    assert hasattr(first, "post_bn") and not hasattr(second, "post_bn") and first.online and second.online
+    assert not any(isinstance(m, nn.BatchNorm2d) for b in (first, second) for m in b.branches.modules())
+    a, b = copy.deepcopy(stock).train()(x), copy.deepcopy(model).train()(x)
+    assert relative_error(a, b) < 1e-3  # the eps of two BNs in a row
+    train(model, 5, x)
+    silent = [g for b in (first, second) for n, g in b.named_parameters() if "gain" in n or "scale" in n]
+    assert all(gain.detach().abs().max() > 0 for gain in silent)  # every branch has learned something
+    merged, report = rep_plugin.reparameterize(model, x[:2], fold_bn=False)
+    assert report.max_rel_error < 1e-9 and merged.state_dict().keys() == stock.state_dict().keys()
+    with torch.no_grad():
+        assert relative_error(model(x), merged(x)) < 1e-5
+    plan = rep_plugin.plan_pruning(model, x[:2], "l1", 0.3, min_channels=1)
+    assert rep_plugin.apply_plan(model, plan).max_rel_error < 1e-9
+    loss = nn.functional.cross_entropy
+    batches = [(x, torch.arange(16) % 4)]
+    scored = rep_plugin.plan_pruning(model, x[:2], "taylor", 0.3, loader=batches, loss=loss, min_channels=1)
+    assert scored.scores.keys() >= {"0", "3"}
+
+
+def test_online_blocks_stay_silent_when_a_parent_initialises_them():
+    block = like_conv(nn.Conv2d(4, 8, 3, padding=1, bias=False), "dbb", online=True).silence_()
+    conv = block.branches["conv"].conv
+    block.init_weights()
+    last = {name: gain_of(list(chain.children())[-1]) for name, chain in block.branches.items()}
+    assert {name for name, gain in last.items() if gain.any()} == {"conv"}
+    x = torch.randn(2, 4, 9, 9)
+    assert torch.allclose(block(x), conv(nn.functional.pad(x, (1, 1, 1, 1))), atol=1e-6)

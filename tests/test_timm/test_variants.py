@@ -89,6 +89,28 @@ def test_a_folder_holds_the_deployed_network(tmp_path):
     assert relative_error(merged(X), loaded(X)) < 1e-6 and loaded.pretrained_cfg["first_conv"] == "conv_stem"
 
 
+@pytest.mark.parametrize("name", ["dbb_resnet18", "acb_mobilenetv1_100"])
+def test_online_form_trains_and_becomes_timms_own_network(name):
+    stock = timm.create_model(name.split("_", 1)[1], num_classes=7)
+    options = {"zero_init_last": False} if "resnet" in name else {}  # a gamma of 0 would keep gradients from branches
+    model = timm.create_model(name, num_classes=7, online=True, **options)
+    plain = timm.create_model(name, num_classes=7)
+    blocks = [m for m in model.modules() if isinstance(m, ConvLike)]
+    assert len(blocks) == sum(isinstance(m, ConvLike) for m in plain.modules()) > 0
+    assert all(block.online and not hasattr(block, "post_bn") for block in blocks)  # the network's BN follows
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    nn.functional.cross_entropy(model(X), torch.arange(4)).backward()
+    optimizer.step()
+    assert all((p != before[key]).any() for key, p in model.named_parameters() if "conv" in key and p.dim() == 4)
+    calibrate_random_bn_(model, X)
+    merged, report = rep_plugin.reparameterize(model, X, fold_bn=False)
+    assert report.max_rel_error < 1e-9 and merged.state_dict().keys() == stock.state_dict().keys()
+    deployed, report = rep_plugin.reparameterize(model, X)
+    timm.create_model(name, num_classes=7, deploy=True).load_state_dict(deployed.state_dict())
+    assert report.max_rel_error < 1e-9
+
+
 def test_typos_are_refused():
     with pytest.raises(TypeError, match="nun_classes"):
         timm.create_model("dbb_resnet18", nun_classes=3)
