@@ -18,6 +18,7 @@ from rep_plugin.openmmlab.cli import (
     use_amp,
 )
 from rep_plugin.openmmlab.data import check_data
+from rep_plugin.openmmlab.hooks.runner_utils import log_advice
 
 
 def train(args: argparse.Namespace) -> None:
@@ -28,6 +29,7 @@ def train(args: argparse.Namespace) -> None:
     runner = build_runner(cfg)
     if cfg.get("resume"):
         require_whole_checkpoint(runner)
+    log_advice(runner)
     runner.train()
 
 

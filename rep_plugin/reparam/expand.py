@@ -141,7 +141,7 @@ def _block_for(conv: nn.Conv2d, bn: nn.Module, block: str, online: bool) -> Conv
 
 
 @torch.no_grad()
-def _expand_(model: nn.Module, block: str, pairs: Sequence[tuple[str, str]], online: bool = False) -> nn.Module:
+def _expand_(model: nn.Module, block: str, pairs: Sequence[tuple[str, str]], online: bool) -> nn.Module:
     for conv_name, bn_name in pairs:
         conv = model.get_submodule(conv_name)
         replace_module_(model, conv, _block_for(conv, model.get_submodule(bn_name), block, online))
@@ -213,13 +213,13 @@ def expand(
     expanded = _expand_(model if inplace else copy.deepcopy(model), block, pairs, online)
     expanded.load_state_dict(exact.state_dict())  # what was proven, rounded once
     report.params_after, report.macs_after = count_params(expanded), count_macs(expanded, inputs[0])
-    record_(expanded, before, step="expand", block=block, pairs=[list(pair) for pair in pairs])
+    record_(expanded, before, step="expand", block=block, pairs=[list(pair) for pair in pairs], online=online)
     report.seconds = time.perf_counter() - started
     return expanded, report
 
 
-@replays("expand", "block", "pairs")
-def _replay(model: nn.Module, block: str, pairs: Sequence[Sequence[str]]) -> nn.Module:
+@replays("expand", "block", "pairs", "online")
+def _replay(model: nn.Module, block: str, pairs: Sequence[Sequence[str]], online: bool) -> nn.Module:
     look_alike(block)
     for conv_name, bn_name in pairs:
         conv, bn = layer_named(model, conv_name), layer_named(model, bn_name)
@@ -228,4 +228,4 @@ def _replay(model: nn.Module, block: str, pairs: Sequence[Sequence[str]]) -> nn.
                 f"the history is of another model: it expands {conv_name!r} in front of {bn_name!r}, which are "
                 f"{type(conv).__name__} and {type(bn).__name__}, expected a convolution and a BN"
             )
-    return _expand_(model, block, [(conv, bn) for conv, bn in pairs])
+    return _expand_(model, block, [(conv, bn) for conv, bn in pairs], online)

@@ -14,7 +14,14 @@ from rep_plugin.openmmlab.artefacts import deployed_form, write_deployed
 from rep_plugin.openmmlab.configs import pruned_config
 from rep_plugin.openmmlab.hooks.base_pruning_hook import PruningHook
 from rep_plugin.openmmlab.hooks.linearize_hook import LinearizeHook
-from rep_plugin.openmmlab.hooks.runner_utils import check_out_dir, final_model, images_of, plain_model, rehearsal
+from rep_plugin.openmmlab.hooks.runner_utils import (
+    check_out_dir,
+    final_model,
+    images_of,
+    log_advice,
+    plain_model,
+    rehearsal,
+)
 from rep_plugin.openmmlab.load import build_model, real_inputs
 from rep_plugin.pruning.planning.plan import compose_plans
 from rep_plugin.registry import HOOKS
@@ -51,6 +58,7 @@ class ReparamHook(Hook):
                 f"the model ends at alpha {lowest:.4g} and could not be merged: add dict(type='rep_plugin.LinearizeHook', "
                 "end=...) to custom_hooks"
             )
+        log_advice(runner)
         check_out_dir(runner, self.out_dir)
         model = copy.deepcopy(plain_model(runner))
         set_alpha_(model, 1.0)

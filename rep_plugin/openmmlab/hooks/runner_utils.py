@@ -19,6 +19,7 @@ from mmengine.runner.amp import autocast
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rep_plugin.blocks.advice import online_advice
 from rep_plugin.checkpoints.files import check_writable
 from rep_plugin.errors import ArgumentError, HookError, InconclusiveWarning, RepPluginError, first_line
 from rep_plugin.measure.plots import accuracy_figure, to_array
@@ -38,6 +39,13 @@ def as_hook_error(who: str) -> Iterator[None]:
         raise
     except RepPluginError as error:
         raise HookError(f"{who}: {first_line(error)}") from None
+
+
+def log_advice(runner: Runner) -> None:
+    """Log once, where training starts, how its steps would be cheaper."""
+    if not getattr(runner, "_rep_advised", False) and (advice := online_advice(runner.model)):
+        runner.logger.info(advice)
+    runner._rep_advised = True
 
 
 def check_whole(name: str, value: object, least: int, unit: str = "") -> None:
