@@ -17,6 +17,7 @@ from pathlib import Path
 import mmengine
 import mmpretrain
 import torch
+from mmengine.config import Config
 from training_runs import ROOT, Job, print_scores, run_all
 
 DEMO, STOCK = ROOT / "configs/rep_mbv2_mini_cub.py", ROOT / "benchmarks/configs/stock_mbv2_mini_cub.py"
@@ -50,11 +51,12 @@ def write_record(path: Path, config: Path, command: str, jobs: list[Job], result
         for job, result in zip(jobs, results)
     ]
     versions = {"torch": torch.__version__, "mmengine": mmengine.__version__, "mmpretrain": mmpretrain.__version__}
-    record = dict(config=str(config.relative_to(ROOT)), command=command, date=str(date.today()))
+    epochs = Config.fromfile(config).train_cfg.max_epochs
+    record = dict(config=str(config.relative_to(ROOT)), epochs=epochs, command=command, date=str(date.today()))
     record |= dict(versions=versions | {"python": platform.python_version()}, processor=processor(), runs=runs)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written: {path.relative_to(ROOT)}")
+    print(f"written: {path}")
 
 
 def main() -> None:
