@@ -55,6 +55,7 @@ class CentripetalHook(PruningHook):
         begin: Epochs that are over when it begins, fractions too.
         by_epoch: False: ``begin`` counts iterations.
         min_channels: As :func:`rep_plugin.plan_pruning` has it.
+        max_prune_fraction: As there.
         round_to: As there.
         overrides: As there.
         ignore: As there.
@@ -83,6 +84,7 @@ class CentripetalHook(PruningHook):
         begin: float = 0,
         by_epoch: bool = True,
         min_channels: int | None = None,
+        max_prune_fraction: float | None = None,
         round_to: int = 1,
         overrides: Mapping[str, float | str] | None = None,
         ignore: Sequence[str] = (),
@@ -97,7 +99,12 @@ class CentripetalHook(PruningHook):
             raise ArgumentError("strength must be > 0, got 0: filters would never become equal")
         self.strength, self.method, self.schedule = strength, clusters, Schedule(begin, by_epoch=by_epoch)
         self.options = PruneOptions(
-            min_channels=min_channels, round_to=round_to, overrides=overrides, ignore=ignore, seed=seed
+            min_channels=min_channels,
+            max_prune_fraction=max_prune_fraction,
+            round_to=round_to,
+            overrides=overrides,
+            ignore=ignore,
+            seed=seed,
         )
         self.clusters: Clusters | None = None
         self.pull: Centripetal | None = None

@@ -82,6 +82,7 @@ class PruneHook(PruningHook):
         scores: As :func:`rep_plugin.plan_pruning` has it, by name.
         scope: As there.
         min_channels: As there.
+        max_prune_fraction: As there, in each round.
         round_to: As there.
         overrides: As there; fractions are reached in rounds too.
         ignore: As there.
@@ -109,6 +110,7 @@ class PruneHook(PruningHook):
         scores: str = "bn_gamma",
         scope: str = "global",
         min_channels: int | None = None,
+        max_prune_fraction: float | None = None,
         round_to: int = 1,
         overrides: Mapping[str, float | str] | None = None,
         ignore: Sequence[str] = (),
@@ -130,7 +132,9 @@ class PruneHook(PruningHook):
         check_scores(scores)
         self.begin, self.number = begin, rounds
         self.schedule = Schedule(begin or 0, interval=interval, by_epoch=by_epoch)
-        self.options = PruneOptions(scores, scope, min_channels, round_to, overrides, ignore)
+        self.options = PruneOptions(
+            scores, scope, min_channels, round_to, overrides, ignore, max_prune_fraction=max_prune_fraction
+        )
         self._clock = _StepClock()
 
     def before_train(self, runner: Runner) -> None:

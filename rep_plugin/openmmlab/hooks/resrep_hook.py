@@ -78,6 +78,7 @@ class ResRepHook(PruningHook):
         marked_strength: On marked rows, default ``strength``; short schedules need more.
         momentum: Of the compactors.
         min_channels: As :func:`rep_plugin.plan_pruning` has it.
+        max_prune_fraction: As there.
         round_to: As there.
         ignore: As there.
         out_dir: Folder of the files; default: the work directory.
@@ -106,13 +107,16 @@ class ResRepHook(PruningHook):
         marked_strength: float | None = None,
         momentum: float = 0.99,
         min_channels: int | None = None,
+        max_prune_fraction: float | None = None,
         round_to: int = 1,
         ignore: Sequence[str] = (),
         out_dir: str | None = None,
     ):
         super().__init__(out_dir)
         self.budget = budget_of(prune_fraction, params, macs)
-        self.options = PruneOptions(min_channels=min_channels, round_to=round_to, ignore=ignore)
+        self.options = PruneOptions(
+            min_channels=min_channels, max_prune_fraction=max_prune_fraction, round_to=round_to, ignore=ignore
+        )
         self.schedule = Schedule(begin, end, by_epoch=by_epoch)
         check_whole("interval", interval, 1, "iterations")
         if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:

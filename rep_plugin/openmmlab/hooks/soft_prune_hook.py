@@ -47,6 +47,7 @@ class SoftPruneHook(PruningHook):
         scores: As :func:`rep_plugin.plan_pruning` has it, by name; ``l2`` is the paper's.
         scope: As there; ``layer`` is the paper's.
         min_channels: As there.
+        max_prune_fraction: As there.
         round_to: As there.
         overrides: As there.
         ignore: As there.
@@ -74,6 +75,7 @@ class SoftPruneHook(PruningHook):
         scores: str = "l2",
         scope: str = "layer",
         min_channels: int | None = None,
+        max_prune_fraction: float | None = None,
         round_to: int = 1,
         overrides: Mapping[str, float | str] | None = None,
         ignore: Sequence[str] = (),
@@ -86,7 +88,9 @@ class SoftPruneHook(PruningHook):
         check_whole("interval", interval, 1, "epochs")
         check_scores(scores)
         self.schedule, self.evaluate = Schedule(begin, interval=interval), evaluate
-        self.options = PruneOptions(scores, scope, min_channels, round_to, overrides, ignore)
+        self.options = PruneOptions(
+            scores, scope, min_channels, round_to, overrides, ignore, max_prune_fraction=max_prune_fraction
+        )
         self.plan: PrunePlan | None = None
         self.zeroings: list[dict] = []  # what was done, plain data
 

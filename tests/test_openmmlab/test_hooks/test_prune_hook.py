@@ -247,3 +247,13 @@ def test_a_checkpoint_of_another_history_is_refused(finished, tmp_path):
     cfg.model = dict(type="rep_plugin.Pruned", model=cfg.model, plan=plan.to_json())
     with pytest.raises(HookError, match="the checkpoint's model was pruned otherwise before"):
         run(cfg)
+
+
+def test_scores_that_say_nothing_are_refused_before_the_first_step(tmp_path):
+    """Gammas of a network that was not trained: with begin=1 they are."""
+    hook = dict(type="rep_plugin.PruneHook", macs=0.5, begin=0, max_prune_fraction=0.75)
+    with pytest.raises(
+        HookError, match="PruneHook, round 1: scores='bn_gamma' say nothing about this ImageClassifier"
+    ) as caught:
+        run(config(tmp_path, hook))
+    assert "SparsityHook" in str(caught.value) and not list(tmp_path.glob("epoch_*.pth"))

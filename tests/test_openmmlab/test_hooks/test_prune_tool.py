@@ -92,14 +92,12 @@ def test_fine_tuning_goes_on_and_what_comes_out_can_be_merged_and_pruned_again(p
 
 
 DRIVER = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import prune, torch
+import json, sys, torch
+from rep_plugin.__main__ import main
 torch.set_num_threads(1)
 for words in json.load(open("cases.json")):
-    sys.argv = ["prune.py", *map(str, words)]
     try:
-        prune.run(prune.main)
+        main(["prune", *map(str, words)])
         print("@@ done")
     except SystemExit as error:
         print("@@", str(error).replace(chr(10), "@newline@"))
@@ -109,7 +107,7 @@ for words in json.load(open("cases.json")):
 def tried(folder, cases):
     """One process that runs the tool with each list of words; what each ended with."""
     (folder / "cases.json").write_text(json.dumps(cases))
-    done = run("-c", DRIVER, ROOT / "tools", cwd=folder)
+    done = run("-c", DRIVER, cwd=folder)
     assert done.returncode == 0, done.stderr[-2000:]
     return [line[3:] for line in done.stdout.splitlines() if line.startswith("@@")], done
 
