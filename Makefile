@@ -12,7 +12,7 @@ JOBS ?= 2
 ONE_THREAD := OMP_NUM_THREADS=1
 PYTEST := -m pytest -q --durations=10 --numprocesses $(JOBS) --dist loadfile
 FUZZ_TESTS := test_trained_and_deployed_blocks_agree or test_merged_step_equals_running_the_branches
-INSTALLED_TESTS := help or training or python or examples or program
+INSTALLED_TESTS := help or training or python or example or program or parts or arguments
 TIMM_TESTS := test_model_ and not with_features_fx
 DEMO_DIR := work_dirs/rep_mbv2_mini_cub
 STOCK_RECORD := $(addprefix --stock-record ,$(wildcard docs/results/records/demo_stock_mobilenetv2.json))
@@ -81,14 +81,14 @@ test-onedl: $(ONEDL_VENV)/.developers fashion-mnist ## the same tests on the mai
 	$(ONE_THREAD) $(ONEDL_VENV)/bin/python $(PYTEST) $(TESTS)
 
 test-wheel: ## the wheel in a new virtual environment, away from the checkout: commands and snippets (ten minutes, 6 GB)
-	rm -rf $(WHEEL_VENV) && $(PYTHON) -m venv $(WHEEL_VENV)
+	rm -rf build $(WHEEL_VENV) && $(PYTHON) -m venv $(WHEEL_VENV)
 	$(WHEEL_VENV)/bin/pip install --quiet --upgrade pip
 	$(WHEEL_VENV)/bin/pip wheel --quiet --no-deps -w $(WHEEL_VENV)/wheel .
 	wheel=$$(ls $(abspath $(WHEEL_VENV))/wheel/*.whl) && \
 	  $(WHEEL_VENV)/bin/pip install --progress-bar off "$$wheel[openmmlab,export]" pytest hypothesis segmentation-models-pytorch
-	mkdir $(WHEEL_VENV)/away && cp -r tests docs README.md CONTRIBUTING.md Makefile $(WHEEL_VENV)/away
+	mkdir $(WHEEL_VENV)/away && cp -r tests docs configs *.md Makefile mkdocs.yml $(WHEEL_VENV)/away
 	cd $(WHEEL_VENV)/away && INSTALLED=1 $(ONE_THREAD) PYTHONWARNINGS=ignore ../bin/python -m pytest -q --durations=10 \
-	  tests/test_wheel.py tests/test_makefile.py tests/test_docs.py -k "$(INSTALLED_TESTS)"
+	  tests/test_wheel.py tests/test_docs.py -k "$(INSTALLED_TESTS)"
 
 test-timm: $(VENV)/.developers ## timm's own tests of models on our names: TIMM=a checkout of pytorch-image-models (15 minutes)
 	PYTHONPATH=tests $(ONE_THREAD) $(RUN) -m pytest -q -rs -p timm_names -p no:cacheprovider -k "$(TIMM_TESTS)" $(TIMM)/tests/test_models.py

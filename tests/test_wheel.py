@@ -119,6 +119,13 @@ def test_every_command_has_help(rep, command):
     assert text.startswith(f"usage: rep-plugin {command}")
 
 
+@pytest.mark.parametrize("tool", ["train", "test"])
+def test_mim_has_help_for_the_tools_that_it_runs(rep, tool):
+    front = rep.site / f"rep_plugin/.mim/tools/{tool}.py"
+    text = call([sys.executable, front, "--help"], rep.folder, PYTHONPATH=str(rep.site), PYTHONWARNINGS="ignore")
+    assert text.startswith(f"usage: rep-plugin {tool}")
+
+
 @pytest.fixture(scope="module")
 def trained(rep):
     """The first hour: render, train, resume."""

@@ -7,7 +7,7 @@ what argparse cannot say. They import nothing heavy but in ``run``: ``--help`` a
 # In the order of --help.
 COMMANDS = (
     "train", "test", "sweep", "prune", "expand", "reparameterize", "compare", "export", "save", "convert", "summary",
-    "doctor", "script",
+    "configs", "doctor", "script",
 )  # fmt: skip
 # These import what they need, and do without our names in timm.
-LIGHT = ("convert", "doctor")
+LIGHT = ("configs", "convert", "doctor")
