@@ -77,6 +77,11 @@ test: $(VENV)/.developers fashion-mnist ## all tests on the official stack
 fuzz: $(VENV)/.developers ## 2,000 random configurations for each property test of the blocks (ten minutes)
 	FUZZ=2000 $(ONE_THREAD) $(BIN)/python $(PYTEST) tests/test_blocks -k "$(FUZZ_TESTS)"
 
+SEQUENCES ?= 500
+FIRST ?= 0
+sequences: $(VENV)/.developers ## 500 random orders of verbs, saved and loaded (20 minutes); a failure names its seed: FIRST=
+	SEQUENCES=$(SEQUENCES) FIRST=$(FIRST) $(ONE_THREAD) $(BIN)/python $(PYTEST) --dist load -v tests/test_sequences.py
+
 test-onedl: $(ONEDL_VENV)/.developers fashion-mnist ## the same tests on the maintained fork
 	$(ONE_THREAD) $(ONEDL_VENV)/bin/python $(PYTEST) $(TESTS)
 

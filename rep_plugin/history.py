@@ -114,7 +114,7 @@ def changes(before: Layers, now: Layers, part: str = "") -> list[dict]:
         if old == new:
             continue
         full = f"{part}.{name}".strip(".")
-        if old is None or new is None or not isinstance(new, dict):
+        if old is None or not isinstance(new, dict):
             was, is_now = (_say(value) for value in (old, new))
             return [{"step": CHANGED, "what": f"{full!r} was {was} and is {is_now}"}]
         steps.append({"step": REPLACE, "layer": full, "by": new})

@@ -28,7 +28,7 @@ from rep_plugin.errors import (
     UnreadableCheckpointError,
     first_line,
 )
-from rep_plugin.history import check_history, history_of, rebuild_
+from rep_plugin.history import changes, check_history, history_of, rebuild_, start_of
 from rep_plugin.optional import require
 
 CONFIG, WEIGHTS, ARCHITECTURE = "config.json", "model.safetensors", "rep_plugin_rebuilt"
@@ -55,8 +55,8 @@ def save(model: nn.Module, folder: str | Path) -> None:
 
     The folder of a timm model, ``features_only`` ones included, is what ``timm.create_model('local-dir:FOLDER')`` loads too.
     For other models (torchvision, segmentation_models_pytorch, your own) it holds what was done to them, and :func:`load`
-    needs a freshly built one. Replaced classifiers and other plain layers are among what was done. Older files stay where an
-    error is raised.
+    needs a freshly built one. A replaced classifier, or another replaced plain layer, is among what was done. Older files
+    stay where an error is raised.
 
     Args:
         model: not wrapped (DDP), not compiled.
@@ -115,18 +115,25 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     state = read_weights(folder)
     rehearsed = copy.deepcopy(model)
     try:
-        own, steps = json.loads(json.dumps(history_of(model))), arguments.get("history", [])
-        check_history(steps)
-        if steps[: len(own)] != own:
-            raise ArgumentError(f"{len(own)} steps were done to it already, others than to the saved one")
-        require_fit(rebuild_(rehearsed, steps[len(own) :]), state, WEIGHTS)
+        steps = _steps_for(model, config)
+        require_fit(rebuild_(rehearsed, steps), state, WEIGHTS)
     except RepPluginError as error:
         kind = str(config.get("model", arguments.get("base"))).rpartition(".")[2]
         raise CheckpointMismatchError(
             f"{folder} (a {kind}) does not fit this {type(model).__name__}, which must be built as the saved one was before "
             f"its first step: {first_line(error)}"
         ) from error
-    return load_weights_(rebuild_(model, steps[len(own) :]), state)
+    return load_weights_(rebuild_(model, steps), state)
+
+
+def _steps_for(model: nn.Module, config: Mapping) -> list[dict]:
+    """What makes the saved model of a fresh one: layers that were replaced before the first step, and the history."""
+    own, steps = json.loads(json.dumps(history_of(model))), config["model_args"].get("history", [])
+    check_history(steps)
+    if steps[: len(own)] != own:
+        raise ArgumentError(f"{len(own)} steps were done to it already, others than to the saved one")
+    there, start = start_of(model), config.get("layers", {})
+    return [*changes({name: there[name] for name in start if name in there}, start), *steps[len(own) :]]
 
 
 def _needs_model(folder: Path, config: Mapping) -> str:
@@ -157,6 +164,7 @@ def _config_of(model: nn.Module) -> dict:
         "architecture": ARCHITECTURE,
         "model": f"{kind.__module__}.{kind.__qualname__}",
         "why": why,
+        "layers": {name: layer for name, layer in start_of(model).items() if isinstance(layer, dict)},
         "model_args": {"base": "", "base_args": {}, "history": history},
         "pretrained_cfg": {},
     }
