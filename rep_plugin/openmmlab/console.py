@@ -4,6 +4,7 @@ import logging
 from typing import Any, TextIO
 
 from mmengine.logging import MMLogger
+from mmengine.runner import Runner
 
 # How the texts begin that mmengine logs before the first epoch: about 500 lines.
 LONG_TEXTS = (
@@ -47,7 +48,7 @@ def shorten_console(logger: MMLogger) -> None:
             logger.handlers[i] = short
 
 
-def with_short_console(runner_class: type) -> type:
+def with_short_console(runner_class: type[Runner]) -> type[Runner]:
     """Return a runner class whose console is short from the first line on.
 
     Args:
