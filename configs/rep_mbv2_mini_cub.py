@@ -58,7 +58,7 @@ optim_wrapper = dict(
     optimizer=dict(type="SGD", lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True, _delete_=True),
     paramwise_cfg=dict(norm_decay_mult=0.0),
 )
-# Warm-up and averaged weights: without them another order of sums (threads, processor) moves top-1 by many points.
+# Warm-up and averaged weights, so that another order of sums (threads, processor) moves top-1 less.
 param_scheduler = dict(
     type="OneCycleLR", eta_max=0.1, pct_start=0.1, by_epoch=True, convert_to_iter_based=True, _delete_=True
 )
