@@ -102,12 +102,15 @@ class Alignment:
         classes, reasons = [], {}
         for group in find_groups(self.trace):
             by_kinds: dict[tuple, list[int]] = {}
-            layer, reason = name_layer(group.layers[0]), "has no two channels that do the same work"
+            layer, reason = (
+                name_layer(group.layers[0]),
+                "has no two channels that do the same work: PruneHook prunes it",
+            )
             for unit in group.units.tolist():
                 if unit in counted:
                     reason = counted[unit]
                 elif len(set(kinds[unit])) < len(kinds[unit]):
-                    reason = "has channels that go together, none answers to another"
+                    reason = "has channels that go together, none answers to another: PruneHook prunes it"
                 else:
                     by_kinds.setdefault(tuple(sorted(kinds[unit])), []).append(unit)
             alike = [(group.layers[0], units) for units in by_kinds.values() if len(units) > 1]
@@ -118,7 +121,7 @@ class Alignment:
 
     def _counted(self) -> list[tuple[Tensor, str]]:
         """Channels whose number matters: two equal ones are not one of twice the weight."""
-        what = "which multiplies its channels: two equal ones are not one"
+        what = "which multiplies its channels: two equal ones are not one: PruneHook prunes it"
         pools = [(labels, f"feeds {n!r}, {what}") for n, (_, ends) in self.trace.pools.items() for labels in ends]
         return [*self.trace.counted, *pools]
 

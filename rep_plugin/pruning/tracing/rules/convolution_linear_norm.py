@@ -191,6 +191,6 @@ def _normalize(recorder, made, input, p=2.0, dim=1, eps=1e-12, out=None):  # tor
     if not mark.zero:  # zeros add nothing to a norm
         recorder.channels.tie_along(mark.labels, dim, f"a norm over channels {recorder.place()}")
     elif recorder.channels.varies(mark.labels, dim):
-        reason = f"goes into a norm over channels {recorder.place()}, where two equal channels are not one"
-        recorder.trace.counted.append((mark.labels, reason))
+        what = f"goes into a norm over channels {recorder.place()}, where two equal channels are not one"
+        recorder.trace.counted.append((mark.labels, f"{what}: PruneHook prunes it"))
     return mark
