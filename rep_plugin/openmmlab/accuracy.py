@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from rep_plugin.measure.forward import eval_mode
+from rep_plugin.measure.progress import track
 
 
 @torch.no_grad()
@@ -25,8 +26,9 @@ def measure(model: nn.Module, loader: DataLoader, evaluator: Evaluator, batches:
         The metrics by name.
     """
     seen = 0
+    total = len(loader) if batches is None else min(batches, len(loader))
     with eval_mode(model):
-        for batch in islice(loader, batches):
+        for batch in track(islice(loader, batches), "validating", total):
             outputs = model.val_step(batch)
             evaluator.process(data_samples=outputs, data_batch=batch)
             seen += len(outputs)

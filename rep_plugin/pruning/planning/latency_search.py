@@ -72,6 +72,7 @@ class Search:
         self.widths = {group: self._widths(members) for group, members in self.groups.items()}
         self.dense = timed_copy(model, trace, KeptChannels(trace))
         self.table = LatencyTable(timer)
+        self.sums: dict[tuple[int, ...], float] = {}  # by how many of each group are removed: what is asked twice
         self.dense_seconds = timer({"dense": (self.dense, (x,))}, _SECONDS)["dense"]
         (layers,) = self.table.add_up([self.dense], x)
         self.rest = self.dense_seconds - layers  # additions, Python: taken to stay
@@ -101,8 +102,11 @@ class Search:
 
     def estimate(self, *several: Mapping[int, int]) -> list[float]:
         """Return the share of the dense model's time, by the table."""
-        sums = self.table.add_up((self.build(counts) for counts in several), self.x)
-        return [(self.rest + seconds) / self.dense_seconds for seconds in sums]
+        keys = [tuple(counts[group] for group in self.groups) for counts in several]
+        new = {key: counts for key, counts in zip(keys, several) if key not in self.sums}
+        sums = self.table.add_up((self.build(counts) for counts in new.values()), self.x)
+        self.sums |= zip(new, sums)
+        return [(self.rest + self.sums[key]) / self.dense_seconds for key in keys]
 
     def measure(self, counts: Mapping[int, int]) -> float:
         """Return the share of the dense model's time that the pruned one takes."""
