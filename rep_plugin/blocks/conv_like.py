@@ -101,8 +101,8 @@ class ConvLike(RepBlock):
             raise ArgumentTypeError(f"{type(self).__name__} takes no {min(extra)!r}, expected Conv2d's arguments")
         pixels = _same_padding(padding, kernel_size, dilation, stride)
         shape = (in_channels, out_channels, kernel_size, stride, pixels, dilation, groups)
-        # Who leaves out the bias has a BN behind.
-        super().__init__(*shape, deploy=deploy, online=online, bn_follows=not bias, **options)
+        options["bn_follows"] = not bias  # who leaves out the bias has a BN behind
+        super().__init__(*shape, deploy=deploy, online=online, **options)
         self.bias_free, self.silent = not bias, False
 
     def silence_(self) -> "ConvLike":

@@ -238,14 +238,15 @@ def _refuse_post_processing(model: nn.Module, x: Tensor) -> None:
     Raises ExportError, which says what can be exported instead.
     """
 
-    def one_each(images: Tensor) -> bool:
+    def one_each(images: Tensor) -> str | None:
         output = _reference(model, images)
-        several = isinstance(output, (list, tuple)) and len(output) == len(images)
-        return several and all(isinstance(one, Mapping) for one in output)
+        if not isinstance(output, (list, tuple)) or len(output) != len(images):
+            return None
+        return None if any(isinstance(one, (Tensor, list, tuple)) for one in output) else type(output[0]).__name__
 
-    if one_each(x) and one_each(torch.cat((x, x))):
+    if (kind := one_each(x)) and one_each(torch.cat((x, x))):
         raise ExportError(
-            f"{type(model).__name__} gives one dict for each image: such post-processing has no fixed outputs; "
+            f"{type(model).__name__} gives one {kind} for each image: such post-processing has no fixed outputs; "
             f"{_instead(model)}"
         )
 

@@ -26,9 +26,8 @@ def measure(model: nn.Module, loader: DataLoader, evaluator: Evaluator, batches:
         The metrics by name.
     """
     seen = 0
-    total = len(loader) if batches is None else min(batches, len(loader))
     with eval_mode(model):
-        for batch in track(islice(loader, batches), "validating", total):
+        for batch in track(loader if batches is None else islice(loader, batches), "validating", batches):
             outputs = model.val_step(batch)
             evaluator.process(data_samples=outputs, data_batch=batch)
             seen += len(outputs)

@@ -106,7 +106,7 @@ def _taylor_parameters(model: nn.Module, layer: Layer) -> list[Tensor]:
         return [model.get_parameter(layer.weight)]
     if module.deployed:
         return [module.reparam_conv.weight]
-    return [p for bn in module.output_bns() for p in (bn.weight, bn.bias)] or module.output_gains()
+    return [p for bn in module.output_bns() for p in (bn.weight, bn.bias)] or [*module.output_gains()]
 
 
 def _given_members(trace: Trace, given: Mapping[str, Sequence[float]]) -> Members:
