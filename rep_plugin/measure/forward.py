@@ -109,7 +109,9 @@ def first_image(example: object) -> tuple[object, int]:
             return part[:1] if _batch_of(part) == images else part
         if isinstance(part, Mapping):
             return {key: first(value) for key, value in part.items()}
-        return type(part)(map(first, part)) if type(part) in (tuple, list) else part
+        if type(part) is list:
+            return [*map(first, part)]
+        return tuple(map(first, part)) if type(part) is tuple else part
 
     return first(example), images
 

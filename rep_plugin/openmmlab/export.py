@@ -121,7 +121,8 @@ def size_of(cfg: Config, default: tuple[int, int] = (224, 224)) -> tuple[int, in
     for step in reversed(steps):
         kind = type_name(step)
         if kind == "CenterCrop" or (kind == "Resize" and step.get("scale") is not None and not step.get("keep_ratio")):
-            return tuple(_height_width(step["crop_size" if kind == "CenterCrop" else "scale"]))
+            height, width = _height_width(step["crop_size" if kind == "CenterCrop" else "scale"])
+            return height, width
     return default
 
 
