@@ -50,7 +50,7 @@ class Examples(griffe.Extension):
 
 def rooms() -> dict[str, Path]:
     """Return the rooms that export names: dotted name -> its file."""
-    files = [path for path in sorted(PACKAGE.rglob("__init__.py")) if exported(path)]
+    files = [PACKAGE / "face.py", *(path for path in sorted(PACKAGE.glob("*/**/__init__.py")) if exported(path))]
     return {".".join(path.parent.relative_to(ROOT).parts): path for path in files}
 
 
