@@ -182,7 +182,7 @@ def test_bad_arguments_are_named(arguments, message):
 BAD_RUNS = {
     "late": ([DRAW | dict(begin=4)], {}, r"CentripetalHook.begin \(=4\) must be < the training's 4 epochs"),
     "pattern": ([DRAW | dict(ignore=["*.nothing"])], {}, r"CentripetalHook: no layer is named like '\*.nothing'"),
-    "budget": ([DRAW | dict(macs=1)], {}, r"CentripetalHook: macs \(=1\) cannot be met"),
+    "budget": ([DRAW | dict(macs=2)], {}, r"CentripetalHook: macs \(=2\) cannot be met"),
     "two": ([DRAW, dict(type="rep_plugin.PruneHook", macs=0.5)], {}, "CentripetalHook and PruneHook cannot both prune"),
     "frozen": (
         [DRAW | dict(begin=0), dict(type="FreezeFirst")],
