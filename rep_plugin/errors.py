@@ -110,6 +110,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
         word: What was written.
         known: The names that exist.
 
+    Returns:
+        The end of a message.
+
     Example:
         >>> did_you_mean("SDG", ["Adam", "SGD"]), did_you_mean("Ranger", ["Adam", "SGD"])
         (", did you mean 'SGD'?", '')

@@ -71,7 +71,12 @@ def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> N
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a text as :func:`write_atomic` does, with a line break at its end."""
+    """Write a text as :func:`write_atomic` does, with a line break at its end.
+
+    Args:
+        path: the file.
+        text: what it will hold.
+    """
     write_atomic(path, lambda file: file.write(f"{text}\n".encode()))
 
 

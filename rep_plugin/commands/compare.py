@@ -60,6 +60,9 @@ def next_steps(config: str, checkpoint: Path) -> list[str]:
     Args:
         config: the run's config.
         checkpoint: its last; ``deploy.py`` and ``deploy.pth`` lie beside it.
+
+    Returns:
+        The lines.
     """
     checkpoint = Path(as_typed(str(checkpoint)))
     program, folder = called_as(), checkpoint.parent

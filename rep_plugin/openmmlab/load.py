@@ -78,6 +78,9 @@ def unknown_type(name: str, registry: Registry) -> str:
     Args:
         name: as the config has it, with its scope where it has one.
         registry: where it was looked for.
+
+    Returns:
+        The message, one line.
     """
     scope = name.rpartition(".")[0]
     related, known = [registry, *_ancestors(registry), registry.root.children.get(scope)], []
