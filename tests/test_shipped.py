@@ -10,7 +10,7 @@ import yaml
 from mmengine.config import Config
 
 import rep_plugin
-from rep_plugin.commands.export import names_config
+from rep_plugin.commands.models import is_config
 from rep_plugin.errors import ArgumentError
 from rep_plugin.openmmlab.cli import resolve_config
 from rep_plugin.shipped import CONFIGS, SCRIPTS, find_config, find_script, list_configs
@@ -76,7 +76,7 @@ def test_a_file_goes_before_a_shipped_name(tmp_path, monkeypatch):
     assert resolve_config("rep_mbv2_cub.py") == "rep_mbv2_cub.py"
 
 
-def test_export_tells_shipped_configs_from_timm_names():
+def test_commands_tell_shipped_configs_from_timm_names():
     models = (
         "rep_mbv2_mini_cub",
         "bcnn/bcnn_vgg16bn_cub",
@@ -85,7 +85,7 @@ def test_export_tells_shipped_configs_from_timm_names():
         "local-dir:folder",
         "resnet18",
     )
-    assert [names_config(model) for model in models] == [True, True, True, False, False, False]
+    assert [is_config(model) for model in models] == [True, True, True, False, False, False]
 
 
 def test_scripts_are_found_without_their_folder():
