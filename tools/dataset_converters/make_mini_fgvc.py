@@ -13,7 +13,7 @@ their own long class lists (200, 196 and 100 names), of which the first ``--clas
 ``num_classes`` of the head to ``--classes``. ``mini_fgvc.json``, written last, records the parameters and the parts of
 each class.
 
-    python tools/dataset_converters/make_mini_fgvc.py                         # data/mini_cub, 20 x (200 + 40) images
+    python tools/dataset_converters/make_mini_fgvc.py                         # data/mini_cub, 20 x (300 + 40) images
     python tools/dataset_converters/make_mini_fgvc.py --layout cars --seed 1 --contact-sheet birds.png
 """
 
@@ -81,7 +81,7 @@ class Params:
 
     layout: str = "cub"
     classes: int = 20
-    train_per_class: int = 200
+    train_per_class: int = 300
     test_per_class: int = 40
     size: int = 128
     seed: int = 0
@@ -294,7 +294,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, help="folder to make (default: data/mini_LAYOUT)")
     p.add_argument("--layout", default=default.layout, choices=LAYOUTS, help="data set whose files are reproduced")
     p.add_argument("--classes", type=int, default=default.classes, help=f"2 to {_birds.MAX_CLASSES} (default 20)")
-    p.add_argument("--train-per-class", type=int, default=default.train_per_class, help="images (default 200)")
+    p.add_argument("--train-per-class", type=int, default=default.train_per_class, help="images (default 300)")
     p.add_argument("--test-per-class", type=int, default=default.test_per_class, help="images (default 40)")
     p.add_argument("--size", type=int, default=default.size, help="side of the square images in pixels (default 128)")
     p.add_argument("--seed", type=int, default=default.seed, help="same seed, same bytes (default 0)")
