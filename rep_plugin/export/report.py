@@ -1,11 +1,13 @@
 """The report of an export: what the file holds, how equal each runtime was measured to be, and how fast."""
 
 from dataclasses import dataclass, field
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from rep_plugin.measure.report import Report
+
+if TYPE_CHECKING:  # imported where something is printed
+    from rich.console import Console
+    from rich.table import Table
 
 
 @dataclass
@@ -60,7 +62,7 @@ class ExportReport(Report):
     pytorch_milliseconds: float | None = None
     merge_rel_error: float | None = None
 
-    def table(self) -> Table:
+    def table(self) -> "Table":
         """Return the costs and the file's facts as a rich table."""
         table = self._costs(f"{self.action}: {self.path}, {self.size_bytes / 1e6:.1f} MB, opset {self.opset}")
         for kind, entries in (("input", self.inputs), ("output", self.outputs)):
@@ -75,8 +77,10 @@ class ExportReport(Report):
         table.add_row("seconds", "", f"{self.seconds:.2f}")
         return table
 
-    def runtimes_table(self) -> Table:
+    def runtimes_table(self) -> "Table":
         """Return errors and times of the runtimes as a rich table."""
+        from rich.table import Table
+
         compared = ", ".join("x".join(map(str, shape)) for shape in self.compared)
         table = Table(title=f"against PyTorch in float32, inputs {compared}")
         for column in ("runtime", "max absolute", "max relative", "tolerance", "ms"):
@@ -87,8 +91,10 @@ class ExportReport(Report):
             table.add_row(f"{one.name} {one.version}", *errors, _milliseconds(one.milliseconds))
         return table
 
-    def print(self, console: Console | None = None) -> None:
+    def print(self, console: "Console | None" = None) -> None:
         """Print both tables and the notes."""
+        from rich.console import Console
+
         console = console or Console()
         console.print(self.table())
         console.print(self.runtimes_table())

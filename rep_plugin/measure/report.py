@@ -3,12 +3,14 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from rep_plugin.checkpoints.files import write_text
 from rep_plugin.measure.verify import Equivalence
+
+if TYPE_CHECKING:  # imported where something is printed
+    from rich.console import Console
+    from rich.table import Table
 
 
 @dataclass
@@ -89,7 +91,9 @@ class Report:
             write_text(path, text)
         return text
 
-    def _costs(self, title: str) -> Table:
+    def _costs(self, title: str) -> "Table":
+        from rich.table import Table
+
         table = Table(title=title)
         for column in ("metric", "before", "after"):
             table.add_column(column, justify="left" if column == "metric" else "right")
@@ -99,7 +103,7 @@ class Report:
             table.add_row(f"multiply-adds, one image{size}", f"{self.macs_before:,}", f"{self.macs_after:,}")
         return table
 
-    def table(self) -> Table:
+    def table(self) -> "Table":
         """Return the metrics as a rich table."""
         table = self._costs(f"{self.action}: {len(self.blocks)} modules replaced")
         rows = {
@@ -116,14 +120,18 @@ class Report:
             table.add_row("seconds", "", f"{self.seconds:.2f}")
         return table
 
-    def print(self, console: Console | None = None) -> None:
+    def print(self, console: "Console | None" = None) -> None:
         """Print the table and the notes."""
+        from rich.console import Console
+
         console = console or Console()
         console.print(self.table())
         for note in self.notes:
             console.print(f"note: {note}", markup=False)
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         console = Console(width=100, record=True, file=None, quiet=True)
         with console.capture() as capture:
             console.quiet = False

@@ -4,9 +4,9 @@ import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 
 from rep_plugin.errors import ArgumentError, EquivalenceError, first_line
@@ -24,6 +24,9 @@ from rep_plugin.pruning.tracing.kept_channels import KeptChannels, count_costs
 from rep_plugin.pruning.tracing.tracer import trace_channels
 
 TOLERANCE = 1e-9  # relative, in float64
+
+if TYPE_CHECKING:  # imported where something is printed
+    from rich.table import Table
 
 
 @dataclass
@@ -61,13 +64,13 @@ class PruneReport(Report):
             self.notes.append(f"{text} ({plan.macs_after / plan.macs_before:.1%})")
         self.notes += [note for note in plan.notes if note != MERGED] + frozen_notes(plan.frozen)
 
-    def _costs(self, title: str) -> Table:
+    def _costs(self, title: str) -> "Table":
         table = super()._costs(title)
         if self.planned_macs is not None:
             table.add_row("  once merged, as budgets count", *(f"{macs:,}" for macs in self.planned_macs))
         return table
 
-    def table(self) -> Table:
+    def table(self) -> "Table":
         """Return the metrics as a rich table."""
         table = super().table()
         changed = sum(before != after for before, after in self.widths.values())

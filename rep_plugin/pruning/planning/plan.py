@@ -6,11 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 
 from rep_plugin.checkpoints.files import write_atomic, write_text
@@ -22,6 +19,10 @@ from rep_plugin.pruning.planning.select import Candidate, Choice, find_candidate
 from rep_plugin.pruning.tracing.graph import Trace
 from rep_plugin.pruning.tracing.kept_channels import count_costs
 from rep_plugin.pruning.tracing.tracer import trace_channels
+
+if TYPE_CHECKING:  # imported where something is printed
+    from rich.console import Console
+    from rich.table import Table
 
 VERSION = 3
 _LATER = {2: {"latency_before": None, "latency_after": None}, 3: {"notes": ()}}  # fields that a version brought
@@ -130,8 +131,11 @@ class PrunePlan:
     def __str__(self) -> str:
         return "\n".join([repr(self), *(f"note: {note}" for note in self.notes)])
 
-    def table(self) -> Table:
+    def table(self) -> "Table":
         """Return a rich table of the layers that can lose channels, and of the costs."""
+        from rich.table import Table
+        from rich.text import Text
+
         table = Table(title=f"{self.model}: {self.why}")
         for column in ("layer", "before", "after", "removed", "note"):
             table.add_column(column, justify="left" if column in ("layer", "note") else "right")
@@ -157,8 +161,10 @@ class PrunePlan:
         counted = "each block as one convolution" if MERGED in self.notes else ""
         return _share(getattr(self, f"{cost}_before"), getattr(self, f"{cost}_after")), counted
 
-    def print(self, console: Console | None = None) -> None:
+    def print(self, console: "Console | None" = None) -> None:
         """Print the table, why other layers stay as they are, and the notes."""
+        from rich.console import Console
+
         console = console or Console()
         console.print(self.table())
         for line in frozen_notes(self.frozen):
