@@ -28,7 +28,7 @@ from rep_plugin.errors import (
     UnreadableCheckpointError,
     first_line,
 )
-from rep_plugin.history import changes, check_history, history_of, rebuild_, start_of
+from rep_plugin.history import CHANGED, changes, check_history, history_of, rebuild_, start_of
 from rep_plugin.optional import require
 
 CONFIG, WEIGHTS, ARCHITECTURE = "config.json", "model.safetensors", "rep_plugin_rebuilt"
@@ -133,7 +133,11 @@ def _steps_for(model: nn.Module, config: Mapping) -> list[dict]:
     if steps[: len(own)] != own:
         raise ArgumentError(f"{len(own)} steps were done to it already, others than to the saved one")
     there, start = start_of(model), config.get("layers", {})
-    return [*changes({name: there[name] for name in start if name in there}, start), *steps[len(own) :]]
+    both = {name: there[name] for name in start if name in there}
+    replaced = changes(both, {name: start[name] for name in both})
+    if replaced and replaced[0]["step"] == CHANGED:
+        raise ArgumentError(f"in this one, then in the saved one, {replaced[0]['what']}")
+    return [*replaced, *steps[len(own) :]]
 
 
 def _needs_model(folder: Path, config: Mapping) -> str:
@@ -164,10 +168,15 @@ def _config_of(model: nn.Module) -> dict:
         "architecture": ARCHITECTURE,
         "model": f"{kind.__module__}.{kind.__qualname__}",
         "why": why,
-        "layers": {name: layer for name, layer in start_of(model).items() if isinstance(layer, dict)},
+        "layers": {name: layer for name, layer in start_of(model).items() if _is_stable(layer)},
         "model_args": {"base": "", "base_args": {}, "history": history},
         "pretrained_cfg": {},
     }
+
+
+def _is_stable(layer: Any) -> bool:
+    """Whether every version of torch describes a layer alike: plain layers and BNs are described by us."""
+    return isinstance(layer, dict) or layer.partition("(")[0].endswith(("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"))
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:

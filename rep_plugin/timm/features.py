@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import timm
+from timm.layers import BatchNormAct2d
 from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureHookNet
 from timm.models._features_fx import FeatureGraphNet
 from torch import nn
@@ -54,8 +55,16 @@ def as_features(model: Any, options: Mapping) -> nn.Module:
         extractor: Any = kind(model, **{key: value for key, value in caught.items() if key in takes})
     else:  # a class of its own, which holds some of the same layers
         extractor = made
+        plain = timm.create_model(name, **{k: v for k, v in arguments.items() if k not in ("features_only", *options)})
+        activated: set[str] = set()  # layers whose activation is a part of the whole network's BN
         for key, child in made.named_children():
-            if type(getattr(model, key, None)) is not type(child):
+            theirs = getattr(plain, key, None)
+            if isinstance(theirs, BatchNormAct2d) and isinstance(child, nn.BatchNorm2d):
+                activated.add(f"act{key.removeprefix('bn')}")
+            elif theirs is None and key in activated and not list(child.parameters()):
+                setattr(made, key, nn.Identity())
+                continue
+            elif type(theirs) is not type(child):
                 raise ArgumentError(f"{name} has no features_only form here: {kind.__name__} has other layers ({key})")
             setattr(made, key, getattr(model, key))
         for mine, theirs in zip(entries_of(made), entries_of(model), strict=True):

@@ -1,0 +1,115 @@
+"""Any model as a folder; what cannot be saved or loaded is refused in a line, and nothing is changed."""
+
+import copy
+import json
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import rep_plugin
+from rep_plugin.errors import ArgumentError, CheckpointMismatchError, UnreadableCheckpointError
+from rep_plugin.testing import calibrate_random_bn_
+
+X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def build(width: int = 8, classes: int = 5) -> nn.Module:
+    net = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    return net.extend([nn.Flatten(), nn.Linear(width, classes)])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model, _ = rep_plugin.expand(calibrate_random_bn_(build().eval(), X), "acb")
+    rep_plugin.apply_plan(model, rep_plugin.plan_pruning(model, X, "random", 0.4))
+    rep_plugin.save(model, tmp_path / "net")
+    torch.save(model(X).detach(), tmp_path / "y.pt")
+    return tmp_path / "net"
+
+
+def test_a_model_of_the_users_own(folder):
+    fresh = build()
+    loaded = rep_plugin.load(folder, fresh)
+    assert loaded is fresh and loaded.training
+    assert torch.equal(loaded.eval()(X), torch.load(folder.parent / "y.pt"))
+    loaded = rep_plugin.load(folder, build(classes=7))  # the classifier before the first step was another one
+    assert torch.equal(loaded.eval()(X), torch.load(folder.parent / "y.pt"))
+
+
+def test_what_does_not_fit(folder):
+    for wrong in (build(width=12), torchvision.models.resnet18()):
+        before = copy.deepcopy(wrong.state_dict())
+        with pytest.raises(CheckpointMismatchError, match="does not fit this .* built as the saved one") as caught:
+            rep_plugin.load(folder, wrong)
+        assert "\n" not in str(caught.value) and before.keys() == wrong.state_dict().keys()
+        assert all(torch.equal(value, before[key]) for key, value in wrong.state_dict().items())
+    with pytest.raises(ArgumentError, match="Sequential, which is not built by name: rep_plugin.load"):
+        rep_plugin.load(folder)
+    with pytest.raises(ArgumentError, match="holds a model that timm does not build: rep_plugin.load"):
+        timm.create_model(f"local-dir:{folder}")
+    with pytest.raises(FileNotFoundError, match="config.json does not exist"):
+        rep_plugin.load(folder / "none")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UnreadableCheckpointError, match="config.json is no JSON"):
+        rep_plugin.load(folder, build())
+
+
+def test_a_step_on_a_part_and_doubles(tmp_path):
+    model = build().double().eval()
+    model = nn.Sequential(model[:2], model[2:5], model[5])
+    model[0], _ = rep_plugin.expand(model[0], "repvgg")
+    rep_plugin.save(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_args"]["history"][0]["part"] == "0"
+    fresh = build()
+    loaded = rep_plugin.load(tmp_path, nn.Sequential(fresh[:2], fresh[2:5], fresh[5])).eval()
+    assert torch.equal(loaded(X.double()), model(X.double()))
+
+
+def test_an_ema_copy_is_saved_too(tmp_path):
+    model = build().eval()
+    ema = copy.deepcopy(model)
+    rep_plugin.apply_plan(model, rep_plugin.plan_pruning(model, X, "random", 0.4), ema=ema)
+    rep_plugin.save(ema, tmp_path)
+    assert torch.equal(rep_plugin.load(tmp_path, build()).eval()(X), ema(X))
+
+
+def test_timm_arguments_that_json_does_not_hold(tmp_path):
+    def fresh():
+        return timm.create_model("test_resnet", num_classes=3, act_layer=nn.SiLU)
+
+    model, _ = rep_plugin.expand(fresh().eval(), "acb")
+    rep_plugin.save(model, tmp_path)
+    assert torch.equal(rep_plugin.load(tmp_path, fresh()).eval()(X), model(X))
+    with pytest.raises(ArgumentError, match="not built by name .the argument act_layer=.* cannot be written as JSON"):
+        rep_plugin.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "mobilenetv3_small_050", "test_convnext"])
+def test_features_of_a_pruned_timm_model(name, tmp_path):
+    model = timm.create_model(name, num_classes=3, drop_path_rate=0.1).eval()
+    size = model.pretrained_cfg["input_size"] if "convnext" in name else (3, 64, 64)
+    x = torch.randn(2, *size)
+    rep_plugin.apply_plan(model, rep_plugin.plan_pruning(model, x, "l1", 0.3), verify=False)
+    rep_plugin.save(model, tmp_path)
+    features = timm.create_model(f"local-dir:{tmp_path}", features_only=True).eval()
+    maps = features(x)
+    assert features.feature_info.channels() == [y.shape[1] for y in maps]
+    assert [entry["num_chs"] for entry in model.feature_info] == features.feature_info.channels()
+    assert model.num_features == model.forward_features(x).shape[1]
+    known = model.forward_intermediates(x, intermediates_only=True)
+    assert all(torch.equal(y, z) for y, z in zip(maps, known, strict=True))
+    rep_plugin.save(features, tmp_path / "features")
+    assert all(torch.equal(y, z) for y, z in zip(rep_plugin.load(tmp_path / "features").eval()(x), maps, strict=True))
+
+
+def test_arguments_by_name(tmp_path):
+    model = timm.create_model("test_resnet", num_classes=3).eval()
+    rep_plugin.apply_plan(model, rep_plugin.plan_pruning(model, X, "l1", 0.3), verify=False)
+    rep_plugin.save(model, tmp_path)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", drop_path_rate=0.2, drop_rate=0.1, global_pool="max")
+    assert loaded.drop_rate == 0.1 and loaded.global_pool.pool_type == "max"
+    assert any(getattr(module, "drop_prob", 0) for module in loaded.modules())
+    assert torch.equal(loaded.fc.weight, model.fc.weight)
