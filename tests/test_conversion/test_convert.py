@@ -16,6 +16,7 @@ from timm.utils.model import reparameterize_model
 from torch import nn
 
 import rep_plugin
+from rep_plugin.__main__ import main
 from rep_plugin.backbones.replknet import RepLKNet
 from rep_plugin.conversion.convert import convert_file, convert_state_dict, read_tensors
 from rep_plugin.conversion.key_maps import FORMATS, from_own, to_own
@@ -23,7 +24,6 @@ from rep_plugin.errors import KeyMapError
 from rep_plugin.testing import calibrate_random_bn_
 from tests.authors_networks import OfficialRepLKNet, fold_bns_, merge_blocks_, official_mobileone, official_repvgg
 from tests.helpers import relative_error
-from tools.convert_checkpoint import main
 
 QUARTER = (0.25, 0.25, 0.25, 0.25)  # 16, 32, 64, 128 channels
 SHORT = (2, 2, 2, 1)
@@ -327,7 +327,7 @@ def test_files_and_the_command(tmp_path, ending):
     assert all(torch.equal(tensor, state[key]) for key, tensor in read_tensors(back).items())
 
 
-def test_the_command_refuses_in_one_line_and_writes_nothing(tmp_path, monkeypatch):
+def test_the_command_refuses_in_one_line_and_writes_nothing(tmp_path):
     torn, other, good = tmp_path / "torn.safetensors", tmp_path / "other.pth", tmp_path / "good.pth"
     torn.write_bytes(b"12345678 no")
     torch.save({"state_dict": {"weight": torch.zeros(2)}}, other)
@@ -341,8 +341,7 @@ def test_the_command_refuses_in_one_line_and_writes_nothing(tmp_path, monkeypatc
         (other, target, "unknown checkpoint layout: key 'weight'"),
         (good, good, "good.pth is the checkpoint to convert"),
     ):
-        monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", str(source), str(to)])
         with pytest.raises(SystemExit, match=f"^error: .*{message}") as refused:
-            main()
+            main(["convert", str(source), str(to)])
         assert "\n" not in str(refused.value)
     assert good.read_bytes() == kept and not target.parent.exists()
