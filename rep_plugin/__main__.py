@@ -1,6 +1,8 @@
 """The console command ``rep-plugin``, also ``python -m rep_plugin`` and ``torchrun -m rep_plugin``."""
 
+import re
 import sys
+import warnings
 from contextlib import nullcontext
 from importlib import import_module
 
@@ -8,6 +10,10 @@ from rep_plugin.commands import COMMANDS, LIGHT
 from rep_plugin.commands.parser import Parser
 from rep_plugin.errors import exit_on_user_errors
 from rep_plugin.version import __version__
+
+# What mmengine and mmcv warn of on every start, and a user cannot change: the pinned setuptools, and the operators that
+# mmcv-lite does not have.
+NOISE = ("pkg_resources is deprecated as an API", "Fail to import ``MultiScaleDeformableAttention``")
 
 
 def build_parser() -> Parser:
@@ -36,6 +42,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(words)
     if check := getattr(args.module, "check_arguments", None):
         check(args)
+    for message in NOISE:
+        warnings.filterwarnings("ignore", re.escape(message))
     # A script's errors are its own: they keep their traceback.
     with nullcontext() if args.command == "script" else exit_on_user_errors():
         if args.command not in LIGHT:

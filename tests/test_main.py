@@ -1,5 +1,6 @@
 """The console command: fast answers, "did you mean", scripts, and the package's names, lazy where it is started so."""
 
+import os
 import re
 import subprocess
 import sys
@@ -131,3 +132,12 @@ print(sorted(ours))
 """
     # These two take 20 ms.
     assert python("-c", code) == "['torch.utils.flop_counter', 'torch.utils.module_tracker']\n"
+
+
+def test_a_start_warns_of_nothing_that_a_user_cannot_change(tmp_path):
+    run = [sys.executable, "-m", "rep_plugin", "summary", "rep_mbv2_mini_cub"]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONWARNINGS"} | {
+        "PYTHONPATH": str(ROOT)
+    }
+    result = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert "RepInvertedResidual" in result.stdout and not result.stderr
