@@ -5,10 +5,12 @@ _base_ = [
     "mmpretrain::_base_/default_runtime.py",
 ]
 
-missing_data_hint = (
-    "put CUB-200-2011 there, or for a trial rendered birds in its layout: "
-    "rep-plugin script make_mini_fgvc.py --out data/CUB_200_2011"
-)
+missing_data_hint = {
+    "data/CUB_200_2011": (
+        "put CUB-200-2011 there, or for a trial rendered birds in its layout: "
+        "rep-plugin script make_mini_fgvc.py --out data/CUB_200_2011"
+    )
+}
 
 model = dict(
     type="ImageClassifier",

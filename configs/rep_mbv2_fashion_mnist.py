@@ -1,10 +1,12 @@
 # Rep-MobileNetV2 on Fashion-MNIST (28x28, one channel), with mmpretrain's own loader. Data: `make fashion-mnist`.
 _base_ = ["mmpretrain::_base_/schedules/cifar10_bs128.py", "mmpretrain::_base_/default_runtime.py"]
 
-missing_data_hint = (
-    "put its four files into data/fashion_mnist/, unpacked (Debian: apt-get install dataset-fashion-mnist; in a checkout: "
-    "make fashion-mnist)"
-)
+missing_data_hint = {
+    "data/fashion_mnist": (
+        "put its four files into data/fashion_mnist/, unpacked (Debian: apt-get install dataset-fashion-mnist; "
+        "in a checkout: make fashion-mnist)"
+    )
+}
 
 model = dict(
     type="ImageClassifier",

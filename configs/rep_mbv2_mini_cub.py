@@ -2,7 +2,7 @@
 # CUB's layout and loader, small images, a schedule that fits two CPU cores.
 _base_ = ["./rep_mbv2_cub.py"]
 
-missing_data_hint = "render it: rep-plugin script make_mini_fgvc.py --out data/mini_cub"
+missing_data_hint = {"data/mini_cub": "render it: rep-plugin script make_mini_fgvc.py --out data/mini_cub"}
 
 # RepVGG's branches: a step takes about 60 % of the time of the default ones (bottleneck, identity), and what is deployed is
 # the same network.

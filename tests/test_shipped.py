@@ -53,9 +53,12 @@ def test_every_config_is_read_by_its_name(name):
     """What it says where the data is missing is a command that needs no checkout, and writes where the config reads."""
     cfg = rep_plugin.get_config(name)
     assert cfg.model.type
-    for script, out in re.findall(r"rep-plugin script (\S+) .*--out (\S+)", cfg.get("missing_data_hint", "")):
-        assert find_script(script).is_file() and cfg.train_dataloader.dataset.data_root == out
-    assert "tools/" not in cfg.get("missing_data_hint", "")
+    for root, hint in cfg.get("missing_data_hint", {}).items():
+        for script, out in re.findall(r"rep-plugin script (\S+) .*--out (\S+)", hint):
+            assert find_script(script).is_file() and root == out
+        assert "tools/" not in hint
+    if cfg.get("missing_data_hint"):
+        assert cfg.train_dataloader.dataset.data_root.rstrip("/") in cfg.missing_data_hint
 
 
 def test_an_unknown_name_ends_in_the_nearest_names():

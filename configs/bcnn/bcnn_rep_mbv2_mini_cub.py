@@ -3,7 +3,7 @@
 _base_ = ["mmpretrain::_base_/default_runtime.py"]
 
 data_root = "data/mini_cub"
-missing_data_hint = "render it: rep-plugin script make_mini_fgvc.py --out data/mini_cub"
+missing_data_hint = {data_root: "render it: rep-plugin script make_mini_fgvc.py --out data/mini_cub"}
 
 model = dict(
     type="ImageClassifier",

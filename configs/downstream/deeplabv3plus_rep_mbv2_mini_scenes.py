@@ -1,7 +1,7 @@
 # DeepLabV3+ with a narrow Rep-MobileNetV2 on small drawn scenes (rep-plugin script make_mini_scenes.py).
 _base_ = ["./deeplabv3plus_rep_mbv2_cityscapes.py"]
 
-missing_data_hint = "draw it: rep-plugin script make_mini_scenes.py --out data/mini_scenes"
+missing_data_hint = {"data/mini_scenes": "draw it: rep-plugin script make_mini_scenes.py --out data/mini_scenes"}
 
 crop_size = (128, 128)
 model = dict(

@@ -2,7 +2,7 @@
 # minutes on two CPU cores.
 _base_ = ["./fcos_rep_mbv2_coco.py"]
 
-missing_data_hint = "draw it: rep-plugin script make_mini_scenes.py --out data/mini_scenes"
+missing_data_hint = {"data/mini_scenes": "draw it: rep-plugin script make_mini_scenes.py --out data/mini_scenes"}
 
 model = dict(
     backbone=dict(widen_factor=0.5),

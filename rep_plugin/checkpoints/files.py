@@ -6,12 +6,14 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+
+from rep_plugin.errors import ArgumentError
 
 try:
     import fcntl
@@ -26,6 +28,21 @@ def check_writable(folder: Path) -> None:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise OSError(f"cannot write into {folder}: {error.strerror} ({there})") from None
+
+
+def refuse_existing(folder: Path, names: Iterable[str], overwrite: bool = False) -> None:
+    """Refuse to replace the files of an earlier run, unless that was asked for.
+
+    Args:
+        folder: where files are to be written.
+        names: their names, which the user did not choose.
+        overwrite: replace them.
+
+    Raises:
+        ArgumentError: one of them exists.
+    """
+    if not overwrite and (there := next((folder / name for name in names if (folder / name).exists()), None)):
+        raise ArgumentError(f"{there} exists already: give another folder, or --overwrite to replace it")
 
 
 def require_regular(path: str | os.PathLike) -> Path:

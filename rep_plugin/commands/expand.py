@@ -11,9 +11,11 @@ import argparse
 from pathlib import Path
 
 from rep_plugin.commands.models import ANY, add_any_model_arguments, is_config, open_model, require_packages
+from rep_plugin.commands.parser import add_overwrite
 from rep_plugin.commands.written import print_written
 
 HELP = "turn convolutions into blocks of several branches"
+TIMM_OUTPUTS = ("config.json", "model.safetensors")
 OUTPUTS = ("expanded.pth", "expanded.py", "expanded.json")
 BLOCKS = ("dbb", "acb", "rep", "repvgg", "mobileone")
 
@@ -29,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out-dir", metavar="FOLDER", help="folder for the files; default with a config: the checkpoint's"
     )
+    add_overwrite(parser)
     add_any_model_arguments(parser)
 
 
@@ -50,19 +53,20 @@ def run(args: argparse.Namespace) -> None:
 
         args.config = args.model
         with session():
-            out_dir = output_folder(args, OUTPUTS, OUTPUTS[:2])
+            out_dir = output_folder(args, OUTPUTS)
             model, cfg, _ = open_model(args)
             report = write_expanded(model, cfg, args.block, args.where, out_dir)
         names = OUTPUTS
     else:
-        from rep_plugin.checkpoints.files import check_writable
+        from rep_plugin.checkpoints.files import check_writable, refuse_existing
         from rep_plugin.reparam import expand
         from rep_plugin.timm import save_timm
 
         out_dir = Path(args.out_dir)
         check_writable(out_dir)
+        refuse_existing(out_dir, TIMM_OUTPUTS, args.overwrite)
         expanded, report = expand(open_model(args)[0], args.block, where=args.where)
         save_timm(expanded, out_dir)
-        names = ("config.json", "model.safetensors")
+        names = TIMM_OUTPUTS
     report.print()
     print_written(out_dir / name for name in names)

@@ -79,7 +79,7 @@ def from_config(args: argparse.Namespace) -> "ExportReport":
     from rep_plugin.openmmlab.export import read_images, write_onnx
 
     options, real_data = options_of(args), not args.no_real_data and args.images is None
-    cfg, model, inputs, dataset_meta = open_trained(args.model, args.files[0], args.cfg_options, real_data)
+    cfg, model, inputs, dataset_meta, _ = open_trained(args.model, args.files[0], args.cfg_options, real_data)
     if args.images is not None:
         inputs = read_images(model, cfg, args.images)
     return write_onnx(model, cfg, args.files[-1], inputs, dataset_meta, **options)

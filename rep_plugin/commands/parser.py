@@ -40,8 +40,14 @@ def add_trained_arguments(parser: argparse.ArgumentParser, no_real_data: str) ->
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="trained checkpoint")
     parser.add_argument("--out-dir", metavar="FOLDER", help="folder for the files; default: the checkpoint's")
+    add_overwrite(parser)
     parser.add_argument("--no-real-data", action="store_true", help=no_real_data)
     add_cfg_options(parser)
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """Add ``--overwrite``: without it, files whose names the user did not choose are not replaced."""
+    parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier run in that folder")
 
 
 def add_runner_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,10 @@
 rep-plugin prune CONFIG CHECKPOINT --fraction 0.3
 rep-plugin prune CONFIG CHECKPOINT --macs 0.5 --round-to 8 --scores l1
 rep-plugin prune CONFIG CHECKPOINT --latency 0.6                     # of the time it takes on this machine
-rep-plugin train pruned.py --cfg-options load_from=pruned.pth        # fine-tune
+rep-plugin train pruned.py --work-dir tuned                          # fine-tune: pruned.py loads pruned.pth
+
+Top-1, or what else the config's val_evaluator measures, is stated before and after. Statistics of batch norms are then
+measured anew on training images, and written: those of the network before the removal are not its own.
 """
 
 import argparse
@@ -23,8 +26,7 @@ if TYPE_CHECKING:
     from rep_plugin.pruning import PrunePlan
 
 HELP = "remove channels of a trained checkpoint"
-PRECIOUS = ("pruned.pth", "pruned.py")
-OUTPUTS = (*PRECIOUS, "pruned.plan.json", "pruned.json", "pruned.png")
+OUTPUTS = ("pruned.pth", "pruned.py", "pruned.plan.json", "pruned.json", "pruned.png")
 SCORES = ("bn_gamma", "l1", "l2", "fpgm", "taylor", "random")
 TAYLOR_IMAGES = 256
 
@@ -84,6 +86,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--override", type=override, nargs="+", default=[], metavar="PATTERN=FRACTION")
     parser.add_argument("--ignore", nargs="+", default=[], metavar="PATTERN", help="layers that stay as they are")
+    parser.add_argument("--no-accuracy", action="store_true", help="do not run validation before and after")
+    parser.add_argument(
+        "--bn-images",
+        type=int,
+        default=512,
+        metavar="N",
+        help="training images on which the batch norms' statistics are measured anew, 0: they stay; default: %(default)s",
+    )
     parser.add_argument("--shape", type=int, nargs="+", help="input size C H W; default: that of the validation images")
 
 
@@ -144,12 +154,15 @@ def run(args: argparse.Namespace) -> None:
         require(package, "openmmlab", "rep-plugin prune")
     from rich.console import Console
 
-    from rep_plugin.openmmlab.artefacts import write_pruned
+    from rep_plugin.openmmlab.accuracy import prune_and_measure
+    from rep_plugin.openmmlab.artefacts import write_pruned_model
     from rep_plugin.openmmlab.cli import open_trained, output_folder, session
     from rep_plugin.openmmlab.load import labelled_batches
 
     with session():
-        out_dir = output_folder(args, OUTPUTS, PRECIOUS, (args.widths, args.plan))
+        if args.bn_images < 0:
+            raise ArgumentError(f"--bn-images must be >= 0, got {args.bn_images}")
+        out_dir = output_folder(args, OUTPUTS, (args.widths, args.plan))
         trained = open_trained(args.config, args.checkpoint, args.cfg_options, not args.no_real_data)
         if args.shape and len(args.shape) != 3:
             raise ArgumentError(f"--shape takes three numbers, C H W, got {args.shape}")
@@ -158,7 +171,8 @@ def run(args: argparse.Namespace) -> None:
         shape = (1, *(args.shape or trained.inputs.shape[1:]))  # costs are those of one image
         batches = labelled_batches(trained.model, trained.cfg, TAYLOR_IMAGES) if args.scores == "taylor" else ()
         plan = make_plan(trained.model, shape, args, batches)
-        report = write_pruned(trained.model, trained.cfg, plan, out_dir, trained.inputs, trained.dataset_meta)
+        pruned, report = prune_and_measure(trained, plan, accuracy=not args.no_accuracy, bn_images=args.bn_images)
+        write_pruned_model(pruned, trained.cfg, plan, report, out_dir, trained.inputs, trained.dataset_meta)
         Console().print(plan.table())  # the report has the notes
         report.print()
         print_written(out_dir / name for name in OUTPUTS)

@@ -9,8 +9,10 @@ import argparse
 from pathlib import Path
 
 from rep_plugin.commands.models import TIMM, add_timm_arguments, require_packages
+from rep_plugin.commands.parser import add_overwrite
 from rep_plugin.commands.written import print_written
 
+OUTPUTS = ("config.json", "model.safetensors")
 HELP = "write a timm model, trained or merged, as a folder that timm loads"
 
 
@@ -23,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--merge", action="store_true", help="merge the blocks and fold BNs first, proven equal")
     parser.add_argument("--keep-bn", action="store_true", help="with --merge: keep the network's own BNs")
+    add_overwrite(parser)
     add_timm_arguments(parser)
 
 
@@ -35,15 +38,16 @@ def check_arguments(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     """Load, merge where asked, write."""
     require_packages("save", False)
-    from rep_plugin.checkpoints.files import check_writable
+    from rep_plugin.checkpoints.files import check_writable, refuse_existing
     from rep_plugin.reparam import reparameterize
     from rep_plugin.timm import load_timm, save_timm
 
     folder = Path(args.folder)
     check_writable(folder)
+    refuse_existing(folder, OUTPUTS, args.overwrite)
     model = load_timm(args.model, args.checkpoint, args.pretrained, dict(args.model_args))
     if args.merge:
         model, report = reparameterize(model, fold_bn=not args.keep_bn)
         report.print()
     save_timm(model, folder)
-    print_written(folder / name for name in ("config.json", "model.safetensors"))
+    print_written(folder / name for name in OUTPUTS)

@@ -15,8 +15,16 @@ from rep_plugin.checkpoints.strict import describe_mismatch
 from rep_plugin.errors import ArgumentError
 from rep_plugin.measure.plots import draw_widths
 from rep_plugin.measure.report import Report
-from rep_plugin.openmmlab.configs import deploy_config, expanded_config, plain_data, pruned_config
+from rep_plugin.openmmlab.configs import (
+    deploy_config,
+    expanded_config,
+    fine_tune_,
+    own_data_,
+    plain_data,
+    pruned_config,
+)
 from rep_plugin.openmmlab.load import build_model, check_rebuilt
+from rep_plugin.openmmlab.origin import MADE
 from rep_plugin.pruning import PrunePlan, PruneReport, apply_plan
 from rep_plugin.reparam import expand, reparameterize
 from rep_plugin.version import __version__
@@ -63,7 +71,8 @@ def write_deployed(
     merged, deployed, report = deployed_form(model, cfg, inputs, fold_bn=fold_bn)
     check_rebuilt(deployed, merged, inputs if inputs is not None else torch.zeros(report.input_shape))
 
-    meta = _file_meta(merged, dataset_meta, report.notes)
+    meta = _file_meta("deployed", merged, dataset_meta, report.notes)
+    own_data_(deployed, meta["dataset_meta"].get("classes"))
     texts = {"deploy.py": deployed.pretty_text, "deploy.json": report.to_json()}
     write_together(Path(out_dir), _writers("deploy.pth", merged, meta, texts))
     return report
@@ -179,7 +188,8 @@ def write_expanded(
     check_rebuilt(written, expanded.eval() or expanded, torch.zeros(report.input_shape))
     written.load_from = "{{ fileDirname }}/expanded.pth"
     texts = {"expanded.py": written.pretty_text, "expanded.json": report.to_json() + "\n"}
-    write_together(Path(out_dir), _writers("expanded.pth", expanded, _file_meta(expanded, None, report.notes), texts))
+    meta = _file_meta("expanded", expanded, None, report.notes)
+    write_together(Path(out_dir), _writers("expanded.pth", expanded, meta, texts))
     return report
 
 
@@ -206,9 +216,12 @@ def write_pruned_model(
         more_texts: file name -> text, written along.
     """
     written = check_pruned_form(pruned, cfg, plan, inputs)
-    meta = _file_meta(pruned, dataset_meta, report.notes)
+    meta = _file_meta("pruned", pruned, dataset_meta, report.notes)
+    own_data_(written, meta["dataset_meta"].get("classes"))
+    schedule = fine_tune_(written, "pruned.pth")
+    head = f"# A pruned network. Training this file fine-tunes pruned.pth beside it.\n# {schedule}\n"
     texts = {
-        "pruned.py": written.pretty_text,
+        "pruned.py": head + written.pretty_text,
         "pruned.plan.json": plan.to_json() + "\n",
         "pruned.json": report.to_json() + "\n",
         **(more_texts or {}),
@@ -254,13 +267,13 @@ def _writers(name: str, model: nn.Module, meta: dict, texts: Mapping[str, str]) 
     return files
 
 
-def _file_meta(model: nn.Module, dataset_meta: dict | None, notes: list[str]) -> dict:
+def _file_meta(made: str, model: nn.Module, dataset_meta: dict | None, notes: list[str]) -> dict:
     """The meta data of an artefact's file; class names that cannot be the classifier's are left out, with a note."""
     meta = plain_data(dataset_meta or {})
     if reason := why_not_class_names(meta.get("classes"), model):
         del meta["classes"]
         notes.append(reason)
-    return {"rep_plugin_version": __version__, "dataset_meta": meta}
+    return {"rep_plugin_version": __version__, MADE: made, "dataset_meta": meta}
 
 
 def why_not_class_names(names: Sequence[str] | None, model: nn.Module) -> str | None:

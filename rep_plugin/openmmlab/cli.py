@@ -5,7 +5,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,15 +17,18 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import OPTIMIZERS, RUNNERS, DefaultScope
 from mmengine.runner import Runner
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from rep_plugin.checkpoints.files import check_writable
+from rep_plugin.checkpoints.files import check_writable, refuse_existing
 from rep_plugin.checkpoints.strict import refuse_misfits
-from rep_plugin.errors import ArgumentError, first_line
+from rep_plugin.errors import ArgumentError, CheckpointMismatchError, first_line
 from rep_plugin.openmmlab.base_configs import read_config as read_any_config
 from rep_plugin.openmmlab.checkpoint import enable_safe_loading
+from rep_plugin.openmmlab.configs import optimizers_of
 from rep_plugin.openmmlab.console import with_short_console
 from rep_plugin.openmmlab.data import check_data, guard_dataloaders, name_broken_images
-from rep_plugin.openmmlab.load import config_errors, load_model, real_inputs, require_type
+from rep_plugin.openmmlab.load import config_errors, load_model, read_state_dict, real_inputs, require_type
+from rep_plugin.openmmlab.origin import changed_in_training, explain_misfit, kind_of_checkpoint, kind_of_config
 from rep_plugin.optional import require
 from rep_plugin.shipped import resolve_config as resolve_config
 
@@ -69,26 +72,24 @@ def read_config(path: str) -> Config:
 
 
 class Trained(NamedTuple):
-    """A trained model in eval mode, its config, validation images as it sees them (or None), the data set's meta data."""
+    """A trained model in eval mode, its config, and of the validation set, where it was read, images as the model sees them.
+
+    ``dataset_meta`` is the data set's meta data, ``val_loader`` its loader.
+    """
 
     cfg: Config
     model: nn.Module
     inputs: Tensor | None
     dataset_meta: dict | None
+    val_loader: DataLoader | None
 
 
-def output_folder(
-    args: argparse.Namespace,
-    outputs: Sequence[str],
-    precious: Sequence[str] = (),
-    more_files: Sequence[str | None] = (),
-) -> Path:
+def output_folder(args: argparse.Namespace, outputs: Sequence[str], more_files: Sequence[str | None] = ()) -> Path:
     """Find the folder to write to, and check that nothing is replaced that should stay.
 
     Args:
         args: the parsed arguments of :func:`rep_plugin.commands.parser.add_trained_arguments`.
         outputs: names of the files to write.
-        precious: those of them that are replaced only in a folder that was asked for by name.
         more_files: what is read beside config and checkpoint.
 
     Returns:
@@ -97,7 +98,7 @@ def output_folder(
     Raises:
         FileNotFoundError: a file to read does not exist.
         OSError: the folder cannot be written to.
-        ArgumentError: a file would be replaced that is read, or that is precious.
+        ArgumentError: a file would be replaced that is read, or any without ``--overwrite``.
     """
     read = require_files(resolve_config(args.config), args.checkpoint, *more_files)
     folder = Path(args.out_dir or Path(args.checkpoint).resolve().parent)
@@ -105,8 +106,7 @@ def output_folder(
     for path in (folder / name for name in outputs):
         if path.resolve() in read:
             raise ArgumentError(f"{path} is read and would be replaced: give another --out-dir")
-        if path.exists() and not args.out_dir and path.name in precious:
-            raise ArgumentError(f"{path} exists already: give --out-dir, another folder, or this one to replace it")
+    refuse_existing(folder, outputs, args.overwrite)
     return folder
 
 
@@ -141,13 +141,13 @@ def open_trained(config: str, checkpoint: str, cfg_options: Sequence[str] = (), 
     require_files(checkpoint)
     merge_options(cfg, cfg_options)
     model, meta = load_model(cfg, checkpoint)
-    inputs, dataset_meta = None, meta.get("dataset_meta")
+    inputs, dataset_meta, loader = None, meta.get("dataset_meta"), None
     if real_data and cfg.get("val_dataloader"):
         check_data(cfg, ("val_dataloader",))
         with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmpretrain")), config_errors():
             loader = Runner.build_dataloader(cfg.val_dataloader)
         inputs, dataset_meta = real_inputs(model, loader), dataset_meta or loader.dataset.metainfo
-    return Trained(cfg, model, inputs, dataset_meta)
+    return Trained(cfg, model, inputs, dataset_meta, loader)
 
 
 # Tools that run a Runner.
@@ -254,7 +254,7 @@ def build_runner(cfg: Config) -> Runner:
         _connect_on_cpu(cfg)
     scope = cfg.get("default_scope", "mmpretrain")
     with DefaultScope.overwrite_default_scope(scope):
-        for key, part in _optimizers_of(cfg.get("optim_wrapper") or {}):
+        for key, part in optimizers_of(cfg.get("optim_wrapper") or {}):
             require_type(part.get("type"), OPTIMIZERS, key)  # mmengine would ask None for its signature
     with config_errors():
         runner_class = RUNNERS.get(cfg.get("runner_type", "Runner"))
@@ -281,16 +281,6 @@ def _told_in_one_line(build: Callable) -> Callable:
     return building
 
 
-def _optimizers_of(wrapper: Mapping, key: str = "optim_wrapper") -> Iterator[tuple[str, Mapping]]:
-    """The configs of the optimizers in a wrapper's, one or several, each with its key."""
-    for name, part in wrapper.items():
-        if isinstance(part, Mapping):
-            if name == "optimizer":
-                yield f"{key}.{name}", part
-            else:
-                yield from _optimizers_of(part, f"{key}.{name}")
-
-
 def _connect_on_cpu(cfg: Config) -> None:
     """Join the other processes, which mmengine does not do without calling CUDA."""
     backend = (cfg.get("env_cfg") or {}).get("dist_cfg", {}).get("backend", "nccl")
@@ -309,8 +299,36 @@ def _connect_on_cpu(cfg: Config) -> None:
     cfg.model_wrapper_cfg = dict(device_ids=None) | dict(wrapper)
 
 
+def explain_misfits(runner: Runner) -> None:
+    """Let a runner that refuses a checkpoint say what was done to its network, and which config builds that."""
+    load = runner.load_checkpoint
+
+    @functools.wraps(load)
+    def load_checkpoint(filename: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return load(filename, *args, **kwargs)
+        except CheckpointMismatchError as error:
+            known = "" if "://" in str(filename) else explain_misfit(filename, read_state_dict(filename)[1], runner.cfg)
+            raise CheckpointMismatchError(f"{error}{known}") from None
+
+    runner.load_checkpoint = load_checkpoint
+
+
+def is_another_network(cfg: Config) -> bool:
+    """Whether ``cfg.load_from`` holds weights of a network that was pruned, merged or expanded otherwise than the config's.
+
+    Of such weights mmengine would load the few that fit, and only warn. Another head is not meant: fine-tuning has one.
+    """
+    path = cfg.get("load_from")
+    if not path or "://" in str(path):
+        return False
+    meta = read_state_dict(os.path.expanduser(path))[1]
+    return changed_in_training(meta) is not None or kind_of_checkpoint(meta) not in (None, kind_of_config(cfg))
+
+
 def require_whole_checkpoint(runner: Runner) -> None:
     """Make the runner refuse a checkpoint that is not exactly its model's: mmengine would only warn."""
+    explain_misfits(runner)
     model = runner.model
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -18,6 +19,8 @@ from rep_plugin.registry import MODELS
 NARROWING_HOOKS = (
     "CentripetalHook", "DistillHook", "LinearizeHook", "PruneHook", "ResRepHook", "SoftPruneHook", "SparsityHook",
 )  # fmt: skip
+
+FINE_TUNING_LENGTH, FINE_TUNING_RATE = 3, 10  # a third of the epochs, a tenth of the rate
 
 
 def deploy_config(cfg: Config, as_stock: bool = True) -> Config:
@@ -89,6 +92,79 @@ def expanded_config(cfg: Config, block: str, where: str | Sequence[str] | None) 
     cfg.model = dict(type="rep_plugin.Expanded", model=cfg.model, block=block, where=where)
     _finish_(cfg, ())
     return cfg
+
+
+def fine_tune_(cfg: Config, weights: str) -> str:
+    """Let training the config of a pruned network fine-tune the weights beside it, by a schedule made from its own.
+
+    A third of the epochs (iterations), rounded up; a tenth of the highest learning rate, falling along a cosine. A config of
+    a network that was pruned before has such a schedule already, and keeps it, as does one with an anneal under way.
+
+    Args:
+        cfg: what :func:`pruned_config` returns; it is changed.
+        weights: name of the checkpoint beside the file that the config is written to.
+
+    Returns:
+        What was done to the schedule, one sentence.
+    """
+    cfg.load_from = f"{{{{ fileDirname }}}}/{weights}"  # mmengine fills the folder in, wherever that is
+    loop, wrapper = cfg.get("train_cfg") or {}, cfg.get("optim_wrapper") or {}
+    by_epoch = loop.get("by_epoch", "max_iters" not in loop)
+    key = "max_epochs" if by_epoch else "max_iters"
+    annealed = any(type_name(hook) == "LinearizeHook" for hook in cfg.custom_hooks)
+    again = any(part["type"] == "rep_plugin.Pruned" for part in typed_dicts(cfg.model.model))
+    if not isinstance(loop.get(key), int) or annealed or again:
+        return "The schedule is that of the config before."
+    length = loop[key] = -(-loop[key] // FINE_TUNING_LENGTH)
+    loop.pop("dynamic_intervals", None)
+    for name in ("val_begin", "val_interval"):
+        if isinstance(loop.get(name), int):
+            loop[name] = min(loop[name], length)
+    schedulers = cfg.get("param_scheduler") or []
+    peaks = [part.get("eta_max", 0) for part in typed_dicts(schedulers) if type_name(part).endswith("LR")]
+    for _, optimizer in optimizers_of(wrapper):
+        if isinstance(optimizer.get("lr"), (int, float)):
+            optimizer["lr"] = float(f"{max(optimizer['lr'], *peaks, 0) / FINE_TUNING_RATE:.6g}")
+    cosine = dict(type="CosineAnnealingLR", by_epoch=by_epoch)
+    cfg.param_scheduler = cosine | (dict(convert_to_iter_based=True) if by_epoch else {})
+    cfg.custom_hooks = [
+        hook for hook in cfg.custom_hooks if type_name(hook) != "AccuracyLrHook"
+    ]  # its steps are behind
+    return f"{length} {key[4:]}, a third of before, at a tenth of the highest learning rate, falling along a cosine."
+
+
+def optimizers_of(wrapper: Mapping, key: str = "optim_wrapper") -> Iterator[tuple[str, dict]]:
+    """Yield the configs of the optimizers in a wrapper's config, one or several, each with its key."""
+    for name, part in wrapper.items():
+        if isinstance(part, Mapping):
+            if name == "optimizer":
+                yield f"{key}.{name}", part
+            else:
+                yield from optimizers_of(part, f"{key}.{name}")
+
+
+def own_data_(cfg: Config, classes: Sequence[str] | None) -> None:
+    """Take out of a config what it says of other data than its own, inherited: class names, and hints to get the data.
+
+    Args:
+        cfg: the config; it is changed.
+        classes: those of the data set, where they are known.
+    """
+    hint = cfg.get("missing_data_hint")
+    if isinstance(hint, dict):
+        roots = {os.path.normpath(part["data_root"]) for part in typed_dicts(cfg._cfg_dict) if part.get("data_root")}
+        left = {root: text for root, text in hint.items() if os.path.normpath(root) in roots}
+        cfg.pop("missing_data_hint")
+        if left:
+            cfg.missing_data_hint = left
+    if not classes:
+        return
+    if "classes" in cfg and list(cfg.classes) != list(classes):
+        cfg.classes = list(classes)
+    for key, value in list(cfg.items()):
+        others = value.get("classes") if isinstance(value, dict) and "type" not in value else None
+        if others is not None and list(others) != list(classes) and "dataset" not in value:
+            cfg.pop(key)  # a variable that was unpacked into other data sets
 
 
 def typed_dicts(node: object) -> Iterator[dict]:

@@ -87,8 +87,9 @@ def _problem(dataset: dict) -> str | None:
 def check_data(cfg: Any, which: Sequence[str] = ("train_dataloader",)) -> None:
     """Check that the data sets of the dataloaders named in ``which`` are there, before anything costly is built.
 
-    Data sets which download themselves or lie at an address are passed over. The config's ``missing_data_hint``, if any,
-    ends the message.
+    Data sets which download themselves or lie at an address are passed over. The message ends with the config's
+    ``missing_data_hint``: a text, or {data root: text}, which a config that inherits it for other data does not get. Other
+    messages end with the files that the data set expects.
 
     Args:
         cfg: the config.
@@ -102,12 +103,26 @@ def check_data(cfg: Any, which: Sequence[str] = ("train_dataloader",)) -> None:
         for loader in loaders if isinstance(loaders, (list, tuple)) else [loaders]:
             for dataset in _leaves((loader or {}).get("dataset")):
                 if problem := _problem(dataset):
-                    raise DataError(f"{name}: {problem}{_hint(cfg)}")
+                    raise DataError(f"{name}: {problem}{_hint(cfg, dataset) or _layout(dataset)}")
 
 
-def _hint(cfg: Any) -> str:
+def _hint(cfg: Any, dataset: dict) -> str:
+    """What the config says of missing data, where it means this data set."""
     hint = cfg.get("missing_data_hint")
+    if isinstance(hint, dict):
+        root = os.path.normpath(dataset.get("data_root") or "")
+        hint = next((text for known, text in hint.items() if os.path.normpath(known) == root), None)
     return f"; {' '.join(hint.split())}" if hint else ""
+
+
+def _layout(dataset: dict) -> str:
+    """The files that a data set expects, in one line."""
+    files, folders = _required(dataset)
+    root = dataset.get("data_root") or ""
+    if type_name(dataset) in _WITH_FOLDERS and not files:
+        folders = [os.path.join(folder, "CLASS", "IMAGE.jpg") for folder in folders or [""]]
+    expected = ", ".join(os.path.join(root, part) for part in (*files, *folders))
+    return f"; expected {expected} (data_root, data_prefix and ann_file of the config)" if expected else ""
 
 
 def guard_dataloaders(runner: Any) -> None:
@@ -127,8 +142,10 @@ def guard_dataloaders(runner: Any) -> None:
                 raise
             raise DataError(_empty(dataloader.get("dataset"))) from None
         except URLError as error:
-            names = ", ".join(map(type_name, _leaves(dataloader.get("dataset"))))
-            raise DataError(f"{names} cannot be downloaded: {error.reason}{_hint(runner.cfg)}") from None
+            leaves = list(_leaves(dataloader.get("dataset")))
+            hint = next(filter(None, (_hint(runner.cfg, leaf) for leaf in leaves)), "")
+            names = ", ".join(map(type_name, leaves))
+            raise DataError(f"{names} cannot be downloaded: {error.reason}{hint}") from None
         if hasattr(loader.dataset, "__len__") and len(loader.dataset) == 0:
             raise DataError(_empty(dataloader.get("dataset") if isinstance(dataloader, dict) else loader.dataset))
         return loader

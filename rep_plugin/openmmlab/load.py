@@ -31,6 +31,7 @@ from rep_plugin.errors import (
 from rep_plugin.measure.forward import run_model
 from rep_plugin.measure.verify import compare_outputs, verify_equivalence
 from rep_plugin.openmmlab.configs import drop_pretrained_, typed_dicts
+from rep_plugin.openmmlab.origin import explain_misfit
 
 REAL_IMAGES, REAL_PIXELS = 8, 8 * 384 * 384  # for the proof on real data: float64 is slow
 
@@ -180,7 +181,10 @@ def load_model(cfg: Config, checkpoint: str) -> tuple[nn.Module, dict]:
             for inner in typed_dicts(part):
                 drop_pretrained_(inner)
     model = build_model(cfg)
-    load_strictly(model, state_dict, str(checkpoint))
+    try:
+        load_strictly(model, state_dict, str(checkpoint))
+    except CheckpointMismatchError as error:
+        raise CheckpointMismatchError(f"{error}{explain_misfit(checkpoint, meta, cfg)}") from None
     return model, meta
 
 

@@ -8,9 +8,11 @@ from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
 
 from rep_plugin.errors import ArgumentError
+from rep_plugin.openmmlab.checkpoint import find_latest_checkpoint
 from rep_plugin.openmmlab.cli import (
     build_runner,
     complete_dataloader,
+    is_another_network,
     load_config,
     merge_options,
     require_checkpoint,
@@ -27,7 +29,7 @@ def train(args: argparse.Namespace) -> None:
     require_checkpoint(cfg.get("load_from"))
     check_data(cfg, ("train_dataloader", "val_dataloader"))
     runner = build_runner(cfg)
-    if cfg.get("resume"):
+    if cfg.get("resume") or is_another_network(cfg):
         require_whole_checkpoint(runner)
     log_advice(runner)
     runner.train()
@@ -64,7 +66,9 @@ def merge_train_args(cfg: Config, args: argparse.Namespace) -> Config:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     if args.amp:
         use_amp(cfg)
-    if args.resume is not None:
+    if args.resume == "auto" and cfg.get("load_from") and find_latest_checkpoint(cfg.work_dir) is None:
+        cfg.resume = False  # nothing to resume from yet: the training begins, with the weights it begins with
+    elif args.resume is not None:
         cfg.resume = True
         cfg.load_from = None if args.resume == "auto" else args.resume
     if args.auto_scale_lr:

@@ -40,6 +40,8 @@ class PruneReport(Report):
         latency_after: Milliseconds of the pruned one.
         planned_macs: (before, after) as the plan counts multiply-adds, where that is another number: a block as the one
             convolution that it deploys as.
+        metrics: {``before``, ``after``, ``after_bn`` (with statistics of batch norms measured anew): {name: value}}, where a
+            validation set was measured.
 
     Example:
         >>> from rep_plugin.pruning import PruneReport
@@ -53,6 +55,7 @@ class PruneReport(Report):
     latency_before: float | None = None
     latency_after: float | None = None
     planned_macs: tuple[int, int] | None = None
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def add_plan(self, plan: PrunePlan) -> None:
         """Fill in the widths, what is frozen, the times and the notes of a plan; after :attr:`macs_before` is known."""
@@ -77,6 +80,10 @@ class PruneReport(Report):
         table.title = f"{self.action}: {changed} of {len(self.widths)} layers narrower, {len(self.frozen)} frozen"
         if self.latency_before is not None:
             table.add_row("milliseconds when planned", f"{self.latency_before:.2f}", f"{self.latency_after:.2f}")
+        for name, value in self.metrics.get("before", {}).items():
+            table.add_row(name, f"{value:.4g}", f"{self.metrics['after'][name]:.4g}")
+            if "after_bn" in self.metrics:
+                table.add_row("  with new batch norm statistics", "", f"{self.metrics['after_bn'][name]:.4g}")
         return table
 
 

@@ -195,7 +195,7 @@ def test_write_pruned(tmp_path):
     names = {"pruned.pth", "pruned.py", "pruned.plan.json", "pruned.json", "pruned.png"}
     assert {path.name for path in tmp_path.iterdir()} == names
     written = Config.fromfile(tmp_path / "pruned.py")
-    assert written.load_from is None and written.custom_hooks == [dict(type="EMAHook")]
+    assert written.load_from == str(tmp_path / "pruned.pth") and written.custom_hooks == [dict(type="EMAHook")]
     assert cfg.model.type == "ImageClassifier" and cfg.load_from == "somewhere.pth"
     loaded, meta = load_model(written, tmp_path / "pruned.pth")
     again = init_model(str(tmp_path / "pruned.py"), str(tmp_path / "pruned.pth"), device="cpu")

@@ -209,6 +209,22 @@ def make_image_folder(root: Path) -> Path:
     return root
 
 
+def test_a_hint_is_given_for_the_data_it_was_written_for_alone():
+    cfg = loader(type="CUB", data_root="data/mini_cub/") | dict(missing_data_hint={"data/mini_cub": "render it"})
+    with pytest.raises(DataError, match=r"does not exist, expected a folder; render it$"):
+        check_data(cfg)
+    cfg["train_dataloader"]["dataset"] = dict(type="CustomDataset", data_root="images/of/mine", data_prefix="train")
+    with pytest.raises(DataError) as caught:
+        check_data(cfg)
+    assert str(caught.value) == (
+        "train_dataloader: data_root 'images/of/mine' of CustomDataset does not exist, expected a folder; expected "
+        "images/of/mine/train/CLASS/IMAGE.jpg (data_root, data_prefix and ann_file of the config)"
+    )
+    cfg["train_dataloader"]["dataset"] = dict(type="CUB", data_root="elsewhere")
+    with pytest.raises(DataError, match=r"; expected elsewhere/images.txt, .*, elsewhere/images \(data_root"):
+        check_data(cfg)
+
+
 def test_data_that_is_there_passes(tmp_path):
     root = str(make_image_folder(tmp_path))
     check_data(loader(type="CustomDataset", data_root=root, data_prefix="train"))

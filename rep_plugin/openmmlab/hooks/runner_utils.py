@@ -5,6 +5,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from rep_plugin.blocks.advice import online_advice
 from rep_plugin.checkpoints.files import check_writable
 from rep_plugin.errors import ArgumentError, HookError, InconclusiveWarning, RepPluginError, first_line
 from rep_plugin.measure.plots import accuracy_figure, to_array
+from rep_plugin.measure.progress import track
 from rep_plugin.openmmlab.accuracy import measure
 from rep_plugin.openmmlab.load import REAL_IMAGES, real_inputs
 
@@ -186,7 +188,9 @@ def evaluate(runner: Runner, model: nn.Module, batches: int | None = None) -> di
     if loop is None:
         return {}
     with torch.no_grad(), autocast(enabled=getattr(loop, "fp16", False)):
-        return measure(model, loop.dataloader, loop.evaluator, batches)
+        images = len(loop.dataloader.dataset) if batches is None else None
+        shown = track(islice(loop.dataloader, batches), "validating", batches or len(loop.dataloader))
+        return measure(model, shown, loop.evaluator, images)
 
 
 def format_metrics(metrics: dict[str, float]) -> str:

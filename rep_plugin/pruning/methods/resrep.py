@@ -95,7 +95,7 @@ class ResRep:
             site for site in sites if site.conv not in choice.frozen and not frozen[roots[self._labels(site)]].all()
         ]
         if not self.sites or not choice.units:
-            raise _no_place(model, sites, choice.frozen)
+            raise _no_place(model, choice.frozen)
         costs = count_costs(self.trace)
         self.macs_before = costs.macs
         if self.unit == "prune_fraction":
@@ -236,13 +236,13 @@ class ResRep:
         return report
 
 
-def _no_place(model: nn.Module, sites: list[Site], frozen: Mapping[str, str]) -> ArgumentError:
+def _no_place(model: nn.Module, frozen: Mapping[str, str]) -> ArgumentError:
     """The error for a model without a place for a compactor."""
     blocks = [module for module in model.modules() if isinstance(module, RepBlock)]
-    if not sites and blocks:
+    if blocks:
         return ArgumentError(
             f"{type(model).__name__} has {len(blocks)} blocks of several branches ({type(blocks[0]).__name__}), and a "
-            "compactor stands behind one convolution and its batch norm: take another way of pruning, or the deployed form"
+            "compactor stands behind one convolution and its batch norm: take another way of pruning (docs/pruning.md)"
         )
     return nothing_to_prune(model, frozen, "pruned by compactors")
 

@@ -1,6 +1,7 @@
 """tools/prune.py on a trained checkpoint, and what stock code does with its files, in processes of their own."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -38,6 +39,13 @@ def test_it_prints_and_writes_what_was_done(pruned):
     report = json.loads((pruned / "pruned/pruned.json").read_text())
     assert report["max_rel_error"] < 1e-9 and report["params_after"] < report["params_before"]
     assert report["input_shape"] == [1, 3, 96, 96]
+    assert report["metrics"].keys() == {"before", "after", "after_bn"} and "accuracy/top1" in log
+    assert all(0 <= metrics["accuracy/top1"] <= 100 for metrics in report["metrics"].values())
+    assert "statistics of batch norms were measured anew on 48 training images" in log
+    cfg = Config.fromfile(pruned / "pruned/pruned.py")
+    assert cfg.load_from == str(pruned / "pruned/pruned.pth") and cfg.train_cfg.max_epochs == 1
+    assert cfg.optim_wrapper.optimizer.lr == 0.01 and cfg.param_scheduler.type == "CosineAnnealingLR"
+    assert cfg.classes == list("abcd") and "birds" not in cfg and "missing_data_hint" not in cfg
 
 
 def test_stock_test_tool_gives_the_same_predictions_from_the_pruned_files(pruned):
@@ -61,15 +69,16 @@ print(len(ours), all(torch.equal(a.pred_score, b["pred_score"]) for a, b in zip(
 
 
 def test_fine_tuning_goes_on_and_what_comes_out_can_be_merged_and_pruned_again(pruned):
-    options = ["load_from=pruned/pruned.pth", "train_cfg.max_epochs=1", "optim_wrapper.optimizer.lr=0.001"]
-    done = run(
-        ROOT / "tools/train.py", "pruned/pruned.py", "--work-dir", "tuned_pruned", "--cfg-options", *options, cwd=pruned
-    )
+    """pruned.py loads the weights beside it, wherever the folder is, also where ``--resume`` finds nothing yet."""
+    shutil.copytree(pruned / "pruned", pruned / "moved")
+    options = ["moved/pruned.py", "--work-dir", "tuned_pruned", "--resume"]
+    done = run(ROOT / "tools/train.py", *options, "--cfg-options", "optim_wrapper.optimizer.lr=0.001", cwd=pruned)
     assert done.returncode == 0, done.stderr[-2000:]
     before = torch.load(pruned / "pruned/pruned.pth")["state_dict"]
     tuned = load(pruned, "pruned/pruned.py", "tuned_pruned/epoch_1.pth")
     kernels = {name: p for name, p in tuned.named_parameters() if p.dim() > 1}
     assert kernels and not [name for name, p in kernels.items() if torch.equal(p, before[name])]
+    assert all(relative_error(before[name], p) < 0.5 for name, p in kernels.items())
     # The config's ReparamHook merges at the end of training.
     x = torch.randn(2, 3, 96, 96)
     merged = load(pruned, "tuned_pruned/deploy.py", "tuned_pruned/deploy.pth")
@@ -207,7 +216,7 @@ def test_it_replaces_neither_what_it_reads_nor_what_nobody_named(pruned):
     (pruned / "work/pruned.py").write_text("")
     answers, _ = tried(pruned, [["config.py", "work/epoch_2.pth", *read[2:]]])
     (pruned / "work/pruned.py").unlink()
-    assert "work/pruned.py exists already: give --out-dir" in answers[0]
+    assert "work/pruned.py exists already: give another folder, or --overwrite to replace it" in answers[0]
     widths = ["config.py", "work/epoch_2.pth", "--widths", "pruned/pruned.json", "--out-dir", "pruned"]
     answers, _ = tried(pruned, [widths])
     assert "pruned/pruned.json is read and would be replaced" in answers[0]

@@ -82,6 +82,8 @@ def test_tool_refuses_in_one_line(trained):
     before = (trained / "work/deploy.pth").read_bytes()
     done = run(tool, "config.py", "work/deploy.pth", cwd=trained)  # by default beside the checkpoint, which it is
     assert done.returncode == 1 and "deploy.pth is read and would be replaced: give another" in done.stderr
+    done = run(tool, "config.py", "work/epoch_2.pth", cwd=trained)
+    assert done.returncode == 1 and "deploy.pth exists already: give another folder, or --overwrite" in done.stderr
     assert (trained / "work/deploy.pth").read_bytes() == before
 
 

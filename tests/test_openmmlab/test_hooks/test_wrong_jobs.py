@@ -72,7 +72,7 @@ JOBS: dict[str, tuple[dict, dict, str]] = {
     "resrep blocks": (
         dict(type="rep_plugin.ResRepHook", macs=0.5),
         dict(backbone=BLOCKS, in_channels=8),
-        "ResRepHook: ImageClassifier has 19 blocks of several branches .*take another way of pruning",
+        r"ResRepHook: ImageClassifier has 19 blocks of several branches .*take another way of pruning \(docs",
     ),
     "centripetal late": (
         dict(type="rep_plugin.CentripetalHook", macs=0.5, begin=4),
