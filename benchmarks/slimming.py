@@ -72,6 +72,11 @@ def scaled(config: Path, epochs: int) -> list[str]:
     return options
 
 
+def from_scratch() -> list[str]:
+    """Options that train a pruned network's config from random weights, at the rate of the dense network."""
+    return ["load_from=None", f"optim_wrapper.optimizer.lr={Config.fromfile(DENSE).optim_wrapper.optimizer.lr}"]
+
+
 def make_job(name: str, seed: int, args: argparse.Namespace, work_dir: Path) -> Job:
     """The run of one row with one seed."""
     row, label = ROWS[name], f"e{args.epochs}_n{args.samples}"
@@ -81,7 +86,7 @@ def make_job(name: str, seed: int, args: argparse.Namespace, work_dir: Path) -> 
     elif not config.is_file():
         sys.exit(f"error: row {name!r} needs {config}, which does not exist; leave it out with --rows")
     options = [
-        *(() if row.widths_of else scaled(config, args.epochs)),
+        *(from_scratch() if row.widths_of else scaled(config, args.epochs)),
         *fashion_options(seed, args.epochs, args.samples),
         *row.options,
         *args.cfg_options,

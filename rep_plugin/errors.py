@@ -104,7 +104,7 @@ def first_line(error: BaseException) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return ``; did you mean 'NAME'?`` for the nearest known name, '' where none is near; upper case does not count.
+    """Return ``, did you mean 'NAME'?`` for the nearest known name, '' where none is near; upper case does not count.
 
     Args:
         word: What was written.
@@ -115,11 +115,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
     Example:
         >>> did_you_mean("SDG", ["Adam", "SGD"]), did_you_mean("Ranger", ["Adam", "SGD"])
-        ("; did you mean 'SGD'?", '')
+        (", did you mean 'SGD'?", '')
     """
     names = {name.lower(): name for name in known}
     near = difflib.get_close_matches(word.lower(), names, n=1)
-    return f"; did you mean {names[near[0]]!r}?" if near else ""
+    return f", did you mean {names[near[0]]!r}?" if near else ""
 
 
 @contextmanager

@@ -134,7 +134,15 @@ def fine_tune_(cfg: Config, weights: str) -> str:
 
 
 def optimizers_of(wrapper: Mapping, key: str = "optim_wrapper") -> Iterator[tuple[str, dict]]:
-    """Yield the configs of the optimizers in a wrapper's config, one or several, each with its key."""
+    """Yield the optimizers of a wrapper's config, one or several.
+
+    Args:
+        wrapper: the config.
+        key: its place in the whole config.
+
+    Yields:
+        The place and the config of each optimizer.
+    """
     for name, part in wrapper.items():
         if isinstance(part, Mapping):
             if name == "optimizer":

@@ -60,7 +60,7 @@ def test_folding_the_networks_own_batch_norms(folder, capsys):
     trained, _ = load_model(Config.fromfile("config.py"), "epoch_1.pth")
     x = torch.randn(2, 3, 32, 36)
     for flags, norms in (([], 20), (["--fold-bn"], 0)):
-        main(["reparameterize", "config.py", "epoch_1.pth", "--out-dir", "out", *flags])
+        main(["reparameterize", "config.py", "epoch_1.pth", "--out-dir", "out", "--overwrite", *flags])
         assert capsys.readouterr().out.endswith("written: out/deploy.pth, out/deploy.py, out/deploy.json\n")
         cfg = Config.fromfile("out/deploy.py")
         deployed, _ = load_model(cfg, "out/deploy.pth")

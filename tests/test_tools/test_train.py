@@ -328,18 +328,18 @@ def test_a_value_that_a_type_refuses_is_one_line_with_its_name(lab):
     for option, message in {
         "model.backbone.depth=7": "ResNet: .*invalid depth 7",
         "model.backbone.type=QqQqQ": f"ImageClassifier: type 'QqQqQ' is no model that is known{own}",
-        "model.backbone.type=ResNett": "ImageClassifier: type 'ResNett' is no model that is known; did you mean 'ResNet'",
+        "model.backbone.type=ResNett": "ImageClassifier: type 'ResNett' is no model that is known, did you mean 'ResNet'",
         "model.backbone.type=rep_plugin.RepMobilNetV2": ".*did you mean 'rep_plugin.RepMobileNetV2'",
-        "model.backbone.depht=18": "ResNet: .*unexpected keyword argument 'depht'; did you mean 'depth'",
+        "model.backbone.depht=18": "ResNet: .*unexpected keyword argument 'depht', did you mean 'depth'",
         "default_hooks.more.type=rep_plugin.PrunHook": ".*did you mean 'rep_plugin.PruneHook'",
         # What a Runner builds once it trains.
         "optim_wrapper.optimizer.type=SDG": "optim_wrapper.optimizer: type 'SDG' is no optimizer .*did you mean 'SGD'",
-        "optim_wrapper.optimizer.momentun=0.9": "SGD: .*'momentun'; did you mean 'momentum'",
+        "optim_wrapper.optimizer.momentun=0.9": "SGD: .*'momentun', did you mean 'momentum'",
         "optim_wrapper.optimizer.lr=-1": "SGD: Invalid learning rate: -1",
         "param_scheduler.milestones=5": "MultiStepLR: 'int' object is not iterable",
         "param_scheduler.type=MultiStpLR": ".*type 'MultiStpLR' is no parameter scheduler .*did you mean 'MultiStepLR'",
         "train_cfg.max_epochs=x": ".*invalid literal for int",
-        "val_evaluator.type=Acuracy": ".*type 'Acuracy' is no metric that is known; did you mean 'Accuracy'",
+        "val_evaluator.type=Acuracy": ".*type 'Acuracy' is no metric that is known, did you mean 'Accuracy'",
         "train_dataloader.sampler.type=Sampler": ".*did you mean '.*Sampler'",
     }.items():
         text = lab.error(TRAIN, lab.config, "--work-dir", "refused", "--cfg-options", option)
