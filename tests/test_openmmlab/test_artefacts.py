@@ -90,8 +90,8 @@ except OSError as error:
 
 
 def test_a_config_that_builds_another_network_is_refused(model, tmp_path, monkeypatch):
-    def wrong(cfg):
-        cfg = deploy_config(cfg)
+    def wrong(cfg, **options):
+        cfg = deploy_config(cfg, **options)
         cfg.model.backbone.act_cfg = "relu"
         return cfg
 

@@ -14,8 +14,9 @@ from mmengine.config import Config
 from mmpretrain.datasets import CIFAR10
 from mmpretrain.models.backbones import vgg
 
+from rep_plugin.checkpoints import save_checkpoint_file
 from rep_plugin.openmmlab.hooks import AccuracyLrHook, SparsityHook
-from rep_plugin.openmmlab.load import load_model
+from rep_plugin.openmmlab.load import build_model, load_model
 from tests.test_openmmlab.test_hooks.conftest import ROOT
 from tests.test_openmmlab.test_hooks.tiny import run
 
@@ -102,9 +103,19 @@ def shortened(name: str, data, work_dir) -> Config:
     return cfg
 
 
+def trained_state(model) -> dict:
+    """A state dict with the gammas of a trained network: those of a fresh one are all equal, and choose no channels."""
+    return {
+        key: torch.rand_like(value) if key.endswith("weight") and value.dim() == 1 else value
+        for key, value in model.state_dict().items()
+    }
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config_runs_and_removes_what_it_declares(name, data, tmp_path):
     cfg = shortened(name, data, tmp_path)
+    cfg.load_from = str(tmp_path / "sparse.pth")
+    save_checkpoint_file(trained_state(build_model(cfg)), cfg.load_from)
     hooks = {hook.type.rpartition(".")[2]: hook for hook in cfg.custom_hooks}
     runner = run(cfg)
     assert runner.epoch == cfg.train_cfg.max_epochs
