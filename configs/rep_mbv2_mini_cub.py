@@ -62,8 +62,8 @@ optim_wrapper = dict(
 param_scheduler = dict(
     type="OneCycleLR", eta_max=0.1, pct_start=0.1, by_epoch=True, convert_to_iter_based=True, _delete_=True
 )
-train_cfg = dict(max_epochs=12, val_interval=4)
-default_hooks = dict(checkpoint=dict(interval=4, max_keep_ckpts=2), logger=dict(interval=25))
+train_cfg = dict(max_epochs=16, val_interval=4)
+default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=2), logger=dict(interval=25))
 # The average follows the weights closely at first, over the last 40 steps or so at the end; ReparamHook merges the average.
 custom_hooks = [
     dict(type="EMAHook", ema_type="MomentumAnnealingEMA", momentum=0.01, gamma=25, update_buffers=True),

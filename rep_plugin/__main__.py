@@ -48,7 +48,13 @@ def main(argv: list[str] | None = None) -> None:
     with nullcontext() if args.command == "script" else exit_on_user_errors():
         if args.command not in LIGHT:
             import_module("rep_plugin.face")  # timm must know our names, also where a config alone names them
-        args.module.run(args)
+        try:
+            args.module.run(args)
+        except KeyboardInterrupt:
+            if args.command == "script":
+                raise
+            print(f"error: rep-plugin {args.command} was interrupted", file=sys.stderr)
+            sys.exit(130)
 
 
 if __name__ == "__main__":

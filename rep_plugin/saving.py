@@ -133,10 +133,17 @@ def _steps_for(model: nn.Module, config: Mapping) -> list[dict]:
     if steps[: len(own)] != own:
         raise ArgumentError(f"{len(own)} steps were done to it already, others than to the saved one")
     there, start = start_of(model), config.get("layers", {})
-    both = {name: there[name] for name in start if name in there}
+    both = {name: _stable(there[name]) for name in start if name in there}
     replaced = changes(both, {name: start[name] for name in both})
     if replaced and replaced[0]["step"] == CHANGED:
         raise ArgumentError(f"in this one, then in the saved one, {replaced[0]['what']}")
+    for (
+        step
+    ) in replaced:  # a classifier alone is put in place: any other layer says that the fresh model is another one
+        kinds = both[step["layer"]]["kind"] if isinstance(both[step["layer"]], dict) else "", step["by"]["kind"]
+        if "Linear" not in kinds:
+            layer = step["layer"]
+            raise ArgumentError(f"{layer!r} is {both[layer]} in this one, and {start[layer]} in the saved one")
     return [*replaced, *steps[len(own) :]]
 
 
@@ -168,15 +175,16 @@ def _config_of(model: nn.Module) -> dict:
         "architecture": ARCHITECTURE,
         "model": f"{kind.__module__}.{kind.__qualname__}",
         "why": why,
-        "layers": {name: layer for name, layer in start_of(model).items() if _is_stable(layer)},
+        "layers": {name: _stable(layer) for name, layer in start_of(model).items()},
         "model_args": {"base": "", "base_args": {}, "history": history},
         "pretrained_cfg": {},
     }
 
 
-def _is_stable(layer: Any) -> bool:
-    """Whether every version of torch describes a layer alike: plain layers and BNs are described by us."""
-    return isinstance(layer, dict) or layer.partition("(")[0].endswith(("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"))
+def _stable(layer: Any) -> Any:
+    """A layer as every version of torch describes it: plain layers and BNs are described by us, of others the class stays."""
+    kind = "" if isinstance(layer, dict) else layer.partition("(")[0]
+    return layer if not kind or kind.endswith(("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")) else kind
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:

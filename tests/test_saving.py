@@ -113,3 +113,26 @@ def test_arguments_by_name(tmp_path):
     assert loaded.drop_rate == 0.1 and loaded.global_pool.pool_type == "max"
     assert any(getattr(module, "drop_prob", 0) for module in loaded.modules())
     assert torch.equal(loaded.fc.weight, model.fc.weight)
+
+
+class Small(nn.Module):
+    def __init__(self, inputs=3, classes=4, act=nn.ReLU, last=None):
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(inputs, 16, 3), nn.BatchNorm2d(16), act()
+        self.map, self.last, self.fc = nn.Conv2d(16, classes, 1), last or nn.Identity(), nn.Linear(classes, 5)
+
+    def forward(self, x):
+        return self.fc(self.last(self.map(self.act(self.bn(self.conv(x))))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("other", [dict(inputs=4), dict(classes=6), dict(act=nn.SiLU), dict(last=nn.Sigmoid())])
+def test_a_fresh_model_that_computes_something_else_is_refused(tmp_path, other):
+    model = Small().eval()
+    rep_plugin.apply_plan(model, rep_plugin.plan_pruning(model, torch.randn(2, 3, 8, 8), "l1", 0.4))
+    rep_plugin.save(model, tmp_path)
+    fresh = Small(**other)
+    with pytest.raises(CheckpointMismatchError, match="does not fit this Small"):
+        rep_plugin.load(tmp_path, fresh)
+    assert [type(m) for m in fresh.modules()] == [type(m) for m in Small(**other).modules()]
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(rep_plugin.load(tmp_path, Small()).eval()(x), model(x))

@@ -26,6 +26,7 @@ from rep_plugin.export.preprocessing import metadata_of
 from rep_plugin.export.report import ExportReport, RuntimeReport
 from rep_plugin.export.runtimes import RUNTIMES, check_runtimes, compare_runtime, open_model
 from rep_plugin.measure.costs import count_macs, count_params
+from rep_plugin.measure.forward import require_bare
 from rep_plugin.measure.latency import eager_calls, interleaved_medians
 from rep_plugin.measure.progress import track, working
 from rep_plugin.measure.verify import Equivalence, flatten_outputs, output_paths, sensitivity_of
@@ -100,6 +101,7 @@ def export_onnx(
     """
     started = time.perf_counter()
     path = Path(path)
+    require_bare(model)
     check_runtimes(runtimes)
     for package in ("onnx", *runtimes):
         require(package, "export", "exporting")

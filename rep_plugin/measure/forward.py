@@ -4,7 +4,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeGuard
 
+import torch
 from torch import Tensor, nn
+
+from rep_plugin.errors import ArgumentError, ArgumentTypeError
 
 
 class Forward:
@@ -139,3 +142,20 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def require_bare(model: nn.Module) -> None:
+    """Refuse a model that is wrapped for several processes or compiled: what is changed inside would not be noticed there.
+
+    Raises:
+        ArgumentError: it is wrapped; says what to pass.
+        ArgumentTypeError: it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise ArgumentError(f"got a {type(model).__name__}: pass its .module, and wrap what comes out again")
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise ArgumentError(
+            "got a compiled model: pass the model itself (._orig_mod), and compile what comes out again"
+        )

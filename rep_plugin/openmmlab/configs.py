@@ -48,7 +48,10 @@ def deploy_config(cfg: Config, as_stock: bool = True) -> Config:
         cfg.model, replaced = _as_stock(cfg.model)
         parts = [part for part in typed_dicts(cfg.model) if _takes_deploy(part["type"])]
     if not parts and not replaced:
-        raise ArgumentError(f"the model {cfg.model.get('type')!r} holds no rep_plugin part that has a deployed form")
+        raise ArgumentError(
+            f"the model {cfg.model.get('type')!r} holds no rep_plugin part that can be merged: leave "
+            "ReparamHook out, or give it one (conv_cfg=dict(type='rep_plugin.DBBConv2d'), a backbone of rep_plugin)"
+        )
     for part in parts:
         part["deploy"] = True
         part.pop("init_cfg", None)  # the weights come from deploy.pth

@@ -20,6 +20,7 @@ from rep_plugin.blocks.conv_like import ConvLike, like_conv, look_alike, why_not
 from rep_plugin.errors import ArgumentError, ArgumentTypeError
 from rep_plugin.history import before_step, layer_named, record_, replays
 from rep_plugin.measure.costs import count_macs, count_params
+from rep_plugin.measure.forward import require_bare
 from rep_plugin.measure.progress import working
 from rep_plugin.measure.report import BlockReport, Report
 from rep_plugin.measure.verify import default_inputs, verify_equivalence
@@ -196,6 +197,7 @@ def expand(
         ('DBBConv2d', True)
     """
     started = time.perf_counter()
+    require_bare(model)
     look_alike(block)
     before = before_step(model)
     exact = copy.deepcopy(model).double()

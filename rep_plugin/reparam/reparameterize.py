@@ -12,6 +12,7 @@ from rep_plugin.blocks.layers import require_eval_mode
 from rep_plugin.errors import NothingToMergeError, RepPluginError
 from rep_plugin.history import before_step, record_, replays
 from rep_plugin.measure.costs import count_macs, count_params
+from rep_plugin.measure.forward import require_bare
 from rep_plugin.measure.progress import working
 from rep_plugin.measure.report import BlockReport, Report
 from rep_plugin.measure.verify import Equivalence, default_inputs, require_rounded, verify_equivalence
@@ -30,7 +31,7 @@ def _merge_blocks(model: nn.Module) -> tuple[nn.Module, list[BlockReport]]:
     """Merge every module that has an adapter, outermost first; return the model (the root may be replaced).
 
     What a merge leaves is looked through as well: a block may be merged in part. A module that stands in several places is
-    merged once and stays shared.
+    merged once and stays shared. Look-alikes of convolutions inside a block are merged before it: it reads convolutions.
     """
     blocks: list[BlockReport] = []
     done: dict[nn.Module, nn.Module] = {}
@@ -41,6 +42,10 @@ def _merge_blocks(model: nn.Module) -> tuple[nn.Module, list[BlockReport]]:
         merged = module
         adapter = find_adapter(module)
         if adapter is not None:
+            for key, part in list(module.named_modules()):
+                if part is not module and isinstance(part, ConvLike):
+                    module.set_submodule(key, visit(f"{name}.{key}", part))
+            del blocks[len(blocks) - sum(block.name.startswith(f"{name}.") for block in blocks) :]  # part of this one
             try:
                 merged = adapter.merge(module)
             except RepPluginError as error:
@@ -184,6 +189,7 @@ def reparameterize(
     """
     started = time.perf_counter()
     before = before_step(model)
+    require_bare(model)
     require_eval_mode(model)
     inputs = default_inputs(model, example_input)
     counted = inputs[0] if example_input is not None else inputs[0][:1]

@@ -10,7 +10,7 @@ from torch import nn
 import rep_plugin
 from rep_plugin.blocks.conv_like import ConvLike, SilentBatchNorm2d, like_conv
 from rep_plugin.blocks.online import gain_of
-from rep_plugin.errors import EquivalenceError
+from rep_plugin.errors import EquivalenceError, RepPluginError
 from rep_plugin.testing import calibrate_random_bn_
 from tests.helpers import relative_error
 
@@ -223,3 +223,36 @@ def test_online_blocks_stay_silent_when_a_parent_initialises_them():
     assert {name for name, gain in last.items() if gain.any()} == {"conv"}
     x = torch.randn(2, 4, 9, 9)
     assert torch.allclose(block(x), conv(nn.functional.pad(x, (1, 1, 1, 1))), atol=1e-6)
+
+
+@pytest.mark.parametrize("fold_bn", [True, False])
+@pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0"])
+def test_a_block_that_was_expanded_inside_merges_whole(name, fold_bn):
+    """The look-alikes inside of a block come first: the block itself reads plain convolutions."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 32, 32)
+    model = calibrate_random_bn_(timm.create_model(name, num_classes=4), x)
+    known = rep_plugin.reparameterize(model, x)[1]
+    expanded, _ = rep_plugin.expand(model, "acb", where="*stages.0*" if name == "repvgg_a0" else "*stages.0.0*")
+    merged, report = rep_plugin.reparameterize(expanded.eval(), x, fold_bn=fold_bn)
+    assert report.max_rel_error < 1e-9 and not any(isinstance(m, ConvLike) for m in merged.modules())
+    if fold_bn:
+        assert [block.name for block in report.blocks] == [block.name for block in known.blocks]
+
+
+@pytest.mark.parametrize("wrap", ["compile", "DataParallel"])
+def test_wrapped_models_are_refused_by_every_verb(wrap, tmp_path):
+    model = timm.create_model("rep_mobilenetv2_035", num_classes=4).eval()
+    x = torch.randn(2, 3, 32, 32)
+    wrapped = torch.compile(model, backend="eager") if wrap == "compile" else nn.DataParallel(model)
+    verbs = (
+        lambda: rep_plugin.expand(wrapped),
+        lambda: rep_plugin.reparameterize(wrapped, x),
+        lambda: rep_plugin.plan_pruning(wrapped, x, "l1", 0.5),
+        lambda: rep_plugin.export_onnx(wrapped, tmp_path / "a.onnx", x),
+        lambda: rep_plugin.save(wrapped, tmp_path / "folder"),
+    )
+    for verb in verbs:
+        with pytest.raises(RepPluginError, match=r"got a .*(_orig_mod|\.module)"):
+            verb()
+    assert not list(tmp_path.iterdir())

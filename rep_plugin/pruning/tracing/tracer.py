@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from rep_plugin.errors import ArgumentError, TraceError, first_line
-from rep_plugin.measure.forward import forward_of
+from rep_plugin.measure.forward import forward_of, require_bare
 from rep_plugin.pruning.tracing.features import FeatureWatch
 from rep_plugin.pruning.tracing.graph import OUTPUT, Mark, Trace, eval_copy, is_quiet, member, tensors_in
 from rep_plugin.pruning.tracing.labels import FIXED
@@ -195,14 +195,7 @@ def trace_channels(
         >>> {name: len(layer.labels) for name, layer in trace_channels(net, (1, 3, 8, 8)).layers.items()}
         {'0': 8, '1': 4}
     """
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        raise ArgumentError(f"got a {type(model).__name__}: pass its .module, and wrap the model again after pruning")
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        raise ArgumentError(
-            "got a compiled model: pass the model itself (._orig_mod), and compile it again after pruning"
-        )
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    require_bare(model)
     shape = example_input.shape if isinstance(example_input, Tensor) else example_input
     if not isinstance(shape, (list, tuple)) or not all(isinstance(size, int) and size > 0 for size in shape):
         raise ArgumentError(f"example_input must be a tensor (N, C, ...) or its shape, got {example_input!r}")
