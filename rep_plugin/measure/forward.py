@@ -7,7 +7,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from rep_plugin.errors import ArgumentError, ArgumentTypeError
+from rep_plugin.errors import ArgumentError
 
 
 class Forward:
@@ -148,13 +148,12 @@ def require_bare(model: nn.Module) -> None:
     """Refuse a model that is wrapped for several processes or compiled: what is changed inside would not be noticed there.
 
     Raises:
-        ArgumentError: it is wrapped; says what to pass.
-        ArgumentTypeError: it is no module.
+        ArgumentError: it is wrapped (the message says what to pass), or no module.
     """
     if not isinstance(model, nn.Module):
-        raise ArgumentTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        raise ArgumentError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        raise ArgumentError(f"got a {type(model).__name__}: pass its .module, and wrap what comes out again")
+        raise ArgumentError(f"got a {type(model).__name__}: pass its .module, and wrap the model again")
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise ArgumentError(
             "got a compiled model: pass the model itself (._orig_mod), and compile what comes out again"

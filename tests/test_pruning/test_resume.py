@@ -220,7 +220,7 @@ os._exit(0)  # torch 2.14 with gloo now and then aborts while Python takes it do
         out, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
         refused, old = out.strip().splitlines()
-        assert refused == "got a DistributedDataParallel: pass its .module, and wrap the model again after pruning"
+        assert refused == "got a DistributedDataParallel: pass its .module, and wrap the model again"
         assert old.startswith("old: "), "the wrapper of before does not go on silently"
     (kept, state, momenta), other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert kept == other[0] and state["2.conv.weight"].shape[0] < 32
