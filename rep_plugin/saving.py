@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from rep_plugin.errors import (
     first_line,
 )
 from rep_plugin.history import CHANGED, changes, check_history, history_of, rebuild_, start_of
+from rep_plugin.measure.forward import require_bare
 from rep_plugin.optional import require
 
 CONFIG, WEIGHTS, ARCHITECTURE = "config.json", "model.safetensors", "rep_plugin_rebuilt"
@@ -158,9 +158,7 @@ def _needs_model(folder: Path, config: Mapping) -> str:
 def _config_of(model: nn.Module) -> dict:
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch._dynamo.OptimizedModule)
-    if isinstance(model, wrappers):
-        raise ArgumentError(f"got a {type(model).__name__}: save the model inside of it (.module or ._orig_mod)")
+    require_bare(model)
     history = history_of(model)
     check_history(history)
     why = ""

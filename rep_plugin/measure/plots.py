@@ -8,10 +8,6 @@ from rep_plugin.optional import require
 require("matplotlib", "plots", "drawing plots")
 
 import numpy as np
-
-from rep_plugin.optional import require
-
-
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
