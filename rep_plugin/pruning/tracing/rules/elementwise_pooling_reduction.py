@@ -57,12 +57,13 @@ def _elementwise(name: str) -> Callable:
             return Mark(labels, zero and _keeps_zero(recorder, args, kwargs, maps[0]))
         if len(marks) != 2 or name in UNARY:
             return None
-        labels = _join(recorder, marks[0].labels, marks[1].labels, out.shape)
+        labels, follows = _join(recorder, marks[0].labels, marks[1].labels, out.shape)
+        zeros = [mark.zero and own for mark, own in zip(marks, follows)]
         if name in PRODUCT:
-            return Mark(labels, marks[0].zero or marks[1].zero)
+            return Mark(labels, any(zeros))
         if name in QUOTIENT:
-            return None if recorder.channels.varying(marks[1].labels) else Mark(labels, marks[0].zero)
-        return Mark(labels, marks[0].zero and marks[1].zero)
+            return None if recorder.channels.varying(marks[1].labels) else Mark(labels, zeros[0])
+        return Mark(labels, all(zeros))
 
     return apply
 
@@ -75,25 +76,29 @@ def _keeps_zero(recorder: Recorder, args, kwargs, tensor: Tensor) -> bool:
     return bool((result == 0).all())
 
 
-def _join(recorder: Recorder, first: Tensor, second: Tensor, shape: Sequence[int]) -> Tensor:
-    """Tie the labels of two maps that meet element by element, broadcast to ``shape``; return those of the result."""
+def _join(recorder: Recorder, first: Tensor, second: Tensor, shape: Sequence[int]) -> tuple[Tensor, tuple[bool, bool]]:
+    """Tie the labels of two maps that meet element by element, broadcast to ``shape``.
+
+    Returns the labels of the result, and which of the two follow them. One channel that meets many does not: it stays, and
+    is no zero where one of these is removed.
+    """
     both = []
     for labels, other in ((first, second), (second, first)):
         lead = len(shape) - labels.dim()
         other = other.expand(shape)
         stretched = [d for d in range(len(shape)) if (d < lead or labels.shape[d - lead] == 1) and shape[d] > 1]
         if any(recorder.channels.varies(other, d) for d in stretched):
-            # One channel meets many: it is needed as long as any of them.
             what = f"meets all channels of another map at once, by {recorder.operation()}"
             recorder.channels.freeze(labels, f"{what}: to prune it, let both have as many channels")
             both.append(None)
         else:
             both.append(labels.expand(shape))
+    follows = both[0] is not None, both[1] is not None
     if both[0] is None or both[1] is None:
         kept = both[0] if both[0] is not None else both[1]
-        return torch.tensor(FIXED).expand(shape) if kept is None else kept
+        return torch.tensor(FIXED).expand(shape) if kept is None else kept, follows
     _tie_maps(recorder, both[0], both[1])
-    return both[0]
+    return both[0], follows
 
 
 def _tie_maps(recorder: Recorder, first: Tensor, second: Tensor) -> None:
