@@ -16,6 +16,7 @@ ROOMS = ("backbones", "bilinear_pooling", "builders", "convs")
 ON_MMPRETRAIN = {
     "BilinearClsHead": "bilinear_head",
     "TwoStreamBackbone": "bilinear_head",
+    "MobileNetV2_CIFAR": "mobilenet_v2",
     "MobileNetV3_CIFAR": "mobilenet_v3",
 }
 

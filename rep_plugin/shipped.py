@@ -29,7 +29,7 @@ def list_configs(filter: str | Iterable[str] = "") -> list[str]:
         ['bcnn/bcnn_vgg16bn_aircraft_step1', 'bcnn/bcnn_vgg16bn_cars_step1', 'bcnn/bcnn_vgg16bn_cub_step1']
     """
     wanted = [filter] if isinstance(filter, str) else list(filter)
-    names = [name for name in _names(CONFIGS, ".py") if not name.startswith("_base_/")]
+    names = [name for name in _names(CONFIGS, ".py") if not name.startswith(("_base_/", "experiments/"))]
     return [
         name
         for name in names

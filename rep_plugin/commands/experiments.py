@@ -1,0 +1,78 @@
+"""Train a set of configs over several seeds, keep a record of every run, print one table.
+
+rep-plugin experiments                                      # the sets that are shipped
+rep-plugin experiments warm_start --seeds 1                 # screen
+rep-plugin experiments warm_start --budget-minutes 60       # and go on later: the same command again
+rep-plugin experiments warm_start --show                    # the table of what is there
+
+Every run is a ``rep-plugin train`` of an ordinary config in a folder of its own, with one thread, one a core side by side.
+Finished ones are not repeated, cut off ones go on from their last epoch.
+"""
+
+import argparse
+from pathlib import Path
+
+from rep_plugin.commands.parser import add_cfg_options
+from rep_plugin.optional import require
+
+HELP = "train a set of configs over several seeds, with a record of every run"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the set, how much of it, and where."""
+    parser.add_argument("name", nargs="?", metavar="SET", help="name of a shipped set, or a file; none: list them")
+    parser.add_argument("--seeds", type=int, metavar="N", help="seeds of every row; default: as many as the set says")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="only these rows, and those they need")
+    parser.add_argument("--budget-minutes", type=float, metavar="M", help="end after this time; the rest another time")
+    parser.add_argument("--workers", type=int, metavar="N", help="runs side by side; default: one a core")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with what is there, as it always does (for scripts that say so)"
+    )
+    parser.add_argument("--show", action="store_true", help="train nothing, print the table of the records")
+    parser.add_argument("--work-dir", metavar="FOLDER", help="folder of all runs; default: work_dirs/experiments/<set>")
+    parser.add_argument("--records", metavar="FOLDER", help="folder of the records; default: <work dir>/records")
+    add_cfg_options(parser, what="every config")
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse numbers that mean nothing."""
+    for name in ("seeds", "workers", "budget_minutes"):
+        if (value := getattr(args, name)) is not None and not value > 0:
+            args.parser.error(f"--{name.replace('_', '-')} must be > 0, got {value}")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train what is missing, print the table."""
+    for package in ("mmengine", "mmcv"):
+        require(package, "openmmlab", "rep-plugin experiments")
+    from rich.console import Console
+
+    from rep_plugin.openmmlab.cli import parse_options, session
+    from rep_plugin.openmmlab.experiments import list_sets, read_set, run_experiments
+    from rep_plugin.openmmlab.results import read_records, table_of
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 140)  # a file has room for the table
+    if args.name is None:
+        for name in list_sets():
+            console.print(f"{name}: {read_set(name).title}", markup=False, highlight=False)
+        return
+    options = parse_options(args.cfg_options)
+    experiments = read_set(args.name, options)
+    work_dir = Path(args.work_dir or f"work_dirs/experiments/{experiments.name}")
+    records = Path(args.records or work_dir / "records")
+    if not args.show:
+        with session():
+            run_experiments(
+                args.name,
+                work_dir,
+                records,
+                seeds=args.seeds,
+                rows=args.rows,
+                workers=args.workers,
+                minutes=args.budget_minutes,
+                options=options,
+                log=lambda text: console.print(text, markup=False, highlight=False),
+            )
+    console.print(table_of(experiments, read_records(records, experiments.name)))

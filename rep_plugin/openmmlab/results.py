@@ -1,0 +1,218 @@
+"""Tables, plots and verdicts from the records of experiments (:mod:`rep_plugin.openmmlab.experiments`).
+
+A claim of a set is a dict: ``says`` (one line), ``source``, the rows ``better`` and ``than``, and ``by`` (points that the
+first must be ahead, negative: may be behind).
+"""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.figure import Figure
+from scipy import stats
+
+from rep_plugin.errors import ArgumentError
+from rep_plugin.openmmlab.experiments import ExperimentSet
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Records = dict[str, list[dict[str, Any]]]
+CONFIDENCE = 0.95
+COLUMNS = ("trained as", "mean", "each seed", "difference", "params", "MACs", "minutes")
+
+
+def read_records(folder: Path, name: str) -> Records:
+    """Return the records of a set: {row: records, by seed}.
+
+    Args:
+        folder: of all records.
+        name: of the set.
+
+    Returns:
+        The records, by row and seed.
+
+    Raises:
+        ArgumentError: a file is no record; names it.
+    """
+    records: Records = {}
+    for path in sorted((folder / name).glob("*.json")):
+        try:
+            record = json.loads(path.read_text())
+            records.setdefault(record["row"], []).append(record)
+            score(record)
+        except (ValueError, KeyError, TypeError):
+            raise ArgumentError(f"{path} is no record of a run, expected what rep-plugin experiments writes") from None
+    return {row: sorted(runs, key=lambda run: run["seed"]) for row, runs in records.items()}
+
+
+def score(record: Mapping[str, Any]) -> float:
+    """Return the main metric of a run's last validation."""
+    return float(record["metrics"][record["main_metric"]])
+
+
+def paired(ours: Sequence[Mapping], theirs: Sequence[Mapping]) -> tuple[float, float | None] | None:
+    """Compare two rows seed by seed.
+
+    Args:
+        ours: records of a row.
+        theirs: records of another.
+
+    Returns:
+        The mean difference over the seeds that both have, and half of its 95 % interval (Student's t; None of one seed);
+        None where they share no seed.
+    """
+    other = {run["seed"]: score(run) for run in theirs}
+    gaps = [score(run) - other[run["seed"]] for run in ours if run["seed"] in other]
+    if not gaps:
+        return None
+    if len(gaps) == 1:
+        return gaps[0], None
+    error = statistics.stdev(gaps) / len(gaps) ** 0.5
+    return statistics.mean(gaps), float(stats.t.ppf((1 + CONFIDENCE) / 2, len(gaps) - 1)) * error
+
+
+def _verdict(claim: Mapping[str, Any], records: Records) -> str:
+    """Return one line: what a source says, what was measured, whether it holds.
+
+    A claim holds where the whole interval is on its side, and fails where the whole interval is on the other.
+    """
+    says = f"{claim['says']} ({claim['source']})"
+    found = paired(records.get(claim["better"], ()), records.get(claim["than"], ()))
+    if found is None:
+        return f"{says}: not measured yet"
+    mean, half = found
+    by = claim.get("by", 0.0)
+    measured = f"measured {_difference(found)} of {claim['better']} against {claim['than']}"
+    if half is None:
+        return f"{says}: {measured}, one seed only"
+    word = "holds" if mean - half > by else "does not hold" if mean + half < by else "not decided by these seeds"
+    return f"{says}: {measured}, **{word}**"
+
+
+def _difference(found: tuple[float, float | None] | None) -> str:
+    """Return ``+0.31 ± 0.12``, or what there is of it."""
+    if found is None:
+        return ""
+    mean, half = found
+    return f"{mean:+.2f}" if half is None else f"{mean:+.2f} ± {half:.2f}"
+
+
+def _rows_of(experiments: ExperimentSet, records: Records) -> list[tuple[str, ...]]:
+    """Return the cells of a table: of each row that has records those of :data:`COLUMNS`."""
+    cells = []
+    for name in experiments.rows:
+        if not (runs := records.get(name)):
+            continue
+        scores = [score(run) for run in runs]
+        spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
+        base = records.get(experiments.baseline or "", ())
+        gap = "" if name == experiments.baseline else _difference(paired(runs, base))
+        final = next(value for key in ("pruned", "deployed", "trained") if (value := runs[0]["costs"].get(key)))
+        minutes = statistics.mean(sum(run["seconds"]) for run in runs) / 60
+        each = " ".join(f"{value:.2f}" for value in scores)
+        cells.append(
+            (name, f"{statistics.mean(scores):.2f}{spread}", each, gap)
+            + (f"{final['params']:,}", f"{final['macs'] / 1e6:.2f} M", f"{minutes:.1f}")
+        )
+    return cells
+
+
+def _missing(experiments: ExperimentSet, records: Records) -> str:
+    """Return a line that names the rows with fewer seeds than the set asks for; empty where nothing is missing."""
+    few = {
+        name: len(records.get(name, ()))
+        for name, row in experiments.rows.items()
+        if not row.hidden and len(records.get(name, ())) < experiments.seeds
+    }
+    rows = ", ".join(f"{name} ({count} of {experiments.seeds} seeds)" for name, count in few.items())
+    return f"Not complete: {rows}." if few else ""
+
+
+def table_of(experiments: ExperimentSet, records: Records) -> "Table":
+    """Return what the command prints.
+
+    Args:
+        experiments: the set.
+        records: of its rows.
+
+    Returns:
+        The table.
+    """
+    from rich.table import Table
+
+    table = Table(title=experiments.title, caption=_missing(experiments, records) or None)
+    for column in _headers(experiments):
+        table.add_column(column, justify="left" if column == COLUMNS[0] else "right")
+    for cells in _rows_of(experiments, records):
+        table.add_row(*cells)
+    return table
+
+
+def _headers(experiments: ExperimentSet) -> list[str]:
+    """Return the column names, the baseline's name among them."""
+    named = {"difference": f"against {experiments.baseline}, 95 %" if experiments.baseline else "difference"}
+    return [named.get(column, column) for column in COLUMNS]
+
+
+def page_of(experiments: ExperimentSet, records: Records) -> str:
+    """Return the page of a set: the table, the claims, how it was measured.
+
+    Args:
+        experiments: the set.
+        records: of its rows.
+
+    Returns:
+        The page, in Markdown.
+    """
+    first = next(run for runs in records.values() for run in runs)
+    cells = [_headers(experiments), ["---"] * len(COLUMNS), *_rows_of(experiments, records)]
+    commits = sorted({run["commit"] for runs in records.values() for run in runs})
+    machines = sorted(
+        {f"{run['processor']}, torch {run['versions']['torch']}" for runs in records.values() for run in runs}
+    )
+    lines = [
+        f"# {experiments.title}",
+        "",
+        f"`rep-plugin experiments {experiments.name}` trains this, `make results` writes this page from the records.",
+        f"Numbers are {first['main_metric']} of the last validation, means over the seeds and their standard deviation.",
+        "Differences are paired by seed, with a 95 % interval.",
+        "Costs are those of the network that is deployed, for one image.",
+        "",
+        *(f"| {' | '.join(row)} |" for row in cells),
+        "",
+        *(f"- {_verdict(claim, records)}" for claim in experiments.claims),
+        *([""] if experiments.claims else []),
+        *filter(None, [_missing(experiments, records)]),
+        f"Measured on {'; '.join(machines)}, one thread a run, at {', '.join(commits)}.",
+    ]
+    return "\n".join(lines)
+
+
+def figure_of(experiments: ExperimentSet, records: Records) -> Figure:
+    """Plot all rows: every seed a dot, the mean a line.
+
+    Args:
+        experiments: the set.
+        records: of its rows.
+
+    Returns:
+        The plot.
+    """
+    names = [name for name in experiments.rows if name in records]
+    figure = Figure(figsize=(7.5, 1 + 0.36 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    for place, name in enumerate(names):
+        scores = [score(run) for run in records[name]]
+        color = "#b9c3cf" if name == experiments.baseline else "#2f6db5"
+        axes.plot(scores, [place] * len(scores), "o", color=color, markersize=5)
+        axes.plot([statistics.mean(scores)] * 2, [place - 0.3, place + 0.3], color=color, linewidth=2)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.tick_params(labelsize=8)
+    axes.set_title(experiments.title, fontsize=9)
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
