@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rep_plugin import pruning as pruning  # these two register how their steps are repeated
 from rep_plugin import reparam as reparam
-from rep_plugin.checkpoints.files import write_atomic, write_together
+from rep_plugin.checkpoints.files import write_contents
 from rep_plugin.checkpoints.strict import require_fit
 from rep_plugin.errors import (
     ArgumentError,
@@ -202,11 +202,7 @@ def write_folder(folder: str | Path, config: Mapping, model: nn.Module) -> None:
         model: the model.
     """
     contents = {WEIGHTS: safetensors.save(state_of(model)), CONFIG: json.dumps(config, indent=1).encode()}
-    writers = {
-        name: lambda path, data=data: write_atomic(path, lambda file: file.write(data))
-        for name, data in contents.items()
-    }
-    write_together(Path(folder), writers)
+    write_contents(Path(folder), contents)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -6,8 +6,9 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -47,12 +48,13 @@ def refuse_existing(folder: Path, names: Iterable[str], overwrite: bool = False)
 
 def require_regular(path: str | os.PathLike) -> Path:
     """Return where ``path`` leads, links followed. Raises OSError where something else than a regular file stands there."""
-    path = Path(os.path.realpath(path))
+    given = Path(path)
+    path = Path(os.path.realpath(given))
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, f"{path} is a folder, expected a file or nothing")
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, f"{path} is a device, pipe or socket, expected a regular file or nothing")
-    return path
+    return Path(os.path.realpath(given.parent), given.name) if _is_passing(given) else path
 
 
 def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> None:
@@ -98,40 +100,125 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def write_together(out_dir: Path, files: Mapping[str, Callable[[Path], None]]) -> None:
-    """Write several files into a temporary folder; once all are on disk they get their names, or none does.
+    """Write several files so that every reader finds all the old ones or all the new ones, also after ``kill -9``.
+
+    Threads of one process take turns.
 
     Args:
         out_dir: their folder, made where it is missing.
-        files: name -> function that is given the path to write.
+        files: name -> function that is given the path to write. A link of that name is replaced, not followed.
 
     Raises:
         OSError: a file cannot be written, or another process is writing files into this folder. Older files then stay.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
-    targets = {name: require_regular(out_dir / name) for name in files}
+    for name in files:
+        require_regular(out_dir / name)
     with _only_writer(out_dir):
+        _settle(out_dir)
         _remove_stale_temporaries(out_dir)
-        temporary = out_dir / _temporary_name("files")
-        temporary.mkdir()
+        stage = out_dir / _temporary_name("files")
         try:
+            for part in ("old", "new"):
+                (stage / part).mkdir(parents=True)
             for name, write in files.items():
                 try:
-                    write(temporary / name)
+                    write(stage / "new" / name)
                 except OSError as error:
-                    reason = (error.strerror or str(error)).replace(str(temporary), str(out_dir))
+                    reason = (error.strerror or str(error)).replace(str(stage / "new"), str(out_dir))
                     raise OSError(error.errno, f"cannot write {out_dir / name}: {reason}") from None
-            _replace_all({temporary / name: target for name, target in targets.items()}, temporary)
+            try:
+                _switch(out_dir, stage, list(files))
+            except OSError as error:
+                reason = error.strerror or str(error)
+                raise OSError(error.errno, f"cannot put {', '.join(files)} into {out_dir}: {reason}") from None
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    _sync_folder(out_dir)
+            if _shown(out_dir) is None:
+                shutil.rmtree(stage, ignore_errors=True)
+
+
+def write_contents(out_dir: Path, contents: Mapping[str, bytes]) -> None:
+    """Write several files as :func:`write_together` does.
+
+    Args:
+        out_dir: their folder.
+        contents: name -> content.
+    """
+
+    def writer(data: bytes) -> Callable[[Path], None]:
+        return lambda path: write_atomic(path, lambda file: file.write(data))
+
+    write_together(out_dir, {name: writer(data) for name, data in contents.items()})
+
+
+# Several files change in one step: each name becomes a link through one common link, POINTER, to the old file. POINTER is
+# then replaced by one to the new files, and last each name is replaced by its file. No step but the middle one changes what
+# a reader finds, and after a kill the links stay until the next writer in this folder puts the files in their place.
+POINTER = ".rep_plugin.current"
+
+
+def _switch(folder: Path, stage: Path, names: Sequence[str]) -> None:
+    """Put the files in ``stage/new`` in the place of those in ``folder``, all or none."""
+    try:
+        os.symlink(f"{stage.name}/old", folder / POINTER)
+    except OSError:  # no links there (Windows, FAT)
+        return _replace_all({stage / "new" / name: folder / name for name in names}, stage / "old")
+    try:
+        for name in names:
+            if os.path.lexists(folder / name):
+                _keep(folder / name, stage / "old" / name)
+        for part in (stage / "old", stage / "new", stage):
+            _sync_folder(part)
+        for name in names:
+            os.symlink(f"{POINTER}/{name}", stage / "link")
+            os.replace(stage / "link", folder / name)
+        _sync_folder(folder)
+        os.symlink(f"{stage.name}/new", stage / "link")
+        os.replace(stage / "link", folder / POINTER)
+        _sync_folder(folder)
+    finally:
+        _settle(folder)
+    return None
+
+
+def _settle(folder: Path) -> None:
+    """Put the files that POINTER shows in the place of the links through it. Its writer has them, or was killed."""
+    if (shown := _shown(folder)) is None:
+        return
+    for link in [path for path in folder.iterdir() if _is_passing(path)]:
+        if os.path.lexists(shown / link.name):
+            (shown.parent / "link").unlink(missing_ok=True)
+            _keep(shown / link.name, shown.parent / "link")  # not moved: readers may be on their way through the links
+            os.replace(shown.parent / "link", link)
+        else:
+            link.unlink()
+    _sync_folder(folder)
+    (folder / POINTER).unlink()
+    shutil.rmtree(shown.parent, ignore_errors=True)
+
+
+def _shown(folder: Path) -> Path | None:
+    """The files that POINTER shows, None where there is no such link."""
+    pointer = folder / POINTER
+    if not os.path.lexists(pointer):
+        return None
+    target = os.readlink(pointer) if pointer.is_symlink() else ""
+    if not re.fullmatch(rf"{STAGE}/(old|new)", target) or (folder / target).parent.is_symlink():
+        raise FileExistsError(errno.EEXIST, f"{pointer} was not made by rep_plugin, expected nothing there: remove it")
+    return folder / target
+
+
+def _is_passing(path: Path) -> bool:
+    """Whether a name is a link through POINTER, to be replaced by its file."""
+    return path.is_symlink() and os.readlink(path) == f"{POINTER}/{path.name}"
 
 
 def _replace_all(moves: Mapping[Path, Path], folder: Path) -> None:
     """Rename files; where one rename fails, those before it are taken back. ``folder`` takes the old files meanwhile."""
     undo: list[tuple[Path | None, Path]] = []
     try:
-        for number, (source, target) in enumerate(moves.items()):
-            old = folder / f"{number}.old" if target.exists() else None
+        for source, target in moves.items():
+            old = folder / target.name if target.exists() else None
             if old is not None:
                 _keep(target, old)
             os.replace(source, target)
@@ -144,34 +231,40 @@ def _replace_all(moves: Mapping[Path, Path], folder: Path) -> None:
 
 def _keep(file: Path, other: Path) -> None:
     try:
-        os.link(file, other)
-    except OSError:  # a file system without links
-        shutil.copy2(file, other)
+        os.link(file, other, follow_symlinks=False)
+    except (OSError, NotImplementedError):  # a file system without links, another user's file
+        shutil.copy2(file, other, follow_symlinks=False)
+
+
+_TURNS: dict[str, threading.Lock] = {}
 
 
 @contextmanager
 def _only_writer(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which ends with the process that holds it.
+    """Hold the folder's lock, which ends with the process that holds it; other threads wait for their turn.
 
     Raises:
-        BlockingIOError: another process or thread holds it.
+        BlockingIOError: another process holds it.
     """
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with _TURNS.setdefault(os.path.realpath(folder), threading.Lock()):
+        if fcntl is None:
+            yield
+            return
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(
-                errno.EWOULDBLOCK, f"another process is writing its files into {folder}; nothing was written"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        yield
-    finally:
-        os.close(descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BlockingIOError(
+                    errno.EWOULDBLOCK, f"another process is writing its files into {folder}; nothing was written"
+                ) from None
+            except OSError:  # a file system without locks
+                pass
+            yield
+        finally:
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # a process forked meanwhile has the descriptor as well
+            os.close(descriptor)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -213,6 +306,9 @@ def _temporary_name(name: str) -> str:
     return f".{name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
 
 
+STAGE = r"\.files\.\d+-[0-9a-f]{8}\.tmp"
+
+
 def _remove_stale_temporaries(folder: Path) -> None:
     """A writer killed with ``kill -9`` cannot clean up, so the next one in this folder does it."""
     for leftover in folder.glob(".*.tmp"):
@@ -220,6 +316,11 @@ def _remove_stale_temporaries(folder: Path) -> None:
             try:
                 os.kill(int(match[1]), 0)
             except ProcessLookupError:
-                shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+                if (shown := _shown(folder)) is not None and shown.parent == leftover:
+                    continue  # names in this folder are links into it
+                if leftover.is_dir() and not leftover.is_symlink():
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
+                    leftover.unlink(missing_ok=True)
             except (OSError, OverflowError):
                 pass

@@ -70,7 +70,12 @@ def options_of(args: argparse.Namespace) -> dict:
         if not Path(args.class_names).is_file():
             raise FileNotFoundError(f"{args.class_names} does not exist, expected a file of names")
         options["class_names"] = Path(args.class_names).read_text().splitlines()
-    return options | {"reparameterize": not args.as_it_stands, "batch": args.batch, "size": args.size}
+    return options | {
+        "reparameterize": not args.as_it_stands,
+        "batch": args.batch,
+        "size": args.size,
+        "with_report": True,
+    }
 
 
 def from_config(args: argparse.Namespace) -> "ExportReport":
@@ -112,6 +117,4 @@ def run(args: argparse.Namespace) -> None:
     else:
         report = from_timm(args)
     report.print()
-    beside = Path(f"{args.files[-1]}.json")
-    report.to_json(beside)
-    print_written([args.files[-1], beside])
+    print_written([args.files[-1], f"{args.files[-1]}.json"])

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rep_plugin.checkpoints.files import check_writable, write_atomic
+from rep_plugin.checkpoints.files import check_writable, write_atomic, write_contents
 from rep_plugin.errors import (
     ArgumentError,
     EquivalenceError,
@@ -57,6 +57,8 @@ def export_onnx(
     runtimes: Sequence[str] = RUNTIMES,
     tolerance: float = TOLERANCE,
     rounds: int = 20,
+    with_report: bool = False,
+    notes: Sequence[str] = (),
 ) -> ExportReport:
     """Write a model as ONNX once its outputs in every runtime agree with PyTorch's; return a report.
 
@@ -80,6 +82,8 @@ def export_onnx(
         runtimes: where to run the file, of ``onnxruntime`` and ``openvino``.
         tolerance: largest allowed difference, relative to the largest value of each output.
         rounds: how often a call on one image is timed, with as many threads as torch has; 0: not timed.
+        with_report: write the report to ``path`` + ``.json`` as well, both files together or none.
+        notes: sentences for the report, after its own.
 
     Returns:
         The report of the file, its errors and its latency.
@@ -165,8 +169,12 @@ def export_onnx(
         report.pytorch_milliseconds = medians["PyTorch"]
         for one in report.runtimes:
             one.milliseconds = medians[one.name]
-    write_atomic(path, lambda file: file.write(data))
     report.seconds = time.perf_counter() - started
+    report.notes += notes
+    if with_report:
+        write_contents(path.parent, {path.name: data, f"{path.name}.json": f"{report.to_json()}\n".encode()})
+    else:
+        write_atomic(path, lambda file: file.write(data))
     return report
 
 
@@ -200,17 +208,15 @@ def export_images(
         raise ArgumentError(f"batch must be >= 1, got {batch}")
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise ArgumentError(f"size must be two numbers >= 1, got {tuple(size)}")
-    notes = [] if images is not None else ["compared on random images, as none were given"]
     if images is None:
+        options["notes"] = ["compared on random images, as none were given", *options.get("notes", ())]
         images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     if size is not None and tuple(size) != tuple(images.shape[2:]):
         images = F.interpolate(images, tuple(size), mode="bilinear", antialias=True)
     if batch is not None:
         options |= {"images": images, "dynamic_batch": False}
         images = images[torch.arange(batch) % len(images)]
-    report = export_onnx(model, path, images, **options)
-    report.notes += notes
-    return report
+    return export_onnx(model, path, images, **options)
 
 
 def _check(model: nn.Module, path: Path, x: Tensor, images: Tensor | None, dynamic_size: bool) -> None:

@@ -110,6 +110,11 @@ def _put_atomic(self: LocalBackend, obj: bytes, filepath: str | Path) -> None:
     write_atomic(filepath, lambda file: file.write(obj))
 
 
+def _put_text_atomic(self: LocalBackend, obj: str, filepath: str | Path, encoding: str = "utf-8") -> None:
+    """``LocalBackend.put_text``, likewise: metrics and dumped configs."""
+    _put_atomic(self, obj.encode(encoding), filepath)
+
+
 def is_complete(path: str | os.PathLike) -> bool:
     """Whether ``path`` is a file which is not cut off: the directory of a zip file stands at its end."""
     if not os.path.isfile(path) or os.path.getsize(path) == 0:
@@ -161,7 +166,7 @@ def enable_safe_loading() -> None:
     if hasattr(mm, "_safe_torch_load"):
         mm._safe_torch_load = _load_any
     # The class and not a newly registered backend: instances may exist, and HardDiskBackend inherits from it.
-    LocalBackend.put = _put_atomic
+    LocalBackend.put, LocalBackend.put_text = _put_atomic, _put_text_atomic
     for name in _LATEST_USERS:
         if hasattr(sys.modules.get(name), "find_latest_checkpoint"):
             vars(sys.modules[name])["find_latest_checkpoint"] = find_latest_checkpoint

@@ -61,10 +61,8 @@ def write_onnx(
     reason = why_not_class_names(names, model)
     if names and reason is None and hasattr(getattr(model, "head", None), "num_classes"):
         metadata["class_names"] = list(names)
-    report = export_images(model, path, inputs, shape, batch, size, **(metadata | options))
-    if reason and "class_names" not in options:
-        report.notes.append(reason)
-    return report
+    notes = [reason] if reason and "class_names" not in options else []
+    return export_images(model, path, inputs, shape, batch, size, **({"notes": notes} | metadata | options))
 
 
 def read_images(model: nn.Module, cfg: Config, folder: str | Path, count: int = REAL_IMAGES) -> Tensor:

@@ -1,5 +1,6 @@
 """Pruning at many rates: each is trained in a folder of its own, and one row describes it."""
 
+import io
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 
-from rep_plugin.checkpoints.files import write_atomic, write_text
+from rep_plugin.checkpoints.files import write_atomic, write_contents, write_text
 from rep_plugin.errors import ArgumentError, TrainingError
 from rep_plugin.measure.latency import eager_calls, interleaved_medians, torch_threads
 from rep_plugin.measure.plots import accuracy_figure, save_figure
@@ -77,11 +78,13 @@ def sweep(
             rows.append(_row_of(folder, label, rate))
             step()
     _add_latencies(rows, config, next(iter(starts.values())))
-    write_text(out / "sweep.json", json.dumps(rows, indent=1))
+    contents = {"sweep.json": f"{json.dumps(rows, indent=1)}\n".encode()}
     if curves := curves_of(rows):
         dense = rows[0]["before"] if len(starts) == 1 else None
         figure = accuracy_figure(curves, rows[0]["metric"], Path(config).stem, dense)
-        write_atomic(out / "sweep.png", lambda file: save_figure(figure, file))
+        save_figure(figure, image := io.BytesIO())
+        contents["sweep.png"] = image.getvalue()
+    write_contents(out, contents)
     return rows
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from rep_plugin.checkpoints import files
 from rep_plugin.checkpoints.files import write_atomic, write_together
+from tests.attack.steps import die_at
 from tests.helpers import ROOT
 
 NAMES = ("deploy.pth", "deploy.py", "deploy.json")
@@ -47,9 +48,10 @@ def test_a_failed_writer_replaces_nothing(tmp_path, failing, before):
     assert ".tmp" not in str(caught.value) and contents(tmp_path) == old
 
 
+@pytest.mark.parametrize("links", [True, False])
 @pytest.mark.parametrize("before", [(), NAMES, NAMES[:1], NAMES[1:]])
 @pytest.mark.parametrize("number", range(3))
-def test_a_failed_rename_takes_back_those_before_it(tmp_path, before, number, monkeypatch):
+def test_a_failed_rename_takes_back_those_before_it(tmp_path, before, number, links, monkeypatch):
     for name in before:
         (tmp_path / name).write_text("old")
     old = contents(tmp_path)
@@ -61,30 +63,130 @@ def test_a_failed_rename_takes_back_those_before_it(tmp_path, before, number, mo
             raise OSError(5, "Input/output error")
         replace(source, target)
 
+    def refused(*args, **kwargs):
+        raise OSError(1, "Operation not permitted")
+
     monkeypatch.setattr(files.os, "replace", failing)
-    with pytest.raises(OSError, match="Input/output error"):
+    if not links:
+        monkeypatch.setattr(files.os, "symlink", refused)
+    with pytest.raises(OSError, match=r"cannot put deploy.pth, deploy.py, deploy.json into .*: Input/output error"):
         write_together(tmp_path, writers("new"))
     assert contents(tmp_path) == old
 
 
 def test_one_of_two_writers_of_a_folder_wins_whole(tmp_path):
-    inside, leave = threading.Event(), threading.Event()
+    code = f"""
+        import sys
+        from pathlib import Path
+        from rep_plugin.checkpoints.files import write_together
 
-    def slow(path):
-        inside.set()
-        leave.wait(20)
-        path.write_text("deploy.pth first")
+        def write(path):
+            if path.name == "deploy.pth":
+                print("inside", flush=True)
+                sys.stdin.readline()
+            path.write_text(f"{{path.name}} first")
 
-    first = threading.Thread(target=write_together, args=(tmp_path, {**writers("first"), "deploy.pth": slow}))
-    first.start()
-    assert inside.wait(20)
+        write_together(Path({str(tmp_path)!r}), dict.fromkeys({NAMES!r}, write))
+    """
+    run = [sys.executable, "-c", textwrap.dedent(code)]
+    first = subprocess.Popen(run, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "inside\n"
     for _ in range(2):
         with pytest.raises(BlockingIOError, match=f"another process is writing its files into {tmp_path}"):
             write_together(tmp_path, writers("second"))
-    leave.set()
-    first.join()
+    first.communicate("go\n", timeout=20)
     assert contents(tmp_path) == {name: f"{name} first" for name in NAMES}
     write_together(tmp_path, writers("third"))
+    assert contents(tmp_path) == {name: f"{name} third" for name in NAMES}
+
+
+def in_threads(work, count: int = 8) -> list[BaseException]:
+    """What ``work(number)`` raised in as many threads at once."""
+    errors: list[BaseException] = []
+
+    def guarded(number):
+        try:
+            work(number)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+def test_threads_on_one_folder_take_turns(tmp_path):
+    finished = []
+
+    def write(number):
+        for _ in range(10):
+            write_together(tmp_path, writers(str(number)))
+            finished.append(number)
+
+    assert not in_threads(write) and len(finished) == 80
+    found = contents(tmp_path)
+    assert set(found) == set(NAMES) and len({text.split()[1] for text in found.values()}) == 1
+
+
+@pytest.mark.parametrize("before", [(), NAMES, NAMES[1:]])
+def test_a_kill_at_any_step_leaves_one_whole_set(tmp_path, before):
+    for number in range(10**6):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name in before:
+            (folder / name).write_text(f"{name} old")
+        old, new = contents(folder), {name: f"{name} new" for name in NAMES}
+        child = os.fork()
+        if child == 0:
+            die_at(number)
+            try:
+                write_together(folder, writers("new"))
+            finally:
+                os._exit(0)
+        _, status = os.waitpid(child, 0)
+        shown = {name: (folder / name).read_text() for name in NAMES if (folder / name).exists()}
+        assert shown in (old, new), f"killed at step {number}: {shown}"
+        (folder / "other.json").touch()
+        write_atomic(
+            folder / "other.json", lambda file: file.write(b"{}")
+        )  # another file's writer removes nothing of it
+        assert shown == {name: (folder / name).read_text() for name in NAMES if (folder / name).exists()}
+        write_together(folder, writers("last"))
+        assert contents(folder) == {name: f"{name} last" for name in NAMES} | {"other.json": "{}"}
+        assert not any(path.is_symlink() for path in folder.iterdir())
+        if status == 0:
+            break
+    assert 20 < number < 100
+
+
+@pytest.mark.parametrize(
+    "target", ["/etc", "../elsewhere/old", ".files.1-0123abcd.tmp/other", ".files.1-0123abcd.tmp/old"]
+)
+def test_links_that_no_writer_made_are_refused(tmp_path, target):
+    (tmp_path / "elsewhere" / "old").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "kept").touch()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / ".files.1-0123abcd.tmp").symlink_to(tmp_path / "elsewhere")
+    (folder / files.POINTER).symlink_to(target)
+    with pytest.raises(OSError, match="was not made by rep_plugin"):
+        write_together(folder, writers("new"))
+    assert (tmp_path / "elsewhere" / "kept").exists()
+
+
+def test_without_links_a_set_is_renamed(tmp_path, monkeypatch):
+    write_together(tmp_path, writers("old"))
+
+    def refused(*args, **kwargs):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(files.os, "symlink", refused)
+    monkeypatch.setattr(files.os, "link", refused)
+    write_together(tmp_path, writers("new"))
+    assert contents(tmp_path) == {name: f"{name} new" for name in NAMES}
 
 
 def test_two_processes_on_one_folder_never_mix(tmp_path):
@@ -107,26 +209,17 @@ def test_two_processes_on_one_folder_never_mix(tmp_path):
     processes = [subprocess.Popen([*run, name], cwd=ROOT) for name in ("a", "b")]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     assert set(contents(tmp_path)) == set(NAMES)
-    # The rename of three files is no single step, so that only a finished state is compared.
     assert len(set(contents(tmp_path).values())) == 1
 
 
 def test_threads_on_one_path_all_write_whole(tmp_path):
-    path, errors = tmp_path / "a.json", []
+    path = tmp_path / "a.json"
 
     def write(number):
-        try:
-            for _ in range(20):
-                write_atomic(path, lambda file: file.write(str(number).encode() * 10_000))
-        except BaseException as error:
-            errors.append(error)
+        for _ in range(20):
+            write_atomic(path, lambda file: file.write(str(number).encode() * 10_000))
 
-    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors and os.listdir(tmp_path) == ["a.json"]
+    assert not in_threads(write) and os.listdir(tmp_path) == ["a.json"]
     text = path.read_text()
     assert len(text) == 10_000 and len(set(text)) == 1
 

@@ -1,0 +1,1 @@
+"""Attacks on the whole package, by seed: see ``python -m tests.attack --help``."""
