@@ -5,7 +5,6 @@ registers itself in BUILDERS, and the folder alone is enough; otherwise the user
 to it is repeated on that.
 """
 
-import copy
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from rep_plugin.errors import (
     first_line,
 )
 from rep_plugin.history import CHANGED, changes, check_history, history_of, rebuild_, start_of
+from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.forward import require_bare
 from rep_plugin.optional import require
 
@@ -113,7 +113,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model must be a freshly built torch.nn.Module, got {type(model).__name__}")
     state = read_weights(folder)
-    rehearsed = copy.deepcopy(model)
+    rehearsed = copy_model(model)
     try:
         steps = _steps_for(model, config)
         require_fit(rebuild_(rehearsed, steps), state, WEIGHTS)

@@ -1,6 +1,5 @@
 """What a model consists of, and which of the verbs apply to it: nothing is changed."""
 
-import copy
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.errors import RepPluginError, first_line
+from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.costs import MacCounter, count_macs, count_params
 from rep_plugin.measure.forward import eval_mode, run_model
 from rep_plugin.pruning import PrunePlan
@@ -122,7 +122,7 @@ def summarize(model: nn.Module, example_input: Tensor) -> Summary:
         (('0', (8, 6, 6), 7776), ['0'], ['0'])
     """
     image = example_input[:1]
-    model = copy.deepcopy(model)
+    model = copy_model(model)
     model.eval()  # not chained: mmpretrain's return None
     return Summary(
         type(model).__name__,

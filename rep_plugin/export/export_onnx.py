@@ -1,6 +1,5 @@
 """``export_onnx``: a model as an ONNX file that was first run in other runtimes and computes the same function there."""
 
-import copy
 import json
 import math
 import time
@@ -25,6 +24,7 @@ from rep_plugin.export.graph import INPUT, name_outputs, open_dims, output_keys,
 from rep_plugin.export.preprocessing import metadata_of
 from rep_plugin.export.report import ExportReport, RuntimeReport
 from rep_plugin.export.runtimes import RUNTIMES, check_runtimes, compare_runtime, open_model
+from rep_plugin.measure.copies import copy_model, copy_values
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.forward import require_bare
 from rep_plugin.measure.latency import eager_calls, interleaved_medians
@@ -116,7 +116,7 @@ def export_onnx(
     single = x[:1] if dynamic_batch else x
     report = ExportReport("export_onnx", count_params(model), 0, input_shape=tuple(single.shape), path=str(path))
     report.tolerance, report.opset = tolerance, opset
-    written = copy.deepcopy(model).cpu()
+    written = copy_model(model).cpu()
     _refuse_post_processing(written, single)
     report.macs_before = count_macs(written, single)
     if reparameterize:
@@ -332,7 +332,7 @@ def _reference(model: nn.Module, x: Tensor) -> object:
     """Return PyTorch's output, copied: some models hand out the tensors they work on."""
     try:
         with torch.no_grad():
-            output = copy.deepcopy(model(x.clone()))  # a model may work in place
+            output = copy_values(model(x.clone()))
     except Exception as error:  # a size that a network does not take is refused in as many ways as there are networks
         raise ArgumentError(
             f"the model does not take an input of shape {tuple(x.shape)}: {first_line(error)}"

@@ -1,7 +1,5 @@
 """Parameters and multiply-adds of a model."""
 
-import copy
-
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -9,7 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
-from rep_plugin.measure.forward import eval_mode, first_image, run_model
+from rep_plugin.measure.copies import copy_inputs, copy_model
+from rep_plugin.measure.forward import first_image, run_model
 
 
 def count_params(model: nn.Module) -> int:
@@ -53,7 +52,7 @@ def _shapes_of(model: nn.Module) -> nn.Module:
     """Return a copy of the model that holds no data: its parameters and buffers are on the meta device."""
     memo: dict[int, object] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
     memo |= {id(b): b.to("meta") for b in model.buffers()}
-    return copy.deepcopy(model, memo)
+    return copy_model(model, memo, training=False)
 
 
 @torch.no_grad()
@@ -86,7 +85,6 @@ def count_macs(model: nn.Module, example_input: object) -> int:
 
 def _count(model: nn.Module, example: object) -> int:
     shapes = _shapes_of(model)
-    shapes.eval()
     try:
         with _SkipNorm(), MacCounter() as counter:
             run_model(
@@ -94,6 +92,7 @@ def _count(model: nn.Module, example: object) -> int:
             )
         return counter.total
     except Exception:  # a forward that reads values may raise anything; what else is wrong is raised again below
-        with eval_mode(model), MacCounter() as counter:
-            run_model(model, example)
+        copied = copy_model(model, training=False)
+        with MacCounter() as counter:
+            run_model(copied, copy_inputs(example))
         return counter.total

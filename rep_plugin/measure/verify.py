@@ -1,6 +1,5 @@
 """The one equivalence check: two models, the same inputs, in float64."""
 
-import copy
 import itertools
 import math
 import warnings
@@ -15,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from rep_plugin.errors import ArgumentError, EquivalenceError, InconclusiveWarning
+from rep_plugin.measure.copies import copy_model, copy_values
 from rep_plugin.measure.forward import run_model
 from rep_plugin.measure.progress import track
 
@@ -191,7 +191,7 @@ def _find_ties(model: nn.Module, x: Tensor, expected: object, amount: float) -> 
     """
     ties = [torch.zeros_like(tensor, dtype=torch.bool) for tensor in exact_outputs(expected)]
     for seed, sign in itertools.product(range(3), (1, -1)):
-        generator, other = torch.Generator().manual_seed(seed), copy.deepcopy(model)
+        generator, other = torch.Generator().manual_seed(seed), copy_model(model)
         moved = [x.to(torch.float64, copy=True), *other.parameters()]
         for tensor in moved:
             noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
@@ -259,7 +259,7 @@ def default_inputs(model: nn.Module, example_input: Tensor | None = None) -> lis
         shape = (2, *(cfg.get("input_size") or (channels, 64, 64)))
     generator = torch.Generator().manual_seed(0)
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
-    first = example_input if example_input is not None else torch.randn(shape, generator=generator)
+    first = example_input.detach() if example_input is not None else torch.randn(shape, generator=generator)
     first = first.to(device, dtype, copy=True)  # a model may work in place
     other = (2, *shape[1:])
     if len(shape) == 4:
@@ -314,7 +314,7 @@ def rounding_error(model: nn.Module, x: Tensor) -> float:
     Returns:
         The largest relative error.
     """
-    return compare_outputs(_run(copy.deepcopy(model).double(), x.double()), _run(model, x)).max_rel
+    return compare_outputs(_run(copy_model(model).double(), x.double()), _run(model, x.clone())).max_rel
 
 
 class _Recorder:
@@ -329,7 +329,7 @@ class _Recorder:
     def _hook(self, name: str):
         def keep(module, args, kwargs, output):
             if name not in self.calls:
-                self.calls[name] = copy.deepcopy((args, kwargs, output))
+                self.calls[name] = copy_values((args, kwargs, output))
 
         return keep
 
@@ -374,8 +374,8 @@ def verify_equivalence(
         0.0
     """
     if keep:
-        reference, candidate = copy.deepcopy(reference), copy.deepcopy(candidate)
-    parts = {name: copy.deepcopy(part).double() for name, part in (parts or {}).items()}
+        reference, candidate = copy_model(reference), copy_model(candidate)
+    parts = {name: copy_model(part).double() for name, part in (parts or {}).items()}
     for model in (reference.double(), candidate.double(), *parts.values()):
         model.eval()  # not chained: mmpretrain's return None
     result = Equivalence(blocks={name: Difference() for name in block_names}, not_run=list(block_names))

@@ -1,6 +1,5 @@
 """Metrics of validation outside of a Runner's loop, and statistics of batch norms measured anew."""
 
-import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Number
@@ -19,6 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import DataLoader
 
 from rep_plugin.errors import DataError
+from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.forward import eval_mode
 from rep_plugin.measure.progress import track
 from rep_plugin.openmmlab.data import check_data
@@ -75,7 +75,7 @@ def prune_and_measure(
         if accuracy:
             report.metrics[what] = validation_metrics(model, cfg, loader, f"validation {what.replace('_', ' ')}")
 
-    pruned = copy.deepcopy(trained.model)
+    pruned = copy_model(trained.model)
     pruned.eval()
     report = apply_plan(pruned, plan, example_input=trained.inputs)
     metrics(trained.model, "before")

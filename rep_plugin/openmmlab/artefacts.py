@@ -1,6 +1,5 @@
 """Deployed and pruned models as stock code loads them: a checkpoint and a config, written together or not at all."""
 
-import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from rep_plugin.blocks.annealed import annealed_modules
 from rep_plugin.checkpoints.files import save_checkpoint_file, write_atomic, write_together
 from rep_plugin.checkpoints.strict import describe_mismatch
 from rep_plugin.errors import ArgumentError
+from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.plots import draw_widths
 from rep_plugin.measure.report import Report
 from rep_plugin.openmmlab.configs import (
@@ -98,7 +98,7 @@ def deployed_form(
         ArgumentError: there is no config for the result.
     """
     deployed = deploy_config(cfg, as_stock=not fold_bn)
-    source = copy.deepcopy(model)
+    source = copy_model(model)
     source.eval()
     merged, report = reparameterize(source, inputs, inplace=True, fold_bn=fold_bn, verify=verify)
     merged.cpu()
@@ -150,7 +150,7 @@ def write_pruned(
         >>> report.params_after < report.params_before
         True
     """
-    pruned = copy.deepcopy(model)
+    pruned = copy_model(model)
     pruned.eval()
     report = apply_plan(pruned, plan, example_input=inputs)
     write_pruned_model(pruned, cfg, plan, report, out_dir, inputs, dataset_meta)

@@ -1,6 +1,5 @@
 """``apply_plan``: remove the channels that a plan does not keep, proven on copies first, and report it."""
 
-import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from rep_plugin.errors import ArgumentError, EquivalenceError, first_line
 from rep_plugin.history import before_step, record_, replays
+from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.progress import working
 from rep_plugin.measure.report import BlockReport, Report
@@ -268,8 +268,8 @@ def proof_inputs(model: nn.Module, shape: Sequence[int], example_input: Tensor |
 
 def _prove(model: nn.Module, trace: Trace, kept: KeptChannels, inputs: list[Tensor], report: PruneReport) -> None:
     # In float64 from the start: gains of normalised filters change, and would be rounded.
-    masked = mask_channels_(copy.deepcopy(model).double(), trace, kept)
-    removed = remove_channels_(copy.deepcopy(model).double(), trace, kept)
+    masked = mask_channels_(copy_model(model).double(), trace, kept)
+    removed = remove_channels_(copy_model(model).double(), trace, kept)
     if any(kept.changes(labels) for labels in trace.outputs):
         masked = KeptOutputs(masked, trace, kept)
     try:

@@ -7,7 +7,6 @@ is the stock one's up to ``eps * |1 / (running_var + eps) - 1 / (batch_var + eps
 in a BN with gamma 0.
 """
 
-import copy
 import fnmatch
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.conv_like import ConvLike, like_conv, look_alike, why_not_replaceable
 from rep_plugin.errors import ArgumentError, ArgumentTypeError
 from rep_plugin.history import before_step, layer_named, record_, replays
+from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.forward import require_bare
 from rep_plugin.measure.progress import working
@@ -107,7 +107,7 @@ def find_expandable(model: nn.Module, where: Where = None) -> tuple[list[str], l
     Raises:
         ArgumentError: there is nothing to expand; the message says why.
     """
-    copied = copy.deepcopy(model)
+    copied = copy_model(model)
     copied.eval()
     pairs, notes = _choose(model, where, copied)
     return [conv for conv, _ in pairs], notes
@@ -200,7 +200,7 @@ def expand(
     require_bare(model)
     look_alike(block)
     before = before_step(model)
-    exact = copy.deepcopy(model).double()
+    exact = copy_model(model).double()
     exact.eval()  # not chained: mmpretrain's return None
     pairs, notes = _choose(model, where, exact)
     inputs = default_inputs(model, example_input)
@@ -212,7 +212,7 @@ def expand(
     report.notes = notes
     report.add_proof(found)
 
-    expanded = _expand_(model if inplace else copy.deepcopy(model), block, pairs, online)
+    expanded = _expand_(model if inplace else copy_model(model), block, pairs, online)
     expanded.load_state_dict(exact.state_dict())  # what was proven, rounded once
     report.params_after, report.macs_after = count_params(expanded), count_macs(expanded, inputs[0])
     record_(expanded, before, step="expand", block=block, pairs=[list(pair) for pair in pairs], online=online)

@@ -4,7 +4,6 @@
 :mod:`rep_plugin.functional.padded`.
 """
 
-import copy
 import math
 from collections.abc import Iterable
 from functools import reduce
@@ -16,6 +15,7 @@ from rep_plugin.blocks.layers import require_eval_mode, why_not_average
 from rep_plugin.errors import ArgumentError
 from rep_plugin.functional.kernels import pair
 from rep_plugin.functional.padded import PaddedConv, compose_padded
+from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.verify import require_rounded, verify_equivalence
 from rep_plugin.reparam.border_conv import build_conv
 from rep_plugin.reparam.fx_parts import Readers, trace_parts
@@ -55,7 +55,7 @@ def merge_sequence(layers: nn.Module | Iterable[nn.Module]) -> nn.Conv2d:
     )
     require_eval_mode(whole)
     merged = _merge_flat(flatten_layers([whole]))
-    exact = copy.deepcopy(whole).double()
+    exact = copy_model(whole).double()
     proven = _merge_flat(flatten_layers([exact]))
     height, width = ((size - 1) * step + 1 for size, step in zip(merged.kernel_size, merged.dilation))
     shapes = [(2, merged.in_channels, height + 5, width + 8), (2, merged.in_channels, height + 4, width + 3)]

@@ -1,6 +1,5 @@
 """``reparameterize``: merge every block of a model, prove the result, and say what was done."""
 
-import copy
 import time
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from rep_plugin.blocks.conv_like import ConvLike
 from rep_plugin.blocks.layers import require_eval_mode
 from rep_plugin.errors import NothingToMergeError, RepPluginError
 from rep_plugin.history import before_step, record_, replays
+from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.forward import require_bare
 from rep_plugin.measure.progress import working
@@ -115,7 +115,7 @@ def _convert(model: nn.Module, fold_bn: bool, merge_linear: bool = False, keep_p
     able, before = _find_self_merging(model), set(model.modules())
     bias_free = [name for name, m in model.named_modules() if name and isinstance(m, ConvLike) and m.bias_free]
     model, blocks = _merge_blocks(model)
-    parts = {block.name: copy.deepcopy(model.get_submodule(block.name)) for block in blocks} if keep_parts else {}
+    parts = {block.name: copy_model(model.get_submodule(block.name)) for block in blocks} if keep_parts else {}
     merged_blocks, notes = list(blocks), []
     if not fold_bn and (biased := absorb_biases_(model, bias_free)):
         notes.append(f"{len(biased)} convolutions keep a bias, as no BN alone reads them: {', '.join(biased)}")
@@ -132,16 +132,6 @@ def _convert(model: nn.Module, fold_bn: bool, merge_linear: bool = False, keep_p
     for module in set(model.modules()) - before:
         module.training = False  # nothing was in train mode, and what stands there now must not be
     return _Conversion(model, blocks, parts, notes)
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    """Copy a model in the modes it is in: torchvision's feature extractors come out of a deepcopy in train mode."""
-    copied, modes = copy.deepcopy(model), {name: module.training for name, module in model.named_modules()}
-    if any(module.training != modes.get(name) for name, module in copied.named_modules()):
-        copied.train(model.training)
-        for name, module in copied.named_modules():
-            module.training = modes.get(name, model.training)
-    return copied
 
 
 @working("merging")
@@ -197,12 +187,12 @@ def reparameterize(
     report.macs_before = count_macs(model, counted)
     exact = None
     if verify:
-        exact = _convert(_copy(model).double(), fold_bn, merge_linear, keep_parts=True)
+        exact = _convert(copy_model(model).double(), fold_bn, merge_linear, keep_parts=True)
         report.blocks = exact.blocks
         report.add_proof(_prove(model, exact, inputs))
     elif inplace:
-        _convert(_copy(model), fold_bn, merge_linear)  # an unmergeable block must not leave others merged
-    done = _convert(model if inplace else _copy(model), fold_bn, merge_linear)
+        _convert(copy_model(model), fold_bn, merge_linear)  # an unmergeable block must not leave others merged
+    done = _convert(model if inplace else copy_model(model), fold_bn, merge_linear)
     merged = done.model
     if exact is None:
         report.blocks = done.blocks

@@ -1,6 +1,5 @@
 """Pruning of the model that a Runner is training, and of what a training ends with."""
 
-import copy
 import gc
 import json
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from torch.optim import Optimizer
 
 from rep_plugin.errors import ArgumentError, HookError, first_line
 from rep_plugin.history import history_of
+from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.costs import count_params
 from rep_plugin.measure.forward import eval_mode
 from rep_plugin.measure.plots import widths_figure
@@ -290,7 +290,7 @@ class PruningHook(StatefulHook):
             plan: What goes.
         """
         model = final_model(runner)
-        pruned = copy.deepcopy(model)
+        pruned = copy_model(model)
         pruned.eval()
         report = apply_plan(pruned, plan, example_input=images_of(runner))
         self.rounds = []

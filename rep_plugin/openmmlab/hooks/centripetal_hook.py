@@ -1,12 +1,12 @@
 """CentripetalHook: train the filters of a cluster to be equal, and make them one at the end, without any loss."""
 
-import copy
 from collections.abc import Mapping, Sequence
 
 from mmengine.runner import Runner
 from torch import nn
 
 from rep_plugin.errors import ArgumentError, HookError
+from rep_plugin.measure.copies import copy_model
 from rep_plugin.openmmlab.artefacts import check_pruned_form
 from rep_plugin.openmmlab.hooks.base_pruning_hook import PruningHook, budget_of, from_main_process
 from rep_plugin.openmmlab.hooks.runner_utils import (
@@ -135,7 +135,7 @@ class CentripetalHook(PruningHook):
 
     def _rehearse(self, runner: Runner, clusters: Clusters) -> None:
         """A merge that cannot be proven shall be known before the training, not after it."""
-        model = copy.deepcopy(plain_model(runner))
+        model = copy_model(plain_model(runner))
         model.eval()
         images = images_of(runner, 2)
         with rehearsal("CentripetalHook"):
@@ -177,7 +177,7 @@ class CentripetalHook(PruningHook):
             runner.logger.warning("CentripetalHook: training ended before it began, nothing was merged")
             return
         model = final_model(runner)
-        merged: nn.Module = copy.deepcopy(model)
+        merged: nn.Module = copy_model(model)
         merged.eval()
         distances = snap_clusters_(merged, self.clusters)
         report = merge_clusters_(merged, self.clusters, example_input=images_of(runner))

@@ -17,6 +17,7 @@ from rep_plugin.checkpoints.files import save_checkpoint_file
 from rep_plugin.errors import ArgumentError, HookError, RepPluginError, first_line
 from rep_plugin.functional.distillation import attention_distance, soft_divergence
 from rep_plugin.history import history_of
+from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.costs import count_params
 from rep_plugin.openmmlab.base_configs import read_config
 from rep_plugin.openmmlab.hooks.prune_hook import PruneHook
@@ -123,10 +124,10 @@ class DistillHook(StatefulHook):
 
     def _rehearse(self, runner: Runner) -> None:
         """The loss of two training images, on a copy: a teacher that does not fit shall be known before the first step."""
-        student, teacher = copy.deepcopy(plain_model(runner)), self.teacher
+        student, teacher = copy_model(plain_model(runner)), self.teacher
         student.eval()
         if teacher is None:
-            self.teacher = copy.deepcopy(student)
+            self.teacher = copy_model(student)
         handles = self._attach(student)
         try:
             with rehearsal("DistillHook"), torch.no_grad():
@@ -145,7 +146,7 @@ class DistillHook(StatefulHook):
         """Called by hooks that are about to remove channels from the model in training."""
         if self.teacher is not None:
             return
-        teacher = copy.deepcopy(final_model(runner))
+        teacher = copy_model(final_model(runner))
         state = teacher.state_dict()
         self._digest = _digest_of(state)
         if is_main_process():

@@ -1,7 +1,5 @@
 """ReparamHook: write the deployed model when training is over."""
 
-import copy
-
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
@@ -10,6 +8,7 @@ from mmengine.runner import Runner
 from rep_plugin.blocks.annealed import annealed_modules, set_alpha_
 from rep_plugin.checkpoints.strict import require_fit
 from rep_plugin.errors import AnnealError
+from rep_plugin.measure.copies import copy_model
 from rep_plugin.openmmlab.artefacts import deployed_form, write_deployed
 from rep_plugin.openmmlab.configs import pruned_config
 from rep_plugin.openmmlab.hooks.base_pruning_hook import PruningHook
@@ -60,7 +59,7 @@ class ReparamHook(Hook):
             )
         log_advice(runner)
         check_out_dir(runner, self.out_dir)
-        model = copy.deepcopy(plain_model(runner))
+        model = copy_model(plain_model(runner))
         set_alpha_(model, 1.0)
         with rehearsal("ReparamHook"):
             merged, deployed, _ = deployed_form(model, _config_of(runner), images_of(runner, 2), verify=False)

@@ -1,6 +1,5 @@
 """ResRepHook: let a network learn which channels it can forget while it trains, and remove them at its end."""
 
-import copy
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -10,6 +9,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from rep_plugin.errors import ArgumentError, HookError
+from rep_plugin.measure.copies import copy_model
 from rep_plugin.openmmlab.artefacts import check_pruned_form
 from rep_plugin.openmmlab.hooks.base_pruning_hook import (
     PruningHook,
@@ -222,7 +222,7 @@ class ResRepHook(PruningHook):
 
     def _rehearse(self, runner: Runner) -> None:
         """A merge that cannot be proven shall be known before the training, not after it."""
-        images, copied = images_of(runner, 2), copy.deepcopy(plain_model(runner))
+        images, copied = images_of(runner, 2), copy_model(plain_model(runner))
         copied.eval()
         with rehearsal("ResRepHook"):
             plan = self.plan or self.resrep.choose(copied)
@@ -274,7 +274,7 @@ class ResRepHook(PruningHook):
                 f"ResRepHook: {self._describe(left)}; expected below {SMALL:.0%}: train longer after end, or raise "
                 f"marked_strength (={self.marked_strength})"
             )
-        pruned = copy.deepcopy(model)
+        pruned = copy_model(model)
         report = self.resrep.compact_(pruned, self.plan, images_of(runner))
         pruned.eval()
         self.rounds = []

@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rep_plugin.blocks.advice import online_advice
 from rep_plugin.checkpoints.files import check_writable
 from rep_plugin.errors import ArgumentError, HookError, InconclusiveWarning, RepPluginError, first_line
+from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.plots import accuracy_figure, to_array
 from rep_plugin.measure.progress import track
 from rep_plugin.openmmlab.accuracy import measure
@@ -126,7 +127,7 @@ def training_batch(runner: Runner, count: int = 2) -> dict:
     loader = runner.train_loop.dataloader
     with kept_random_state(), torch.no_grad():
         samples = [loader.dataset[index] for index in range(min(count, len(loader.dataset)))]
-        return copy.deepcopy(plain_model(runner)).data_preprocessor(loader.collate_fn(samples), True)
+        return copy_model(plain_model(runner)).data_preprocessor(loader.collate_fn(samples), True)
 
 
 def check_out_dir(runner: Runner, out_dir: str | None) -> None:
@@ -145,8 +146,11 @@ def copy_to_rehearse(runner: Runner) -> tuple[nn.Module, list[torch.optim.Optimi
 
     Batch norms whose gammas are all equal, as those of a fresh network, get random ones: a plan needs an order.
     """
-    model, optimizers = copy.deepcopy((plain_model(runner), optimizers_of(runner)))
+    own = plain_model(runner)
+    model = copy_model(own)
     model.eval()  # not chained: mmpretrain's return None
+    theirs = {id(p): other for p, other in zip(own.parameters(), model.parameters(), strict=True)}
+    optimizers = copy.deepcopy(optimizers_of(runner), theirs)
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         gamma = getattr(module, "weight", None)

@@ -3,7 +3,6 @@
 Source: Ding et al., "Centripetal SGD for Pruning Very Deep Convolutional Networks with Complicated Structure" (CVPR 2019).
 """
 
-import copy
 import time
 from collections.abc import Iterable, Iterator
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rep_plugin.errors import ArgumentError
+from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.verify import verify_equivalence
 from rep_plugin.pruning.apply import TOLERANCE, PruneReport, apply_plan, kept_by, proof_inputs
 from rep_plugin.pruning.methods.clusters import Alignment, Clusters, leads_of
@@ -283,10 +283,10 @@ def merge_clusters_(
 
 
 def _prove(model: nn.Module, members: Members, inputs: list[Tensor]):
-    merged = copy.deepcopy(model).double()  # from the start: a sum in float32 would be rounded
+    merged = copy_model(model).double()  # from the start: a sum in float32 would be rounded
     _sum_columns_(merged, members)
     remove_channels_(merged, members.trace, members.kept)
-    return verify_equivalence(copy.deepcopy(model), merged, inputs, tolerance=TOLERANCE, keep=False)
+    return verify_equivalence(copy_model(model), merged, inputs, tolerance=TOLERANCE, keep=False)
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 Source: Ding et al., "ResRep: Lossless CNN Pruning via Decoupling Remembering and Forgetting" (ICCV 2021).
 """
 
-import copy
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.errors import ArgumentError
+from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.verify import verify_equivalence
 from rep_plugin.pruning.apply import TOLERANCE, PruneReport, apply_plan, proof_inputs
 from rep_plugin.pruning.methods.compactors import (
@@ -217,13 +217,13 @@ class ResRep:
         Returns:
             The report.
         """
-        reference = copy.deepcopy(model).double()
+        reference = copy_model(model).double()
         compactors, forgotten = compactors_of(reference, self.sites), self.forgotten(plan)
         with torch.no_grad():
             for name, rows in forgotten.items():
                 weight = compactors[name].weight
                 weight.index_fill_(0, rows.to(weight.device), 0)
-        merged = copy.deepcopy(reference)
+        merged = copy_model(reference)
         merge_compactors_(merged, self.sites)
         report = apply_plan(merged, plan, example_input=example_input)
         inputs = proof_inputs(model, plan.input_shape, example_input)

@@ -10,10 +10,11 @@ from torch.utils._pytree import tree_map
 
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.errors import ArgumentError
+from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.forward import run_model
 from rep_plugin.measure.latency import interleaved_medians, torch_threads
 from rep_plugin.pruning.surgery.remove import remove_channels_
-from rep_plugin.pruning.tracing.graph import Trace, eval_copy, tensors_in
+from rep_plugin.pruning.tracing.graph import Trace, tensors_in
 from rep_plugin.pruning.tracing.kept_channels import KeptChannels
 
 _SECONDS = 0.4  # spent on timing some layers
@@ -73,7 +74,7 @@ def timed_copy(model: nn.Module, trace: Trace, kept: KeptChannels) -> nn.Module:
     """
     memo: dict[int, object] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     memo |= {id(b): b.detach() for b in model.buffers()}
-    pruned = remove_channels_(eval_copy(model, memo), trace, kept)
+    pruned = remove_channels_(copy_model(model, memo, training=False), trace, kept)
     for module in list(pruned.modules()):
         if isinstance(module, RepBlock):
             module.switch_to_deploy()

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.errors import ArgumentError
+from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.progress import track
 from rep_plugin.pruning.planning.options import PruneOptions
-from rep_plugin.pruning.tracing.graph import Layer, Trace, eval_copy
+from rep_plugin.pruning.tracing.graph import Layer, Trace
 from rep_plugin.pruning.tracing.groups import frozen_roots
 
 Members = list[tuple[Tensor, Tensor]]  # (labels, value of each)
@@ -26,7 +27,7 @@ def _kernel(model: nn.Module, layer: Layer) -> Tensor:
     module = model.get_submodule(layer.name)
     if isinstance(module, RepBlock):
         if not module.deployed:
-            module = eval_copy(module)
+            module = copy_model(module, training=False)
         return module.merged_kernel()[0].detach().flatten(1)
     weight = model.get_parameter(layer.weight).detach()
     return (weight.transpose(0, 1) if layer.kind == "conv_transpose" else weight).flatten(1)
@@ -76,7 +77,7 @@ def _taylor_members(model: nn.Module, trace: Trace, loader: Iterable, loss: Call
     """|sum of weight * gradient| of every output, averaged over the batches; of a block, over its output BNs."""
     if loader is None or loss is None:
         raise ArgumentError("scores='taylor' needs loader (batches of (inputs, targets)) and loss (outputs, targets)")
-    copied = eval_copy(model).requires_grad_(True)
+    copied = copy_model(model, training=False).requires_grad_(True)
     totals: dict[str, Tensor] = {}
     batches = 0
     for inputs, targets in track(loader, "scoring"):

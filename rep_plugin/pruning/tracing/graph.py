@@ -1,6 +1,5 @@
 """What a trace of a model holds: its layers, and which channels every dimension of every tensor follows."""
 
-import copy
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -168,22 +167,6 @@ def member(module: str, name: str) -> str:
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return all parameters and buffers by name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def eval_copy(model: nn.Module, memo: dict[int, object] | None = None) -> nn.Module:
-    """Return a copy in eval mode; a module's own ``eval()`` is not called.
-
-    Args:
-        model: Left as it is.
-        memo: Tensors to share, by id, as in :func:`copy.deepcopy`.
-
-    Returns:
-        The copy.
-    """
-    copied = copy.deepcopy(model, memo)
-    for module in copied.modules():
-        module.training = False
-    return copied
 
 
 def tensors_in(values: object) -> list[Tensor]:

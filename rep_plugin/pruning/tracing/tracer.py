@@ -17,9 +17,10 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from rep_plugin.errors import ArgumentError, TraceError, first_line
+from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.forward import forward_of, require_bare
 from rep_plugin.pruning.tracing.features import FeatureWatch
-from rep_plugin.pruning.tracing.graph import OUTPUT, Mark, Trace, eval_copy, is_quiet, member, tensors_in
+from rep_plugin.pruning.tracing.graph import OUTPUT, Mark, Trace, is_quiet, member, tensors_in
 from rep_plugin.pruning.tracing.labels import FIXED
 from rep_plugin.pruning.tracing.recorder import Recorder
 from rep_plugin.pruning.tracing.rules import RULES, find_module_rule
@@ -37,7 +38,7 @@ class _Tracer(TorchFunctionMode):
         super().__init__()
         # Parameters are shared, buffers are not: a forward pass may write to them.
         memo = {id(p): p for p in model.parameters()} | {id(b): b.detach().clone() for b in model.buffers()}
-        self.model = eval_copy(model, memo)
+        self.model = copy_model(model, memo, training=False)
         self.recorder = Recorder(self.model, shape, makers)
         self.trace = self.recorder.trace
         self.watch = FeatureWatch(self.model, self.recorder)

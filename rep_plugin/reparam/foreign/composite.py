@@ -3,12 +3,11 @@
 They are recognised by attributes and class name, as in :mod:`rep_plugin.reparam.foreign.parts`.
 """
 
-import copy
-
 import torch
 from torch import nn
 
 from rep_plugin.functional.padded import PaddedConv, add_padded
+from rep_plugin.measure.copies import copy_model
 from rep_plugin.reparam.adapters import adapts
 from rep_plugin.reparam.border_conv import build_conv
 from rep_plugin.reparam.foreign.parts import delete_children_, has_layout, live_children, plus_identity, pop_branches_
@@ -105,7 +104,7 @@ def _merge_efficientvim(module: nn.Module) -> nn.Module:
 )
 def _merge_riformer(module: nn.Module) -> nn.Module:
     """RIFormer: the affine token mixer minus the identity goes into the group norm's own affine map."""
-    norm, affine = copy.deepcopy(module.norm1), module.token_mixer.affine
+    norm, affine = copy_model(module.norm1), module.token_mixer.affine
     factor = affine.weight.detach().double().reshape(-1) - 1.0
     with torch.no_grad():
         shift = norm.bias.double() * factor + affine.bias.double()
