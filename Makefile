@@ -122,6 +122,15 @@ fashion-mnist: ## Fashion-MNIST for configs/rep_mbv2_fashion_mnist.py
 	@for file in $(FASHION)/*.gz; do test -f "$$file" && gunzip -c "$$file" > data/fashion_mnist/$$(basename "$$file" .gz); done; \
 	  ls -l data/fashion_mnist
 
+# Sets that are not done go on where they were: the same command again. MINUTES ends them cleanly.
+SETS ?= warm_start rep_mbv2 mbv3_slimming
+MINUTES ?= 100000
+experiments: $(VENV)/.users fashion-mnist ## train SETS over three seeds (hours; go on later: MINUTES=60) and record every run
+	for name in $(SETS); do $(REP) experiments $$name --budget-minutes $(MINUTES) --records docs/results/records || exit 1; done
+
+results: $(VENV)/.users ## tables and plots of docs/results/ from the records (a minute)
+	$(RUN) docs/results.py
+
 bench-demo: $(VENV)/.users data/mini_cub/mini_fgvc.json ## the demo's top-1: seeds, threads, stock MobileNetV2 (an hour)
 	$(RUN) benchmarks/demo.py
 

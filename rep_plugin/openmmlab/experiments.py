@@ -96,7 +96,7 @@ class ExperimentSet:
 
 def list_sets() -> list[str]:
     """Return the names of the shipped sets."""
-    return sorted(path.stem for path in SETS.glob("*.py"))
+    return sorted(path.stem for path in SETS.glob("[!_]*.py"))
 
 
 def read_set(name: str, options: Mapping[str, Any] | None = None) -> ExperimentSet:
@@ -117,6 +117,8 @@ def read_set(name: str, options: Mapping[str, Any] | None = None) -> ExperimentS
         known = list_sets()
         raise ArgumentError(f"no experiment {name!r}, expected one of {', '.join(known)}{did_you_mean(name, known)}")
     cfg = Config.fromfile(str(path))
+    if absent := [key for key in ("title", "rows") if not cfg.get(key)]:
+        raise ArgumentError(f"{path} is no set of experiments: it has no {absent[0]!r}")
     common = {**cfg.get("options", {}), **(options or {})}
     rows = {}
     for row, given in cfg.rows.items():
@@ -217,6 +219,15 @@ class _Training:
     log: TextIO
     lock: TextIO
     started: float = field(default_factory=time.monotonic)
+    cpu_seconds: float = 0.0
+
+    def is_over(self, wait: bool = False) -> bool:
+        """Whether the process has ended, or does if it is waited for; then what it used is known."""
+        pid, status, usage = os.wait4(self.process.pid, 0 if wait else os.WNOHANG)
+        if pid:
+            self.process.returncode = os.waitstatus_to_exitcode(status)
+            self.cpu_seconds = usage.ru_utime + usage.ru_stime
+        return bool(pid)
 
 
 def train_all(
@@ -247,7 +258,7 @@ def train_all(
     times: dict[str, list[float]] = {}
     try:
         while waiting or active:
-            for one in [one for one in active if one.process.poll() is not None]:
+            for one in [one for one in active if one.is_over()]:
                 active.remove(one)
                 seconds = _end(one)
                 if one.process.returncode:
@@ -271,7 +282,7 @@ def train_all(
     finally:
         for one in active:
             one.process.terminate()
-            one.process.wait()
+            one.is_over(wait=True)
             _end(one)
     if failed:
         raise TrainingError(
@@ -351,10 +362,10 @@ def _end(one: _Training) -> float:
     one.log.close()
     path = one.run.folder / "seconds.json"
     goes = json.loads(path.read_text()) if path.is_file() else []
-    goes.append(round(time.monotonic() - one.started, 1))
+    goes.append({"wall": round(time.monotonic() - one.started, 1), "cpu": round(one.cpu_seconds, 1)})
     write_text(path, json.dumps(goes))
     one.lock.close()
-    return sum(goes)
+    return sum(go["wall"] for go in goes)
 
 
 def record_of(run: Run, experiments: str) -> dict[str, Any]:
@@ -366,7 +377,8 @@ def record_of(run: Run, experiments: str) -> dict[str, Any]:
 
     Returns:
         Plain data. ``metrics`` are of the last validation, ``history`` [epoch, main metric] of each; ``costs`` those of the
-        trained network and of the merged or pruned one that it left; ``rounds`` the metrics round each removal.
+        trained network and of the merged or pruned one that it left; ``rounds`` the metrics round each removal;
+        ``seconds`` one entry for each time it was started.
     """
     lines = [json.loads(line) for path in sorted(run.folder.glob("*/vis_data/scalars.json")) for line in path.open()]
     validations = {line["step"]: line for line in lines if any("/" in key and "lr" not in key for key in line)}

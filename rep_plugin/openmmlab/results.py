@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Records = dict[str, list[dict[str, Any]]]
 CONFIDENCE = 0.95
-COLUMNS = ("trained as", "mean", "each seed", "difference", "params", "MACs", "minutes")
+COLUMNS = ("trained as", "mean", "each seed", "difference", "params", "MACs", "CPU minutes")
 
 
 def read_records(folder: Path, name: str) -> Records:
@@ -111,7 +111,7 @@ def _rows_of(experiments: ExperimentSet, records: Records) -> list[tuple[str, ..
         base = records.get(experiments.baseline or "", ())
         gap = "" if name == experiments.baseline else _difference(paired(runs, base))
         final = next(value for key in ("pruned", "deployed", "trained") if (value := runs[0]["costs"].get(key)))
-        minutes = statistics.mean(sum(run["seconds"]) for run in runs) / 60
+        minutes = statistics.mean(sum(go["cpu"] for go in run["seconds"]) for run in runs) / 60
         each = " ".join(f"{value:.2f}" for value in scores)
         cells.append(
             (name, f"{statistics.mean(scores):.2f}{spread}", each, gap)
