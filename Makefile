@@ -82,6 +82,13 @@ FIRST ?= 0
 sequences: $(VENV)/.developers ## 500 random orders of verbs, saved and loaded (20 minutes); a failure names its seed: FIRST=
 	SEQUENCES=$(SEQUENCES) FIRST=$(FIRST) $(ONE_THREAD) $(BIN)/python $(PYTEST) --dist load -v tests/test_sequences.py
 
+# The long run is cumulative: units that passed are in the records of $(ATTACK) and are not repeated.
+ATTACK ?= work_dirs/attack
+PARTS ?=
+ATTACK_LONG := --long --jobs $(JOBS) --record $(ATTACK) --summary $(ATTACK)/attack.json
+attack: $(VENV)/.developers ## random networks, malicious files, kills, threads, wrong arguments; LONG=1: 5,000 networks (hours, resumable)
+	$(ONE_THREAD) $(RUN) -m tests.attack $(PARTS) $(if $(LONG),$(ATTACK_LONG),--jobs $(JOBS))
+
 test-onedl: $(ONEDL_VENV)/.developers fashion-mnist ## the same tests on the maintained fork
 	$(ONE_THREAD) $(ONEDL_VENV)/bin/python $(PYTEST) $(TESTS)
 
