@@ -129,6 +129,7 @@ def apply_plan(
     started = time.perf_counter()
     if not isinstance(plan, PrunePlan):
         raise ArgumentError(f"plan must be a PrunePlan (see PrunePlan.from_json), got {type(plan).__name__}")
+    plan.check()  # its dicts may have been changed
     trace = trace_channels(model, plan.input_shape, plan.prune_outputs)
     kept = kept_by(plan, model, trace)
     optimizers = _optimizers(optimizer, model)
@@ -210,11 +211,12 @@ def kept_by(plan: PrunePlan, model: nn.Module, trace: Trace) -> KeptChannels:
         want = plan.kept.get(name, tuple(range(len(layer.labels))))
         if tuple(kept.index(layer.labels).tolist()) != tuple(want):
             raise ArgumentError(f"the plan keeps channels of {name!r} that go with removed ones of a coupled layer")
-        if kept.count(layer.labels) < 1:
-            raise ArgumentError(f"the plan leaves {name!r} without channels")
     for rows in trace.channels.balanced:
         if len(set(kept.mask[rows].sum(1).tolist())) > 1:
             raise ArgumentError("the plan keeps unequally many channels in the groups of a convolution")
+    for name, (_, after) in plan.widths.items():
+        if (count := kept.count(trace.layers[name].labels)) != after:
+            raise ArgumentError(f"the plan says that {after} channels of {name!r} stay, but keeps {count}")
     return kept
 
 

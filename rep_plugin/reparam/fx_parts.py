@@ -1,6 +1,5 @@
-"""The largest parts of a model that torch.fx can trace, and who reads what in them."""
+"""The largest parts of a model that can be traced, and who reads what in them."""
 
-import inspect
 from collections import Counter
 from dataclasses import dataclass
 
@@ -9,12 +8,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.layers import is_idle
-from rep_plugin.errors import TraceError, first_line
-
-
-class _LeafTracer(fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return isinstance(module, (RepBlock, nn.Conv2d, _BatchNorm)) or super().is_leaf_module(module, qualified_name)
+from rep_plugin.errors import TraceError
+from rep_plugin.reparam.tracer import trace
 
 
 @dataclass
@@ -27,22 +22,6 @@ class TracedPart:
 
     def full_name(self, target: str) -> str:
         return f"{self.name}.{target}" if self.name else target
-
-
-def trace(model: nn.Module) -> fx.Graph:
-    """Return the graph of a model, convolutions and BNs being leaves; arguments that have a default keep it.
-
-    Raises:
-        TraceError: it cannot be traced; the message has the reason.
-    """
-    arguments = inspect.signature(model.forward).parameters.values()
-    defaults = {
-        a.name: a.default for a in arguments if a.default is None or isinstance(a.default, (bool, int, float, str))
-    }
-    try:
-        return _LeafTracer().trace(model, defaults or None)
-    except Exception as error:  # fx raises whatever the traced code raises on a proxy
-        raise TraceError(f"torch.fx cannot trace {type(model).__name__}: {first_line(error)}") from error
 
 
 def trace_parts(model: nn.Module) -> tuple[list[TracedPart], list[str]]:

@@ -126,8 +126,8 @@ def test_kept_tensors_are_detached_and_stay_one_tensor():
         (CopiesAsItself, "'1' (CopiesAsItself) copies as itself"),
         (RaisesWhenCopied, "'1' (RaisesWhenCopied) cannot be copied"),
         (HoldsLock, "'1' (HoldsLock) cannot be copied"),
-        (SharesWeight, "shares memory|'1.conv.weight' is not"),  # only copies that hold data can share it
-        (LosesPart, "'1.bn' (BatchNorm2d) stands in the model or in its copy alone"),
+        (SharesWeight, "the copy of '1.conv' (Conv2d) shares memory with it"),
+        (LosesPart, "'1.bn' (BatchNorm2d) is not in the model's copy"),
     ],
 )
 def test_every_verb_refuses_what_has_no_copy_and_leaves_it(kind, named, verb, tmp_path):
@@ -138,7 +138,7 @@ def test_every_verb_refuses_what_has_no_copy_and_leaves_it(kind, named, verb, tm
     else:
         with pytest.raises(ArgumentError) as error:
             VERBS[verb](net, tmp_path)
-        assert any(words in str(error.value) for words in named.split("|")) and "\n" not in str(error.value)
+        assert named in str(error.value) and "\n" not in str(error.value)
     assert net[1].conv.weight.dtype == dtype
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
 

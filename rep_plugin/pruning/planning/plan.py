@@ -1,8 +1,9 @@
 """A pruning plan: which channels of which layer stay, as plain data. Planning touches no module."""
 
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from rep_plugin.checkpoints.files import write_atomic, write_text
-from rep_plugin.errors import ArgumentError
+from rep_plugin.errors import ArgumentError, first_line
 from rep_plugin.measure.costs import count_params
 from rep_plugin.pruning.planning.options import PruneOptions
 from rep_plugin.pruning.planning.scores import score_units
@@ -200,12 +201,11 @@ class PrunePlan:
             ArgumentError: It is no plan; the message is one line.
         """
         is_text = isinstance(source, str) and source.lstrip().startswith("{")
-        text = source if is_text else Path(source).read_text()
         what = "the text" if is_text else str(source)
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ArgumentError(f"{what} is not JSON: {error}") from None
+            data = json.loads(source if is_text else Path(source).read_text())
+        except (ValueError, RecursionError) as error:  # another encoding, or nested without end
+            raise ArgumentError(f"{what} is not JSON: {first_line(error)}") from None
         if isinstance(data, dict) and data.get("version") in range(1, VERSION):
             for version in range(data["version"] + 1, VERSION + 1):
                 data = _LATER[version] | data
@@ -218,19 +218,36 @@ class PrunePlan:
         if data["version"] != VERSION:
             raise ArgumentError(f"{what} is a plan of version {data['version']}, expected {VERSION}")
         try:
-            plan = cls(**{name: _plain(name, value) for name, value in data.items()})
-        except (TypeError, AttributeError, ValueError) as error:
+            plan = cls(**{name: _plain(value) for name, value in data.items()})
+        except ArgumentError as error:
             raise ArgumentError(f"{what} is not a pruning plan: {error}") from None
-        plan._check()
+        for name, indices in plan.kept.items():
+            if len(indices) != (after := plan.widths[name][1]):
+                raise ArgumentError(
+                    f"kept channels of {name!r} must be {after} in number, as widths say, got {len(indices)}"
+                )
         return plan
 
-    def _check(self) -> None:
+    def __post_init__(self):
+        self.check()
+
+    def check(self) -> None:
+        """Raise ArgumentError, naming the field, where one is of another kind or out of its range."""
+        for name, (is_right, expected) in _KINDS.items():
+            if not is_right(value := getattr(self, name)):
+                raise ArgumentError(f"{name} of a pruning plan must be {expected}, got {_short(value)}")
+        if (self.latency_before is None) != (self.latency_after is None):
+            raise ArgumentError("latency_before and latency_after of a pruning plan must both be given, or none")
         for name, indices in self.kept.items():
-            before, after = self.widths.get(name, (0, 0))
-            ascending = all(a < b for a, b in pairwise(indices))
-            if not indices or not ascending or indices[0] < 0 or indices[-1] >= before or len(indices) != after:
+            before, _ = self.widths.get(name, (0, 0))
+            if not indices or not all(a < b for a, b in pairwise(indices)) or indices[-1] >= before:
                 raise ArgumentError(
-                    f"kept channels of {name!r} must ascend within 0..{before - 1} and be {after} in number"
+                    f"kept channels of {name!r} must ascend within 0..{before - 1}, got {_short(indices)}"
+                )
+        for name, (before, after) in self.widths.items():
+            if not 1 <= after <= before:
+                raise ArgumentError(
+                    f"widths of {name!r} must be (before, after), 1 <= after <= before, got {before, after}"
                 )
 
 
@@ -238,21 +255,70 @@ def _count_one_image_(data: dict) -> None:
     """Before version 3 multiply-adds were those of the whole example."""
     shape = data.get("input_shape")
     for name in ("macs_before", "macs_after"):
-        if isinstance(shape, list) and shape and isinstance(shape[0], int) and isinstance(data.get(name), int):
+        if isinstance(shape, list) and shape and _is_count(shape[0], 1) and _is_count(data.get(name)):
             data[name] //= shape[0]
 
 
-def _plain(name: str, value: Any) -> object:
-    """Give JSON's lists back their types."""
-    if name in ("kept", "widths"):
-        return {key: tuple(int(i) for i in items) for key, items in value.items()}
-    if name == "scores":
-        return {key: tuple(items) for key, items in value.items()}
-    if name == "notes":
-        return tuple(str(note) for note in value)
-    if name == "groups":
-        return tuple(tuple(layers) for layers in value)
-    return tuple(int(i) for i in value) if name in ("input_shape", "units") else value
+def _plain(value: Any) -> Any:
+    """JSON's lists are a plan's tuples."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return tuple(map(_plain, value)) if isinstance(value, list) else value
+
+
+def _is_count(value: object, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _tuple_of(is_right: Callable[[Any], bool], number: int | None = None) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, tuple) and number in (None, len(value)) and all(map(is_right, value))
+
+
+def _by_layer(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(_is_text, value)) and all(map(is_right, value.values()))
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else f"{text[:76]}..."
+
+
+_WORDS, _COUNT = (_is_text, "text"), (_is_count, "a whole number >= 0")
+_TIME = (lambda value: value is None or (_is_number(value) and value > 0), "a number > 0 or None")
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "model": _WORDS,
+    "input_shape": (
+        lambda value: bool(value) and _tuple_of(lambda size: _is_count(size, 1))(value),
+        "a tuple of whole numbers >= 1",
+    ),
+    "kept": (_by_layer(_tuple_of(_is_count)), "a dict of layer: tuple of channel indices"),
+    "widths": (_by_layer(_tuple_of(_is_count, 2)), "a dict of layer: (channels before, after)"),
+    "groups": (_tuple_of(_tuple_of(_is_text)), "a tuple of tuples of layer names"),
+    "frozen": (_by_layer(_is_text), "a dict of layer: reason"),
+    "scores": (
+        _by_layer(_tuple_of(lambda score: score is None or _is_number(score))),
+        "a dict of layer: tuple of finite numbers or None",
+    ),
+    "why": _WORDS,
+    "params_before": _COUNT,
+    "params_after": _COUNT,
+    "macs_before": _COUNT,
+    "macs_after": _COUNT,
+    "units": (_tuple_of(_is_count, 2), "(units, units removed)"),
+    "prune_outputs": (lambda value: isinstance(value, bool), "True or False"),
+    "latency_before": _TIME,
+    "latency_after": _TIME,
+    "version": (lambda value: value == VERSION and _is_count(value), f"{VERSION}"),
+    "notes": (_tuple_of(_is_text), "a tuple of sentences"),
+}
 
 
 def make_plan(

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import rep_plugin
-from rep_plugin import PrunePlan, plan_pruning
+from rep_plugin import PrunePlan, apply_plan, plan_pruning
+from rep_plugin.errors import ArgumentError
 from rep_plugin.measure.costs import count_macs, count_params
 from tests.test_pruning.nets import Concat, ConvBN, Flat, Gate, Pooled, Residual, ready
 
@@ -218,3 +219,59 @@ def test_planning_touches_nothing():
     plan_pruning(net, X, "fpgm", 0.5)
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
     assert net[0].conv.out_channels == 16 and all(m.training for m in net.modules())
+
+
+MALFORMED = {
+    "model": [None, 3, ["net"]],
+    "input_shape": [[], [0, 3], [1.5, 3], "1, 3", None, [True, 3], {"1": 2}],
+    "kept": [[1], {"0.conv": 3}, {"0.conv": ["1"]}, {"0.conv": [True]}, {"0.conv": [1.0]}, {"0.conv": [-1, 2]}],
+    "widths": [[1], {"0.conv": [16]}, {"0.conv": [16, 0]}, {"0.conv": [8, 16]}, {"0.conv": ["16", 8]}, None],
+    "groups": ["ab", [1], [["a", 1]], {"a": ["b"]}, None],
+    "frozen": [[1], {"a": 1}, "abc", None],
+    "scores": [[1], {"a": 1}, {"a": ["b"]}, {"a": [True]}, {"a": [float("nan")]}, None],
+    "why": [1, None],
+    "params_before": [-1, 1.5, "3", True, None],
+    "params_after": [-1, 1.5, "3", True, None],
+    "macs_before": [-1, 1.5, "3", True, None],
+    "macs_after": [-1, 1.5, "3", True, None],
+    "units": [[1], [1, 2, 3], [1, -1], "ab", None],
+    "prune_outputs": [1, "yes", None],
+    "latency_before": [-1.0, "3", float("nan"), 0, True],
+    "latency_after": [-1.0, "3", float("nan"), 0, True, 3.0],
+    "version": [99, "3", None, 3.5],
+    "notes": ["text", [1], {"a": 1}, None],
+}
+
+
+@pytest.mark.parametrize("field", MALFORMED)
+def test_each_field_is_checked_when_a_plan_is_read_and_built(field):
+    plan = plan_pruning(net_of(), X, "l1", 0.3)
+    data = json.loads(plan.to_json())
+    assert data.keys() == MALFORMED.keys()
+    for value in MALFORMED[field]:
+        with pytest.raises(ArgumentError) as error:
+            PrunePlan.from_json(json.dumps({**data, field: value}))
+        assert "\n" not in str(error.value)
+        given = tuple(value) if isinstance(value, list) else value
+        with pytest.raises(ArgumentError, match=field.partition("_before")[0]):
+            replace(plan, **{field: given})
+
+
+def test_a_plan_that_was_broken_afterwards_is_refused_before_the_surgery():
+    net = net_of()
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    for field, value in (("frozen", 1), ("scores", "abc"), ("widths", (16, 99)), ("kept", (1, 999)), ("kept", (2, 1))):
+        plan = plan_pruning(net, X, "l1", 0.3)
+        getattr(plan, field)["0.conv"] = value
+        with pytest.raises(ArgumentError, match=field):
+            apply_plan(net, plan)
+        assert all(torch.equal(one, state[name]) for name, one in net.state_dict().items())
+
+
+def test_widths_that_kept_channels_contradict_are_refused():
+    net = net_of()
+    plan = plan_pruning(net, X, "l1", 0.3)
+    name = next(iter(plan.kept))
+    before, after = plan.widths[name]
+    with pytest.raises(ArgumentError, match=f"says that {after - 1} channels of '{name}' stay, but keeps {after}"):
+        apply_plan(net, replace(plan, widths={**plan.widths, name: (before, after - 1)}))
