@@ -7,19 +7,20 @@ noted, so that saving can refuse it by name. Verbs may be called on a part of a 
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rep_plugin.errors import ArgumentError
+from rep_plugin.checkpoints.plain import require_fields, short
+from rep_plugin.errors import ArgumentError, first_line
 
 ATTRIBUTE, LAYERS = "rep_history", "rep_layers"
 REPLACE, CHANGED, PART = "replace", "changed", "part"
 Layers = dict[str, Any]
 Replay = Callable[..., nn.Module]
-_REPLAYS: dict[str, tuple[frozenset[str], Replay]] = {}
+_REPLAYS: dict[str, tuple[dict[str, Any], Replay]] = {}
 # Layers that a user may put in another one's place, with their arguments, and how these are read from one.
 _KINDS: dict[str, tuple[type[nn.Module], frozenset[str], Callable[[Any], dict]]] = {}
 _INERT = {"kind": "Identity"}
@@ -29,7 +30,8 @@ def replays(step: str, *keys: str) -> Callable[[Replay], Replay]:
     """Decorate ``function(model, **keys) -> model`` as what repeats a step on a freshly built model in eval mode."""
 
     def register(function: Replay) -> Replay:
-        _REPLAYS[step] = (frozenset(keys), function)
+        hints = get_type_hints(function)
+        _REPLAYS[step] = ({key: hints[key] for key in keys}, function)
         return function
 
     return register
@@ -192,11 +194,12 @@ def check_history(history: Sequence[Mapping]) -> None:
                 f"the model was changed by hand {after}, which cannot be repeated: {step.get('what')}; make the change when "
                 "the model is built, before the first step"
             )
-        if not isinstance(step, Mapping) or step.get("step") not in _REPLAYS:
-            what = step.get("step") if isinstance(step, Mapping) else step
-            raise ArgumentError(f"unknown step {what!r} in the history, expected one of {', '.join(sorted(_REPLAYS))}")
-        if odd := sorted((step.keys() - {"step", PART}) ^ _REPLAYS[step["step"]][0]):
-            raise ArgumentError(f"step {place} of the history ({step['step']}): missing or unknown {odd}")
+        if not isinstance(step, Mapping) or str(step.get("step")) not in _REPLAYS:
+            what = short(step.get("step") if isinstance(step, Mapping) else step)
+            raise ArgumentError(f"unknown step {what} in the history, expected one of {', '.join(sorted(_REPLAYS))}")
+        kinds = _REPLAYS[step["step"]][0] | ({PART: str} if PART in step else {})
+        arguments = {key: value for key, value in step.items() if key != "step"}
+        require_fields(arguments, kinds, f"step {place} of the history ({step['step']})")
 
 
 def _name(step: Mapping) -> str:
@@ -257,10 +260,14 @@ def layer_named(model: nn.Module, name: str) -> nn.Module:
 @replays(REPLACE, "layer", "by")
 def _replace(model: nn.Module, layer: str, by: Mapping) -> nn.Module:
     old = layer_named(model, layer)
-    kind, names, _ = _KINDS.get(by.get("kind", ""), (None, (), None))
+    kind, names, _ = _KINDS.get(str(by.get("kind", "")), (None, (), None))
     if kind is None or by.keys() - {"kind"} != names:
         raise ArgumentError(f"layer {layer!r} cannot be replaced by {dict(by)}, expected one of {sorted(_KINDS)}")
     tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in by.items() if name != "kind"}
     like = next((p for p in (*old.parameters(), *model.parameters())), torch.zeros(0))
-    model.set_submodule(layer, kind(**tuples).to(like.device, like.dtype).train(old.training))
+    try:
+        new = kind(**tuples)
+    except (TypeError, ValueError, RuntimeError) as error:  # torch's own words for sizes that are none
+        raise ArgumentError(f"layer {layer!r} cannot be replaced by {by['kind']}: {first_line(error)}") from error
+    model.set_submodule(layer, new.to(like.device, like.dtype).train(old.training))
     return model

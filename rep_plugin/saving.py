@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 from rep_plugin import pruning as pruning  # these two register how their steps are repeated
 from rep_plugin import reparam as reparam
 from rep_plugin.checkpoints.files import write_contents
+from rep_plugin.checkpoints.plain import fits, read_json, short
+from rep_plugin.checkpoints.safe_load import load_safetensors
 from rep_plugin.checkpoints.strict import require_fit
 from rep_plugin.errors import (
     ArgumentError,
@@ -211,23 +212,24 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, expected a folder that rep_plugin.save wrote")
     try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise UnreadableCheckpointError(f"{path} is no JSON: {first_line(error)}") from None
+        config = read_json(path)
+    except ArgumentError as error:
+        raise UnreadableCheckpointError(str(error)) from None
     if not isinstance(config, dict) or not isinstance(config.get("model_args"), dict):
         raise UnreadableCheckpointError(f"{path} has no model_args, expected what rep_plugin.save writes")
+    kinds = {"base": str, "base_args": dict[str, Any], "history": list[dict]}
+    for name, kind in kinds.items():
+        if not fits(config["model_args"].get(name, kind()), kind):
+            got = short(config["model_args"][name])
+            raise UnreadableCheckpointError(f"{path}: model_args.{name} is {got}, expected what rep_plugin.save writes")
+    if not fits(config.get("layers", {}), dict[str, Any]):
+        raise UnreadableCheckpointError(f"{path}: layers is {short(config['layers'])}, expected a dict")
     return config
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Return the weights in a folder. Raises CheckpointMismatchError, or FileNotFoundError, where there are none."""
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist, expected the weights of a model")
-    try:
-        return safetensors.load_file(path)
-    except SafetensorError as error:
-        raise CheckpointMismatchError(f"{path} holds no weights: {error}") from None
+    """Return the weights in a folder. Raises UnreadableCheckpointError, or FileNotFoundError, where there are none."""
+    return load_safetensors(folder / WEIGHTS)
 
 
 def load_weights_(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:

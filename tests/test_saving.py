@@ -53,7 +53,7 @@ def test_what_does_not_fit(folder):
     with pytest.raises(FileNotFoundError, match="config.json does not exist"):
         rep_plugin.load(folder / "none")
     (folder / "config.json").write_text("{")
-    with pytest.raises(UnreadableCheckpointError, match="config.json is no JSON"):
+    with pytest.raises(UnreadableCheckpointError, match="config.json is not JSON"):
         rep_plugin.load(folder, build())
 
 

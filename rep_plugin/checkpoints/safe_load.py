@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch._weights_only_unpickler import _get_allowed_globals
 
-from rep_plugin.errors import ArgumentError, UnreadableCheckpointError, UnsafeCheckpointError, first_line
+from rep_plugin.checkpoints.plain import require_bounded
+from rep_plugin.errors import UnreadableCheckpointError, UnsafeCheckpointError, first_line
 
 HISTORY_BUFFER_MODULE = "mmengine.logging.history_buffer"
 # The methods mmengine registers by default: the only attributes a checkpoint may ask for by name.
@@ -245,6 +246,25 @@ _restricted_pickle = types.SimpleNamespace(
 )
 
 
+def _check_archive(file: Any) -> None:
+    """Look at a zip file's directory and checksums, which torch does not do. torch.save compresses nothing."""
+    start = file.tell() if hasattr(file, "tell") else 0
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            parts = archive.infolist()
+            size = archive.fp.seek(0, os.SEEK_END)
+            if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+                raise UnsafeCheckpointError(
+                    "refused an archive with compressed parts, expected a file written by torch.save"
+                )
+            if sum(part.file_size for part in parts) > size:
+                raise UnreadableCheckpointError("its parts are larger than the file")
+            if (damaged := archive.testzip()) is not None:
+                raise UnreadableCheckpointError(f"wrong checksum of {damaged}")
+    if hasattr(file, "seek"):
+        file.seek(start)
+
+
 def load_checkpoint_file(path: str | os.PathLike | BinaryIO, map_location: Any = "cpu") -> Any:
     """Read a checkpoint written by ``torch.save`` without ever running code from it.
 
@@ -273,19 +293,18 @@ def load_checkpoint_file(path: str | os.PathLike | BinaryIO, map_location: Any =
     if not is_stream and not os.path.isfile(path):
         raise FileNotFoundError(f"checkpoint {label} is missing, expected a file")
     try:
-        if not is_stream and zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if (damaged := archive.testzip()) is not None:  # torch itself does not look at the checksums
-                    raise ArgumentError(f"wrong checksum of {damaged}")
+        _check_archive(path)
         try:
-            return torch.load(path, map_location=map_location, weights_only=True)
+            content = torch.load(path, map_location=map_location, weights_only=True)
         except pickle.UnpicklingError:
             # Only this error: TorchScript and tar archives raise others, and no second reading may reach them.
             if is_stream:
                 path.seek(0)
-            return torch.load(
+            content = torch.load(
                 path, map_location=map_location, pickle_module=_restricted_pickle, weights_only=False, mmap=False
             )
+        require_bounded(content, storage_needed="meta" not in str(map_location))
+        return content
     except UnsafeCheckpointError as error:
         raise UnsafeCheckpointError(f"checkpoint {label}: {error}") from None
     except MemoryError:
@@ -299,4 +318,30 @@ def load_checkpoint_file(path: str | os.PathLike | BinaryIO, map_location: Any =
             ) from None
         raise UnreadableCheckpointError(
             f"checkpoint {label} is not readable ({first_line(error)}), expected a complete file written by torch.save"
+        ) from None
+
+
+def load_safetensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """Read the tensors of a ``.safetensors`` file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Name -> tensor.
+
+    Raises:
+        FileNotFoundError: ``path`` is no file.
+        UnreadableCheckpointError: the file is torn, or is none of safetensors.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{os.fspath(path)} does not exist, expected the weights of a model")
+    try:
+        return load_file(path)
+    except (SafetensorError, KeyError, OSError) as error:  # KeyError: a number type that torch has not
+        raise UnreadableCheckpointError(
+            f"checkpoint {os.fspath(path)} is not readable ({first_line(error)}), expected a complete file of safetensors"
         ) from None

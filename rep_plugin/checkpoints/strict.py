@@ -53,6 +53,8 @@ def _kind_of(tensor: Tensor) -> str:
     """float16 loads into float32, but torch also casts int8 weights and complex ones without a word."""
     if tensor.is_complex() or tensor.is_quantized:
         return str(tensor.dtype)
+    if tensor.layout is not torch.strided:
+        return str(tensor.layout)
     return "float" if tensor.is_floating_point() else "bool" if tensor.dtype == torch.bool else "int"
 
 

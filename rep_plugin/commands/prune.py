@@ -10,7 +10,6 @@ measured anew on training images, and written: those of the network before the r
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,13 +105,12 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def read_widths(path: Path) -> dict[str, int]:
     """Return the {layer name: channels kept} of a file. Raises ArgumentError, naming the file, for anything else."""
-    try:
-        widths = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ArgumentError(f"{path} is not JSON: {error}") from None
+    from rep_plugin.checkpoints.plain import fits, read_json
+
+    widths = read_json(path)
     if not isinstance(widths, dict):
         raise ArgumentError(f"{path} must hold {{layer name: channels kept}}, got a {type(widths).__name__}")
-    if odd := [name for name, width in widths.items() if not isinstance(width, int)]:
+    if odd := [name for name, width in widths.items() if not fits(width, int)]:
         raise ArgumentError(f"{path} must hold {{layer name: channels kept}}, got {odd[0]!r}: {widths[odd[0]]!r:.40}")
     return widths
 

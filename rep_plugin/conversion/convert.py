@@ -4,13 +4,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rep_plugin.backbones import mobileone, replknet, repvgg
 from rep_plugin.checkpoints.files import save_checkpoint_file, write_atomic
-from rep_plugin.checkpoints.safe_load import load_checkpoint_file
+from rep_plugin.checkpoints.safe_load import load_checkpoint_file, load_safetensors
 from rep_plugin.checkpoints.strict import describe_mismatch
 from rep_plugin.conversion.key_layout import CLASSIFIER
 from rep_plugin.conversion.key_maps import from_own, to_own
@@ -144,16 +145,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     Raises:
         UnreadableCheckpointError: the file is torn, or holds no named tensors.
     """
-    if Path(path).suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            content = load_file(path)
-        except SafetensorError as error:
-            raise UnreadableCheckpointError(f"checkpoint {path} is not readable ({error})") from None
-    else:
-        content = load_checkpoint_file(path)
+    content: Any = load_safetensors(path) if Path(path).suffix == ".safetensors" else load_checkpoint_file(path)
     for name in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]

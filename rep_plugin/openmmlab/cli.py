@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from rep_plugin.checkpoints.files import check_writable, refuse_existing
 from rep_plugin.checkpoints.strict import refuse_misfits
-from rep_plugin.errors import ArgumentError, CheckpointMismatchError, first_line
+from rep_plugin.errors import ArgumentError, CheckpointMismatchError, UnreadableCheckpointError, first_line
 from rep_plugin.openmmlab.base_configs import read_config as read_any_config
 from rep_plugin.openmmlab.checkpoint import enable_safe_loading
 from rep_plugin.openmmlab.configs import optimizers_of
@@ -310,6 +310,10 @@ def explain_misfits(runner: Runner) -> None:
         except CheckpointMismatchError as error:
             known = "" if "://" in str(filename) else explain_misfit(filename, read_state_dict(filename)[1], runner.cfg)
             raise CheckpointMismatchError(f"{error}{known}") from None
+        except UnreadableCheckpointError as error:  # of a hook, which does not know the file
+            raise UnreadableCheckpointError(
+                str(error) if str(filename) in str(error) else f"checkpoint {filename}: {error}"
+            ) from None
 
     runner.load_checkpoint = load_checkpoint
 

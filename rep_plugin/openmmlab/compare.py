@@ -1,6 +1,5 @@
 """One table of a finished run: its trained form, its deployed form, and a stock network."""
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from rep_plugin.checkpoints.plain import read_json
 from rep_plugin.errors import ArgumentError, EquivalenceError
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.latency import eager_calls, interleaved_medians, torch_threads
@@ -57,7 +57,7 @@ def read_stock_record(path: str | os.PathLike) -> StockRecord:
         ArgumentError: the file is no such record.
     """
     try:
-        record = json.loads(Path(path).read_text())
+        record = read_json(path)
         scores = [run["top1"] for run in record["runs"]]
         how = f"{record['config']}, seeds {', '.join(str(run['seed']) for run in record['runs'])}"
         threads = " and ".join(str(count) for count in sorted({run["threads"] for run in record["runs"]}))

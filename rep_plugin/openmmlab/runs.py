@@ -21,6 +21,7 @@ from rep_plugin.openmmlab.cli import (
 )
 from rep_plugin.openmmlab.data import check_data
 from rep_plugin.openmmlab.hooks.runner_utils import log_advice
+from rep_plugin.openmmlab.resuming import require_resumable
 
 
 def train(args: argparse.Namespace) -> None:
@@ -28,6 +29,8 @@ def train(args: argparse.Namespace) -> None:
     cfg = merge_train_args(load_config(args), args)
     require_checkpoint(cfg.get("load_from"))
     check_data(cfg, ("train_dataloader", "val_dataloader"))
+    if cfg.get("resume"):
+        require_resumable(cfg)
     runner = build_runner(cfg)
     if cfg.get("resume") or is_another_network(cfg):
         require_whole_checkpoint(runner)

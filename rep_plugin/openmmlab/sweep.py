@@ -12,6 +12,7 @@ import torch
 from mmengine.config import Config
 
 from rep_plugin.checkpoints.files import write_atomic, write_contents, write_text
+from rep_plugin.checkpoints.plain import read_json
 from rep_plugin.errors import ArgumentError, TrainingError
 from rep_plugin.measure.latency import eager_calls, interleaved_medians, torch_threads
 from rep_plugin.measure.plots import accuracy_figure, save_figure
@@ -112,7 +113,7 @@ def _train(config: str, folder: Path, options: list[str], load_from: str | None 
     """Run ``rep-plugin train`` into a folder to its end, unless done before; go on where it was cut off."""
     asked = {"config": config, "options": options, "load_from": load_from}
     record, done = folder / "asked.json", folder / "done"
-    if record.is_file() and json.loads(record.read_text()) != asked:
+    if record.is_file() and read_json(record) != asked:
         raise ArgumentError(f"{folder} holds a run with other options ({record}), expected a work folder of its own")
     if done.is_file():
         return
@@ -133,7 +134,7 @@ def _train(config: str, folder: Path, options: list[str], load_from: str | None 
 
 def _row_of(folder: Path, label: str, rate: float) -> dict:
     """The metrics and costs of a finished training."""
-    rounds = json.loads((folder / "pruned.rounds.json").read_text())
+    rounds = read_json(folder / "pruned.rounds.json")
     first, last = rounds[0], rounds[-1]
     name = main_metric(first["before"])
     row = dict(start=label, rate=rate, folder=str(folder), metric=name)
@@ -149,7 +150,7 @@ def _add_latencies(rows: list[dict], config: str, checkpoint: str) -> None:
     folders = [row["folder"] for row in rows]
     models = {one: load_model(Config.fromfile(f"{one}/pruned.py"), f"{one}/pruned.pth")[0] for one in folders}
     models["dense"] = load_model(read_config(config), checkpoint)[0]
-    shape = json.loads(Path(folders[0], "pruned.plan.json").read_text())["input_shape"]
+    shape = read_json(Path(folders[0], "pruned.plan.json"))["input_shape"]
     with torch_threads(1):
         seconds = interleaved_medians(eager_calls(models, torch.rand(1, *shape[1:])))
     for row in rows:

@@ -14,8 +14,9 @@ from timm.layers import SelectAdaptivePool2d
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
+from rep_plugin.checkpoints.plain import fits, short
 from rep_plugin.checkpoints.strict import describe_mismatch, require_fit
-from rep_plugin.errors import ArgumentError, CheckpointMismatchError
+from rep_plugin.errors import ArgumentError, CheckpointMismatchError, first_line
 from rep_plugin.history import (
     CHANGED,
     changes,
@@ -139,8 +140,21 @@ def _require_plain(name: str, value: object) -> None:
         ) from None
 
 
-def _build(base: str, base_args: Mapping, **more: Any) -> nn.Module:
-    return timm.create_model(base, pretrained=False, **{**base_args, **more})
+# Arguments of timm.create_model that read other files, or load from the network.
+LOADING = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+
+
+def _build(base: str, base_args: Mapping) -> nn.Module:
+    """Build a network of timm by its plain name and plain arguments, without weights."""
+    if not isinstance(base, str) or ":" in base or not timm.is_model(base.partition(".")[0]):
+        raise ArgumentError(f"base must be the name of a network of timm, got {short(base)}")
+    if base.partition(".")[0] in (ARCHITECTURE, OLD_ARCHITECTURE):
+        raise ArgumentError(f"base must be the network before all steps, got {base!r}")
+    if not fits(base_args, dict[str, Any]):
+        raise ArgumentError(f"base_args must be a dict of arguments, got {short(base_args)}")
+    if loading := sorted(LOADING & base_args.keys()):
+        raise ArgumentError(f"base_args must build the network alone, got {', '.join(loading)}, which load other files")
+    return timm.create_model(base, pretrained=False, **base_args)
 
 
 @register_model
@@ -198,7 +212,11 @@ def rep_plugin_rebuilt(
     check_history(history)
     options = {name: arguments.pop(name) for name in ("out_indices", "feature_cls") if name in arguments}
     base_args |= arguments
-    model: Any = rebuild_(_build(base, base_args), history)
+    try:
+        fresh = _build(base, base_args)
+    except Exception as error:  # what a network does not take it refuses in a way of its own
+        raise ArgumentError(f"{folder}: {short(base)} cannot be built as saved: {first_line(error)}") from error
+    model: Any = rebuild_(fresh, history)
     model._rep_base = (base, base_args)
     own = {key: tuple(value) if isinstance(value, list) else value for key, value in pretrained_cfg.items()}
     model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **{k: own[k] for k in KEPT_CFG if k in own}}

@@ -39,6 +39,8 @@ def as_features(model: Any, options: Mapping) -> nn.Module:
     Raises:
         ArgumentError: the network has no extractor that can be built over its layers.
     """
+    if odd := sorted(set(options) - {"out_indices", "feature_cls"}):
+        raise ArgumentError(f"features take out_indices and feature_cls, got {', '.join(odd)}")
     before = before_step(model)
     name = model.pretrained_cfg["architecture"]
     arguments = {key: value for key, value in model._model_args.items() if key != "pretrained_model_args"}

@@ -209,10 +209,10 @@ def other_weights(path):
 BROKEN = {
     "no such file or dir|does not exist|not found": lambda path: (path / "config.json").unlink(),
     "model.safetensors does not exist": lambda path: (path / "model.safetensors").unlink(),
-    "model.safetensors holds no weights": lambda path: (path / "model.safetensors").write_bytes(b"junk"),
+    "model.safetensors is not readable": lambda path: (path / "model.safetensors").write_bytes(b"junk"),
     "does not fit ResNet: 1 missing .first: fc.bias.": other_weights,
     "timm does not build: rep_plugin.load": lambda path: edit_config(path, base=""),
-    "Unknown model .nonsense.": lambda path: edit_config(path, base="nonsense"),
+    "must be the name of a network of timm, got .nonsense.": lambda path: edit_config(path, base="nonsense"),
     "of another shape": lambda path: edit_config(path, history=[]),
     "has no layer": lambda path: edit_config(path, base="vgg11_bn"),
     "unknown step 'fold'": lambda path: edit_config(path, history=[{"step": "fold"}]),

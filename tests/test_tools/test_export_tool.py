@@ -198,7 +198,7 @@ def test_errors_are_one_line_and_write_nothing(folder, tried):
         "batch must be >= 1, got 0": [*mm, "--batch", 0],
         "timm has no model 'rep_repvgg_a9', expected one as rep_repvgg_a": ["rep_repvgg_a9", "f.onnx"],
         "cannot write into short.txt: Not a directory": [*named[:1], "short.txt/f.onnx", *named[2:]],
-        "text.pth holds no weights": [*named, "--checkpoint", "text.pth"],
+        "text.pth is not readable": [*named, "--checkpoint", "text.pth"],
         "last.pth.tar does not fit": [*named, "--checkpoint", "last.pth.tar"],
         "none does not exist, expected a folder with config.json": ["local-dir:none", "f.onnx"],
         "unexpected keyword argument 'nonsense'": [*named, "--model-args", "nonsense=1"],

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from rep_plugin.errors import ArgumentError, HookError, first_line
-from rep_plugin.history import history_of
+from rep_plugin.history import check_history, history_of
 from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.costs import count_params
 from rep_plugin.measure.forward import eval_mode
@@ -37,7 +37,7 @@ from rep_plugin.openmmlab.hooks.runner_utils import (
     rehearsal,
     shape_of_one,
 )
-from rep_plugin.openmmlab.hooks.stateful_hook import StatefulHook
+from rep_plugin.openmmlab.hooks.stateful_hook import StatefulHook, parse_kept
 from rep_plugin.pruning import PrunePlan, PruneReport, apply_plan
 from rep_plugin.pruning.methods.clusters import Clusters
 from rep_plugin.pruning.planning import Budget
@@ -241,7 +241,8 @@ class PruningHook(StatefulHook):
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         text = (checkpoint.get("meta") or {}).get(META)
         if text is not None:
-            kept = json.loads(text)
+            kept = parse_kept(text, META, {"history": list[dict], "rounds": list[dict]})
+            check_history(kept["history"])
             self._load_history(runner, kept["history"])
             if runner._resume:
                 self.rounds = kept["rounds"]

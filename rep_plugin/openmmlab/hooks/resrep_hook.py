@@ -32,6 +32,7 @@ from rep_plugin.openmmlab.hooks.runner_utils import (
     shape_of_one,
 )
 from rep_plugin.openmmlab.hooks.schedule import Schedule
+from rep_plugin.openmmlab.hooks.stateful_hook import parse_kept
 from rep_plugin.pruning import PrunePlan
 from rep_plugin.pruning.methods.compactors import compactors_of
 from rep_plugin.pruning.methods.resrep import Forgetting, ResRep
@@ -39,6 +40,8 @@ from rep_plugin.pruning.methods.sparsity import check_strength
 from rep_plugin.pruning.planning import PruneOptions
 from rep_plugin.pruning.planning.plan import as_plan, compose_plans
 from rep_plugin.registry import HOOKS
+
+KEPT = {"shape": tuple[int, ...], "layers": list[str], "plan": dict | None, "choices": list[dict]}
 
 SMALL = 1e-2  # a share of the rows that stay: forgotten ones above it are a warning
 
@@ -146,7 +149,7 @@ class ResRepHook(PruningHook):
         return json.dumps(dict(shape=self.resrep.trace.shape, layers=self._layers(), plan=plan, choices=self.choices))
 
     def load_structure(self, runner: Runner, state: str) -> None:
-        kept = json.loads(state)
+        kept = parse_kept(state, self.meta_key, KEPT)
         if self.resrep is None:
             self._insert(runner, tuple(kept["shape"]))
         if (own := self._layers()) != kept["layers"]:
@@ -154,7 +157,7 @@ class ResRepHook(PruningHook):
             raise HookError(f"the checkpoint's compactors are others than this config's: {odd[:3]} are behind one only")
 
     def load_state(self, state: str) -> None:
-        kept = json.loads(state)
+        kept = parse_kept(state, self.meta_key, KEPT)
         self.choices, self.plan = kept["choices"], kept["plan"] and as_plan(kept["plan"])
 
     def _layers(self) -> list[str]:

@@ -18,6 +18,7 @@ from rep_plugin.openmmlab.hooks.runner_utils import (
     shape_of_one,
 )
 from rep_plugin.openmmlab.hooks.schedule import Schedule
+from rep_plugin.openmmlab.hooks.stateful_hook import parse_kept
 from rep_plugin.pruning import PrunePlan, PruneReport
 from rep_plugin.pruning.methods.soft_pruning import count_returned, zero_channels_
 from rep_plugin.pruning.planning import PruneOptions, plan_to_budget
@@ -98,7 +99,7 @@ class SoftPruneHook(PruningHook):
         return json.dumps({"zeroings": self.zeroings, "plan": self.plan.to_json()}) if self.plan else None
 
     def load_state(self, state: str) -> None:
-        kept = json.loads(state)
+        kept = parse_kept(state, self.meta_key, {"zeroings": list[dict], "plan": str})
         self.zeroings, self.plan = kept["zeroings"], PrunePlan.from_json(kept["plan"])
 
     def before_train(self, runner: Runner) -> None:

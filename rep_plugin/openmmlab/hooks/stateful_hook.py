@@ -1,9 +1,33 @@
 """StatefulHook: what a hook has to know when training is resumed is kept in the meta data of checkpoints."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+
+from rep_plugin.checkpoints.plain import parse_json, require_fields
+from rep_plugin.errors import ArgumentError, UnreadableCheckpointError
+
+
+def parse_kept(text: object, key: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a hook kept in a checkpoint's meta data as JSON.
+
+    Args:
+        text: What stands there.
+        key: Its key, for the message.
+        fields: Name -> annotation of what the hook keeps.
+
+    Raises:
+        UnreadableCheckpointError: Something else stands there.
+    """
+    source = f"meta.{key} of the checkpoint is not what its hook keeps"
+    if not isinstance(text, str):
+        raise UnreadableCheckpointError(f"{source}: got {type(text).__name__}, expected a text")
+    try:
+        return require_fields(parse_json(text, f"meta.{key} of the checkpoint"), fields, source)
+    except ArgumentError as error:
+        raise UnreadableCheckpointError(str(error)) from None
 
 
 class StatefulHook(Hook):

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from rep_plugin.checkpoints.plain import parse_json, require_fields
 from rep_plugin.errors import ArgumentError
 from rep_plugin.pruning.apply import kept_by
 from rep_plugin.pruning.planning.options import Budget, PruneOptions
@@ -57,9 +58,8 @@ class Clusters:
         Raises:
             ArgumentError: It is no such text.
         """
-        data = json.loads(text)
-        if not isinstance(data, dict) or set(data) != {"plan", "stands_for"}:
-            raise ArgumentError(f"the text holds no clusters, expected plan and stands_for, got {text[:40]!r}")
+        data = parse_json(text, "the text of clusters")
+        require_fields(data, {"plan": dict, "stands_for": dict[str, tuple[int, ...]]}, "the text holds no clusters")
         plan = PrunePlan.from_json(json.dumps(data["plan"]))
         stands_for = {name: tuple(places) for name, places in data["stands_for"].items()}
         for name in {**plan.kept, **stands_for}:

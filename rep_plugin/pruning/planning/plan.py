@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from rep_plugin.checkpoints.files import write_atomic, write_text
-from rep_plugin.errors import ArgumentError, first_line
+from rep_plugin.checkpoints.plain import parse_json, read_json
+from rep_plugin.errors import ArgumentError
 from rep_plugin.measure.costs import count_params
 from rep_plugin.pruning.planning.options import PruneOptions
 from rep_plugin.pruning.planning.scores import score_units
@@ -202,10 +203,7 @@ class PrunePlan:
         """
         is_text = isinstance(source, str) and source.lstrip().startswith("{")
         what = "the text" if is_text else str(source)
-        try:
-            data = json.loads(source if is_text else Path(source).read_text())
-        except (ValueError, RecursionError) as error:  # another encoding, or nested without end
-            raise ArgumentError(f"{what} is not JSON: {first_line(error)}") from None
+        data = parse_json(source, what) if is_text else read_json(source)
         if isinstance(data, dict) and data.get("version") in range(1, VERSION):
             for version in range(data["version"] + 1, VERSION + 1):
                 data = _LATER[version] | data
