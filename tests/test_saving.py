@@ -136,3 +136,21 @@ def test_a_fresh_model_that_computes_something_else_is_refused(tmp_path, other):
     assert [type(m) for m in fresh.modules()] == [type(m) for m in Small(**other).modules()]
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(rep_plugin.load(tmp_path, Small()).eval()(x), model(x))
+
+
+def test_a_model_that_takes_one_size_alone(tmp_path):
+    """What was done is repeated without running the model: nothing says which inputs it takes."""
+
+    def build():
+        return nn.Sequential(
+            nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(4 * 5 * 7, 3)
+        )
+
+    x = torch.randn(2, 2, 7, 9)
+    for step in ("merge", "expand"):
+        model = calibrate_random_bn_(build().eval(), x)
+        if step == "expand":
+            model, _ = rep_plugin.expand(model, "acb", example_input=x)
+        model, _ = rep_plugin.reparameterize(model, x, merge_linear=True)
+        rep_plugin.save(model, tmp_path / step)
+        assert torch.equal(rep_plugin.load(tmp_path / step, build()).eval()(x), model(x))

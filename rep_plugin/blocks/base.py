@@ -233,8 +233,9 @@ class RepBlock(nn.Module):
         if self.deployed:
             return
         merged = self._merge()
-        conv = self._new_conv(merged.in_channels, merged.out_channels, merged.groups)
-        conv = conv.to(merged.kernel.device, merged.kernel.dtype)
+        with torch.device("meta"):  # no random numbers are drawn for weights that are set below
+            conv = self._new_conv(merged.in_channels, merged.out_channels, merged.groups)
+        conv = conv.to(merged.kernel.dtype).to_empty(device=merged.kernel.device)
         kernels = [p for p in self.parameters() if p.dim() == 4 and not p.is_contiguous()]  # 1x1s are both
         if any(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels):
             conv = conv.to(memory_format=torch.channels_last)

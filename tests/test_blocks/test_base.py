@@ -118,6 +118,13 @@ def test_merged_kernel_changes_nothing():
     assert all(torch.equal(v, before[k]) for k, v in block.state_dict().items()) and not block.deployed
 
 
+def test_deploying_draws_no_random_numbers():
+    block = RepInvertedResidual(8, 8).eval()
+    state = torch.get_rng_state()
+    block.switch_to_deploy()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_train_mode_is_refused_and_loses_nothing():
     block = RepInvertedResidual(8, 8).train()
     for call in (block.merged_kernel, block.switch_to_deploy):

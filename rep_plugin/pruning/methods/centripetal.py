@@ -293,9 +293,9 @@ def _prove(model: nn.Module, members: Members, inputs: list[Tensor]):
 def _sum_columns_(model: nn.Module, members: Members) -> None:
     """Set the column of the channel that stays to the sum over its cluster, the others to zero."""
     trace: Trace = members.trace
-    filters = measure_filters(model, trace)
+    filters, tensors = measure_filters(model, trace), named_tensors(model)
     for name, (dim, target) in members.columns.items():
-        kernel = model.get_parameter(name)
+        kernel = tensors[name]
         parts = kernel.unflatten(0, (len(target), -1)) if target.dim() == 2 else kernel[None]
         for part, own in zip(parts, target.view(-1, target.shape[-1]).to(kernel.device), strict=True):
             whole = part.double()

@@ -17,7 +17,7 @@ from rep_plugin.pruning.planning.options import Budget, PruneOptions
 from rep_plugin.pruning.planning.plan import PrunePlan
 from rep_plugin.pruning.planning.planner import plan_to_budget
 from rep_plugin.pruning.planning.select import nothing_to_prune
-from rep_plugin.pruning.tracing.graph import Trace
+from rep_plugin.pruning.tracing.graph import Trace, named_tensors
 from rep_plugin.pruning.tracing.groups import find_groups, name_layer
 from rep_plugin.pruning.tracing.kept_channels import KeptChannels
 from rep_plugin.pruning.tracing.labels import squeeze_constant
@@ -226,7 +226,7 @@ def _kernels(model: nn.Module, aligned: Alignment, units: list[int]) -> Tensor:
             of_unit = aligned.places(labels)
             if units[0] in of_unit:
                 places = torch.tensor([of_unit[unit] for unit in units])
-                rows = model.get_parameter(name).detach().movedim(dim, 0).cpu().float()
+                rows = named_tensors(model)[name].detach().movedim(dim, 0).cpu().float()
                 parts.append(rows[places].reshape(len(units), -1))
     return torch.cat(parts, 1)
 

@@ -16,7 +16,7 @@ from rep_plugin.errors import ArgumentError
 from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.progress import track
 from rep_plugin.pruning.planning.options import PruneOptions
-from rep_plugin.pruning.tracing.graph import Layer, Trace
+from rep_plugin.pruning.tracing.graph import Layer, Trace, named_tensors
 from rep_plugin.pruning.tracing.groups import frozen_roots
 
 Members = list[tuple[Tensor, Tensor]]  # (labels, value of each)
@@ -29,7 +29,7 @@ def _kernel(model: nn.Module, layer: Layer) -> Tensor:
         if not module.deployed:
             module = copy_model(module, training=False)
         return module.merged_kernel()[0].detach().flatten(1)
-    weight = model.get_parameter(layer.weight).detach()
+    weight = named_tensors(model)[layer.weight].detach()  # a fixed kernel is a buffer
     return (weight.transpose(0, 1) if layer.kind == "conv_transpose" else weight).flatten(1)
 
 
@@ -104,7 +104,7 @@ def _per_output(values: Tensor, layer: Layer) -> Tensor:
 def _taylor_parameters(model: nn.Module, layer: Layer) -> list[Tensor]:
     module = model.get_submodule(layer.name)
     if not isinstance(module, RepBlock):
-        return [model.get_parameter(layer.weight)]
+        return [named_tensors(model)[layer.weight]]
     if module.deployed:
         return [module.reparam_conv.weight]
     return [p for bn in module.output_bns() for p in (bn.weight, bn.bias)] or [*module.output_gains()]

@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rep_plugin.errors import ArgumentError, TraceError, first_line
 from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.forward import forward_of, require_bare
+from rep_plugin.measure.verify import flatten_outputs
 from rep_plugin.pruning.tracing.features import FeatureWatch
 from rep_plugin.pruning.tracing.graph import OUTPUT, Mark, Trace, is_quiet, member, tensors_in
 from rep_plugin.pruning.tracing.labels import FIXED
@@ -43,6 +45,8 @@ class _Tracer(TorchFunctionMode):
         self.trace = self.recorder.trace
         self.watch = FeatureWatch(self.model, self.recorder)
         for name, module in self.model.named_modules():
+            if isinstance(module, _BatchNorm) and module.momentum is None:
+                module.momentum = 0.1  # else train mode asks how many batches there were
             if (rule := find_module_rule(module)) is not None:
                 module.forward = self._as_one_unit(rule, name, module)
 
@@ -91,7 +95,7 @@ class _Tracer(TorchFunctionMode):
                 )
             what = f"{type(self.model).__name__} on an input {tuple(shape)}"
             raise TraceError(f"cannot trace {what} at {_location(error)}: {text}") from error
-        return [self.recorder.mark_of(t).labels for t in _maps_of(output) if self.recorder.is_tracked(t)]
+        return [self.recorder.mark_of(t).labels for t in flatten_outputs(output) if self.recorder.is_tracked(t)]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -158,10 +162,6 @@ def _on_cpu(values: object) -> object:
     """Constants that a forward makes for itself, on the device of its maps, keep their values."""
     cpu = torch.device("cpu")
     return tree_map(lambda value: cpu if isinstance(value, torch.device) and value.type == "meta" else value, values)
-
-
-def _maps_of(output: object) -> list[Tensor]:
-    return [t for t in tensors_in(output) if t.is_floating_point()]
 
 
 def trace_channels(

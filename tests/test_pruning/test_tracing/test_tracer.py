@@ -1,4 +1,5 @@
 import random
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -296,6 +297,36 @@ def test_auxiliary_heads_are_seen():
     trace = trace_channels(Auxiliary(), SHAPE)
     assert trace.slices["aux.fc.weight"][1].tolist() == trace.layers["conv.conv"].labels.repeat_interleave(16).tolist()
     assert [len(g.units) for g in find_groups(trace)] == [4, 0, 0]
+
+
+class Described(nn.Module):
+    """Outputs in a dataclass, a BN that averages all batches and is not run, a fixed kernel."""
+
+    @dataclass
+    class Outputs:
+        logits: torch.Tensor
+        map: torch.Tensor
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.idle, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, momentum=None), nn.Conv2d(8, 4, 1)
+        self.register_buffer("blur", torch.ones(8, 1, 3, 3) / 9)
+
+    def forward(self, x):
+        y = F.conv2d(F.relu(self.conv(x)), self.blur, groups=len(self.blur))
+        if self.training:
+            self.idle(y)
+        head = self.head(y)
+        return self.Outputs(head.mean((2, 3)), head)
+
+
+@pytest.mark.parametrize("scores", ["l1", "fpgm", "taylor"])
+def test_outputs_in_dataclasses_and_fixed_kernels(scores):
+    net, x = Described().eval(), torch.randn(2, 3, 9, 9)
+    how = dict(loader=[(x, None)], loss=lambda out, target: out.map.square().mean()) if scores == "taylor" else {}
+    report = apply_plan(net, plan_pruning(net, x, scores, 0.5, **how))
+    assert report.max_rel_error <= 1e-9 and net.blur.shape[0] == net.conv.out_channels == 4
+    assert net(x).map.shape == (2, 4, 5, 5)
 
 
 def test_tracing_changes_nothing():
