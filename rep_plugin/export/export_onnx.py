@@ -26,10 +26,11 @@ from rep_plugin.export.report import ExportReport, RuntimeReport
 from rep_plugin.export.runtimes import RUNTIMES, check_runtimes, compare_runtime, open_model
 from rep_plugin.measure.copies import copy_model, copy_values
 from rep_plugin.measure.costs import count_macs, count_params
+from rep_plugin.measure.differences import flatten_outputs, output_paths, sensitivity_of
 from rep_plugin.measure.forward import require_bare
 from rep_plugin.measure.latency import eager_calls, interleaved_medians
 from rep_plugin.measure.progress import track, working
-from rep_plugin.measure.verify import Equivalence, flatten_outputs, output_paths, sensitivity_of
+from rep_plugin.measure.verify import Equivalence
 from rep_plugin.optional import require
 from rep_plugin.reparam.adapters import find_adapter
 from rep_plugin.reparam.reparameterize import reparameterize as merge

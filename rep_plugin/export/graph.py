@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from rep_plugin.errors import ExportError, first_line
+from rep_plugin.measure.differences import flatten_outputs, output_paths
 from rep_plugin.measure.progress import working
-from rep_plugin.measure.verify import flatten_outputs, output_paths
 from rep_plugin.optional import require
 
 INPUT = "input"

@@ -1,42 +1,37 @@
 """The one equivalence check: two models, the same inputs, in float64."""
 
-import itertools
-import math
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from rep_plugin.errors import ArgumentError, EquivalenceError, InconclusiveWarning
 from rep_plugin.measure.copies import copy_model, copy_values
+from rep_plugin.measure.differences import (
+    Difference,
+    Floor,
+    change_of,
+    compare_outputs,
+    flatten_outputs,
+    sensitivity_of,
+    shapes_of,
+)
 from rep_plugin.measure.forward import run_model
 from rep_plugin.measure.progress import track
 
 MIN_SENSITIVITY = 1e-3
-
-
-@dataclass
-class Difference:
-    """Largest differences of two outputs; relative ones are divided by the largest value of the reference output."""
-
-    max_abs: float = 0.0
-    max_rel: float = 0.0
-    border_rel: float = 0.0
-    interior_rel: float = 0.0
-
-    def include(self, other: "Difference") -> None:
-        for name in ("max_abs", "max_rel", "border_rel", "interior_rel"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            setattr(self, name, theirs if math.isnan(theirs) else max(mine, theirs))
-
-    def exceeds(self, tolerance: float) -> bool:
-        return not self.max_rel <= tolerance  # NaN exceeds everything
+SCALES = (1e-3, 1e3)
+ROUNDING = 1e-13  # relative: what sums of float64 numbers may lose, some hundred units in the last place
+ILL_CONDITIONED = 1e-6  # the share of a channel that rounding may change
 
 
 @dataclass
@@ -49,6 +44,7 @@ class Equivalence:
         sensitivity: how much another input changes the output, relative; None where no batch has a second image.
         not_run: blocks that no input runs and that cannot be compared alone.
         alone: blocks that no input runs and that were compared on random maps.
+        left_out: what was not compared, and why.
 
     Example:
         >>> Equivalence(sensitivity=1e-11).notes
@@ -60,6 +56,7 @@ class Equivalence:
     sensitivity: float | None = 0.0
     not_run: list[str] = field(default_factory=list)
     alone: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def conclusive(self) -> bool:
@@ -67,168 +64,41 @@ class Equivalence:
         return self.sensitivity is None or self.sensitivity >= MIN_SENSITIVITY
 
     @property
+    def ill_conditioned(self) -> list[str]:
+        """What is ill-conditioned: the model or a block, and where; equality proves little there."""
+        parts = {"the model": self.total, **{f"block {name!r}": found for name, found in self.blocks.items()}}
+        return [
+            f"{part} is ill-conditioned: rounding alone may change {found.rounding_where} by {min(found.rounding, 1):.0e} "
+            "of its size, so equality proves little there"
+            for part, found in parts.items()
+            if found.rounding > ILL_CONDITIONED
+        ]
+
+    @property
     def notes(self) -> list[str]:
-        """What a report says about blocks that the model does not run, and of an inconclusive proof."""
+        """What a report says about what the model does not run, about what is left out, and of an inconclusive proof."""
         notes = [f"block {name!r} is not run by the model, and proven by itself" for name in self.alone]
         notes += [f"block {name!r} was not run by any input and is not proven" for name in self.not_run]
+        notes += [*self.left_out, *self.ill_conditioned]
         return notes if self.conclusive else [*notes, f"inconclusive: sensitivity {self.sensitivity:.1e}"]
 
     def warn(self, stacklevel: int = 3) -> None:
-        """Warn, with InconclusiveWarning, of blocks that are not proven and of a sensitivity that proves little."""
+        """Warn, with InconclusiveWarning, of blocks that are not proven and of what proves little."""
+        texts = [f"inconclusive: {text}" for text in self.ill_conditioned[:1]]
         if self.not_run:
             first, count = self.not_run[0], len(self.not_run)
-            text = f"inconclusive: no input runs block {first!r} ({count} such blocks)"
-            warnings.warn(text, InconclusiveWarning, stacklevel=stacklevel)
+            texts.append(f"inconclusive: no input runs block {first!r} ({count} such blocks)")
         if not self.conclusive:
-            warnings.warn(
+            texts.append(
                 f"inconclusive: another input changes the output by {self.sensitivity:.1e} only (expected >= "
-                f"{MIN_SENSITIVITY:.0e}), so equality proves little",
-                InconclusiveWarning,
-                stacklevel=stacklevel,
+                f"{MIN_SENSITIVITY:.0e}), so equality proves little"
             )
-
-
-def output_paths(output: object) -> list[tuple[tuple[str | int, ...], Tensor]]:
-    """Return the floating-point tensors of a nested output in order, each with its path: keys, fields and places.
-
-    Args:
-        output: a tensor, or nested mappings, lists, tuples, dataclasses and what torch's pytree knows.
-
-    Returns:
-        (path, tensor) of each.
-
-    Example:
-        >>> import torch
-        >>> [path for path, _ in output_paths({"maps": [torch.zeros(1), torch.zeros(2)], "count": 3})]
-        [('maps', 0), ('maps', 1)]
-    """
-    return [(path, tensor) for path, tensor in _tensor_paths(output) if tensor.is_floating_point()]
-
-
-def _tensor_paths(output: object) -> list[tuple[tuple[str | int, ...], Tensor]]:
-    items: Iterable[tuple[Any, object]]
-    if isinstance(output, Tensor):
-        return [((), output)]
-    if isinstance(output, Mapping):
-        items = output.items()
-    elif isinstance(output, (list, tuple)):
-        items = zip(getattr(output, "_fields", range(len(output))), output)
-    elif is_dataclass(output):
-        items = ((entry.name, getattr(output, entry.name)) for entry in fields(output))
-    else:
-        leaves = tree_leaves(output)  # classes that are registered with torch
-        items = enumerate(leaf for leaf in leaves if leaf is not output)
-    return [((key, *path), tensor) for key, value in items for path, tensor in _tensor_paths(value)]
-
-
-def flatten_outputs(output: object) -> list[Tensor]:
-    """Return the floating-point tensors of a nested output, in order."""
-    return [tensor for _, tensor in output_paths(output)]
-
-
-def exact_outputs(output: object) -> list[Tensor]:
-    """Return the integer and boolean tensors of a nested output, in order."""
-    tensors = (tensor for _, tensor in _tensor_paths(output))
-    return [tensor for tensor in tensors if not tensor.is_floating_point() and not tensor.is_complex()]
-
-
-def compare_outputs(reference: object, candidate: object, ties: Sequence[Tensor] = ()) -> Difference:
-    """Return the differences of two outputs of equal structure.
-
-    Args:
-        reference: a tensor, or nested mappings, lists, tuples and dataclasses of them.
-        candidate: the output to compare with it.
-        ties: of each integer or boolean tensor, where it may differ; without them nowhere.
-
-    Returns:
-        The largest differences. Non-finite values count as infinite; a tensor without elements (no detection, say) has
-        none.
-
-    Raises:
-        EquivalenceError: number, shapes or types of the tensors differ, or an integer or boolean one does.
-
-    Example:
-        >>> import torch
-        >>> compare_outputs(torch.tensor([2.0, 4.0]), torch.tensor([2.0, 3.0])).max_rel
-        0.25
-    """
-    ours, theirs = ([tensor for _, tensor in _tensor_paths(output)] for output in (reference, candidate))
-    shapes = [tuple(t.shape) for t in ours], [tuple(t.shape) for t in theirs]
-    if shapes[0] != shapes[1] or not ours:
-        raise EquivalenceError(f"output shapes differ: expected {shapes[0]}, got {shapes[1]}")
-    for number, (a, b) in enumerate(zip(exact_outputs(reference), exact_outputs(candidate))):
-        off = a != b.to(a.device)
-        if ties:
-            off &= ~ties[number]
-        if off.any():
-            raise EquivalenceError(f"{int(off.sum())} of {off.numel()} values of an output of {a.dtype} differ")
-    result = Difference()
-    for a, b in zip(ours, theirs):
-        if a.is_complex() and b.is_complex():
-            a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj())
-        if a.is_floating_point() != b.is_floating_point() or a.is_complex() != b.is_complex():
-            raise EquivalenceError(f"output types differ: expected {a.dtype}, got {b.dtype}")
-        if not a.numel() or not a.is_floating_point():
-            continue
-        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-            return Difference(math.inf, math.inf, math.inf, math.inf)
-        gap = (a.double() - b.double()).abs()
-        scale = max(a.abs().max().item(), torch.finfo(torch.float64).tiny)
-        largest = gap.max().item()
-        border, interior = largest, largest
-        if gap.dim() == 4 and min(gap.shape[2:]) > 2:
-            interior = gap[:, :, 1:-1, 1:-1].max().item()
-            border = max(side.max().item() for side in (gap[:, :, 0], gap[:, :, -1], gap[..., 0], gap[..., -1]))
-        result.include(Difference(largest, largest / scale, border / scale, interior / scale))
-    return result
-
-
-@torch.no_grad()
-def _find_ties(model: nn.Module, x: Tensor, expected: object, amount: float) -> list[Tensor]:
-    """Of each integer or boolean output: where a model's own value changes once numbers are moved by ``amount``, relative.
-
-    They are moved forth and back: where a tie is broken by one, it is not by the other.
-    """
-    ties = [torch.zeros_like(tensor, dtype=torch.bool) for tensor in exact_outputs(expected)]
-    for seed, sign in itertools.product(range(3), (1, -1)):
-        generator, other = torch.Generator().manual_seed(seed), copy_model(model)
-        moved = [x.to(torch.float64, copy=True), *other.parameters()]
-        for tensor in moved:
-            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
-            tensor.mul_(1 + sign * amount * noise)
-        output = _run(run_model, other, moved[0])
-        for tie, before, after in zip(ties, exact_outputs(expected), exact_outputs(output)):
-            tie |= before != after if before.shape == after.shape else torch.ones_like(tie)
-    return ties
-
-
-def sensitivity_of(output: object, images: int) -> float:
-    """Return how much the outputs of the first and the last image differ, relative to the largest value.
-
-    Args:
-        output: batches, or one dict for each image, as detectors return them.
-        images: number of images.
-
-    Returns:
-        The largest relative change; another number of detections is a change of 1.
-    """
-    if isinstance(output, (list, tuple)) and len(output) == images and all(isinstance(one, dict) for one in output):
-        found = zip(flatten_outputs(output[0]), flatten_outputs(output[-1]))
-        trios = [(a, b, torch.cat([a.flatten(), b.flatten()])) for a, b in found]
-    else:
-        trios = [(out[0], out[-1], out) for out in flatten_outputs(output) if out.dim()]
-    change = 0.0
-    for a, b, both in trios:
-        if a.shape != b.shape:
-            return 1.0
-        if a.numel():
-            largest = max(both.abs().max().item(), torch.finfo(both.dtype).tiny)
-            change = max(change, (a - b).abs().max().item() / largest)
-    return change
+        for text in texts:
+            warnings.warn(text, InconclusiveWarning, stacklevel=stacklevel)
 
 
 def default_inputs(model: nn.Module, example_input: Tensor | None = None) -> list[Tensor]:
-    """Return two inputs for a model: the example or two random images, and two random images of an odd size.
+    """Return two inputs for a model: the example or one random image, and one random image of an odd size.
 
     Args:
         model: the model; where no example is given, the size is ``pretrained_cfg['input_size']`` (timm), else 64x64 with
@@ -236,7 +106,7 @@ def default_inputs(model: nn.Module, example_input: Tensor | None = None) -> lis
         example_input: images (N, C, ...), floating point.
 
     Returns:
-        Two new tensors, on the model's device and in its dtype.
+        Two new tensors, on the model's device and in its dtype. :func:`verify_equivalence` adds images at other scales.
 
     Raises:
         ArgumentError: the example is not a float tensor (N, C, ...).
@@ -244,7 +114,7 @@ def default_inputs(model: nn.Module, example_input: Tensor | None = None) -> lis
     Example:
         >>> from torch import nn
         >>> [tuple(x.shape) for x in default_inputs(nn.Conv2d(3, 8, 3))]
-        [(2, 3, 64, 64), (2, 3, 63, 63)]
+        [(1, 3, 64, 64), (1, 3, 63, 63)]
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if example_input is not None:
@@ -256,14 +126,14 @@ def default_inputs(model: nn.Module, example_input: Tensor | None = None) -> lis
         cfg = getattr(model, "pretrained_cfg", None) or {}
         first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
         channels = first.in_channels if first is not None else 3
-        shape = (2, *(cfg.get("input_size") or (channels, 64, 64)))
+        shape = (1, *(cfg.get("input_size") or (channels, 64, 64)))
     generator = torch.Generator().manual_seed(0)
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     first = example_input.detach() if example_input is not None else torch.randn(shape, generator=generator)
     first = first.to(device, dtype, copy=True)  # a model may work in place
-    other = (2, *shape[1:])
+    other = (1, *shape[1:])
     if len(shape) == 4:
-        other = (2, shape[1], shape[2] - 1 + shape[2] % 2, shape[3] - 1 + shape[3] % 2)
+        other = (1, shape[1], shape[2] - 1 + shape[2] % 2, shape[3] - 1 + shape[3] % 2)
     return [first, torch.randn(other, generator=generator).to(device, dtype)]
 
 
@@ -298,10 +168,161 @@ class _FastDepthwise(TorchFunctionMode):
         return out
 
 
+class _Draws(TorchDispatchMode):
+    """Notes whether random numbers are drawn, in this thread."""
+
+    found = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.found |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+
+class _Moving(TorchDispatchMode):
+    """Moves the results of all operations by a random relative amount, as rounding does by less."""
+
+    def __init__(self, seed: int, amount: float):
+        super().__init__()
+        self.generator, self.amount = torch.Generator().manual_seed(seed), amount
+
+    def noise(self, tensor: Tensor) -> Tensor:
+        noise = torch.rand(tensor.shape, generator=self.generator, dtype=torch.float64).sub_(0.5)
+        return noise.mul_(2 * self.amount).add_(1).to(tensor.device, tensor.dtype)
+
+    def move(self, tensor: Tensor) -> Tensor:
+        return tensor * self.noise(tensor) if tensor.is_floating_point() else tensor
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if any(one.alias_info is not None for one in func._schema.returns):  # a view, or what was given: moved already
+            return output.mul_(self.noise(output)) if func._schema.is_mutable and _is_float(output) else output
+        return tree_map_only(Tensor, self.move, output)
+
+
+def _is_float(output: object) -> bool:
+    return isinstance(output, Tensor) and output.is_floating_point()
+
+
+_SEED = threading.Lock()  # torch's random numbers are one stream for all threads
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """The same random numbers in each such body; afterwards the stream goes on as if there had been none."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with _SEED, torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        yield
+
+
 @torch.no_grad()
 def _run(forward: Callable, *args, **kwargs) -> object:
     with _FastDepthwise():
         return forward(*args, **kwargs)
+
+
+def _draws(forward: Callable, *args, **kwargs) -> tuple[object, bool]:
+    """Run a forward; return its output and whether it draws random numbers. Their stream is then put back."""
+    before = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    with _Draws() as mode:
+        output = _run(forward, *args, **kwargs)
+    if mode.found:
+        torch.set_rng_state(before[0])
+        torch.cuda.set_rng_state_all(before[1])
+    return output, mode.found
+
+
+class Call(NamedTuple):
+    """What a module is run on: copies each time, for a module may work in place."""
+
+    forward: Callable
+    args: tuple
+    kwargs: Mapping[str, Any] = {}
+    random: bool = False
+
+    def run(self, module: nn.Module) -> object:
+        args, kwargs = copy_values((self.args, self.kwargs))
+        with _same_random_numbers() if self.random else nullcontext():
+            return _run(self.forward, module, *args, **kwargs)
+
+    @torch.no_grad()
+    def run_moved(self, module: nn.Module, seed: int, amount: float) -> object:
+        """Run a copy whose weights, buffers, inputs and results in between are moved by a random relative amount."""
+        mode, module = _Moving(seed, amount), copy_model(module)
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.data = mode.move(tensor.data)
+        args, kwargs = tree_map_only(Tensor, mode.move, (self.args, dict(self.kwargs)))
+        with mode:
+            return self._replace(args=args, kwargs=kwargs).run(module)
+
+
+class _UnstableError(Exception):
+    """Rounding decides the shapes of an output."""
+
+
+def measure_floor(
+    call: Call, outputs: Sequence[tuple[nn.Module, object]], tolerance: float, amount: float
+) -> Iterator[Floor]:
+    """Yield what rounding may change in the outputs of models, each time after one more try.
+
+    Numbers are moved forth and back: where a tie is broken, or a limit passed, by one, it is not by the other.
+
+    Args:
+        call: what the models are run on.
+        outputs: (model, its output) of each, of equal shapes.
+        tolerance: the relative one that differences are held against.
+        amount: how much each number is moved, relative.
+
+    Returns:
+        The floor, as it grows.
+    """
+    floor = Floor(tolerance)
+    for seed in range(3):
+        for module, output in outputs:
+            for sign in (1, -1):
+                floor.include(output, call.run_moved(module, seed, sign * amount))
+            yield floor
+
+
+def _compare(
+    call: Call,
+    reference: nn.Module,
+    candidate: nn.Module,
+    expected: object,
+    tolerance: float,
+    beside: object = None,
+) -> Difference:
+    """Compare a candidate's output with the expected one of the reference.
+
+    A difference over the tolerance is no fault where rounding makes one as large in one of the two models.
+    """
+    found = call.run(candidate)
+
+    def judge(output: object, floor: Floor | None = None) -> Difference | EquivalenceError:
+        try:
+            return compare_outputs(expected, output, floor, beside)
+        except EquivalenceError as error:
+            return error
+
+    def passes(judged: Difference | EquivalenceError) -> bool:
+        return isinstance(judged, Difference) and not judged.exceeds(tolerance)
+
+    strict = judge(found)
+    if passes(strict):
+        return strict
+    if not passes(judge(call.run(reference))):
+        raise EquivalenceError(
+            "the given model gives another output each time it runs on the same images, so nothing can be compared"
+        )
+    both = [(reference, expected), (candidate, found)][: 1 + (shapes_of(expected) == shapes_of(found))]
+    for floor in measure_floor(call, both, tolerance, min(ROUNDING, tolerance / 1e4)):
+        if not floor.stable:
+            raise _UnstableError
+        if passes(judged := judge(found, floor)):
+            break
+    if isinstance(judged, EquivalenceError):
+        raise judged
+    return judged  # what rounding explains is not what is named
 
 
 def rounding_error(model: nn.Module, x: Tensor) -> float:
@@ -314,14 +335,16 @@ def rounding_error(model: nn.Module, x: Tensor) -> float:
     Returns:
         The largest relative error.
     """
-    return compare_outputs(_run(copy_model(model).double(), x.double()), _run(model, x.clone())).max_rel
+    return compare_outputs(
+        _run(run_model, copy_model(model).double(), x.double()), _run(run_model, model, x.clone())
+    ).max_rel
 
 
 class _Recorder:
     """Keeps the first call's inputs and output of chosen modules, as copies: a later layer may work in place."""
 
     def __init__(self, model: nn.Module, names: Sequence[str]):
-        self.calls = {}
+        self.calls: dict[str, tuple] = {}
         self._handles = [
             model.get_submodule(name).register_forward_hook(self._hook(name), with_kwargs=True) for name in names
         ]
@@ -338,6 +361,161 @@ class _Recorder:
             handle.remove()
 
 
+def _call_module(module: nn.Module, *args, **kwargs) -> object:
+    return module(*args, **kwargs)
+
+
+class _Compared(NamedTuple):
+    """Which batch was compared (None: none), the reference's output, and why the one before it was not."""
+
+    number: int | None
+    expected: object
+    refused: Exception | None
+
+
+@dataclass
+class _Proof:
+    """Two models that are compared, input by input."""
+
+    reference: nn.Module
+    candidate: nn.Module
+    parts: Mapping[str, nn.Module]
+    tolerance: float
+    result: Equivalence
+    beside: object = None
+
+    def part(self, name: str) -> nn.Module:
+        return self.parts.get(name) or self.candidate.get_submodule(name)
+
+    def run_reference(self, x: Tensor) -> tuple[Call, object, dict[str, tuple]]:
+        """Return how the models are run on images, the reference's output, and the calls of its blocks."""
+        recorder, call = _Recorder(self.reference, [*self.result.blocks]), Call(run_model, (x,))
+        try:
+            expected, random = _draws(run_model, self.reference, x.clone())
+            if random:
+                recorder.calls.clear()
+                call = call._replace(random=True)
+                expected = call.run(self.reference)
+        finally:
+            recorder.remove()
+        return call, expected, recorder.calls
+
+    def compare(self, call: Call, expected: object, calls: Mapping[str, tuple]) -> None:
+        """Compare the blocks that ran, then the whole models."""
+        for name, (args, kwargs, output) in track(calls.items(), "comparing blocks"):
+            self.compare_block(name, Call(_call_module, args, kwargs, call.random), output)
+        self.raise_if_off()
+        total = _compare(call, self.reference, self.candidate, expected, self.tolerance, self.beside)
+        self.result.total.include(total)
+        if total.exceeds(self.tolerance):
+            agree = f", although each of {len(calls)} blocks agrees" if calls else ""
+            raise EquivalenceError(
+                f"the whole model differs by {total.max_rel:.2e} relative (tolerance {self.tolerance:.0e}) in "
+                f"{total.where}{agree}"
+            )
+
+    def compare_block(self, name: str, call: Call, output: object) -> None:
+        block = self.reference.get_submodule(name)
+        try:
+            found = _compare(call, block, self.part(name), output, self.tolerance)
+        except EquivalenceError as error:
+            raise EquivalenceError(f"block {name!r}: {error}") from None
+        self.result.blocks[name].include(found)
+        if name in self.result.not_run:
+            self.result.not_run.remove(name)
+
+    def raise_if_off(self) -> None:
+        for name, difference in self.result.blocks.items():
+            if difference.exceeds(self.tolerance):
+                raise EquivalenceError(
+                    f"block {name!r} differs by {difference.max_rel:.2e} relative (tolerance {self.tolerance:.0e}) in "
+                    f"{difference.where}; border {difference.border_rel:.2e}, interior {difference.interior_rel:.2e}"
+                )
+
+    def compare_first(self, *batches: Tensor) -> _Compared:
+        """Compare on the first of some batches that the reference takes, with finite outputs of shapes that are no chance."""
+        refused: Exception | None = None
+        for number, x in enumerate(batches):
+            try:
+                call, expected, calls = self.run_reference(x)
+            except (
+                Exception
+            ) as error:  # a size that a network does not take is refused in as many ways as there are networks
+                refused = error
+                continue
+            if not all(torch.isfinite(out).all() for out in flatten_outputs([expected, *calls.values()])):
+                refused = EquivalenceError("the given model's own output is not finite, so nothing can be compared")
+                continue
+            try:
+                self.compare(call, expected, calls)
+            except _UnstableError:
+                refused = EquivalenceError(
+                    "rounding decides the shapes of the given model's output, so nothing can be compared"
+                )
+                continue
+            self.beside = expected
+            return _Compared(number, expected, refused)
+        return _Compared(None, None, refused)
+
+    def compare_images(self, x: Tensor, scales: Sequence[float]) -> None:
+        """Compare on given images, and on the first one, mirrored, at other scales: in one batch where the model takes it."""
+        x = x.to(torch.float64, copy=True)
+        scaled = [scale * x[:1].flip(-1) for scale in scales]
+        batches = [torch.cat([x, *scaled[:count]]) for count in range(len(scales), -1, -1)]
+        done = self.compare_first(*batches)
+        if done.number is None:
+            raise done.refused
+        for scale in scales[len(scales) - done.number :]:
+            refused = done.refused
+            if not isinstance(refused, EquivalenceError):  # the number of images is the model's: as many at this scale
+                other = self.compare_first(scale * x.flip(-1))
+                if other.number is not None:
+                    self.sensitive(change_of(done.expected, other.expected))
+                    continue
+                refused = other.refused
+            reason = "the given model does not take them"
+            if isinstance(refused, EquivalenceError):
+                reason = str(refused).removesuffix(", so nothing can be compared")
+            self.result.left_out.append(f"images at {scale:g} times their values are not compared: {reason}")
+        images = len(batches[done.number])
+        if images > 1:
+            self.sensitive(sensitivity_of(done.expected, images, max(len(x) - 1, 1)))
+
+    def compare_size(self, x: Tensor, image: Tensor) -> None:
+        """Compare on images of another size; where the reference does not take it, on one given image alone."""
+        done = self.compare_first(x.double())
+        if isinstance(done.refused, EquivalenceError):
+            raise done.refused
+        if done.number is None:
+            self.compare_first(image.double())
+        elif len(x) > 1:
+            self.sensitive(sensitivity_of(done.expected, len(x)))
+
+    def sensitive(self, change: float) -> None:
+        self.result.sensitivity = max(self.result.sensitivity or 0.0, change)
+
+    def compare_alone(self) -> None:
+        """Compare blocks that the model has but does not run (a classifier's last layer, in a detector) on random maps."""
+        for name in list(self.result.not_run):
+            block, other = self.reference.get_submodule(name), self.part(name)
+            first = next((module for module in other.modules() if isinstance(module, nn.Conv2d)), None)
+            if first is None:
+                continue
+            x = torch.randn(
+                2, first.in_channels, 15, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+            )
+            call = Call(_call_module, (x.to(first.weight.device),))
+            try:
+                expected = call.run(block)
+            except (
+                Exception
+            ):  # it takes something else than one map: what it does then stays unproven, and is said to be
+                continue
+            self.compare_block(name, call, expected)
+            self.result.alone.append(name)
+        self.raise_if_off()
+
+
 def verify_equivalence(
     reference: nn.Module,
     candidate: nn.Module,
@@ -347,22 +525,29 @@ def verify_equivalence(
     parts: Mapping[str, nn.Module] | None = None,
     keep: bool = True,
     run_names: Sequence[str] = (),
+    scales: Sequence[float] = SCALES,
 ) -> Equivalence:
     """Check that two models compute the same function in eval mode, in float64.
+
+    Every channel of every image is held against its own size. Where a difference is over the tolerance, the reference runs
+    again with all numbers moved by 1e-13, and the candidate too: what that changes is rounding, and allowed.
 
     Args:
         reference: the model to compare with.
         candidate: the model that must compute the same.
-        inputs: images (N, C, H, W). One that the reference cannot take (an odd size, say) is left out, but the first.
+        inputs: images (N, C, H, W). One that the reference cannot take (an odd size, say) is left out, but the first; then
+            one image runs alone.
         block_names: modules that are also compared alone: the candidate's is given the reference's own input to it, or a
             random map where no input runs it.
-        tolerance: largest allowed difference, relative to the largest value.
+        tolerance: largest allowed difference, relative to the channel's largest value.
         parts: modules to compare in the place of the candidate's, by name.
         keep: copy the models first; False converts the given ones to float64.
         run_names: modules of the reference that are proven end to end alone, and so only where an input runs them.
+        scales: the first batch also holds its first image, mirrored, times each of these, where that stays finite.
 
     Returns:
-        The measurements. InconclusiveWarning is given where another input changes the output by less than 1e-3.
+        The measurements. InconclusiveWarning is given where another input changes the output by less than 1e-3, and where
+        rounding may change a channel by more than 1e-6 of its size.
 
     Raises:
         EquivalenceError: over the tolerance, or a value is not finite; names the first block that is off.
@@ -379,44 +564,16 @@ def verify_equivalence(
     for model in (reference.double(), candidate.double(), *parts.values()):
         model.eval()  # not chained: mmpretrain's return None
     result = Equivalence(blocks={name: Difference() for name in block_names}, not_run=list(block_names))
+    proof = _Proof(reference, candidate, parts, tolerance, result)
     idle = set(run_names)
     for name in run_names:
         reference.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: idle.discard(name))
     for index, x in enumerate(track(inputs, "comparing whole models")):
-        recorder = _Recorder(reference, block_names)
-        try:
-            expected = _run(run_model, reference, x.to(torch.float64, copy=True))
-        except Exception:  # a size that a network does not take is refused in as many ways as there are networks
-            if index == 0:
-                raise
-            continue
-        finally:
-            recorder.remove()
-        if not all(torch.isfinite(out).all() for out in flatten_outputs(expected)):
-            raise EquivalenceError("the given model's own output is not finite, so nothing can be compared")
-        for name, (args, kwargs, output) in track(recorder.calls.items(), "comparing blocks"):
-            try:
-                found = compare_outputs(output, _run(parts.get(name) or candidate.get_submodule(name), *args, **kwargs))
-            except EquivalenceError as error:
-                raise EquivalenceError(f"block {name!r}: {error}") from None
-            result.blocks[name].include(found)
-            if name in result.not_run:
-                result.not_run.remove(name)
-        _raise_if_off(result.blocks, tolerance)
-        found = _run(run_model, candidate, x.to(torch.float64, copy=True))
-        same = all(map(torch.equal, exact_outputs(expected), exact_outputs(found)))
-        ties = [] if same else _find_ties(reference, x, expected, tolerance / 10)
-        total = compare_outputs(expected, found, ties)
-        result.total.include(total)
-        if total.exceeds(tolerance):
-            agree = f" although each of {len(block_names)} blocks agrees" if block_names else ""
-            raise EquivalenceError(
-                f"the whole model differs by {total.max_rel:.2e} relative (tolerance {tolerance:.0e}){agree}"
-            )
-        if len(x) < 2 and index == 0:
-            continue  # one image says nothing about another
-        result.sensitivity = max(result.sensitivity, sensitivity_of(expected, len(x)))
-    _prove_alone(reference, candidate, parts, result, tolerance)
+        if index == 0:
+            proof.compare_images(x, scales)
+        else:
+            proof.compare_size(x, inputs[0][:1])
+    proof.compare_alone()
     result.not_run += [name for name in run_names if name in idle]
     result.warn()
     return result
@@ -430,44 +587,29 @@ def require_rounded(converted: nn.Module, proven: nn.Module) -> None:
         proven: the same in float64.
 
     Raises:
-        EquivalenceError: a tensor differs, is out of its type's range, or vanishes in it; names the tensor.
+        EquivalenceError: a tensor differs, is out of its type's range, or a channel vanishes in it; names tensor and channel.
     """
+    sizes: dict[tuple[str, int], Tensor] = {}  # of a layer's channels: a weight is lost where the bias does not hide it
+    lost: dict[str, Tensor] = {}
     for (name, ours), theirs in zip(converted.state_dict().items(), proven.state_dict().values(), strict=True):
         if not torch.equal(ours, theirs.to(ours.dtype)):
             raise EquivalenceError(f"{name!r} is not the rounded value of the proven float64 merge")
-        if ours.is_floating_point() and not torch.isfinite(ours).all():
-            raise EquivalenceError(f"{name!r} of the merged model is out of the range of {ours.dtype}, or not a number")
-        if ours.is_floating_point() and (lost := (theirs - ours.double()).abs().max()) > 0.01 * theirs.abs().max():
-            raise EquivalenceError(f"{name!r} of the merged model loses {lost:.1e} in {ours.dtype}: values underflow")
-
-
-def _prove_alone(
-    reference: nn.Module, candidate: nn.Module, parts: Mapping[str, nn.Module], result: Equivalence, tolerance: float
-) -> None:
-    """Compare blocks that the model has but does not run (a classifier's last layer, in a detector) on random maps."""
-    for name in list(result.not_run):
-        block, other = reference.get_submodule(name), parts.get(name) or candidate.get_submodule(name)
-        first = next((module for module in other.modules() if isinstance(module, nn.Conv2d)), None)
-        if first is None:
+        if not ours.is_floating_point() or not ours.numel():
             continue
-        x = torch.randn(2, first.in_channels, 15, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        try:
-            expected = _run(block, x.to(first.weight.device))
-        except Exception:  # it takes something else than one map: what it does then stays unproven, and is said to be
-            continue
-        try:
-            result.blocks[name].include(compare_outputs(expected, _run(other, x.to(first.weight.device))))
-        except EquivalenceError as error:
-            raise EquivalenceError(f"block {name!r}: {error}") from None
-        result.not_run.remove(name)
-        result.alone.append(name)
-    _raise_if_off(result.blocks, tolerance)
-
-
-def _raise_if_off(blocks: dict[str, Difference], tolerance: float) -> None:
-    for name, difference in blocks.items():
-        if difference.exceeds(tolerance):
+        if not (finite := torch.isfinite(ours)).all():
+            index = (~finite).nonzero()[0].tolist()
+            what = f"channel {index[0]} of {name!r}" if index else repr(name)
+            raise EquivalenceError(f"{what} is out of the range of {ours.dtype}, or not a number")
+        rows = theirs.reshape(len(theirs) if theirs.dim() else 1, -1)
+        key = name.rpartition(".")[0], len(rows)
+        sizes[key] = torch.maximum(size := rows.abs().amax(1), sizes.get(key, size))
+        lost[name] = (rows - ours.reshape(rows.shape).double()).abs().amax(1)
+    for name, amounts in lost.items():
+        size = sizes[name.rpartition(".")[0], len(amounts)]
+        if (vanish := amounts > 0.01 * size).any():
+            channel = int(vanish.nonzero()[0])
+            dtype = converted.state_dict()[name].dtype
             raise EquivalenceError(
-                f"block {name!r} differs by {difference.max_rel:.2e} relative (tolerance {tolerance:.0e}); border "
-                f"{difference.border_rel:.2e}, interior {difference.interior_rel:.2e}"
+                f"channel {channel} of {name!r} ({size[channel]:.1e}) loses {amounts[channel]:.1e} in {dtype}: values "
+                "underflow; set the channel to zero if it is dead, or convert the model to a wider type first"
             )

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from rep_plugin.checkpoints.plain import read_json
 from rep_plugin.errors import ArgumentError, EquivalenceError
 from rep_plugin.measure.costs import count_macs, count_params
+from rep_plugin.measure.differences import compare_outputs
 from rep_plugin.measure.latency import eager_calls, interleaved_medians, torch_threads
 from rep_plugin.measure.progress import track
-from rep_plugin.measure.verify import compare_outputs
 from rep_plugin.openmmlab.checkpoint import find_latest_checkpoint
 from rep_plugin.openmmlab.cli import read_config
 from rep_plugin.openmmlab.data import check_data

@@ -28,8 +28,9 @@ from rep_plugin.errors import (
     did_you_mean,
     first_line,
 )
+from rep_plugin.measure.differences import compare_outputs
 from rep_plugin.measure.forward import run_model
-from rep_plugin.measure.verify import compare_outputs, verify_equivalence
+from rep_plugin.measure.verify import verify_equivalence
 from rep_plugin.openmmlab.configs import drop_pretrained_, typed_dicts
 from rep_plugin.openmmlab.origin import explain_misfit
 

@@ -23,7 +23,7 @@ from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.forward import require_bare
 from rep_plugin.measure.progress import working
 from rep_plugin.measure.report import BlockReport, Report
-from rep_plugin.measure.verify import default_inputs, verify_equivalence
+from rep_plugin.measure.verify import default_inputs, require_rounded, verify_equivalence
 from rep_plugin.reparam.fold_bn import find_pairs_by_parts, replace_module_
 
 TOLERANCE = 1e-9  # relative, in float64
@@ -214,6 +214,7 @@ def expand(
 
     expanded = _expand_(model if inplace else copy_model(model), block, pairs, online)
     expanded.load_state_dict(exact.state_dict())  # what was proven, rounded once
+    require_rounded(expanded, exact)
     report.params_after, report.macs_after = count_params(expanded), count_macs(expanded, inputs[0])
     record_(expanded, before, step="expand", block=block, pairs=[list(pair) for pair in pairs], online=online)
     report.seconds = time.perf_counter() - started

@@ -29,7 +29,8 @@ from rep_plugin.errors import EquivalenceError, ExportError, InconclusiveWarning
 from rep_plugin.export import runtimes
 from rep_plugin.export.export_onnx import export_images
 from rep_plugin.export.graph import read_metadata
-from rep_plugin.measure.verify import flatten_outputs, rounding_error
+from rep_plugin.measure.differences import flatten_outputs
+from rep_plugin.measure.verify import rounding_error
 from rep_plugin.testing import calibrate_random_bn_
 from rep_plugin.timm.artefacts import save_timm
 from rep_plugin.timm.export import export_timm, read_images

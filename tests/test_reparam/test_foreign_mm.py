@@ -65,7 +65,7 @@ def test_d2se_keeps_its_squeeze_and_excite():
     model = MODELS.build({"type": "mmpretrain.RepVGG", "arch": arch, "out_indices": (3,)})
     calibrate_random_bn_(model, torch.randn(4, 3, 64, 64))
     merged, report = rep_plugin.reparameterize(model, torch.randn(2, 3, 64, 64))
-    assert report.max_rel_error < 1e-11 and report.sensitivity > 0.05 and len(report.blocks) == 5
+    assert report.max_rel_error < 1e-10 and report.sensitivity > 0.05 and len(report.blocks) == 5
     assert merged.stage_1[0].se_layer is not None
     x = torch.randn(2, 3, 64, 64)
     expected = model(x)[0]

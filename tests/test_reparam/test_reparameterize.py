@@ -67,7 +67,7 @@ def test_conv_bn_of_a_stock_network_is_folded():
     model = calibrate_random_bn_(timm.create_model("mobilenetv2_050"), torch.randn(4, 3, 64, 64))
     merged, report = rep_plugin.reparameterize(model, torch.randn(1, 3, 64, 64))
     assert not any(isinstance(m, nn.BatchNorm2d) for m in merged.modules()) and len(report.blocks) == 52
-    assert report.max_rel_error < 1e-12
+    assert report.max_rel_error < 1e-11  # of each logit
 
 
 @pytest.mark.parametrize("name", ["mobilenetv2_050", "repvgg_a0", "rep_mobilenetv2_035", "dbb_mobilenetv2_100"])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.errors import ArgumentError
 from rep_plugin.measure.copies import copy_model
-from rep_plugin.measure.verify import verify_equivalence
+from rep_plugin.measure.verify import require_rounded, verify_equivalence
 from rep_plugin.pruning.apply import TOLERANCE, PruneReport, apply_plan, proof_inputs
 from rep_plugin.pruning.methods.compactors import (
     Site,
@@ -233,6 +233,7 @@ class ResRep:
         merge_compactors_(model, self.sites)
         apply_plan(model, plan, verify=False)
         model.load_state_dict(merged.state_dict())  # rounded once
+        require_rounded(model, merged)
         return report
 
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from rep_plugin.measure.differences import flatten_outputs
 from rep_plugin.measure.forward import run_model
-from rep_plugin.measure.verify import flatten_outputs
 from rep_plugin.pruning.surgery.remove import keep_filters_, measure_filters
 from rep_plugin.pruning.tracing.graph import Trace, named_tensors
 from rep_plugin.pruning.tracing.kept_channels import KeptChannels, zero_removed_
