@@ -1,0 +1,275 @@
+"""Where a forward decides by values or sizes: found by watching which operations it runs, and in which line.
+
+The model runs on the ``meta`` device, where nothing is computed: forty shapes cost less than one image. What cannot run
+there is watched on one image instead, which shows where values are read, but no path of another size.
+"""
+
+import copy
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from types import CodeType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from rep_plugin.measure.forward import run_model
+
+SIDES = (32, 48, 64, 96, 112, 128, 192, 224, 256, 384, 512, 1024)
+BATCHES = (1, 2, 3, 5, 8, 16, 64)
+LARGEST = 640  # sides of images that a proof is given of its own accord
+_TORCH, _OURS = Path(torch.__file__).parent, Path(__file__).parents[1]
+# What a tensor answers when it becomes a value of Python, on the meta device: something, so that the forward goes on.
+_READS = {
+    "__bool__": bool, "is_nonzero": bool, "equal": bool, "allclose": bool, "__contains__": bool, "__int__": int,
+    "__index__": int, "__float__": float, "__complex__": complex, "item": None, "tolist": None, "numpy": None,
+}  # fmt: skip
+
+
+class Place(NamedTuple):
+    """A line of a forward.
+
+    Args:
+        module: name of the module that runs, empty for the root.
+        line: file and line, empty where they are torch's or ours.
+        kind: class of the module.
+    """
+
+    module: str
+    line: str
+    kind: str = ""
+
+    def __str__(self) -> str:
+        name = repr(self.module) if self.module else self.kind or "the model"
+        return f"{name} ({self.line})" if self.line else name
+
+
+def place_of(modules: Mapping[int, str], stop: CodeType | None = None) -> Place:
+    """Return which module of a model is running, and the line, where that is no code of ours or of torch.
+
+    Args:
+        modules: {id of a module: its name, empty for the root}.
+        stop: the code of the function that has called the model.
+    """
+    name, line, kind = None, "", ""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not stop and (name is None or not line):
+        path = frame.f_code.co_filename
+        if name is None and id(owner := frame.f_locals.get("self")) in modules:
+            name, kind = modules[id(owner)], type(owner).__name__
+        if not line and not is_quiet(path):
+            line = f"{short_path(path)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return Place(name or "", line, kind)
+
+
+@lru_cache
+def is_quiet(filename: str) -> bool:
+    """Return whether a file is torch's or ours, or none."""
+    return filename.startswith("<") or any(Path(filename).is_relative_to(folder) for folder in (_TORCH, _OURS))
+
+
+def short_path(path: str) -> str:
+    """Return of an installed file the path inside of site-packages, of others the name."""
+    parts = Path(path).parts
+    return "/".join(parts[parts.index("site-packages") + 1 :]) if "site-packages" in parts else parts[-1]
+
+
+class _Watch(TorchFunctionMode):
+    """Notes every operation on what depends on the input, and every value that Python reads of it."""
+
+    def __init__(self, model: nn.Module, x: Tensor, own: Mapping[int, Tensor]):
+        super().__init__()
+        self.modules = {id(module): name for name, module in model.named_modules()}
+        self.tensors = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
+        self.own, self.steps, self.reads = own, {}, {}
+        self.stop = sys._getframe(1).f_code
+        self.held = {id(x): x}  # what depends on the input; held, so that no other tensor takes its id
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        depends, name = any(id(t) in self.held for t in given), getattr(func, "__name__", "")
+        if name in _READS:
+            if depends:
+                self.reads.setdefault(place_of(self.modules, self.stop))
+            if any(t.is_meta for t in given):
+                return self._answer(func, name, given, args, kwargs)
+        out = _shape_only(name, *args, **kwargs) if given and given[0].is_meta else None
+        out = func(*args, **kwargs) if out is None else out
+        made = [value for value in tree_leaves(out) if isinstance(value, Tensor)]
+        if depends and made:
+            self.held.update((id(t), t) for t in made)
+            names = tuple(self.tensors[id(t)] for t in given if id(t) in self.tensors)
+            self.steps.setdefault((place_of(self.modules, self.stop), name, names))
+        return out
+
+    def _answer(self, func, name: str, given: list[Tensor], args: tuple, kwargs: dict) -> Any:
+        if all(id(t) in self.own for t in given):  # a parameter's own value
+            return func(*(self.own.get(id(a), a) for a in args), **kwargs)
+        if name in ("tolist", "numpy"):
+            return getattr(torch.ones(given[0].shape, dtype=given[0].dtype), name)()
+        kind = _READS[name] or (bool if given[0].dtype == torch.bool else float if given[0].is_floating_point() else int)
+        return kind(name not in ("__bool__", "is_nonzero", "equal", "allclose", "__contains__") and kind is not bool)
+
+
+_KEEP_SHAPE = {
+    "batch_norm", "relu", "relu_", "relu6", "hardtanh", "hardswish", "hardsigmoid", "silu", "sigmoid", "gelu", "mish",
+    "leaky_relu", "prelu", "dropout", "layer_norm",
+}  # fmt: skip
+
+
+def _shape_only(name: str, *args, **kwargs) -> Tensor | None:
+    """The output of the commonest operations on the meta device, for which torch takes up to 7 ms; None for others."""
+    if name in _KEEP_SHAPE and isinstance(args[0], Tensor):
+        return torch.empty_like(args[0])
+    if name != "conv2d" or len(args) != 7 or kwargs or args[0].dim() != 4 or isinstance(args[4], str):
+        return None
+    x, weight, _, stride, padding, dilation, _ = args
+    pairs = [pair if isinstance(pair, tuple) else (pair, pair) for pair in (padding, dilation, stride)]
+    sides = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, p, d, s in zip(x.shape[2:], weight.shape[2:], *pairs)]
+    return x.new_empty((x.shape[0], weight.shape[0], *sides)) if min(sides) > 0 else None
+
+
+@dataclass
+class Branches:
+    """Where a forward decides by values or sizes.
+
+    Args:
+        values: where a value of a tensor becomes one of Python.
+        sizes: {input shape: where the forward takes another path than for the shapes before it}.
+
+    Example:
+        >>> from torch import nn
+        >>> find_branches(nn.Conv2d(3, 8, 3), torch.zeros(1, 3, 8, 8))
+        Branches(values=[], sizes={})
+    """
+
+    values: list[Place] = field(default_factory=list)
+    sizes: dict[tuple[int, ...], Place] = field(default_factory=dict)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a report says of decisions by values, one line for each place."""
+        shown, more = self.values[:3], len(self.values) - 3
+        notes = [f"the forward decides by a value in {place}: only the path of the given inputs is proven" for place in shown]
+        return [*notes, f"and by values in {more} more places"] if more > 0 else notes
+
+    def inside(self, name: str) -> str | None:
+        """Return what is decided in a module or in its parts, None for nothing.
+
+        Args:
+            name: name of the module.
+        """
+        for place in self.values:
+            if _is_inside(place.module, name):
+                return f"its forward decides by a value in {place}"
+        for shape, place in self.sizes.items():
+            if _is_inside(place.module, name):
+                return f"its forward takes another path for an input {shape}, in {place}"
+        return None
+
+
+def _is_inside(module: str, name: str) -> bool:
+    return not name or module == name or module.startswith(f"{name}.")
+
+
+def find_branches(model: nn.Module, x: object, other_sizes: bool = True, other_batches: bool = True) -> Branches:
+    """Return where the forward of a model decides by values, sizes or the number of images.
+
+    Args:
+        model: a model in eval mode. It is not changed.
+        x: images (N, C, H, W); of another kind of input no other shape is tried.
+        other_sizes: try other heights and widths.
+        other_batches: try other numbers of images.
+
+    Returns:
+        The places.
+    """
+    found = Branches()
+    watched = _Watched(model)
+    base = watched.run(x)
+    if base is None:
+        if (real := watched.run_real(x)) is not None:
+            found.values = list(real.reads)
+        return found
+    found.values = list(base.reads)
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        return found
+    seen = [set(base.steps)]
+    for shape in _other_shapes(tuple(x.shape), other_sizes, other_batches):
+        watch = watched.run(torch.empty(shape, dtype=x.dtype, device="meta"))
+        if watch is None:
+            continue
+        found.values += [place for place in watch.reads if place not in found.values]
+        steps = set(watch.steps)
+        if steps not in seen:
+            seen.append(steps)
+            found.sizes[shape] = _first_difference(watch, base)
+    return found
+
+
+def _other_shapes(shape: tuple[int, ...], sizes: bool, batches: bool) -> Iterator[tuple[int, ...]]:
+    number, channels, height, width = shape
+    if sizes:
+        odd = (height - 1 + height % 2, width - 1 + width % 2)
+        sides = [odd, *((side, side) for side in SIDES), (96, 160), (160, 96), (97, 129)]
+        yield from ((number, channels, *pair) for pair in dict.fromkeys(sides) if pair != (height, width))
+    if batches:
+        yield from ((other, channels, height, width) for other in BATCHES if other != number)
+
+
+def _first_difference(one: "_Watch", other: "_Watch") -> Place:
+    """The first step that only one of two runs takes; one where a module or a tensor is read, if there is any."""
+    only = [step for step in one.steps if step not in other.steps] + [s for s in other.steps if s not in one.steps]
+    return only[0][0]
+
+
+class _Watched:
+    """A model of which copies are run."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.own, self.copied = model, {}, None
+        memo: dict[int, Any] = {}
+        for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values():
+            empty = torch.empty_like(tensor, device="meta")
+            memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
+            self.own[id(memo[id(tensor)])] = tensor
+        try:
+            self.copied = copy.deepcopy(model, memo)
+        except Exception:  # what cannot be copied so is run as it is
+            pass
+
+    def run(self, x: Any) -> _Watch | None:
+        """Run on the meta device, in eval mode; None where the model does not run there, or takes no such shape."""
+        return None if self.copied is None else _run(self.copied, _as_input(x, meta=True), self.own)
+
+    def run_real(self, x: Any) -> _Watch | None:
+        """Run on values."""
+        return _run(copy.deepcopy(self.model), _as_input(x, meta=False), {})
+
+
+def _run(copied: nn.Module, x: Any, own: Mapping[int, Tensor]) -> _Watch | None:
+    for module in copied.modules():
+        module.training = False
+    watch = _Watch(copied, x, own)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), watch:
+            run_model(copied, x)
+    except Exception:  # a model refuses shapes, and the meta device, in as many ways as there are models
+        return None
+    return watch
+
+
+def _as_input(x: Any, meta: bool) -> Any:
+    if isinstance(x, Tensor):
+        return torch.empty(x.shape, dtype=x.dtype, device="meta") if meta else x.detach().clone()
+    if isinstance(x, Mapping):
+        return {key: _as_input(value, meta) for key, value in x.items()}
+    return type(x)(_as_input(value, meta) for value in x) if isinstance(x, (tuple, list)) else x
