@@ -905,3 +905,31 @@ class Network:
             for index, parameter in enumerate(model.parameters()):
                 parameter.requires_grad_(index % 3 > 0)
         return model
+
+    def build_sequence(self, rng: random.Random) -> nn.Sequential:
+        """Two to five layers in a row, mostly linear, as ``merge_sequence`` takes them."""
+        torch.manual_seed(self.seed)
+        width = first = rng.choice((2, 3, 4, 6))
+        codes = []
+        for _ in range(rng.randint(2, 5)):
+            bias, after = rng.random() < 0.5, rng.choice((2, 4, 6))
+            codes.append(
+                rng.choice(
+                    (f"nn.Conv2d({width}, {after}, 1, bias={bias})", f"nn.Conv2d({width}, {after}, 1, bias={bias})", f"nn.Conv2d({width}, {after}, 3, bias={bias})")
+                    + (f"nn.Conv2d({width}, {width}, 3, 1, 1, groups={width})", f"nn.Conv2d({width}, {after}, 3, {rng.choice((1, 2))}, 1, bias={bias})")
+                    + (f"nn.BatchNorm2d({width})",) * 4 + ("nn.Identity()", "nn.Dropout(0.1)", "DropPath(0.1)", "nn.AvgPool2d(2)", "nn.AvgPool2d(3, 1, 1)")
+                    + (f"nn.Sequential(nn.Conv2d({width}, {width}, 1, groups={width}), nn.BatchNorm2d({width}, affine=False))",)
+                    + ((f"ConvBN({width}, {width}, act=nn.Identity)", f"ClampedConv({width}, {width}, 1)", f"ClampedBN({width})", f"TwoMin(nn.Conv2d({width}, {width}, 1))",
+                        f"StandardConv({width}, {width}, 1)", f"nn.utils.parametrizations.weight_norm(nn.Conv2d({width}, {width}, 1))", "nn.ReLU()",
+                        f"nn.ConvTranspose2d({width}, {width}, 2)", f"nn.Conv2d({width}, {width}, 3, padding=1, padding_mode='circular')", f"RepVGGBlock({width}, {width})")
+                       if self.traps else ())
+                )
+            )  # fmt: skip
+            convs = [m for m in eval(codes[-1], self.space).modules() if isinstance(m, nn.Conv2d)]
+            width = convs[-1].out_channels if convs else width
+        codes.insert(0, f"nn.Conv2d({first}, {first}, 1)") if not any("Conv2d" in code for code in codes) else None
+        layers = eval(f"nn.Sequential({', '.join(codes)})", self.space)
+        calibrate_random_bn_(layers, torch.randn(4, first, 15, 15, generator=torch.Generator().manual_seed(self.seed)))
+        if self.traps and rng.random() < 0.2:
+            rng.choice(list(layers)).register_forward_hook(lambda module, args, output: output.clamp(-3, 3))
+        return layers.to(self.dtype)

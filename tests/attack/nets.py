@@ -103,6 +103,8 @@ class Attack:
             self.check_report(verb, report, model, given)
         if self.verbose:
             print(f"{verb}: {wrong or 'equal'}; {getattr(report, 'notes', '')}")
+            if verb == "merge_sequence":
+                print(reference.model)
         return not wrong
 
     def check_report(self, verb: str, report, model: nn.Module, given: nn.Module | None) -> None:
@@ -124,6 +126,7 @@ class Attack:
         self.merge(self.model, self.reference, fold_bn=self.rng.random() < 0.3)
         self.expand()
         self.prune()
+        self.merge_sequence()
         if self.seed % EXPORT_EVERY == 0:
             self.export()
 
@@ -155,6 +158,15 @@ class Attack:
             plain = type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d and conv.padding_mode == "zeros"
             if plain and bn.running_var is not None and not isinstance(conv.padding, str):
                 self.fault(verb, f"a convolution and its BN ({bn}) are left without a note")
+
+    def merge_sequence(self) -> None:
+        """Linear layers in a row, some of which compute something else."""
+        layers = self.network.build_sequence(self.rng)
+        shape = (next(m for m in layers.modules() if isinstance(m, nn.Conv2d)).in_channels, 11, 14)
+        verb, given = "merge_sequence", layers if self.rng.random() < 0.5 else [*layers]
+        merged = self.attempt(verb, layers, lambda: rep_plugin.merge_sequence(given))
+        if merged is not None:
+            self.judge(verb, Reference(layers, shape, AMOUNT[self.network.dtype], 5), merged)
 
     def expand(self) -> None:
         rng, given = self.rng, copy.deepcopy(self.model)
@@ -229,6 +241,8 @@ class Attack:
         verb, before = f"prune {options}", copy.deepcopy(given)
         report = self.attempt(verb, given, lambda: rep_plugin.apply_plan(given, plan, optimizer), inplace=True)
         if report is None:
+            return
+        if self.network.draws:  # other random numbers for fewer channels
             return
         try:
             masked = mask(before, plan)
