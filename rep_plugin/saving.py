@@ -30,6 +30,7 @@ from rep_plugin.errors import (
 from rep_plugin.history import CHANGED, changes, check_history, history_of, rebuild_, start_of
 from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.forward import require_bare
+from rep_plugin.measure.randomness import private_random
 from rep_plugin.optional import require
 
 CONFIG, WEIGHTS, ARCHITECTURE = "config.json", "model.safetensors", "rep_plugin_rebuilt"
@@ -78,6 +79,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
     write_folder(folder, _config_of(model), model)
 
 
+@private_random()
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Return the model that :func:`save` wrote: the same structure, the same weights, bit by bit.
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.errors import RepPluginError, first_line
-from rep_plugin.measure.copies import copy_model
+from rep_plugin.measure.copies import copy_inputs, copy_model
 from rep_plugin.measure.costs import MacCounter, count_macs, count_params
 from rep_plugin.measure.forward import eval_mode, run_model
+from rep_plugin.measure.randomness import private_random
 from rep_plugin.pruning import PrunePlan
 from rep_plugin.reparam import reparameterize
 from rep_plugin.reparam.expand import find_expandable, own_convs
@@ -105,6 +106,7 @@ class Summary:
                 console.print(f"  {note}", markup=False, soft_wrap=True)
 
 
+@private_random()
 def summarize(model: nn.Module, example_input: Tensor) -> Summary:
     """Run a model once, and find what can be merged, pruned and expanded; the model stays as it is.
 
@@ -121,7 +123,7 @@ def summarize(model: nn.Module, example_input: Tensor) -> Summary:
         >>> [(row.name, row.shape, row.macs) for row in found.layers][0], found.merge.layers, found.prune.layers
         (('0', (8, 6, 6), 7776), ['0'], ['0'])
     """
-    image = example_input[:1]
+    image = copy_inputs(example_input[:1])
     model = copy_model(model)
     model.eval()  # not chained: mmpretrain's return None
     return Summary(
@@ -169,7 +171,7 @@ def _layers(model: nn.Module, image: Tensor) -> list[LayerRow]:
             handles.append(module.register_forward_pre_hook(lambda m, x, name=name: before(name)))
             handles.append(module.register_forward_hook(lambda m, x, out, name=name: after(name, m, out)))
         try:
-            run_model(model, image)
+            run_model(model, copy_inputs(image))
         finally:
             for handle in handles:
                 handle.remove()

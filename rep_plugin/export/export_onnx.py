@@ -24,12 +24,13 @@ from rep_plugin.export.graph import INPUT, name_outputs, open_dims, output_keys,
 from rep_plugin.export.preprocessing import metadata_of
 from rep_plugin.export.report import ExportReport, RuntimeReport
 from rep_plugin.export.runtimes import RUNTIMES, check_runtimes, compare_runtime, open_model
-from rep_plugin.measure.copies import copy_model, copy_values
+from rep_plugin.measure.copies import copy_inputs, copy_model, copy_values
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.differences import flatten_outputs, output_paths, sensitivity_of
 from rep_plugin.measure.forward import require_bare
 from rep_plugin.measure.latency import eager_calls, interleaved_medians
 from rep_plugin.measure.progress import track, working
+from rep_plugin.measure.randomness import private_random
 from rep_plugin.measure.verify import Equivalence
 from rep_plugin.optional import require
 from rep_plugin.reparam.adapters import find_adapter
@@ -113,7 +114,7 @@ def export_onnx(
     _check(model, path, example_input, images, dynamic_size)
     if not 0 < tolerance < math.inf:
         raise ArgumentError(f"tolerance must be a finite number > 0, got {tolerance}")
-    x = example_input.detach().cpu()
+    x = copy_inputs(example_input).cpu()
     single = x[:1] if dynamic_batch else x
     report = ExportReport("export_onnx", count_params(model), 0, input_shape=tuple(single.shape), path=str(path))
     report.tolerance, report.opset = tolerance, opset
@@ -332,7 +333,7 @@ def _other_sizes(model: nn.Module, x: Tensor, report: ExportReport) -> tuple[lis
 def _reference(model: nn.Module, x: Tensor) -> object:
     """Return PyTorch's output, copied: some models hand out the tensors they work on."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), private_random():
             output = copy_values(model(x.clone()))
     except Exception as error:  # a size that a network does not take is refused in as many ways as there are networks
         raise ArgumentError(

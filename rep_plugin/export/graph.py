@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -16,9 +17,12 @@ from torch import Tensor, nn
 from rep_plugin.errors import ExportError, first_line
 from rep_plugin.measure.differences import flatten_outputs, output_paths
 from rep_plugin.measure.progress import working
+from rep_plugin.measure.randomness import private_random
 from rep_plugin.optional import require
 
 INPUT = "input"
+# torch's exporters and the filters of warnings have one state for the process: one thread of ours at a time.
+_EXPORTER = threading.Lock()
 
 
 class _Flat(nn.Module):
@@ -159,9 +163,10 @@ def to_onnx(
         x = x.expand(2, *x.shape[1:])  # a 1 would be taken for a constant
     common = {"input_names": [INPUT], "output_names": list(outputs), "opset_version": opset, "verbose": False}
     try:
-        with torch.no_grad(), warnings.catch_warnings(), working("writing the graph"):
+        with _EXPORTER, torch.no_grad(), warnings.catch_warnings(), working("writing the graph"):
             warnings.simplefilter("ignore")  # of shapes that become constants: the comparison finds those that matter
-            output = model(x.clone())
+            with private_random() as own:
+                output = model(x.clone())
             several = list(output) if isinstance(output, (tuple, list)) else [output]
             # What is not floating point is not compared, and so not written.
             plain = all(isinstance(one, Tensor) and one.is_floating_point() for one in several)
@@ -171,8 +176,10 @@ def to_onnx(
                 program = torch.onnx.export(written, (x,), dynamo=True, dynamic_shapes=(free,), **common)
                 proto = program.model_proto
             else:
-                buffer = BytesIO()
+                buffer, state = BytesIO(), torch.get_rng_state()
                 torch.onnx.export(written, (x.clone(),), buffer, dynamo=False, dynamic_axes=dims, **common)
+                if own.drew:  # torch's exporter does so with the generators of the process alone
+                    torch.set_rng_state(state)
                 proto = onnx.load_from_string(buffer.getvalue())
         _declare_shapes(proto, shapes, dims)
         onnx.checker.check_model(proto, full_check=True)

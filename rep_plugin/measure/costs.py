@@ -9,6 +9,7 @@ from torch.utils.flop_counter import flop_registry
 
 from rep_plugin.measure.copies import copy_inputs, copy_model
 from rep_plugin.measure.forward import first_image, run_model
+from rep_plugin.measure.randomness import private_random
 
 
 def count_params(model: nn.Module) -> int:
@@ -56,6 +57,7 @@ def _shapes_of(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
+@private_random()
 def count_macs(model: nn.Module, example_input: object) -> int:
     """Return the multiply-adds of all convolutions and matrix products of the forward pass of one image.
 

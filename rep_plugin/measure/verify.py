@@ -1,9 +1,7 @@
 """The one equivalence check: two models, the same inputs, in float64."""
 
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -27,6 +25,7 @@ from rep_plugin.measure.differences import (
 )
 from rep_plugin.measure.forward import run_model
 from rep_plugin.measure.progress import track
+from rep_plugin.measure.randomness import private_random
 
 MIN_SENSITIVITY = 1e-3
 SCALES = (1e-3, 1e3)
@@ -168,16 +167,6 @@ class _FastDepthwise(TorchFunctionMode):
         return out
 
 
-class _Draws(TorchDispatchMode):
-    """Notes whether random numbers are drawn, in this thread."""
-
-    found = False
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.found |= torch.Tag.nondeterministic_seeded in func.tags
-        return func(*args, **(kwargs or {}))
-
-
 class _Moving(TorchDispatchMode):
     """Moves the results of all operations by a random relative amount, as rounding does by less."""
 
@@ -203,33 +192,10 @@ def _is_float(output: object) -> bool:
     return isinstance(output, Tensor) and output.is_floating_point()
 
 
-_SEED = threading.Lock()  # torch's random numbers are one stream for all threads
-
-
-@contextmanager
-def _same_random_numbers() -> Iterator[None]:
-    """The same random numbers in each such body; afterwards the stream goes on as if there had been none."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with _SEED, torch.random.fork_rng(devices):
-        torch.manual_seed(0)
-        yield
-
-
 @torch.no_grad()
 def _run(forward: Callable, *args, **kwargs) -> object:
-    with _FastDepthwise():
+    with _FastDepthwise(), private_random():  # each run from the same state: noise is the same on both sides
         return forward(*args, **kwargs)
-
-
-def _draws(forward: Callable, *args, **kwargs) -> tuple[object, bool]:
-    """Run a forward; return its output and whether it draws random numbers. Their stream is then put back."""
-    before = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    with _Draws() as mode:
-        output = _run(forward, *args, **kwargs)
-    if mode.found:
-        torch.set_rng_state(before[0])
-        torch.cuda.set_rng_state_all(before[1])
-    return output, mode.found
 
 
 class Call(NamedTuple):
@@ -238,12 +204,10 @@ class Call(NamedTuple):
     forward: Callable
     args: tuple
     kwargs: Mapping[str, Any] = {}
-    random: bool = False
 
     def run(self, module: nn.Module) -> object:
         args, kwargs = copy_values((self.args, self.kwargs))
-        with _same_random_numbers() if self.random else nullcontext():
-            return _run(self.forward, module, *args, **kwargs)
+        return _run(self.forward, module, *args, **kwargs)
 
     @torch.no_grad()
     def run_moved(self, module: nn.Module, seed: int, amount: float) -> object:
@@ -391,11 +355,7 @@ class _Proof:
         """Return how the models are run on images, the reference's output, and the calls of its blocks."""
         recorder, call = _Recorder(self.reference, [*self.result.blocks]), Call(run_model, (x,))
         try:
-            expected, random = _draws(run_model, self.reference, x.clone())
-            if random:
-                recorder.calls.clear()
-                call = call._replace(random=True)
-                expected = call.run(self.reference)
+            expected = call.run(self.reference)
         finally:
             recorder.remove()
         return call, expected, recorder.calls
@@ -403,7 +363,7 @@ class _Proof:
     def compare(self, call: Call, expected: object, calls: Mapping[str, tuple]) -> None:
         """Compare the blocks that ran, then the whole models."""
         for name, (args, kwargs, output) in track(calls.items(), "comparing blocks"):
-            self.compare_block(name, Call(_call_module, args, kwargs, call.random), output)
+            self.compare_block(name, Call(_call_module, args, kwargs), output)
         self.raise_if_off()
         total = _compare(call, self.reference, self.candidate, expected, self.tolerance, self.beside)
         self.result.total.include(total)

@@ -13,11 +13,14 @@ from rep_plugin.history import before_step, record_, replays
 from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.progress import working
+from rep_plugin.measure.randomness import private_random
 from rep_plugin.measure.report import BlockReport, Report
+from rep_plugin.measure.undo import undone_on_error
 from rep_plugin.measure.verify import default_inputs, verify_equivalence
 from rep_plugin.pruning.planning.plan import MERGED, PrunePlan, as_plan, frozen_notes
 from rep_plugin.pruning.surgery.mask import KeptOutputs, mask_channels_
 from rep_plugin.pruning.surgery.remove import remove_channels_
+from rep_plugin.pruning.tracing.features import entries_of
 from rep_plugin.pruning.tracing.graph import Trace
 from rep_plugin.pruning.tracing.groups import frozen_roots
 from rep_plugin.pruning.tracing.kept_channels import KeptChannels, count_costs
@@ -88,6 +91,7 @@ class PruneReport(Report):
 
 
 @working("removing channels")
+@private_random()
 def apply_plan(
     model: nn.Module,
     plan: PrunePlan,
@@ -139,20 +143,24 @@ def apply_plan(
     report.macs_before = _macs(model, trace, KeptChannels(trace))
     if verify:
         _prove(model, trace, kept, proof_inputs(model, plan.input_shape, example_input), report)
-    remove_channels_(model, trace, kept, optimizers)
-    if shadow is not None:
-        remove_channels_(shadow, trace, kept)
-        _refresh_table(ema, shadow)
-    report.params_after, report.macs_after = count_params(model), _macs(model, trace, kept)
-    report.blocks = [
-        BlockReport(name, f"{layer.kind} {len(layer.labels)} -> {kept.count(layer.labels)}")
-        for name, layer in trace.layers.items()
-        if kept.changes(layer.labels)
-    ]
-    report.add_plan(plan)
-    # The scores are not needed to do it again, and are most of the plan.
-    for one, before in copies:
-        record_(one, before, step="prune", plan=asdict(replace(plan, scores={})))
+    table = getattr(ema, "avg_parameters", None)
+    tables = [entry for one, _ in copies for module in one.modules() for entry in entries_of(module)]
+    tables += [table] if isinstance(table, dict) else []
+    with undone_on_error(*(one for one, _ in copies), optimizers=optimizers, tables=tables, values=False):
+        remove_channels_(model, trace, kept, optimizers)
+        if shadow is not None:
+            remove_channels_(shadow, trace, kept)
+            _refresh_table(ema, shadow)
+        report.params_after, report.macs_after = count_params(model), _macs(model, trace, kept)
+        report.blocks = [
+            BlockReport(name, f"{layer.kind} {len(layer.labels)} -> {kept.count(layer.labels)}")
+            for name, layer in trace.layers.items()
+            if kept.changes(layer.labels)
+        ]
+        report.add_plan(plan)
+        # The scores are not needed to do it again, and are most of the plan.
+        for one, before in copies:
+            record_(one, before, step="prune", plan=asdict(replace(plan, scores={})))
     report.seconds = time.perf_counter() - started
     return report
 

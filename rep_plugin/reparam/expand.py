@@ -22,7 +22,9 @@ from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.forward import require_bare
 from rep_plugin.measure.progress import working
+from rep_plugin.measure.randomness import private_random
 from rep_plugin.measure.report import BlockReport, Report
+from rep_plugin.measure.undo import undone_on_error
 from rep_plugin.measure.verify import default_inputs, require_rounded, verify_equivalence
 from rep_plugin.reparam.fold_bn import find_pairs_by_parts, replace_module_
 
@@ -153,6 +155,7 @@ def _expand_(model: nn.Module, block: str, pairs: Sequence[tuple[str, str]], onl
 
 
 @working("expanding")
+@private_random()
 def expand(
     model: nn.Module,
     block: str = "dbb",
@@ -212,11 +215,12 @@ def expand(
     report.notes = notes
     report.add_proof(found)
 
-    expanded = _expand_(model if inplace else copy_model(model), block, pairs, online)
-    expanded.load_state_dict(exact.state_dict())  # what was proven, rounded once
-    require_rounded(expanded, exact)
-    report.params_after, report.macs_after = count_params(expanded), count_macs(expanded, inputs[0])
-    record_(expanded, before, step="expand", block=block, pairs=[list(pair) for pair in pairs], online=online)
+    with undone_on_error(*([model] if inplace else [])):
+        expanded = _expand_(model if inplace else copy_model(model), block, pairs, online)
+        expanded.load_state_dict(exact.state_dict())  # what was proven, rounded once
+        require_rounded(expanded, exact)
+        report.params_after, report.macs_after = count_params(expanded), count_macs(expanded, inputs[0])
+        record_(expanded, before, step="expand", block=block, pairs=[list(pair) for pair in pairs], online=online)
     report.seconds = time.perf_counter() - started
     return expanded, report
 

@@ -16,6 +16,7 @@ from rep_plugin.errors import ArgumentError
 from rep_plugin.functional.kernels import pair
 from rep_plugin.functional.padded import PaddedConv, compose_padded
 from rep_plugin.measure.copies import copy_model
+from rep_plugin.measure.randomness import private_random
 from rep_plugin.measure.verify import require_rounded, verify_equivalence
 from rep_plugin.reparam.border_conv import build_conv
 from rep_plugin.reparam.fx_parts import Readers, trace_parts
@@ -23,6 +24,7 @@ from rep_plugin.reparam.linear_layers import flatten_layers, is_plain_bn, is_pla
 
 
 @torch.no_grad()
+@private_random()
 def merge_sequence(layers: nn.Module | Iterable[nn.Module]) -> nn.Conv2d:
     """Return the one layer equal, in eval mode, to linear layers that run one after the other.
 

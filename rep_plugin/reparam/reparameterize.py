@@ -14,7 +14,9 @@ from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.forward import require_bare
 from rep_plugin.measure.progress import working
+from rep_plugin.measure.randomness import private_random
 from rep_plugin.measure.report import BlockReport, Report
+from rep_plugin.measure.undo import undone_on_error
 from rep_plugin.measure.verify import Equivalence, default_inputs, require_rounded, verify_equivalence
 from rep_plugin.reparam.adapters import find_adapter
 from rep_plugin.reparam.fold_bn import absorb_biases_, fold_conv_bn_
@@ -135,6 +137,7 @@ def _convert(model: nn.Module, fold_bn: bool, merge_linear: bool = False, keep_p
 
 
 @working("merging")
+@private_random()
 def reparameterize(
     model: nn.Module,
     example_input: Tensor | None = None,
@@ -190,18 +193,17 @@ def reparameterize(
         exact = _convert(copy_model(model).double(), fold_bn, merge_linear, keep_parts=True)
         report.blocks = exact.blocks
         report.add_proof(_prove(model, exact, inputs))
-    elif inplace:
-        _convert(copy_model(model), fold_bn, merge_linear)  # an unmergeable block must not leave others merged
-    done = _convert(model if inplace else copy_model(model), fold_bn, merge_linear)
-    merged = done.model
-    if exact is None:
-        report.blocks = done.blocks
-    else:
-        merged.load_state_dict(exact.model.state_dict())  # rounded once, where two steps in float32 round twice
-        require_rounded(merged, exact.model)
-    report.params_after, report.macs_after = count_params(merged), count_macs(merged, counted)
-    report.notes += done.notes
-    record_(merged, before, step="reparameterize", fold_bn=fold_bn, merge_linear=merge_linear)
+    with undone_on_error(*([model] if inplace else [])):
+        done = _convert(model if inplace else copy_model(model), fold_bn, merge_linear)
+        merged = done.model
+        if exact is None:
+            report.blocks = done.blocks
+        else:
+            merged.load_state_dict(exact.model.state_dict())  # rounded once, where two steps in float32 round twice
+            require_rounded(merged, exact.model)
+        report.params_after, report.macs_after = count_params(merged), count_macs(merged, counted)
+        report.notes += done.notes
+        record_(merged, before, step="reparameterize", fold_bn=fold_bn, merge_linear=merge_linear)
     report.seconds = time.perf_counter() - started
     return merged, report
 

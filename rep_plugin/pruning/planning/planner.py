@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rep_plugin.errors import ArgumentError
 from rep_plugin.history import history_of
+from rep_plugin.measure.copies import copy_inputs
 from rep_plugin.measure.progress import working
 from rep_plugin.pruning.planning.latency_search import to_latency
 from rep_plugin.pruning.planning.latency_table import EagerTimer, Timer
@@ -208,4 +209,4 @@ def _batch(model: nn.Module, example_input: Tensor | Sequence[int]) -> Tensor:
     first = next(model.parameters())
     if not isinstance(example_input, Tensor):
         example_input = torch.randn(tuple(example_input), generator=torch.Generator().manual_seed(0))
-    return example_input.to(first.device, first.dtype)
+    return copy_inputs(example_input.to(first.device, first.dtype))

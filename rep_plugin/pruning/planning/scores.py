@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.errors import ArgumentError
-from rep_plugin.measure.copies import copy_model
+from rep_plugin.measure.copies import copy_inputs, copy_model
 from rep_plugin.measure.progress import track
 from rep_plugin.pruning.planning.options import PruneOptions
 from rep_plugin.pruning.tracing.graph import Layer, Trace, named_tensors
@@ -82,7 +82,7 @@ def _taylor_members(model: nn.Module, trace: Trace, loader: Iterable, loss: Call
     batches = 0
     for inputs, targets in track(loader, "scoring"):
         copied.zero_grad(set_to_none=True)
-        loss(copied(inputs), targets).backward()
+        loss(copied(copy_inputs(inputs)), targets).backward()
         for layer in trace.layers.values():
             trained = [p for p in _taylor_parameters(copied, layer) if p.grad is not None]
             products = [_per_output(p.detach() * p.grad, layer) for p in trained]

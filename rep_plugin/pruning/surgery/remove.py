@@ -195,4 +195,4 @@ def keep_filters_(model: nn.Module, trace: Trace, kept: KeptChannels, before: di
             labels = trace.slices[member(name, "weight")][0]
             old = old[kept.index(labels).to(old.device)]
         new = _squared_norms(conv)
-        conv.gain.mul_(torch.where(new == old, 1.0, (new / old).sqrt()).to(conv.gain.dtype))
+        conv.gain.data = conv.gain.data * torch.where(new == old, 1.0, (new / old).sqrt()).to(conv.gain.dtype)

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import FlopCounterMode
 
 from rep_plugin.errors import ArgumentError, TraceError, first_line
 from rep_plugin.measure.copies import copy_model
+from rep_plugin.measure.costs import MacCounter
 from rep_plugin.measure.forward import forward_of, require_bare
+from rep_plugin.measure.randomness import private_random
 from rep_plugin.measure.verify import flatten_outputs
 from rep_plugin.pruning.tracing.features import FeatureWatch
 from rep_plugin.pruning.tracing.graph import OUTPUT, Mark, Trace, is_quiet, member, tensors_in
@@ -82,7 +83,7 @@ class _Tracer(TorchFunctionMode):
         self.recorder.caller = sys._getframe().f_code
         self.recorder.set_mark(x, Mark(torch.tensor(FIXED).expand(x.shape), False))
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]), self:
+            with torch.no_grad(), private_random(), self:
                 output = run(self.model, x)
         except TraceError:
             raise
@@ -119,9 +120,9 @@ class _Tracer(TorchFunctionMode):
         marks = None if rule is None else rule(self.recorder, out, *args, **kwargs)
         if marks is None:
             self.recorder.freeze_maps(self.recorder.operation(), given)
-            with FlopCounterMode(display=False) as counter:
+            with MacCounter() as counter:
                 func(*meta_args, **meta_kwargs)
-            if macs := counter.get_total_flops() // 2:
+            if macs := counter.total:
                 self.recorder.add_cost((), lambda: macs)
             marks = [Mark(torch.tensor(FIXED).expand(t.shape), False) for t in made]
         for tensor, mark in zip(made, [marks] if isinstance(marks, Mark) else marks, strict=True):
