@@ -46,7 +46,13 @@ def describe_mismatch(model: nn.Module, given: Mapping) -> str:
         ("of another shape", shapes),
         ("of another kind of number", numbers),
     )
-    return "; ".join(f"{len(keys)} {kind} (first: {', '.join(keys[:3])})" for kind, keys in kinds if keys)
+    return "; ".join(f"{len(keys)} {kind} (first: {', '.join(map(_word, keys[:3]))})" for kind, keys in kinds if keys)
+
+
+def _word(key: object) -> str:
+    """A key as a message shows it: in one line, and not without end."""
+    text = key if isinstance(key, str) and key.isprintable() else repr(key)
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _kind_of(tensor: Tensor) -> str:

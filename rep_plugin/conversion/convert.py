@@ -203,6 +203,10 @@ def convert_file(
     """
     if Path(target).exists() and os.path.samefile(source, target):
         raise KeyMapError(f"{target} is the checkpoint to convert, expected another file to write")
-    tensors, conversion = convert_state_dict(read_tensors(source), to, arch)
+    given = read_tensors(source)
+    try:
+        tensors, conversion = convert_state_dict(given, to, arch)
+    except KeyMapError as error:
+        raise KeyMapError(f"{source}: {error}") from None
     write_tensors(tensors, target)
     return conversion

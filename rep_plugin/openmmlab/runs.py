@@ -12,6 +12,7 @@ from rep_plugin.openmmlab.checkpoint import find_latest_checkpoint
 from rep_plugin.openmmlab.cli import (
     build_runner,
     complete_dataloader,
+    explain_misfits,
     is_another_network,
     load_config,
     merge_options,
@@ -34,6 +35,8 @@ def train(args: argparse.Namespace) -> None:
     runner = build_runner(cfg)
     if cfg.get("resume") or is_another_network(cfg):
         require_whole_checkpoint(runner)
+    else:
+        explain_misfits(runner)
     log_advice(runner)
     runner.train()
 

@@ -167,6 +167,8 @@ def apply_plan(
 
 @replays("prune", "plan")
 def _replay(model: nn.Module, plan: Mapping | str) -> nn.Module:
+    if isinstance(plan, str) and not plan.lstrip().startswith("{"):
+        raise ArgumentError("the plan of a step must be its data or its JSON text, got the name of a file")
     apply_plan(model, as_plan(plan), verify=False)
     return model
 

@@ -209,14 +209,12 @@ def rep_plugin_rebuilt(
     base_args = dict(base_args or {})
     if in_chans is not None and in_chans != (own := base_args.get("in_chans", 3)):
         raise ArgumentError(f"in_chans must be what the model in {folder} has, {own}, got {in_chans}")
-    check_history(history)
     options = {name: arguments.pop(name) for name in ("out_indices", "feature_cls") if name in arguments}
     base_args |= arguments
     try:
-        fresh = _build(base, base_args)
+        model: Any = rebuild_(_build(base, base_args), history)
     except Exception as error:  # what a network does not take it refuses in a way of its own
         raise ArgumentError(f"{folder}: {short(base)} cannot be built as saved: {first_line(error)}") from error
-    model: Any = rebuild_(fresh, history)
     model._rep_base = (base, base_args)
     own = {key: tuple(value) if isinstance(value, list) else value for key, value in pretrained_cfg.items()}
     model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **{k: own[k] for k in KEPT_CFG if k in own}}
@@ -292,7 +290,10 @@ def set_classes_(model: nn.Module, layer: str, num_classes: int) -> nn.Module:
         raise ArgumentError(
             f"num_classes (={num_classes}) needs a linear classifier, the model has {type(old).__name__}"
         )
-    new = nn.Linear(old.in_features, num_classes, old.bias is not None) if num_classes else nn.Identity()
+    try:
+        new = nn.Linear(old.in_features, num_classes, old.bias is not None) if num_classes else nn.Identity()
+    except RuntimeError as error:  # a negative number, or more than there is memory for
+        raise ArgumentError(f"num_classes (={num_classes}) cannot be: {first_line(error)}") from error
     model.set_submodule(layer, new.to(old.weight.device, old.weight.dtype).train(old.training))
     model.num_classes = num_classes
     return model

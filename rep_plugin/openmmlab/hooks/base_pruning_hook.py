@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from rep_plugin.errors import ArgumentError, HookError, first_line
+from rep_plugin.errors import ArgumentError, HookError, UnreadableCheckpointError, first_line
 from rep_plugin.history import check_history, history_of
 from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.costs import count_params
@@ -242,7 +242,10 @@ class PruningHook(StatefulHook):
         text = (checkpoint.get("meta") or {}).get(META)
         if text is not None:
             kept = parse_kept(text, META, {"history": list[dict], "rounds": list[dict]})
-            check_history(kept["history"])
+            try:
+                check_history(kept["history"])
+            except ArgumentError as error:
+                raise UnreadableCheckpointError(f"meta.{META} of the checkpoint: {error}") from None
             self._load_history(runner, kept["history"])
             if runner._resume:
                 self.rounds = kept["rounds"]
