@@ -82,7 +82,7 @@ def fits_number(value: object, kind: type) -> bool:
     """Return whether a value is a finite number of 64 bits. A bool is none, an integer is a float."""
     if isinstance(value, bool) or not isinstance(value, (int,) if kind is int else (int, float)):
         return False
-    return math.isfinite(value) and abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
+    return abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
 
 
 def require_fields(data: object, fields: Mapping[str, Any], source: str) -> dict[str, Any]:

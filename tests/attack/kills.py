@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.attack.steps import count_steps, die_at
 from tests.attack.writers import HEAVY, LIGHT, WRITERS, contents, in_child
 
-SHORT, LONG, FEW, LIMIT_S = 12, 100, 5, 300
+SHORT, LONG, FEW, LIMIT_S = 12, 100, 3, 300
 TRAINING = 25  # every so many-th kill is one of a training, which goes on
 
 
