@@ -1,5 +1,6 @@
 """The console command ``rep-plugin``, also ``python -m rep_plugin`` and ``torchrun -m rep_plugin``."""
 
+import os
 import re
 import sys
 import warnings
@@ -29,6 +30,12 @@ def build_parser() -> Parser:
     return parser
 
 
+def _require_file(checkpoint: str | None) -> None:
+    """Say that a checkpoint is missing before seconds are spent on imports; a training form may be a folder (deepspeed)."""
+    if isinstance(checkpoint, str) and "://" not in checkpoint and not os.path.exists(os.path.expanduser(checkpoint)):
+        raise FileNotFoundError(f"{checkpoint} does not exist, expected a file")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command of a command line, ``sys.argv[1:]`` by default. What a user can mend ends in one line."""
     words = sys.argv[1:] if argv is None else argv
@@ -47,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     # A script's errors are its own: they keep their traceback.
     with nullcontext() if args.command == "script" else exit_on_user_errors():
         if args.command not in LIGHT:
+            _require_file(getattr(args, "checkpoint", None))
             import_module("rep_plugin.face")  # timm must know our names, also where a config alone names them
         try:
             args.module.run(args)

@@ -15,7 +15,7 @@ class ArgumentError(RepPluginError, ValueError):
     """An argument, a flag, a config or a plan does not fit. The message names the value and what was expected."""
 
 
-class ArgumentTypeError(RepPluginError, TypeError):
+class ArgumentTypeError(ArgumentError, TypeError):
     """An argument is of another type than expected."""
 
 

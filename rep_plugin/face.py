@@ -1,5 +1,6 @@
 """The names of the package, as ``import rep_plugin`` gives them; importing them registers ours with timm."""
 
+from rep_plugin.arguments import checked
 from rep_plugin.errors import EquivalenceError, InconclusiveWarning
 from rep_plugin.export.export_onnx import export_onnx
 from rep_plugin.measure.report import Report
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 
+@checked
 def get_config(name: str, **options):
     """Read a shipped config, as :func:`rep_plugin.openmmlab.base_configs.get_config` does.
 

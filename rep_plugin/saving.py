@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rep_plugin import pruning as pruning  # these two register how their steps are repeated
 from rep_plugin import reparam as reparam
+from rep_plugin.arguments import checked
 from rep_plugin.checkpoints.files import write_contents
 from rep_plugin.checkpoints.plain import fits, read_json, short
 from rep_plugin.checkpoints.safe_load import load_safetensors
@@ -52,6 +53,7 @@ class Builder(NamedTuple):
 BUILDERS: dict[str, Builder] = {}
 
 
+@checked
 def save(model: nn.Module, folder: str | Path) -> None:
     """Write a model that was expanded, pruned or merged, in any order, so that :func:`load` gives the very same one back.
 
@@ -79,6 +81,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
     write_folder(folder, _config_of(model), model)
 
 
+@checked
 @private_random()
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Return the model that :func:`save` wrote: the same structure, the same weights, bit by bit.

@@ -6,12 +6,14 @@ from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
+from rep_plugin.arguments import checked
 from rep_plugin.errors import ArgumentError
 
 CONFIGS = Path(__file__).with_name(".mim") / "configs"
 SCRIPTS = Path(__file__).with_name(".mim") / "tools"
 
 
+@checked
 def list_configs(filter: str | Iterable[str] = "") -> list[str]:
     """List the names of the shipped configs, which :func:`rep_plugin.get_config` and the commands take.
 
@@ -85,6 +87,7 @@ def _find(folder: Path, given: str, suffix: str, kind: str) -> Path:
     if found:
         return folder / f"{found[0]}{suffix}"
     bare = os.path.basename(name)
-    near = difflib.get_close_matches(bare, [os.path.basename(known) for known in names], cutoff=0)
-    expected = f"expected a file or the name of a shipped {kind}; the nearest: {', '.join(near)}"
+    near = difflib.get_close_matches(bare, [os.path.basename(known) for known in names])
+    hint = f"the nearest: {', '.join(near)}" if near else f"as {', '.join(map(os.path.basename, names[:3]))}"
+    expected = f"expected a file or the name of a shipped {kind}; {hint}"
     raise ArgumentError(f"{kind} {given} does not exist, {expected}")

@@ -5,14 +5,16 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from rep_plugin.backbones.staged import StagedNetwork, check_stages
+from rep_plugin.arguments import Channels, Count, Pixels, checked
+from rep_plugin.backbones.staged import Depths, StagedNetwork, Strides, Widths, check_stages
 from rep_plugin.blocks.activations import relu_after
-from rep_plugin.blocks.families import MobileOneBlock
+from rep_plugin.blocks.families import Copies, MobileOneBlock
 from rep_plugin.errors import ArgumentError
 
 _DEPTHS = (2, 8, 10, 1)
 
 
+@checked
 @dataclass(frozen=True)
 class MobileOneArch:
     """What the networks of the paper differ in.
@@ -24,10 +26,10 @@ class MobileOneArch:
         se_blocks: how many of them, the last ones, have attention.
     """
 
-    widths: Sequence[float]
-    copies: int = 1
-    depths: Sequence[int] = _DEPTHS
-    se_blocks: Sequence[int] = (0, 0, 0, 0)
+    widths: Widths
+    copies: Copies = 1
+    depths: Depths = _DEPTHS
+    se_blocks: Sequence[Pixels] = (0, 0, 0, 0)
 
     def __post_init__(self):
         check_stages(widths=self.widths, depths=self.depths)
@@ -45,6 +47,7 @@ ARCHS = {
 }
 
 
+@checked
 class MobileOne(StagedNetwork):
     """MobileOne without a classifier: (N, in_channels, H, W) -> tuple of maps, one for each of ``out_indices``.
 
@@ -74,16 +77,14 @@ class MobileOne(StagedNetwork):
         self,
         arch: str | Mapping = "s0",
         out_indices: Sequence[int] = (3,),
-        in_channels: int = 3,
-        strides: Sequence[int] = (2, 2, 2, 2, 2),
+        in_channels: Channels = 3,
+        strides: Strides = (2, 2, 2, 2, 2),
         deploy: bool = False,
         online: bool = False,
-        output_stride: int | None = None,
+        output_stride: Count | None = None,
     ):
         super().__init__()
-        settings: MobileOneArch = self._lay_out(
-            arch, ARCHS, "MobileOne", out_indices, in_channels, strides, output_stride
-        )
+        settings: MobileOneArch = self._lay_out(arch, ARCHS, "MobileOne", out_indices, strides, output_stride)
 
         width = self.stem_channels
         form = {"deploy": deploy, "online": online}

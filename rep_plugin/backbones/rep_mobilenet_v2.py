@@ -2,15 +2,16 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
 
 from torch import Tensor, nn
 
-from rep_plugin.backbones.staged import StagedNetwork, check_maps, check_strides
+from rep_plugin.arguments import Channels, Count, In, OneOf, checked
+from rep_plugin.backbones.staged import StagedNetwork, Strides, check_maps, check_strides
 from rep_plugin.backbones.warm_start import adapt_state_dict_
-from rep_plugin.blocks.activations import build_activation
+from rep_plugin.blocks.activations import ACTIVATIONS, build_activation
 from rep_plugin.blocks.families import plain_block
-from rep_plugin.blocks.inverted_residual import RepInvertedResidual
-from rep_plugin.errors import ArgumentError
+from rep_plugin.blocks.inverted_residual import BRANCHES, RepInvertedResidual
 
 # (expand ratio, channels at width 1.0, blocks) of the seven stages: MobileNetV2 (CVPR 2018), table 2.
 STAGES = ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1))
@@ -36,6 +37,7 @@ def make_divisible(value: float, divisor: int = 8) -> int:
     return rounded + divisor if rounded < 0.9 * value else rounded
 
 
+@checked
 class RepMobileNetV2(StagedNetwork):
     """Rep-MobileNetV2 without a classifier: (N, in_channels, H, W) -> tuple of maps, one for each of ``out_indices``.
 
@@ -68,27 +70,21 @@ class RepMobileNetV2(StagedNetwork):
 
     def __init__(
         self,
-        widen_factor: float = 1.0,
-        branches: Sequence[str] = DEFAULT_BRANCHES,
+        widen_factor: Annotated[float, In("(0, 32]")] = 1.0,
+        branches: Sequence[Annotated[str, OneOf(BRANCHES)]] = DEFAULT_BRANCHES,
         out_indices: Sequence[int] = (7,),
-        in_channels: int = 3,
-        strides: Sequence[int] = STRIDES,
-        act: str = DEFAULT_ACT,
+        in_channels: Channels = 3,
+        strides: Strides = STRIDES,
+        act: Annotated[str, OneOf(ACTIVATIONS)] = DEFAULT_ACT,
         avg_shortcut: bool = False,
-        last_kernel: int = 1,
+        last_kernel: Literal[1, 3] = 1,
         deploy: bool = False,
         online: bool = False,
         anneal: bool = False,
-        output_stride: int | None = None,
+        output_stride: Count | None = None,
     ):
         super().__init__()
-        if not isinstance(widen_factor, (int, float)) or not 0 < widen_factor < 100:
-            raise ArgumentError(f"widen_factor must be a number > 0 (and < 100), got {widen_factor!r}")
-        if isinstance(branches, (str, int)) or branches is None:
-            raise ArgumentError(f"branches must be a tuple, got {branches!r}")
-        if last_kernel not in (1, 3):
-            raise ArgumentError(f"last_kernel must be 1 or 3, got {last_kernel}")
-        self.out_indices = check_maps(in_channels, out_indices, len(STAGES) + 1)
+        self.out_indices = check_maps(out_indices, len(STAGES) + 1)
         self.widen_factor, self.strides = widen_factor, check_strides(strides, len(STAGES))
 
         width = make_divisible(32 * widen_factor)

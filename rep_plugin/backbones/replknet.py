@@ -3,15 +3,18 @@
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from rep_plugin.backbones.staged import StagedNetwork, check_maps, check_stages, pick_arch
+from rep_plugin.arguments import Channels, Count, Fraction, In, Pixels, Side, checked
+from rep_plugin.backbones.staged import Depths, StagedNetwork, check_maps, check_stages, pick_arch
 from rep_plugin.blocks.families import LargeKernelBlock, plain_block
 from rep_plugin.errors import ArgumentError
 
 
+@checked
 @dataclass(frozen=True)
 class RepLKNetArch:
     """What the networks of the paper differ in.
@@ -24,11 +27,11 @@ class RepLKNetArch:
         small_kernel: side of the kernel beside each large one; 0: none.
     """
 
-    channels: Sequence[int]
-    kernels: Sequence[int] = (31, 29, 27, 13)
-    depths: Sequence[int] = (2, 2, 18, 2)
-    dw_ratio: float = 1.0
-    small_kernel: int = 5
+    channels: Sequence[Channels]
+    kernels: Sequence[Side] = (31, 29, 27, 13)
+    depths: Depths = (2, 2, 18, 2)
+    dw_ratio: Annotated[float, In("(0, 64]")] = 1.0
+    small_kernel: Pixels = 5
 
     def __post_init__(self):
         check_stages(channels=self.channels, kernels=self.kernels, depths=self.depths)
@@ -125,6 +128,7 @@ class _ConvFFN(nn.Module):
         return x + self.drop_path(self.pw2(self.gelu(self.pw1(self.ffn_norm(x)))))
 
 
+@checked
 class RepLKNet(StagedNetwork):
     """RepLKNet without a classifier: (N, in_channels, H, W) -> tuple of maps, at strides 4, 8, 16, 32.
 
@@ -159,22 +163,20 @@ class RepLKNet(StagedNetwork):
         self,
         arch: str | Mapping = "31B",
         out_indices: Sequence[int] = (3,),
-        in_channels: int = 3,
-        small_kernel: int | None = None,
-        ffn_ratio: float = 4.0,
-        drop_path_rate: float = 0.3,
+        in_channels: Channels = 3,
+        small_kernel: Pixels | None = None,
+        ffn_ratio: Annotated[float, In("(0, 64]")] = 4.0,
+        drop_path_rate: Fraction = 0.3,
         norm_maps: bool = True,
         deploy: bool = False,
         keep_bn: bool = False,
         online: bool = False,
-        output_stride: int | None = None,
+        output_stride: Count | None = None,
     ):
         super().__init__()
         settings: RepLKNetArch = pick_arch(arch, ARCHS, "RepLKNet")
         count = len(settings.channels)
-        self.arch, self.out_indices = arch, check_maps(in_channels, out_indices, count)
-        if not 0 <= drop_path_rate < 1:
-            raise ArgumentError(f"drop_path_rate must lie in [0, 1), got {drop_path_rate}")
+        self.arch, self.out_indices = arch, check_maps(out_indices, count)
         if keep_bn and not deploy:
             raise ArgumentError("keep_bn is a choice of the deployed form, expected deploy=True with it")
         small = settings.small_kernel if small_kernel is None else small_kernel

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from rep_plugin.backbones.staged import StagedNetwork, check_stages
+from rep_plugin.arguments import Channels, Count, checked
+from rep_plugin.backbones.staged import Depths, StagedNetwork, Strides, Widths, check_stages
 from rep_plugin.blocks.activations import relu_after
 from rep_plugin.blocks.families import RepVGGBlock
 
 
+@checked
 @dataclass(frozen=True)
 class RepVGGArch:
     """What the networks of the paper differ in.
@@ -21,9 +23,9 @@ class RepVGGArch:
         se: squeeze-and-excitation in every block.
     """
 
-    depths: Sequence[int]
-    widths: Sequence[float]
-    groups: int = 1
+    depths: Depths
+    widths: Widths
+    groups: Channels = 1
     se: bool = False
 
     def __post_init__(self):
@@ -44,6 +46,7 @@ ARCHS = {
 }
 
 
+@checked
 class RepVGG(StagedNetwork):
     """RepVGG without a classifier: (N, in_channels, H, W) -> tuple of maps, one for each of ``out_indices``.
 
@@ -72,15 +75,15 @@ class RepVGG(StagedNetwork):
         self,
         arch: str | Mapping = "A0",
         out_indices: Sequence[int] = (3,),
-        in_channels: int = 3,
-        strides: Sequence[int] = (2, 2, 2, 2, 2),
+        in_channels: Channels = 3,
+        strides: Strides = (2, 2, 2, 2, 2),
         post_bn: bool = False,
         deploy: bool = False,
         online: bool = False,
-        output_stride: int | None = None,
+        output_stride: Count | None = None,
     ):
         super().__init__()
-        settings: RepVGGArch = self._lay_out(arch, ARCHS, "RepVGG", out_indices, in_channels, strides, output_stride)
+        settings: RepVGGArch = self._lay_out(arch, ARCHS, "RepVGG", out_indices, strides, output_stride)
 
         def block(
             inputs: int, outputs: int, stride: int, dilation: int = 1, groups: int = 1, unstrided: bool = False

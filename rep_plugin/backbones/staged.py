@@ -2,21 +2,25 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from torch import Tensor, nn
 
+from rep_plugin.arguments import In
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.branches import he_normal_
 from rep_plugin.checkpoints.strict import load_whole
-from rep_plugin.errors import ArgumentError
+from rep_plugin.errors import ArgumentError, did_you_mean
+
+Strides = Sequence[Annotated[int, In("[1, 2]")]]
+Depths = Sequence[Annotated[int, In("[1, 256]")]]
+Widths = Sequence[Annotated[float, In("(0, 64]")]]
 
 
-def check_maps(in_channels: int, out_indices: Sequence[int], count: int) -> tuple[int, ...]:
+def check_maps(out_indices: Sequence[int], count: int) -> tuple[int, ...]:
     """Check which maps a network gives.
 
     Args:
-        in_channels: channels of the images, >= 1.
         out_indices: the wanted maps.
         count: number of maps.
 
@@ -24,12 +28,8 @@ def check_maps(in_channels: int, out_indices: Sequence[int], count: int) -> tupl
         ``out_indices`` as a tuple.
 
     Raises:
-        ArgumentError: an index over ``count - 1``, or no channels.
+        ArgumentError: an index over ``count - 1``.
     """
-    if isinstance(out_indices, (str, int)) or out_indices is None:
-        raise ArgumentError(f"out_indices must be a tuple, got {out_indices!r}")
-    if not isinstance(in_channels, int) or in_channels < 1:
-        raise ArgumentError(f"in_channels must be a whole number >= 1, got {in_channels!r}")
     if bad := [index for index in out_indices if index not in range(count)]:
         raise ArgumentError(f"out_indices must lie in 0..{count - 1}, got {bad[0]}")
     return tuple(out_indices)
@@ -48,9 +48,7 @@ def check_strides(strides: Sequence[int], stages: int) -> tuple[int, ...]:
     Raises:
         ArgumentError: another number of them, or not 1 or 2.
     """
-    if isinstance(strides, (str, int)) or strides is None:
-        raise ArgumentError(f"strides must be a tuple, got {strides!r}")
-    if len(strides) != stages + 1 or any(stride not in (1, 2) for stride in strides):
+    if len(strides) != stages + 1:
         raise ArgumentError(f"strides must be {stages + 1} numbers of 1 or 2 (stem, stages), got {tuple(strides)}")
     return tuple(strides)
 
@@ -123,21 +121,20 @@ def pick_arch(arch: str | Mapping, table: Mapping[str, Any], network: str) -> An
     if isinstance(arch, str) and arch in table:
         return table[arch]
     if not isinstance(arch, Mapping):
-        raise ArgumentError(f"unknown arch {arch!r} of {network}, expected one of {', '.join(table)} or a dict")
+        raise ArgumentError(
+            f"unknown arch {arch!r} of {network}, expected one of {', '.join(table)} or a dict{did_you_mean(arch, table)}"
+        )
     try:
         return type(next(iter(table.values())))(**arch)
-    except TypeError as error:
-        raise ArgumentError(f"arch {dict(arch)} of {network}: {str(error).split('() ')[-1]}") from None
+    except ArgumentError as error:
+        raise ArgumentError(f"arch {dict(arch)} of {network}: {error}") from None
 
 
 def check_stages(**fields: Sequence) -> None:
-    """Raise ArgumentError unless all are sequences of one length whose values are numbers > 0."""
+    """Raise ArgumentError unless all are sequences of one length, with one value a stage."""
     lengths = {name: len(value) for name, value in fields.items()}
     if len(set(lengths.values())) != 1 or not min(lengths.values()):
         raise ArgumentError(f"an arch needs one value a stage in each of its lists, got {lengths}")
-    for name, values in fields.items():
-        if bad := [v for v in values if not isinstance(v, (int, float)) or v <= 0]:
-            raise ArgumentError(f"{name} of an arch must be numbers > 0, got {bad[0]!r}")
 
 
 class StagedNetwork(nn.Module):
@@ -153,7 +150,6 @@ class StagedNetwork(nn.Module):
         table: Mapping[str, Any],
         network: str,
         out_indices: Sequence[int],
-        in_channels: int,
         strides: Sequence[int],
         output_stride: int | None,
     ) -> Any:
@@ -163,7 +159,7 @@ class StagedNetwork(nn.Module):
         """
         settings = pick_arch(arch, table, network)
         count = len(settings.depths)
-        self.out_indices = check_maps(in_channels, out_indices, count)
+        self.out_indices = check_maps(out_indices, count)
         self.arch, self.strides = arch, check_strides(strides, count)
         self.out_channels = [int(64 * 2**i * factor) for i, factor in enumerate(settings.widths)]
         self._step(strides, output_stride)

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from rep_plugin.arguments import Channels, Classes, Fraction, checked
 from rep_plugin.bilinear.pooling import BilinearPooling
 from rep_plugin.errors import ArgumentError
 
 INIT_STD = 0.01
 
 
+@checked
 class BilinearHead(nn.Module):
     """Bilinear pooling, dropout, linear layer: tuple of maps -> logits (N, num_classes).
 
@@ -41,10 +43,10 @@ class BilinearHead(nn.Module):
 
     def __init__(
         self,
-        in_channels: int | Sequence[int],
-        num_classes: int,
+        in_channels: Channels | Sequence[Channels],
+        num_classes: Classes,
         method: str | None = "full",
-        drop_rate: float = 0.0,
+        drop_rate: Fraction = 0.0,
         deploy: bool = False,
         **pooling,
     ):
@@ -118,6 +120,7 @@ class BilinearHead(nn.Module):
             self.fc.weight.grad, self.fc.in_features = None, self.in_features
 
 
+@checked
 def fold_bilinear_head(model: nn.Module) -> None:
     """Fold the classifier of a model to the upper triangle, in place and without loss; a folded model is left as it is.
 

@@ -1,14 +1,17 @@
 """Bilinear pooling as a module: a map (or two) becomes one vector of second-order statistics an image."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from rep_plugin.bilinear.methods import Triangle, build_pool
+from rep_plugin.arguments import Channels, Count, In, OneOf, Seed, checked
+from rep_plugin.bilinear.methods import METHODS, Triangle, build_pool
 from rep_plugin.errors import ArgumentError, ArgumentTypeError
-from rep_plugin.functional.bilinear import autocast_enabled, fold_to_triangle, signed_sqrt_l2
+from rep_plugin.functional.bilinear import Steps, autocast_enabled, fold_to_triangle, signed_sqrt_l2
 
+Dim = Annotated[int, In("[1, 1048576]")]
 LAYOUTS = {"NCHW": 4, "NHWC": 4, "NLC": 3}
 
 # Leaves to torch.fx, like the functions below: their checks on shapes would stop a symbolic trace.
@@ -62,6 +65,7 @@ def _projection(in_channels: int, out_channels: int) -> nn.Sequential:
     return layers
 
 
+@checked
 class BilinearPooling(nn.Module):
     """Pool one map with itself, or two maps with each other, into a vector: tuple of maps -> tuple of one (N, D).
 
@@ -104,16 +108,16 @@ class BilinearPooling(nn.Module):
 
     def __init__(
         self,
-        in_channels: int | Sequence[int],
-        method: str = "full",
-        dim: int = 8192,
-        rank: int | None = None,
-        iterations: int = 5,
-        projection: int | Sequence[int] | None = None,
+        in_channels: Channels | Sequence[Channels],
+        method: Annotated[str, OneOf(METHODS)] = "full",
+        dim: Dim = 8192,
+        rank: Count | None = None,
+        iterations: Steps = 5,
+        projection: Channels | Sequence[Channels] | None = None,
         in_index: int | Sequence[int] | None = None,
-        layout: str = "NCHW",
+        layout: Annotated[str, OneOf(LAYOUTS)] = "NCHW",
         normalize: bool | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
         deploy: bool = False,
     ):
         super().__init__()

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from rep_plugin.arguments import Channels, Padding, Size, checked
 from rep_plugin.blocks.chain import Chain
 from rep_plugin.blocks.layers import require_eval
 from rep_plugin.blocks.online import gain_of, init_gains_, merge_macs, run_macs, without_bns
@@ -14,6 +15,7 @@ from rep_plugin.errors import ArgumentError, NotMergeableError
 from rep_plugin.functional.kernels import ConvParams, fold_bn, merge_sum, pad_kernel, pair, regroup_kernel
 
 
+@checked
 class RepBlock(nn.Module):
     """Sum of linear chains in training, one ``nn.Conv2d`` once deployed; an optional activation comes after either.
 
@@ -55,14 +57,14 @@ class RepBlock(nn.Module):
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
+        in_channels: Channels,
+        out_channels: Channels,
+        kernel_size: Size,
         branches: Mapping[str, Chain],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | None = None,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
+        stride: Size = 1,
+        padding: Padding | None = None,
+        dilation: Size = 1,
+        groups: Channels = 1,
         act: nn.Module | None = None,
         deploy: bool = False,
         post_bn: bool | None = None,

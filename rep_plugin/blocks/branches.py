@@ -5,11 +5,10 @@ import math
 import torch
 from torch import nn
 
+from rep_plugin.arguments import Size
 from rep_plugin.blocks.chain import Chain
 from rep_plugin.blocks.layers import DilatedAvgPool2d
 from rep_plugin.errors import ArgumentError
-
-Size = int | tuple[int, int]
 
 
 @torch.no_grad()

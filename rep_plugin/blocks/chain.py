@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rep_plugin.arguments import checked
 from rep_plugin.blocks.batch_norm import run_bn
 from rep_plugin.blocks.layers import Scale, average, groups_of, kernel_of, spatial_of
 from rep_plugin.blocks.merge import merge_ops
@@ -53,6 +54,7 @@ def run_conv(
     return out, new_shift
 
 
+@checked
 class Chain(nn.Module):
     """Named linear layers that run one after the other on a zero-padded input.
 

@@ -5,13 +5,15 @@ The network's own BN and activation stay behind them. Merging (:func:`rep_plugin
 """
 
 from collections.abc import Mapping
+from typing import Annotated
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rep_plugin.arguments import Channels, OneOf, Padding, Size, checked
 from rep_plugin.blocks.base import RepBlock
-from rep_plugin.blocks.branches import Size, he_normal_
+from rep_plugin.blocks.branches import he_normal_
 from rep_plugin.blocks.families import ACBlock, DiverseBranchBlock, MobileOneBlock, RepVGGBlock
 from rep_plugin.blocks.online import gain_of
 from rep_plugin.errors import ArgumentError, ArgumentTypeError
@@ -49,6 +51,7 @@ def _same_padding(padding: Size | str, kernel_size: Size, dilation: Size, stride
     return down * (height - 1) // 2, right * (width - 1) // 2
 
 
+@checked
 class ConvLike(RepBlock):
     """``nn.Conv2d`` as a multi-branch block: the mixin that goes in front of a family's block, with Conv2d's arguments.
 
@@ -82,21 +85,19 @@ class ConvLike(RepBlock):
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
+        in_channels: Channels,
+        out_channels: Channels,
         kernel_size: Size,
         stride: Size = 1,
-        padding: Size | str = 0,
+        padding: Padding | Annotated[str, OneOf(("same", "valid"))] = 0,
         dilation: Size = 1,
-        groups: int = 1,
+        groups: Channels = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Annotated[str, OneOf(("zeros",))] = "zeros",
         deploy: bool = False,
         online: bool = False,
         **options,
     ):
-        if padding_mode != "zeros":
-            raise ArgumentError(f"padding_mode must be 'zeros' in {type(self).__name__}, got {padding_mode!r}")
         if extra := {"act", "bn_follows"} & set(options):  # FamilyBlock's own, that a convolution has not
             raise ArgumentTypeError(f"{type(self).__name__} takes no {min(extra)!r}, expected Conv2d's arguments")
         pixels = _same_padding(padding, kernel_size, dilation, stride)

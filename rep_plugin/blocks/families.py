@@ -1,14 +1,18 @@
 """The published multi-branch blocks, each a short list of chains."""
 
 from collections.abc import Callable, Mapping
+from typing import Annotated, get_type_hints
 
 from torch import nn
 
+from rep_plugin.arguments import Channels, In, Padding, Size, check, checked
 from rep_plugin.blocks.base import RepBlock
-from rep_plugin.blocks.branches import Size, conv_average_bn, conv_bn, conv_conv_bn, identity_bn
+from rep_plugin.blocks.branches import conv_average_bn, conv_bn, conv_conv_bn, identity_bn
 from rep_plugin.blocks.chain import Chain
-from rep_plugin.errors import ArgumentError, ArgumentTypeError
+from rep_plugin.errors import ArgumentError, ArgumentTypeError, did_you_mean
 from rep_plugin.functional.kernels import pair
+
+Copies = Annotated[int, In("[1, 64]")]
 
 
 def _odd(kernel_size: Size, block: str) -> tuple[int, int]:
@@ -19,6 +23,7 @@ def _odd(kernel_size: Size, block: str) -> tuple[int, int]:
     return size
 
 
+@checked
 class FamilyBlock(RepBlock):
     """What the published blocks share: (N, in_channels, H, W) -> (N, out_channels, H', W'), the sizes of ``nn.Conv2d``.
 
@@ -50,13 +55,13 @@ class FamilyBlock(RepBlock):
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
+        in_channels: Channels,
+        out_channels: Channels,
         kernel_size: Size | None = None,
         stride: Size = 1,
-        padding: Size | None = None,
+        padding: Padding | None = None,
         dilation: Size = 1,
-        groups: int = 1,
+        groups: Channels = 1,
         act: nn.Module | None = None,
         deploy: bool = False,
         online: bool = False,
@@ -65,9 +70,11 @@ class FamilyBlock(RepBlock):
     ):
         if unknown := sorted(set(options) - set(self.own_options)):
             raise ArgumentTypeError(
-                f"{type(self).__name__} takes no {unknown[0]!r}, expected one of {sorted(self.own_options)}"
+                f"{type(self).__name__} takes no {unknown[0]!r}"
+                + (did_you_mean(unknown[0], self.own_options) or f", expected one of {sorted(self.own_options)}")
             )
-        options = {**self.own_options, **options}
+        hints = get_type_hints(self.chains, include_extras=True)
+        options = self.own_options | {name: check(name, value, hints[name]) for name, value in options.items()}
         size = _odd(self.window if kernel_size is None else kernel_size, type(self).__name__)
         chains = {} if deploy else self.chains(in_channels, out_channels, size, (stride, dilation, groups), **options)
         post_bn = (online and not bn_follows) or options.get("post_bn", False)
@@ -104,7 +111,9 @@ class RepVGGBlock(FamilyBlock):
     own_options = {"post_bn": False, "unstrided": False}
 
     @staticmethod
-    def chains(in_channels, out_channels, size, shape, post_bn=False, unstrided=False) -> dict[str, Chain]:
+    def chains(
+        in_channels, out_channels, size, shape, post_bn: bool = False, unstrided: bool = False
+    ) -> dict[str, Chain]:
         stride, _, groups = shape
         chains = {"conv": conv_bn(in_channels, out_channels, size, *shape)}
         if post_bn:
@@ -153,7 +162,7 @@ class DiverseBranchBlock(FamilyBlock):
     own_options = {"mid_channels": None}
 
     @staticmethod
-    def chains(in_channels, out_channels, size, shape, mid_channels=None) -> dict[str, Chain]:
+    def chains(in_channels, out_channels, size, shape, mid_channels: Channels | None = None) -> dict[str, Chain]:
         stride, _, groups = shape
         depthwise = groups == in_channels == out_channels > 1
         mid = mid_channels or (2 * in_channels if depthwise else in_channels)
@@ -183,9 +192,7 @@ class MobileOneBlock(FamilyBlock):
     own_options = {"copies": 1, "unstrided": False}
 
     @staticmethod
-    def chains(in_channels, out_channels, size, shape, copies=1, unstrided=False) -> dict[str, Chain]:
-        if copies < 1:
-            raise ArgumentError(f"copies must be >= 1, got {copies}")
+    def chains(in_channels, out_channels, size, shape, copies: Copies = 1, unstrided: bool = False) -> dict[str, Chain]:
         stride, _, groups = shape
         chains = {f"conv{index}": conv_bn(in_channels, out_channels, size, *shape) for index in range(copies)}
         if size != (1, 1):
@@ -213,7 +220,7 @@ class LargeKernelBlock(FamilyBlock):
     own_options = {"small_kernel": 5}
 
     @staticmethod
-    def chains(in_channels, out_channels, size, shape, small_kernel=5) -> dict[str, Chain]:
+    def chains(in_channels, out_channels, size, shape, small_kernel: Size | None = 5) -> dict[str, Chain]:
         chains = {"large": conv_bn(in_channels, out_channels, size, *shape)}
         if small_kernel is not None:
             small = _odd(small_kernel, "the small kernel of LargeKernelBlock")

@@ -4,8 +4,10 @@ Source: the Rep-MobileNetV2 thesis (2023) for the idea; border handling as in :m
 """
 
 from collections.abc import Sequence
+from typing import Annotated
 
-from rep_plugin.blocks.activations import build_activation
+from rep_plugin.arguments import Channels, In, OneOf, Side, checked
+from rep_plugin.blocks.activations import ACTIVATIONS, build_activation
 from rep_plugin.blocks.annealed import ALPHA, AnnealedActivation, AnnealedBottleneck
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.branches import average_conv_bn, conv_bn, identity_bn, linear_bottleneck
@@ -14,6 +16,7 @@ from rep_plugin.errors import ArgumentError
 BRANCHES = ("bottleneck", "identity", "avgpool", "conv1x1", "conv3x3")
 
 
+@checked
 class RepInvertedResidual(RepBlock):
     """Sum of the chosen linear branches, then an activation; deploys as one 3x3 convolution and the activation.
 
@@ -52,22 +55,19 @@ class RepInvertedResidual(RepBlock):
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
-        stride: int = 1,
-        expand_ratio: int = 6,
-        branches: Sequence[str] = ("bottleneck", "identity"),
+        in_channels: Channels,
+        out_channels: Channels,
+        stride: Side = 1,
+        expand_ratio: Annotated[int, In("[1, 64]")] = 6,
+        branches: Sequence[Annotated[str, OneOf(BRANCHES)]] = ("bottleneck", "identity"),
         avg_shortcut: bool = False,
-        act: str = "relu6",
+        act: Annotated[str, OneOf(ACTIVATIONS)] = "relu6",
         deploy: bool = False,
         online: bool = False,
         anneal: bool = False,
-        dilation: int = 1,
+        dilation: Side = 1,
         unstrided: bool = False,
     ):
-        unknown = [name for name in branches if name not in BRANCHES]
-        if unknown:
-            raise ArgumentError(f"unknown branch {unknown[0]!r}, expected any of {BRANCHES}")
         if online and anneal:
             raise ArgumentError(
                 "anneal=True starts from stock's BNs inside the branches, which online=True does not have"

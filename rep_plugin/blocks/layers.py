@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from rep_plugin.arguments import Channels, Size, checked
 from rep_plugin.errors import NotMergeableError, TrainModeError
 from rep_plugin.functional.kernels import avgpool_kernel, pair, plain_ops
 
 
+@checked
 class Scale(nn.Module):
     """A learned factor for each channel: (N, C, H, W) -> (N, C, H, W).
 
@@ -26,7 +28,7 @@ class Scale(nn.Module):
         2.0
     """
 
-    def __init__(self, channels: int, init: float = 1.0):
+    def __init__(self, channels: Channels, init: float = 1.0):
         super().__init__()
         self.weight = nn.Parameter(torch.full((channels,), float(init)))
 
@@ -87,6 +89,7 @@ class NormedConv2d(nn.Conv2d):
         return F.conv2d(x, self.kernel(), None, self.stride, self.padding, self.dilation, self.groups)
 
 
+@checked
 class DilatedAvgPool2d(nn.AvgPool2d):
     """Average pool that counts zeros and whose window has holes, as a dilated convolution's.
 
@@ -102,7 +105,7 @@ class DilatedAvgPool2d(nn.AvgPool2d):
         torch.Size([1, 4, 5, 5])
     """
 
-    def __init__(self, kernel_size: int | tuple[int, int], stride: int | tuple[int, int] = 1, dilation=(1, 1)):
+    def __init__(self, kernel_size: Size, stride: Size = 1, dilation: Size = (1, 1)):
         super().__init__(pair(kernel_size), pair(stride), padding=0)
         self.dilation = pair(dilation)
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from rep_plugin.arguments import Channels, checked
 from rep_plugin.blocks.layers import Scale, channels_of, groups_of, kernel_of, require_eval, spatial_of
 from rep_plugin.errors import ArgumentError
 from rep_plugin.functional.kernels import (
@@ -85,7 +86,8 @@ def merge_ops(ops: Iterable[nn.Module], in_channels: int | None = None, dtype: t
         return compose_all(parts)
 
 
-def merge_chain(ops: Iterable[nn.Module], in_channels: int | None = None) -> tuple[Tensor, Tensor]:
+@checked
+def merge_chain(ops: Iterable[nn.Module], in_channels: Channels | None = None) -> tuple[Tensor, Tensor]:
     """Return the kernel and bias of the one convolution equal to a chain of linear layers; differentiable.
 
     Args:

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from rep_plugin.arguments import checked
 from rep_plugin.errors import ArgumentError
 
 try:
@@ -276,6 +277,7 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+@checked
 def save_checkpoint_file(obj: Any, path: str | os.PathLike) -> None:
     """Save with ``torch.save`` so that the file is at every moment the old or the new one, complete.
 

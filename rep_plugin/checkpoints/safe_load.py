@@ -14,13 +14,14 @@ import sys
 import types
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch._weights_only_unpickler import _get_allowed_globals
 
+from rep_plugin.arguments import checked
 from rep_plugin.checkpoints.plain import require_bounded
 from rep_plugin.errors import UnreadableCheckpointError, UnsafeCheckpointError, first_line
 
@@ -265,7 +266,11 @@ def _check_archive(file: Any) -> None:
         file.seek(start)
 
 
-def load_checkpoint_file(path: str | os.PathLike | BinaryIO, map_location: Any = "cpu") -> Any:
+Place = torch.device | str | Mapping | Callable | None
+
+
+@checked
+def load_checkpoint_file(path: str | os.PathLike | BinaryIO, map_location: Place = "cpu") -> Any:
     """Read a checkpoint written by ``torch.save`` without ever running code from it.
 
     A file that ``weights_only=True`` refuses is read once more with an allow-list that adds numpy arrays of numbers and

@@ -28,6 +28,17 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"invalid choice: {value!r}{hint} (choose from {known})")
 
 
+def count(text: str) -> int:
+    """A whole number >= 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text!r}")
+    return number
+
+
 def add_trained_arguments(parser: argparse.ArgumentParser, no_real_data: str) -> None:
     """Add the arguments of a command that reads a trained checkpoint and writes what it makes of it.
 

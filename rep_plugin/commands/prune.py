@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rep_plugin.commands.parser import add_trained_arguments
+from rep_plugin.commands.parser import add_trained_arguments, count
 from rep_plugin.commands.written import print_written
 from rep_plugin.errors import ArgumentError
 from rep_plugin.optional import require
@@ -31,8 +31,11 @@ TAYLOR_IMAGES = 256
 
 
 def amount(text: str) -> int | float:
-    """A share with a point in it (0.5), or a whole number (300000000)."""
-    return float(text) if "." in text else int(text)
+    """A share with a point in it (0.5), or a whole number (300000000, 3e8)."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
 
 
 def override(text: str) -> tuple[str, float | str]:
@@ -72,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--min-channels",
-        type=int,
+        type=count,
         help="no layer falls below; default: 8, half of narrower layers, where the budget can be met so",
     )
     parser.add_argument(
@@ -81,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="no layer loses a larger share; default: 0.9, where the budget can be met so",
     )
     parser.add_argument(
-        "--round-to", type=int, default=1, help="narrowed layers keep a multiple of this; default: %(default)s"
+        "--round-to", type=count, default=1, help="narrowed layers keep a multiple of this; default: %(default)s"
     )
     parser.add_argument("--override", type=override, nargs="+", default=[], metavar="PATTERN=FRACTION")
     parser.add_argument("--ignore", nargs="+", default=[], metavar="PATTERN", help="layers that stay as they are")
@@ -93,7 +96,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="training images on which the batch norms' statistics are measured anew, 0: they stay; default: %(default)s",
     )
-    parser.add_argument("--shape", type=int, nargs="+", help="input size C H W; default: that of the validation images")
+    parser.add_argument(
+        "--shape", type=count, nargs="+", help="input size C H W; default: that of the validation images"
+    )
 
 
 def check_arguments(args: argparse.Namespace) -> None:

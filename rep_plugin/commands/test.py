@@ -6,7 +6,7 @@ rep-plugin test CONFIG CHECKPOINT --out predictions.pkl
 
 import argparse
 
-from rep_plugin.commands.parser import add_runner_arguments
+from rep_plugin.commands.parser import add_runner_arguments, count
 from rep_plugin.optional import require
 
 HELP = "test a checkpoint on the data set of its config"
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out-item", choices=["metrics", "pred"], help="what goes into --out; default: pred")
     parser.add_argument("--show-dir", metavar="FOLDER", help="folder for the images with their predictions")
     parser.add_argument("--show", action="store_true", help="show the images with their predictions in a window")
-    parser.add_argument("--interval", type=int, default=1, help="show every so many images; default: %(default)s")
+    parser.add_argument("--interval", type=count, default=1, help="show every so many images; default: %(default)s")
     parser.add_argument("--wait-time", type=float, default=2, help="seconds a window stays; default: %(default)s")
     parser.add_argument(
         "--tta",

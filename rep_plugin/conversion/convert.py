@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rep_plugin.arguments import checked
 from rep_plugin.backbones import mobileone, replknet, repvgg
 from rep_plugin.checkpoints.files import save_checkpoint_file, write_atomic
 from rep_plugin.checkpoints.safe_load import load_checkpoint_file, load_safetensors
@@ -106,6 +107,7 @@ def _check_arch(family: str, arch: str | None, tensors: Mapping[str, Tensor]) ->
     raise KeyMapError(f"the checkpoint is no whole {family} {nearest}: {misfits[nearest][1]}{hint}")
 
 
+@checked
 def convert_state_dict(
     tensors: Mapping[str, Tensor], to: str = "rep_plugin", arch: str | None = None
 ) -> tuple[dict[str, Tensor], Conversion]:
@@ -176,6 +178,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> Non
         save_checkpoint_file(dict(tensors), path)
 
 
+@checked
 def convert_file(
     source: str | os.PathLike, target: str | os.PathLike, to: str = "rep_plugin", arch: str | None = None
 ) -> Conversion:

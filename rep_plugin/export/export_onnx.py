@@ -1,16 +1,17 @@
 """``export_onnx``: a model as an ONNX file that was first run in other runtimes and computes the same function there."""
 
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rep_plugin.arguments import In, Name, OneOf, Positive, checked
 from rep_plugin.checkpoints.files import check_writable, write_atomic, write_contents
 from rep_plugin.errors import (
     ArgumentError,
@@ -41,6 +42,7 @@ OPSET = 18
 IMAGES_AT_ONCE = 8
 
 
+@checked
 @working("exporting")
 def export_onnx(
     model: nn.Module,
@@ -51,14 +53,14 @@ def export_onnx(
     images: Tensor | None = None,
     dynamic_batch: bool = True,
     dynamic_size: bool = False,
-    opset: int = OPSET,
+    opset: Annotated[int, In("[1, 100]")] = OPSET,
     dynamo: bool = False,
-    output_names: Sequence[str] | None = None,
+    output_names: Sequence[Name] | None = None,
     class_names: Sequence[str] | None = None,
     preprocessing: Mapping | None = None,
-    runtimes: Sequence[str] = RUNTIMES,
-    tolerance: float = TOLERANCE,
-    rounds: int = 20,
+    runtimes: Sequence[Annotated[str, OneOf(RUNTIMES)]] = RUNTIMES,
+    tolerance: Positive = TOLERANCE,
+    rounds: Annotated[int, In("[0, 10000]")] = 20,
     with_report: bool = False,
     notes: Sequence[str] = (),
 ) -> ExportReport:
@@ -112,8 +114,6 @@ def export_onnx(
     for package in ("onnx", *runtimes):
         require(package, "export", "exporting")
     _check(model, path, example_input, images, dynamic_size)
-    if not 0 < tolerance < math.inf:
-        raise ArgumentError(f"tolerance must be a finite number > 0, got {tolerance}")
     x = copy_inputs(example_input).cpu()
     single = x[:1] if dynamic_batch else x
     report = ExportReport("export_onnx", count_params(model), 0, input_shape=tuple(single.shape), path=str(path))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rep_plugin.arguments import checked
 from rep_plugin.errors import ExportError, first_line
 from rep_plugin.measure.differences import flatten_outputs, output_paths
 from rep_plugin.measure.progress import working
@@ -198,12 +199,14 @@ def shapes_of(entries: Sequence[Any]) -> dict[str, list[int | str]]:
     }
 
 
+@checked
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """Return the metadata of an exported file, where known: ``class_names`` (a list), ``preprocessing`` (a dict) and
     ``output_keys`` (output -> its key in the model's output, where that could not be its name).
 
     Raises:
         MissingPackageError: onnx is not installed.
+        ExportError: it is no ONNX file.
 
     Example:
         >>> import onnx
@@ -212,5 +215,9 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         {'class_names': ['cat']}
     """
     require("onnx", "export", "exporting")
-    proto = import_module("onnx").load(str(path), load_external_data=False)
+    onnx = import_module("onnx")
+    try:
+        proto = onnx.load(str(path), load_external_data=False)
+    except import_module("google.protobuf.message").DecodeError:
+        raise ExportError(f"{path} is no ONNX file, expected one that export_onnx wrote") from None
     return {entry.key: json.loads(entry.value) for entry in proto.metadata_props}

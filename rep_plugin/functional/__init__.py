@@ -1,5 +1,6 @@
 """Formulas as pure tensor functions: convolution kernels, zero-padded convolutions, bilinear pooling, distillation."""
 
+from rep_plugin.arguments import checked
 from rep_plugin.functional.bilinear import (
     covariance,
     fold_to_triangle,
@@ -80,3 +81,6 @@ __all__ = [
     "triangle_offset",
     "triangle_size",
 ]
+
+# Checked for whoever comes in by this door; inside, where they run in every training step, the files are imported.
+globals().update({name: checked(globals()[name]) for name in __all__ if name not in ("ConvParams", "PaddedConv")})

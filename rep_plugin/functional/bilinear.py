@@ -13,17 +13,31 @@ zero-preserving signed square root and the fold of a head to the triangle are de
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rep_plugin.arguments import Channels, Dims, In, Positive, That
 from rep_plugin.errors import ArgumentError
 from rep_plugin.functional.kernels import plain_ops
 
 SQRT_EPS = 1e-5  # bounds the gradient of the signed square root by 1 / (2 sqrt(eps)) = 158
 NORM_EPS = 1e-12  # torch.nn.functional.normalize's own
 _HALF = (torch.float16, torch.bfloat16)
+
+Map = Annotated[Tensor, Dims("(N, C, L)")]
+Rows = Annotated[Tensor, Dims("(N, D)")]
+Vector = Annotated[Tensor, Dims("(C,)")]
+Steps = Annotated[int, In("[1, 100]")]
+
+
+def _is_index(tensor: Tensor) -> bool:
+    return tensor.dim() == 1 and tensor.dtype == torch.int64 and (not len(tensor) or int(tensor.min()) >= 0)
+
+
+Index = Annotated[Tensor, That(_is_index, "int64 indices (K,), none below 0")]
 
 
 def autocast_enabled(x: Tensor) -> bool:
@@ -84,7 +98,7 @@ class _SymmetricGram(torch.autograd.Function):
 
 
 @full_precision
-def gram(x: Tensor, y: Tensor | None = None) -> Tensor:
+def gram(x: Map, y: Map | None = None) -> Tensor:
     """Return the mean over positions of the outer products.
 
     Args:
@@ -113,7 +127,7 @@ def gram(x: Tensor, y: Tensor | None = None) -> Tensor:
 
 
 @full_precision
-def signed_sqrt(z: Tensor, eps: float = SQRT_EPS) -> Tensor:
+def signed_sqrt(z: Tensor, eps: Positive = SQRT_EPS) -> Tensor:
     """Return ``sqrt(relu(z) + eps) - sqrt(relu(-z) + eps)``: odd, and exactly 0 at 0, so that dead channels stay dead.
 
     Args:
@@ -165,7 +179,7 @@ class _SignedSqrtL2(torch.autograd.Function):
 
 
 @full_precision
-def signed_sqrt_l2(z: Tensor, weight: Tensor | None = None) -> Tensor:
+def signed_sqrt_l2(z: Rows, weight: Vector | None = None) -> Tensor:
     """Return the signed square root, every row divided by its L2 norm; rows of zeros stay zeros. Differentiable once.
 
     Args:
@@ -192,7 +206,7 @@ def signed_sqrt_l2(z: Tensor, weight: Tensor | None = None) -> Tensor:
 # --- the upper triangle of a symmetric matrix, row by row ---
 
 
-def triangle_size(channels: int) -> int:
+def triangle_size(channels: Channels) -> int:
     """Return the number of entries on and above the diagonal.
 
     Example:
@@ -203,7 +217,7 @@ def triangle_size(channels: int) -> int:
     return channels * (channels + 1) // 2
 
 
-def triangle_offset(i: int, j: int, channels: int) -> int:
+def triangle_offset(i: int, j: int, channels: Channels) -> int:
     """Return the place of an entry in the flattened triangle.
 
     Args:
@@ -226,7 +240,7 @@ def triangle_offset(i: int, j: int, channels: int) -> int:
     return i * channels - i * (i - 1) // 2 + (j - i)
 
 
-def triangle_index(channels: int, device: torch.device | str | None = None) -> Tensor:
+def triangle_index(channels: Channels, device: torch.device | str | None = None) -> Tensor:
     """Return the places i * C + j of the triangle's entries in the flattened C x C matrix.
 
     Args:
@@ -245,7 +259,7 @@ def triangle_index(channels: int, device: torch.device | str | None = None) -> T
     return rows * channels + cols
 
 
-def triangle_multiplicity(channels: int, device: torch.device | str | None = None) -> Tensor:
+def triangle_multiplicity(channels: Channels, device: torch.device | str | None = None) -> Tensor:
     """Return how often the full matrix holds each entry of the triangle: 1 on the diagonal, else 2.
 
     Args:
@@ -265,7 +279,7 @@ def triangle_multiplicity(channels: int, device: torch.device | str | None = Non
 
 
 @full_precision
-def take_triangle(matrix: Tensor, index: Tensor) -> Tensor:
+def take_triangle(matrix: Map, index: Index) -> Tensor:
     """Return the upper triangles, flattened.
 
     Args:
@@ -284,7 +298,7 @@ def take_triangle(matrix: Tensor, index: Tensor) -> Tensor:
     return matrix.flatten(1).index_select(1, index)
 
 
-def fold_to_triangle(weight: Tensor, channels: int) -> Tensor:
+def fold_to_triangle(weight: Rows, channels: Channels) -> Tensor:
     """Fold the weight of a linear layer on full symmetric features, without loss.
 
     ``W'_ij = W_ij + W_ji`` for i < j; the diagonal and the layer's bias stay. The features' norm must go on counting
@@ -316,7 +330,7 @@ def fold_to_triangle(weight: Tensor, channels: int) -> Tensor:
     return torch.where(rows == cols, folded, folded + mirrored)
 
 
-def full_columns(keep1: Tensor, keep2: Tensor, channels2: int) -> Tensor:
+def full_columns(keep1: Index, keep2: Index, channels2: Channels) -> Tensor:
     """Return the columns of a full head that stay where channels stay.
 
     Args:
@@ -335,7 +349,7 @@ def full_columns(keep1: Tensor, keep2: Tensor, channels2: int) -> Tensor:
     return (keep1[:, None] * channels2 + keep2).reshape(-1)
 
 
-def triangle_columns(keep: Tensor, channels: int) -> Tensor:
+def triangle_columns(keep: Index, channels: Channels) -> Tensor:
     """Return the columns of a triangle head that stay where channels stay.
 
     Args:
@@ -372,7 +386,7 @@ def draw_signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 @full_precision
-def tensor_sketch(matrix: Tensor, hash1: Tensor, hash2: Tensor, sign1: Tensor, sign2: Tensor, dim: int) -> Tensor:
+def tensor_sketch(matrix: Map, hash1: Index, hash2: Index, sign1: Vector, sign2: Vector, dim: Channels) -> Tensor:
     """Return sketches of Gram matrices: ``out[(h1_i + h2_j) mod dim] += s1_i s2_j G_ij``.
 
     Equal to the mean over positions of Tensor Sketches (Gao et al., algorithm 2) since pooling is linear, without their FFT
@@ -397,15 +411,13 @@ def tensor_sketch(matrix: Tensor, hash1: Tensor, hash2: Tensor, sign1: Tensor, s
         >>> tensor_sketch(torch.ones(1, 2, 2), hashes, hashes, signs, signs, 3).tolist()
         [[1.0, 2.0, 1.0]]
     """
-    if dim < 1:
-        raise ArgumentError(f"dim must be >= 1, got {dim}")
     place = (hash1[:, None] + hash2).remainder(dim).flatten()
     values = (matrix * (sign1[:, None] * sign2).to(matrix.dtype)).flatten(1)
     return values.new_zeros(values.shape[0], dim).scatter_add(1, place.expand(values.shape[0], -1), values)
 
 
 @full_precision
-def random_maclaurin(x: Tensor, y: Tensor | None, signs1: Tensor, signs2: Tensor) -> Tensor:
+def random_maclaurin(x: Map, y: Map | None, signs1: Rows, signs2: Rows) -> Tensor:
     """Return random Maclaurin features ``mean_l (W1 x_l) * (W2 y_l) / sqrt(D)`` (Gao et al., algorithm 1).
 
     Computed through the Gram matrix or the positions, whichever is the smaller; both are exact.
@@ -439,7 +451,7 @@ def random_maclaurin(x: Tensor, y: Tensor | None, signs1: Tensor, signs2: Tensor
 
 
 @full_precision
-def low_rank(x: Tensor, y: Tensor | None, factor1: Tensor, factor2: Tensor) -> Tensor:
+def low_rank(x: Map, y: Map | None, factor1: Rows, factor2: Rows) -> Tensor:
     """Return low-rank bilinear pooling ``mean_l (U^T x_l) * (V^T y_l)``: Kim et al., equation 4, without its P.
 
     The factors are learned; the classifier that follows is P. So every class is a bilinear form of rank <= R.
@@ -471,7 +483,7 @@ def low_rank(x: Tensor, y: Tensor | None, factor1: Tensor, factor2: Tensor) -> T
 
 
 @full_precision
-def covariance(x: Tensor) -> Tensor:
+def covariance(x: Map) -> Tensor:
     """Return the covariance over positions, divided by L.
 
     Args:
@@ -494,7 +506,7 @@ def covariance(x: Tensor) -> Tensor:
 
 
 @full_precision
-def newton_schulz_sqrt(matrix: Tensor, iterations: int = 5) -> Tensor:
+def newton_schulz_sqrt(matrix: Map, iterations: Steps = 5) -> Tensor:
     """Return approximate square roots of symmetric positive matrices, by coupled Newton-Schulz steps.
 
     Divides by the trace first and multiplies by its root after (Li et al., section 3.2). A zero matrix gives zeros.
@@ -515,8 +527,6 @@ def newton_schulz_sqrt(matrix: Tensor, iterations: int = 5) -> Tensor:
         >>> newton_schulz_sqrt(4 * torch.eye(2)[None], 10).round().tolist()
         [[[2.0, 0.0], [0.0, 2.0]]]
     """
-    if iterations < 1:
-        raise ArgumentError(f"iterations must be >= 1, got {iterations}")
     trace = matrix.diagonal(dim1=1, dim2=2).sum(1).clamp_min(NORM_EPS).view(-1, 1, 1)
     three = 3 * torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
     y = matrix / trace
@@ -530,7 +540,7 @@ def newton_schulz_sqrt(matrix: Tensor, iterations: int = 5) -> Tensor:
 
 
 @full_precision
-def isqrt_cov(x: Tensor, index: Tensor, iterations: int = 5) -> Tensor:
+def isqrt_cov(x: Map, index: Index, iterations: Steps = 5) -> Tensor:
     """Return iSQRT-COV: the triangle of the square root of the covariance.
 
     Args:

@@ -1,10 +1,16 @@
 """Losses between the outputs and maps of a teacher and of a student that may be narrower, as pure functions."""
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rep_plugin.arguments import Dims, Positive, Side
 from rep_plugin.errors import ArgumentError
+
+Image = Annotated[Tensor, Dims("(N, C, H, W)")]
+Rows = Annotated[Tensor, Dims("(N, classes)")]
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -12,7 +18,7 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def soft_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def soft_divergence(student: Rows, teacher: Rows, temperature: Positive) -> Tensor:
     """Return the divergence of softened class probabilities, KL(teacher || student) * temperature^2, mean of the batch.
 
     The square keeps its gradients as large as those of a loss on labels, whatever the temperature: Hinton et al.,
@@ -43,7 +49,7 @@ def soft_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Ten
     return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
 
 
-def attention_map(x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+def attention_map(x: Image, size: tuple[Side, Side] | None = None) -> Tensor:
     """Return where a map has its energy, summed over channels, at unit norm.
 
     Zagoruyko and Komodakis, "Paying More Attention to Attention" (ICLR 2017).
@@ -67,7 +73,7 @@ def attention_map(x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
     return F.normalize(energy.flatten(1), dim=1)
 
 
-def attention_distance(student: Tensor, teacher: Tensor) -> Tensor:
+def attention_distance(student: Image, teacher: Image) -> Tensor:
     """Return how far apart two maps look, |a_s - a_t|^2 of their attention maps, mean of the batch.
 
     Channels are summed away, so that a narrow map compares with a wide one without a learned projection. Where rows or

@@ -9,13 +9,18 @@ strided, dilated and grouped convolutions is derived here.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rep_plugin.arguments import Channels, Dims, Side, That
 from rep_plugin.errors import ArgumentError
+
+Kernel = Annotated[Tensor, Dims("(O, I / groups, kh, kw)")]
+Vector = Annotated[Tensor, Dims("(C,)")]
+BatchNorm = Annotated[nn.Module, That(lambda module: hasattr(module, "running_mean"), "a batch norm")]
 
 
 class ConvParams(NamedTuple):
@@ -35,11 +40,11 @@ class ConvParams(NamedTuple):
         4
     """
 
-    kernel: Tensor
-    bias: Tensor | None
-    groups: int = 1
-    stride: tuple[int, int] = (1, 1)
-    dilation: tuple[int, int] = (1, 1)
+    kernel: Kernel
+    bias: Vector | None
+    groups: Channels = 1
+    stride: tuple[Side, Side] = (1, 1)
+    dilation: tuple[Side, Side] = (1, 1)
 
     @property
     def in_channels(self) -> int:
@@ -55,7 +60,7 @@ class ConvParams(NamedTuple):
         return self.groups == self.out_channels and self.kernel.shape[1] == 1
 
 
-def pair(value: int | Sequence[int]) -> tuple[int, int]:
+def pair(value: int | tuple[int, int]) -> tuple[int, int]:
     """Return (value, value) for a number, and the two numbers of a sequence, as torch's 2-d layers read them.
 
     Example:
@@ -74,7 +79,7 @@ def plain_ops() -> bool:
     return torch.jit.is_tracing() or torch.compiler.is_compiling() or not torch.is_grad_enabled()
 
 
-def bn_scale_shift(bn: nn.Module, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+def bn_scale_shift(bn: BatchNorm, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Return the scale and shift of a BN in eval mode: ``bn(x) == x * scale + shift``.
 
     Args:
@@ -108,7 +113,7 @@ def bn_scale_shift(bn: nn.Module, dtype: torch.dtype | None = None) -> tuple[Ten
     return scale, shift
 
 
-def fold_bn(kernel: Tensor, bn: nn.Module, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def fold_bn(kernel: Kernel, bn: BatchNorm, bias: Vector | None = None) -> tuple[Tensor, Tensor]:
     """Return the one convolution equal to ``bn(conv(x))`` in eval mode, in the kernel's dtype.
 
     Pass float64 and cast the result: folding in half precision loses 2.3 times more.
@@ -138,7 +143,7 @@ def fold_bn(kernel: Tensor, bn: nn.Module, bias: Tensor | None = None) -> tuple[
     return kernel * scale.view(-1, 1, 1, 1), folded
 
 
-def identity_kernel(channels: int, groups: int = 1, **tensor_options) -> Tensor:
+def identity_kernel(channels: Channels, groups: Channels = 1, **tensor_options) -> Tensor:
     """Return the kernel that copies its input.
 
     Args:
@@ -163,7 +168,7 @@ def identity_kernel(channels: int, groups: int = 1, **tensor_options) -> Tensor:
     return torch.eye(width, **tensor_options).repeat(groups, 1).view(channels, width, 1, 1)
 
 
-def avgpool_kernel(channels: int, kernel_size: tuple[int, int], **tensor_options) -> Tensor:
+def avgpool_kernel(channels: Channels, kernel_size: tuple[Side, Side], **tensor_options) -> Tensor:
     """Return the depthwise kernel of an average pool that counts its zero padding.
 
     Args:
@@ -183,7 +188,7 @@ def avgpool_kernel(channels: int, kernel_size: tuple[int, int], **tensor_options
     return torch.full((channels, 1, 1, 1), 1.0 / (kh * kw), **tensor_options).expand(-1, -1, kh, kw)
 
 
-def pad_kernel(kernel: Tensor, size: tuple[int, int]) -> Tensor:
+def pad_kernel(kernel: Kernel, size: tuple[Side, Side]) -> Tensor:
     """Return a kernel with zeros round it, its centre kept.
 
     Args:
@@ -211,7 +216,7 @@ def pad_kernel(kernel: Tensor, size: tuple[int, int]) -> Tensor:
     return F.pad(kernel, (dw // 2, dw // 2, dh // 2, dh // 2))
 
 
-def dilate_kernel(kernel: Tensor, dilation: Sequence[int]) -> Tensor:
+def dilate_kernel(kernel: Kernel, dilation: tuple[Side, Side]) -> Tensor:
     """Write a dilated kernel out with its zeros.
 
     Args:
@@ -235,7 +240,7 @@ def dilate_kernel(kernel: Tensor, dilation: Sequence[int]) -> Tensor:
     return out
 
 
-def regroup_kernel(kernel: Tensor, groups: int, new_groups: int) -> Tensor:
+def regroup_kernel(kernel: Kernel, groups: Channels, new_groups: Channels) -> Tensor:
     """Write a grouped kernel with fewer groups, zeros between the old ones.
 
     Args:
@@ -268,7 +273,7 @@ def regroup_kernel(kernel: Tensor, groups: int, new_groups: int) -> Tensor:
     return spread.reshape(out_channels, ratio * width, *kernel.shape[2:])
 
 
-def sum_kernel_taps(kernel: Tensor, groups: int, value: Tensor) -> Tensor:
+def sum_kernel_taps(kernel: Kernel, groups: Channels, value: Vector) -> Tensor:
     """Return what a convolution answers to a constant map.
 
     Args:
@@ -289,7 +294,7 @@ def sum_kernel_taps(kernel: Tensor, groups: int, value: Tensor) -> Tensor:
     return (taps * value.view(groups, 1, -1)).sum(-1).reshape(-1)  # not a matmul: autocast would round it to half
 
 
-def scale_kernel_inputs(kernel: Tensor, groups: int, scale: Tensor) -> Tensor:
+def scale_kernel_inputs(kernel: Kernel, groups: Channels, scale: Vector) -> Tensor:
     """Return the kernel that sees ``x * scale`` where it is given ``x``.
 
     Args:
@@ -329,7 +334,7 @@ def _taps(kernel: Tensor) -> int:
     return kernel.shape[2] * kernel.shape[3]
 
 
-def is_constant(kernel: Tensor) -> bool:
+def is_constant(kernel: Kernel) -> bool:
     """Return True for a window whose taps are one and the same element.
 
     Example:
@@ -489,7 +494,7 @@ def _add_centred(large: Tensor, small: Tensor) -> Tensor:
     return _AddCentred.apply(large, small)
 
 
-def merge_sum(kernels: Iterable[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+def merge_sum(kernels: Iterable[tuple[Kernel, Vector | None]]) -> tuple[Tensor, Tensor | None]:
     """Add parallel convolutions of equal channels, stride and groups: centre-pad to the largest side, add.
 
     Args:

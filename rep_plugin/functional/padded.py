@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rep_plugin.errors import ArgumentError
-from rep_plugin.functional.kernels import ConvParams, compose, dilate_kernel, pad_kernel, regroup_kernel
+from rep_plugin.functional.kernels import ConvParams, Kernel, Vector, compose, dilate_kernel, pad_kernel, regroup_kernel
 
 
 class PaddedConv(NamedTuple):
@@ -36,7 +36,7 @@ class PaddedConv(NamedTuple):
 
     params: ConvParams
     padding: tuple[int, int] = (0, 0)
-    edge: Tensor | None = None
+    edge: Kernel | None = None
 
     @property
     def kernel_size(self) -> tuple[int, int]:
@@ -178,7 +178,7 @@ def add_padded(convs: Sequence[PaddedConv]) -> PaddedConv:
     return PaddedConv(ConvParams(kernel, bias, groups, convs[0].params.stride, tuple(dilation)), padding, edge)
 
 
-def scale_padded(conv: PaddedConv, factor: Tensor | float) -> PaddedConv:
+def scale_padded(conv: PaddedConv, factor: Vector | float) -> PaddedConv:
     """Return the convolution whose output is multiplied by a factor.
 
     Args:

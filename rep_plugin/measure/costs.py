@@ -1,5 +1,7 @@
 """Parameters and multiply-adds of a model."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -7,11 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
+from rep_plugin.arguments import checked
 from rep_plugin.measure.copies import copy_inputs, copy_model
 from rep_plugin.measure.forward import first_image, run_model
 from rep_plugin.measure.randomness import private_random
 
 
+@checked
 def count_params(model: nn.Module) -> int:
     """Return the number of parameters, shared ones once.
 
@@ -56,9 +60,10 @@ def _shapes_of(model: nn.Module) -> nn.Module:
     return copy_model(model, memo, training=False)
 
 
+@checked
 @torch.no_grad()
 @private_random()
-def count_macs(model: nn.Module, example_input: object) -> int:
+def count_macs(model: nn.Module, example_input: torch.Tensor | Sequence | Mapping) -> int:
     """Return the multiply-adds of all convolutions and matrix products of the forward pass of one image.
 
     Elementwise work, normalisation and pooling are not counted. Only shapes are computed, on a copy, unless the forward needs

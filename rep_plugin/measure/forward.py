@@ -7,6 +7,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
+from rep_plugin.arguments import checked
 from rep_plugin.errors import ArgumentError
 
 
@@ -46,6 +47,7 @@ class Forward:
 _FORWARDS = [Forward()]
 
 
+@checked
 def register_forward(forward: Forward) -> None:
     """Add how models of one kind are run; later ones are asked first.
 

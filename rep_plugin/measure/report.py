@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rep_plugin.arguments import Anything, checked
 from rep_plugin.checkpoints.files import write_text
 from rep_plugin.measure.verify import Equivalence
 
@@ -30,6 +31,7 @@ class BlockReport:
     max_rel_error: float | None = None
 
 
+@checked
 @dataclass
 class Report:
     """The measurements of one transformation. Errors are in float64, the largest over all outputs.
@@ -62,11 +64,11 @@ class Report:
     macs_before: int | None = None
     macs_after: int | None = None
     input_shape: tuple[int, ...] | None = None
-    max_abs_error: float | None = None
-    max_rel_error: float | None = None
-    border_rel_error: float | None = None
-    interior_rel_error: float | None = None
-    sensitivity: float | None = None
+    max_abs_error: Anything | None = None
+    max_rel_error: Anything | None = None
+    border_rel_error: Anything | None = None
+    interior_rel_error: Anything | None = None
+    sensitivity: Anything | None = None
     seconds: float | None = None
     blocks: list[BlockReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -84,6 +86,7 @@ class Report:
                 difference = proof.blocks[block.name]
                 block.max_abs_error, block.max_rel_error = difference.max_abs, difference.max_rel
 
+    @checked
     def to_json(self, path: str | Path | None = None) -> str:
         """Return the report as JSON text, and write it to ``path`` where one is given, whole or not at all."""
         text = json.dumps(asdict(self), indent=2)
@@ -98,7 +101,7 @@ class Report:
         for column in ("metric", "before", "after"):
             table.add_column(column, justify="left" if column == "metric" else "right")
         table.add_row("parameters", f"{self.params_before:,}", f"{self.params_after:,}")
-        if self.macs_before is not None:
+        if self.macs_before is not None and self.macs_after is not None:
             size = " of " + "x".join(map(str, self.input_shape[1:])) if self.input_shape else ""
             table.add_row(f"multiply-adds, one image{size}", f"{self.macs_before:,}", f"{self.macs_after:,}")
         return table

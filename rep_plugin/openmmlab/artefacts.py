@@ -3,11 +3,13 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
+from rep_plugin.arguments import Dims, checked
 from rep_plugin.blocks.annealed import annealed_modules
 from rep_plugin.checkpoints.files import save_checkpoint_file, write_atomic, write_together
 from rep_plugin.checkpoints.strict import describe_mismatch
@@ -29,12 +31,15 @@ from rep_plugin.pruning import PrunePlan, PruneReport, apply_plan
 from rep_plugin.reparam import expand, reparameterize
 from rep_plugin.version import __version__
 
+Images = Annotated[Tensor, Dims("(N, C, H, W)")]
 
+
+@checked
 def write_deployed(
     model: nn.Module,
     cfg: Config,
     out_dir: str | os.PathLike,
-    inputs: Tensor | None = None,
+    inputs: Images | None = None,
     dataset_meta: dict | None = None,
     fold_bn: bool = False,
 ) -> Report:
@@ -110,12 +115,13 @@ def deployed_form(
     return merged, deployed, report
 
 
+@checked
 def write_pruned(
     model: nn.Module,
     cfg: Config,
     plan: PrunePlan,
     out_dir: str | os.PathLike,
-    inputs: Tensor | None = None,
+    inputs: Images | None = None,
     dataset_meta: dict | None = None,
 ) -> PruneReport:
     """Prune a copy of a model by a plan, prove it, and write ``pruned.pth pruned.py pruned.plan.json pruned.json .png``.

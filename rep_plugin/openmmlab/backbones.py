@@ -1,12 +1,14 @@
 """The plain backbones as registered types that mmpretrain, mmdet and mmseg configs build."""
 
 import copy
+from typing import Annotated
 
 import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rep_plugin.arguments import In, checked
 from rep_plugin.backbones.mobileone import MobileOne as PlainMobileOne
 from rep_plugin.backbones.rep_mobilenet_v2 import DEFAULT_ACT
 from rep_plugin.backbones.rep_mobilenet_v2 import RepMobileNetV2 as PlainRepMobileNetV2
@@ -27,6 +29,7 @@ def activation_name(act_cfg: dict | str) -> str:
     return {"hswish": "hardswish", "swish": "silu"}.get(act_cfg["type"].lower(), act_cfg["type"].lower())
 
 
+@checked
 class BackboneMixin(nn.Module):
     """Give a :class:`rep_plugin.backbones.staged.StagedNetwork` what OpenMMLab's users expect: write it before the network.
 
@@ -45,7 +48,7 @@ class BackboneMixin(nn.Module):
     def __init__(
         self,
         *args,
-        frozen_stages: int = -1,
+        frozen_stages: Annotated[int, In("[-1, inf)")] = -1,
         norm_eval: bool = False,
         channels_last: bool = False,
         init_cfg: dict | list | None = None,
@@ -82,6 +85,7 @@ class BackboneMixin(nn.Module):
         return super().forward(x.contiguous(memory_format=torch.channels_last) if self.channels_last else x)
 
 
+@checked
 @MODELS.register_module()
 class RepMobileNetV2(BackboneMixin, PlainRepMobileNetV2, BaseModule):
     """Rep-MobileNetV2 as a registered type: ``backbone=dict(type='rep_plugin.RepMobileNetV2')``.

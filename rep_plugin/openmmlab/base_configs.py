@@ -5,6 +5,8 @@ from typing import Any
 
 from mmengine.config import Config
 
+from rep_plugin.arguments import checked
+from rep_plugin.errors import ArgumentError, RepPluginError, first_line
 from rep_plugin.shipped import find_config, resolve_config
 
 PREFIX = "rep_plugin::"
@@ -30,11 +32,20 @@ def accept_our_bases() -> None:
 
 
 def read_config(path_or_name: str) -> Config:
-    """Read a config file, or a shipped config by its name. Raises ArgumentError where neither is there."""
+    """Read a config file, or a shipped config by its name. Raises ArgumentError where neither is there, or it is broken."""
     accept_our_bases()
-    return Config.fromfile(resolve_config(path_or_name))
+    path = resolve_config(path_or_name)
+    try:
+        return Config.fromfile(path)
+    except (RepPluginError, OSError):
+        raise
+    except Exception as error:  # a config is code of the user's, which may raise anything
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
+        text = f"{type(error).__name__}: {first_line(error)}{line}"
+        raise ArgumentError(f"config {path_or_name} cannot be read: {text}") from error
 
 
+@checked
 def get_config(name: str, **options: Any) -> Config:
     """Read a shipped config.
 

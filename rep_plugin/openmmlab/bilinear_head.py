@@ -1,20 +1,23 @@
 """What bilinear CNNs need of mmpretrain: a head that pools and classifies, and a backbone of two streams."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 from mmengine.model import BaseModule
 from mmpretrain.models.heads import ClsHead
 from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 from torch import Tensor, nn
 
+from rep_plugin.arguments import Channels, Count, Fraction, That, checked
 from rep_plugin.bilinear.head import BilinearHead
-from rep_plugin.errors import ArgumentError
 from rep_plugin.registry import MODELS
 
+Typed = Annotated[Mapping, That(lambda cfg: "type" in cfg, "a config with a type")]
 CROSS_ENTROPY = dict(type="CrossEntropyLoss", loss_weight=1.0)
 
 
+@checked
 @MODELS.register_module()
 class BilinearClsHead(BilinearHead, ClsHead):
     """Bilinear pooling and classifier in one head, which therefore folds itself (``switch_to_deploy``).
@@ -40,25 +43,24 @@ class BilinearClsHead(BilinearHead, ClsHead):
 
     def __init__(
         self,
-        in_channels: int | Sequence[int],
-        num_classes: int,
+        in_channels: Channels | Sequence[Channels],
+        num_classes: Channels,
         method: str | None = "full",
-        drop_rate: float = 0.0,
+        drop_rate: Fraction = 0.0,
         deploy: bool = False,
-        loss: dict | nn.Module = CROSS_ENTROPY,
-        topk: int | Sequence[int] = (1,),
+        loss: Typed | nn.Module = CROSS_ENTROPY,
+        topk: Count | Sequence[Count] = (1,),
         cal_acc: bool = False,
         init_cfg: dict | list | None = None,
         **pooling,
     ):
-        if num_classes < 1:
-            raise ArgumentError(f"num_classes must be >= 1, got {num_classes}")
         super().__init__(in_channels, num_classes, method, drop_rate, deploy, **pooling)
         self.in_channels, self.topk, self.cal_acc = in_channels, topk, cal_acc
         self.loss_module = loss if isinstance(loss, nn.Module) else MMPRETRAIN_MODELS.build(loss)
         self.init_cfg = copy.deepcopy(init_cfg)
 
 
+@checked
 @MODELS.register_module()
 class TwoStreamBackbone(BaseModule):
     """Two backbones on the same image: -> (last map of ``first``, last map of ``second``), for a pair of channels.
@@ -72,7 +74,7 @@ class TwoStreamBackbone(BaseModule):
         init_cfg: first weights, as for every module of mmengine.
     """
 
-    def __init__(self, first: dict | nn.Module, second: dict | nn.Module, init_cfg: dict | list | None = None):
+    def __init__(self, first: Typed | nn.Module, second: Typed | nn.Module, init_cfg: dict | list | None = None):
         super().__init__(init_cfg=copy.deepcopy(init_cfg))
         self.first = first if isinstance(first, nn.Module) else MMPRETRAIN_MODELS.build(first)
         self.second = second if isinstance(second, nn.Module) else MMPRETRAIN_MODELS.build(second)

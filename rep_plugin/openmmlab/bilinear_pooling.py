@@ -4,10 +4,12 @@ import copy
 
 from mmengine.model import BaseModule
 
+from rep_plugin.arguments import checked
 from rep_plugin.bilinear.pooling import BilinearPooling as PlainBilinearPooling
 from rep_plugin.registry import MODELS
 
 
+@checked
 @MODELS.register_module()
 class BilinearPooling(PlainBilinearPooling, BaseModule):
     """Bilinear pooling as a neck: ``neck=dict(type='rep_plugin.BilinearPooling', in_channels=512)``.

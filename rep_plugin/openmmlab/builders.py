@@ -11,11 +11,14 @@ Stock code reaches into ``model`` as if it were the network's own config: mmdet'
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Annotated
 
 from mmengine.logging import print_log
 from mmengine.registry import MODELS as ROOT_MODELS
 from torch import nn
 
+from rep_plugin.arguments import Name, OneOf, checked
+from rep_plugin.blocks.conv_like import CONV_LIKES
 from rep_plugin.checkpoints.strict import refuse_misfits
 from rep_plugin.errors import ArgumentError
 from rep_plugin.history import rebuild_
@@ -54,6 +57,7 @@ def _rebuilt(
 
 
 @MODELS.register_module()
+@checked
 def Pruned(model: Mapping, plan: PrunePlan | Mapping | str | Sequence, **stock_fields) -> nn.Module:
     """Build a stock model from its config and remove what a plan removes; keys of the checkpoint stay the stock ones.
 
@@ -76,6 +80,7 @@ def Pruned(model: Mapping, plan: PrunePlan | Mapping | str | Sequence, **stock_f
 
 
 @MODELS.register_module()
+@checked
 def Merged(model: Mapping, fold_bn: bool = False, merge_linear: bool = False, **stock_fields) -> nn.Module:
     """Build a model from its config and merge its blocks, as :func:`rep_plugin.reparameterize` does; load weights next.
 
@@ -93,12 +98,13 @@ def Merged(model: Mapping, fold_bn: bool = False, merge_linear: bool = False, **
 
 
 @MODELS.register_module()
+@checked
 def Expanded(
-    model: dict,
-    block: str = "dbb",
+    model: Mapping,
+    block: Annotated[str, OneOf(CONV_LIKES)] = "dbb",
     where: str | Sequence[str] | None = None,
-    checkpoint: str | None = None,
-    data_preprocessor: dict | None = None,
+    checkpoint: Name | None = None,
+    data_preprocessor: Mapping | None = None,
     online: bool = False,
 ) -> nn.Module:
     """Build a stock model, initialise it, load its weights where a checkpoint is given, and expand it.

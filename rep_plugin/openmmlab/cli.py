@@ -5,7 +5,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,6 +62,8 @@ def _leave() -> None:
 def read_config(path: str) -> Config:
     """Read a config, and require the package whose types it names: mmdet and mmseg are also used without mmpretrain."""
     cfg = read_any_config(path)
+    if not isinstance(cfg.get("model"), Mapping):
+        raise ArgumentError(f"config {path} has no model, expected model = dict(type=...)")
     scope = cfg.get("default_scope", "mmpretrain")
     if scope in EXTRAS:
         require(scope, EXTRAS[scope], path)
@@ -114,6 +116,8 @@ def require_files(*paths: str | None) -> set[Path]:
     """Return the resolved paths of files, None left out. Raises FileNotFoundError for the first that does not exist."""
     given = [Path(path) for path in paths if path]
     for path in given:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder, expected a file")
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist, expected a file")
     return {path.resolve() for path in given}

@@ -6,10 +6,11 @@ every training step.
 """
 
 from collections.abc import Callable
+from typing import Annotated
 
 from torch import nn
 
-from rep_plugin.blocks.branches import Size
+from rep_plugin.arguments import Channels, OneOf, Padding, Size, checked
 from rep_plugin.blocks.conv_like import CONV_LIKES, ConvLike
 from rep_plugin.errors import ArgumentTypeError
 from rep_plugin.functional.kernels import pair
@@ -20,15 +21,15 @@ TYPES = {f"rep_plugin.{cls.__name__}" for cls in CONV_LIKES.values()}
 
 def _builder(cls: type[ConvLike]) -> Callable[..., nn.Module]:
     def build(
-        in_channels: int,
-        out_channels: int,
+        in_channels: Channels,
+        out_channels: Channels,
         kernel_size: Size,
         stride: Size = 1,
-        padding: Size | str = 0,
+        padding: Padding | Annotated[str, OneOf(("same", "valid"))] = 0,
         dilation: Size = 1,
-        groups: int = 1,
+        groups: Channels = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Annotated[str, OneOf(("zeros",))] = "zeros",
         **options,
     ) -> nn.Module:
         known = {*cls.own_options, "online"}
@@ -41,7 +42,7 @@ def _builder(cls: type[ConvLike]) -> Callable[..., nn.Module]:
 
     build.__name__ = cls.__name__
     build.__doc__ = f"Return ``{cls.__name__}``, or a plain ``nn.Conv2d`` for kernels of side 1."
-    return build
+    return checked(build)
 
 
 for _cls in dict.fromkeys(CONV_LIKES.values()):  # some have two names

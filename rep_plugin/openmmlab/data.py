@@ -8,7 +8,7 @@ from urllib.error import URLError
 
 import mmcv.transforms
 
-from rep_plugin.errors import DataError, first_line
+from rep_plugin.errors import ArgumentError, DataError, first_line
 from rep_plugin.export.preprocessing import IMAGE_ENDINGS
 from rep_plugin.openmmlab.configs import type_name
 
@@ -148,9 +148,20 @@ def guard_dataloaders(runner: Any) -> None:
             raise DataError(f"{names} cannot be downloaded: {error.reason}{hint}") from None
         if hasattr(loader.dataset, "__len__") and len(loader.dataset) == 0:
             raise DataError(_empty(dataloader.get("dataset") if isinstance(dataloader, dict) else loader.dataset))
+        _require_classes(runner, loader.dataset)
         return loader
 
     runner.build_dataloader = build_and_check
+
+
+def _require_classes(runner: Any, dataset: Any) -> None:
+    """Raise ArgumentError for a classifier that has fewer classes than the data set: a loss would fail at some batch."""
+    head = getattr(getattr(runner.model, "module", runner.model), "head", None)
+    number, classes = getattr(head, "num_classes", None), (getattr(dataset, "metainfo", None) or {}).get("classes")
+    if isinstance(number, int) and isinstance(classes, (list, tuple)) and 0 < number < len(classes):
+        raise ArgumentError(
+            f"model.head.num_classes (={number}) must be >= {len(classes)}, the classes of {type(dataset).__name__}"
+        )
 
 
 def _empty(dataset: Any) -> str:

@@ -18,6 +18,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from rep_plugin.arguments import checked
 from rep_plugin.checkpoints.safe_load import load_checkpoint_file
 from rep_plugin.checkpoints.strict import require_fit
 from rep_plugin.errors import (
@@ -113,8 +114,11 @@ def require_type(name: object, registry: Registry, key: str) -> None:
                 raise ArgumentError(f"the config cannot be built: {key}: {unknown_type(name, there)}")
 
 
+@checked
 def build_model(cfg: Config) -> nn.Module:
     """Build ``cfg.model`` as mmengine's Runner does, in eval mode. Raises ArgumentError where that cannot be built."""
+    if not isinstance(cfg.get("model"), Mapping):
+        raise ArgumentError(f"the config has no model, expected model = dict(type=...), got {cfg.get('model')!r:.40}")
     model_cfg = copy.deepcopy(cfg.model)
     model_cfg.setdefault("data_preprocessor", cfg.get("data_preprocessor"))
     with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmpretrain")), config_errors():
@@ -150,7 +154,8 @@ def read_state_dict(checkpoint: str | os.PathLike) -> tuple[dict, dict]:
     return state_dict, meta if isinstance(meta, dict) else {}
 
 
-def load_model(cfg: Config, checkpoint: str) -> tuple[nn.Module, dict]:
+@checked
+def load_model(cfg: Config, checkpoint: str | os.PathLike) -> tuple[nn.Module, dict]:
     """Build a config's model and load a checkpoint into it strictly.
 
     Args:

@@ -1,13 +1,18 @@
 """Training and testing as a command line asks for."""
 
 import argparse
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
 
 import mmengine
 from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
 
-from rep_plugin.errors import ArgumentError
+from rep_plugin.errors import ArgumentError, RepPluginError
 from rep_plugin.openmmlab.checkpoint import find_latest_checkpoint
 from rep_plugin.openmmlab.cli import (
     build_runner,
@@ -32,13 +37,26 @@ def train(args: argparse.Namespace) -> None:
     check_data(cfg, ("train_dataloader", "val_dataloader"))
     if cfg.get("resume"):
         require_resumable(cfg)
-    runner = build_runner(cfg)
-    if cfg.get("resume") or is_another_network(cfg):
-        require_whole_checkpoint(runner)
-    else:
-        explain_misfits(runner)
-    log_advice(runner)
-    runner.train()
+    with no_empty_folder(cfg.work_dir):
+        runner = build_runner(cfg)
+        if cfg.get("resume") or is_another_network(cfg):
+            require_whole_checkpoint(runner)
+        else:
+            explain_misfits(runner)
+        log_advice(runner)
+        runner.train()
+
+
+@contextmanager
+def no_empty_folder(work_dir: str) -> Iterator[None]:
+    """Remove a work folder that is new where a training is refused before its first step: a Runner makes it at once."""
+    fresh = not os.path.exists(work_dir)
+    try:
+        yield
+    except RepPluginError:
+        if fresh and not any(path.suffix in (".pth", ".py") for path in Path(work_dir).rglob("*")):
+            shutil.rmtree(work_dir, ignore_errors=True)
+        raise
 
 
 def test(args: argparse.Namespace) -> None:
@@ -72,7 +90,7 @@ def merge_train_args(cfg: Config, args: argparse.Namespace) -> Config:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     if args.amp:
         use_amp(cfg)
-    if args.resume == "auto" and cfg.get("load_from") and find_latest_checkpoint(cfg.work_dir) is None:
+    if args.resume == "auto" and find_latest_checkpoint(cfg.work_dir) is None:
         cfg.resume = False  # nothing to resume from yet: the training begins, with the weights it begins with
     elif args.resume is not None:
         cfg.resume = True

@@ -3,11 +3,12 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
+from rep_plugin.arguments import Anything, That, checked
 from rep_plugin.errors import ArgumentError, EquivalenceError, first_line
 from rep_plugin.history import before_step, record_, replays
 from rep_plugin.measure.copies import copy_model
@@ -32,6 +33,13 @@ if TYPE_CHECKING:  # imported where something is printed
     from rich.table import Table
 
 
+# A wrapper with an optimizer inside will do, as mmengine's.
+AnOptimizer = Annotated[
+    Any, That(lambda one: isinstance(one, torch.optim.Optimizer) or hasattr(one, "optimizer"), "an optimizer")
+]
+
+
+@checked
 @dataclass
 class PruneReport(Report):
     """A report of :func:`apply_plan`, with the widths of layers.
@@ -58,7 +66,7 @@ class PruneReport(Report):
     latency_before: float | None = None
     latency_after: float | None = None
     planned_macs: tuple[int, int] | None = None
-    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    metrics: dict[str, dict[str, Anything]] = field(default_factory=dict)
 
     def add_plan(self, plan: PrunePlan) -> None:
         """Fill in the widths, what is frozen, the times and the notes of a plan; after :attr:`macs_before` is known."""
@@ -81,7 +89,7 @@ class PruneReport(Report):
         table = super().table()
         changed = sum(before != after for before, after in self.widths.values())
         table.title = f"{self.action}: {changed} of {len(self.widths)} layers narrower, {len(self.frozen)} frozen"
-        if self.latency_before is not None:
+        if self.latency_before is not None and self.latency_after is not None:
             table.add_row("milliseconds when planned", f"{self.latency_before:.2f}", f"{self.latency_after:.2f}")
         for name, value in self.metrics.get("before", {}).items():
             table.add_row(name, f"{value:.4g}", f"{self.metrics['after'][name]:.4g}")
@@ -90,12 +98,13 @@ class PruneReport(Report):
         return table
 
 
+@checked
 @working("removing channels")
 @private_random()
 def apply_plan(
     model: nn.Module,
     plan: PrunePlan,
-    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    optimizer: AnOptimizer | Sequence[AnOptimizer] | None = None,
     *,
     ema: nn.Module | None = None,
     verify: bool = True,

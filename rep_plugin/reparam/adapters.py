@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from rep_plugin.arguments import checked
 from rep_plugin.bilinear.head import BilinearHead
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.conv_like import ConvLike
 
 
+@checked
 @dataclass(frozen=True)
 class Adapter:
     """How one kind of module is merged.
@@ -34,6 +36,7 @@ class Adapter:
 ADAPTERS: list[Adapter] = []
 
 
+@checked
 def register_adapter(adapter: Adapter) -> Adapter:
     """Add an adapter; later ones are asked first, so that a user's adapter overrides ours.
 

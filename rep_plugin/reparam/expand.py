@@ -10,12 +10,15 @@ in a BN with gamma 0.
 import fnmatch
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from rep_plugin.arguments import OneOf, checked
 from rep_plugin.blocks.base import RepBlock
-from rep_plugin.blocks.conv_like import ConvLike, like_conv, look_alike, why_not_replaceable
+from rep_plugin.blocks.conv_like import CONV_LIKES, ConvLike, like_conv, look_alike, why_not_replaceable
 from rep_plugin.errors import ArgumentError, ArgumentTypeError
 from rep_plugin.history import before_step, layer_named, record_, replays
 from rep_plugin.measure.copies import copy_model
@@ -73,6 +76,10 @@ def _choose(model: nn.Module, where: Where, copied: nn.Module) -> tuple[list[tup
     ``copied`` is in eval mode, to be traced: stochastic depth cannot be, in train mode.
     """
     convs = dict(own_convs(model))
+    if not convs:
+        blocks = sum(isinstance(module, RepBlock) for module in model.modules())
+        what = f"consists of {blocks} rep_plugin blocks" if blocks else "has no convolution"
+        raise ArgumentError(f"{type(model).__name__} {what}, expected convolutions outside of such blocks to expand")
     chosen = _selector(where, list(convs))
     wanted = [name for name, module in convs.items() if chosen(name, module)]
     pairs, untraced = find_pairs_by_parts(copied)
@@ -90,6 +97,11 @@ def _choose(model: nn.Module, where: Where, copied: nn.Module) -> tuple[list[tup
             take.append((name, bn_of[name]))
     notes = [f"{len(names)} left as they are, {reason}: {', '.join(names)}" for reason, names in reasons.items()]
     notes += [f"not traced, only the parts inside: {failure}" for failure in untraced]
+    if not take and not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        raise ArgumentError(
+            f"{type(model).__name__} has no BN, expected a convolution with one behind it: a merged model keeps its own with "
+            "reparameterize(..., fold_bn=False)"
+        )
     if not take:
         why = "".join(f"; {note}" for note in notes[:2])
         raise ArgumentError(f"where={where!r} selects nothing of {len(convs)} convolutions to expand{why}")
@@ -154,11 +166,12 @@ def _expand_(model: nn.Module, block: str, pairs: Sequence[tuple[str, str]], onl
     return model
 
 
+@checked
 @working("expanding")
 @private_random()
 def expand(
     model: nn.Module,
-    block: str = "dbb",
+    block: Annotated[str, OneOf(CONV_LIKES)] = "dbb",
     inplace: bool = False,
     where: Where = None,
     example_input: Tensor | None = None,

@@ -11,6 +11,7 @@ from functools import reduce
 import torch
 from torch import fx, nn
 
+from rep_plugin.arguments import checked
 from rep_plugin.blocks.layers import require_eval_mode, why_not_average
 from rep_plugin.errors import ArgumentError
 from rep_plugin.functional.kernels import pair
@@ -23,6 +24,7 @@ from rep_plugin.reparam.fx_parts import Readers, trace_parts
 from rep_plugin.reparam.linear_layers import flatten_layers, is_plain_bn, is_plain_conv, read_layer
 
 
+@checked
 @torch.no_grad()
 @private_random()
 def merge_sequence(layers: nn.Module | Iterable[nn.Module]) -> nn.Conv2d:

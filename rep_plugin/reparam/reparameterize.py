@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rep_plugin.arguments import checked
 from rep_plugin.blocks.conv_like import ConvLike
 from rep_plugin.blocks.layers import require_eval_mode
 from rep_plugin.errors import NothingToMergeError, RepPluginError
@@ -136,6 +137,7 @@ def _convert(model: nn.Module, fold_bn: bool, merge_linear: bool = False, keep_p
     return _Conversion(model, blocks, parts, notes)
 
 
+@checked
 @working("merging")
 @private_random()
 def reparameterize(

@@ -14,6 +14,7 @@ from timm.layers import SelectAdaptivePool2d
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
+from rep_plugin.arguments import checked
 from rep_plugin.checkpoints.plain import fits, short
 from rep_plugin.checkpoints.strict import describe_mismatch, require_fit
 from rep_plugin.errors import ArgumentError, CheckpointMismatchError, first_line
@@ -58,6 +59,7 @@ def _read_pool(pool: SelectAdaptivePool2d) -> dict:
 replaceable(SelectAdaptivePool2d, "pool_type", "flatten", "input_fmt", read=_read_pool)
 
 
+@checked
 def save_timm(model: nn.Module, folder: str | Path) -> None:
     """Write an expanded, pruned or merged timm model so that ``timm.create_model('local-dir:FOLDER')`` loads it.
 

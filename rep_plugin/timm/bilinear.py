@@ -1,15 +1,19 @@
 """Bilinear CNNs under timm's names: ``timm.create_model('bcnn_vgg16_bn', num_classes=200)``."""
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import timm
 import torch
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
+from rep_plugin.arguments import Channels, Classes, Count, Fraction, OneOf, checked
 from rep_plugin.backbones.rep_mobilenet_v2 import RepMobileNetV2
 from rep_plugin.bilinear.head import BilinearHead
+from rep_plugin.bilinear.methods import METHODS
+from rep_plugin.bilinear.pooling import Dim
 from rep_plugin.errors import ArgumentError
+from rep_plugin.functional.bilinear import Steps
 from rep_plugin.timm.register import name_first_conv_, pretrained_cfg, register
 
 
@@ -47,6 +51,10 @@ def _build_backbone(name: str, in_chans: int, pretrained: bool, deploy: bool) ->
     return timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=(4,), in_chans=in_chans)
 
 
+Pool = Annotated[str, OneOf(("bilinear", ""))]
+
+
+@checked
 class BilinearCNN(nn.Module):
     """Backbone, bilinear pooling, linear layer, with timm's methods: (N, in_chans, H, W) -> (N, num_classes).
 
@@ -68,22 +76,20 @@ class BilinearCNN(nn.Module):
 
     def __init__(
         self,
-        backbone: str,
-        num_classes: int = 200,
-        in_chans: int = 3,
-        drop_rate: float = 0.0,
-        global_pool: str = "bilinear",
-        method: str = "full",
-        projection: int | None = None,
-        dim: int = 8192,
-        rank: int | None = None,
-        iterations: int = 5,
+        backbone: Annotated[str, OneOf(BACKBONES)],
+        num_classes: Classes = 200,
+        in_chans: Channels = 3,
+        drop_rate: Fraction = 0.0,
+        global_pool: Pool = "bilinear",
+        method: Annotated[str, OneOf(METHODS)] = "full",
+        projection: Channels | None = None,
+        dim: Dim = 8192,
+        rank: Count | None = None,
+        iterations: Steps = 5,
         pretrained_backbone: bool = False,
         deploy: bool = False,
     ):
         super().__init__()
-        if backbone not in BACKBONES:
-            raise ArgumentError(f"unknown backbone {backbone!r}, expected one of {sorted(BACKBONES)}")
         self._set_pool(global_pool, num_classes)
         self.num_features = BACKBONES[backbone].channels
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
@@ -92,8 +98,6 @@ class BilinearCNN(nn.Module):
         self.head = BilinearHead(self.num_features, num_classes, method, drop_rate, deploy, **pooling)
 
     def _set_pool(self, global_pool: str, num_classes: int) -> None:
-        if global_pool not in ("bilinear", ""):
-            raise ArgumentError(f"global_pool must be 'bilinear' or '' (none), got {global_pool!r}")
         if not global_pool and num_classes:
             raise ArgumentError(f"without pooling there is no classifier: num_classes must be 0, got {num_classes}")
         self.global_pool = global_pool
@@ -105,7 +109,8 @@ class BilinearCNN(nn.Module):
     def get_classifier(self) -> nn.Module:
         return self.head.fc
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+    @checked
+    def reset_classifier(self, num_classes: Classes, global_pool: Pool | None = None) -> None:
         """Put a new classifier in place.
 
         Args:

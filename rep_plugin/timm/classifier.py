@@ -1,6 +1,6 @@
 """timm's classifier interface for our backbones: one mixin, nothing of it copied for each network."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from timm.layers import SelectAdaptivePool2d
@@ -8,9 +8,16 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
+from rep_plugin.arguments import Channels, Classes, Fraction, OneOf, checked
 from rep_plugin.errors import ArgumentError
 
+FAST = ("fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax")
+Pool = Annotated[
+    str, OneOf(("avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax", ""))
+]
 
+
+@checked
 class ClassifierMixin(nn.Module):
     """Give a :class:`rep_plugin.backbones.staged.StagedNetwork` timm's interface: write it before the network.
 
@@ -30,10 +37,10 @@ class ClassifierMixin(nn.Module):
 
     def __init__(
         self,
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
+        num_classes: Classes = 1000,
+        in_chans: Channels = 3,
+        global_pool: Pool = "avg",
+        drop_rate: Fraction = 0.0,
         **backbone_args,
     ):
         super().__init__(in_channels=in_chans, **backbone_args)
@@ -65,7 +72,8 @@ class ClassifierMixin(nn.Module):
         """Return the classifier layer."""
         return self.classifier
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+    @checked
+    def reset_classifier(self, num_classes: Classes, global_pool: Pool | None = None) -> None:
         """Put a fresh classifier of ``num_classes`` (0: none, the model then returns pooled features).
 
         Args:

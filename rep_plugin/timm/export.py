@@ -11,6 +11,7 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
+from rep_plugin.arguments import Name, checked
 from rep_plugin.checkpoints.plain import fits
 from rep_plugin.checkpoints.safe_load import load_checkpoint_file, load_safetensors
 from rep_plugin.checkpoints.strict import require_fit
@@ -70,8 +71,9 @@ def export_timm(
     return export_images(model, path, images, shape, batch, **options)
 
 
+@checked
 def load_timm(
-    name: str, checkpoint: str | Path | None = None, pretrained: bool = False, model_args: Mapping | None = None
+    name: Name, checkpoint: str | Path | None = None, pretrained: bool = False, model_args: Mapping | None = None
 ) -> nn.Module:
     """Build a timm model and load a checkpoint, which must fit exactly.
 

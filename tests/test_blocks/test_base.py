@@ -214,11 +214,13 @@ def test_bad_arguments_are_named():
         RepBlock(4, 4, 3, {"wide": conv_bn(4, 4, 5)})
     with pytest.raises(ValueError, match="got none"):
         RepBlock(4, 4, 3, {})
-    with pytest.raises(ValueError, match=r"unknown branch 'conv5x5'.*bottleneck"):
+    with pytest.raises(
+        ValueError, match=r"branches.1. must be one of .*bottleneck.*got 'conv5x5', did you mean 'conv3x3'"
+    ):
         RepInvertedResidual(8, 8, branches=("bottleneck", "conv5x5"))
     with pytest.raises(ValueError, match=r"8 -> 16"):
         RepInvertedResidual(8, 16, branches=("identity",))
-    with pytest.raises(ValueError, match="unknown activation 'relu7'"):
+    with pytest.raises(ValueError, match="act must be one of .*got 'relu7', did you mean 'relu'"):
         RepInvertedResidual(8, 8, act="relu7")
 
 

@@ -55,7 +55,7 @@ def test_arguments_and_attributes_are_those_of_conv2d(cls):
 
 
 def test_what_it_cannot_be_is_refused_by_name():
-    with pytest.raises(ValueError, match="padding_mode must be 'zeros' in DBBConv2d, got 'reflect'"):
+    with pytest.raises(ValueError, match="padding_mode must be 'zeros', got 'reflect'"):
         DBBConv2d(4, 4, 3, padding=1, padding_mode="reflect")
     with pytest.raises(ValueError, match=r"needs odd kernel sides, got \(2, 3\)"):
         ACBConv2d(4, 4, (2, 3))

@@ -174,7 +174,7 @@ def test_an_expanded_model_is_built_without_the_weights_it_was_expanded_from(tmp
         (dict(plan={"kept": {}}), "is not a pruning plan"),
         (dict(model="resnet"), "model must be the config of a model with a 'type', got 'resnet'"),
         (dict(model=ours().model), "the plan is for another model"),
-        (dict(plans=[]), "unexpected keyword argument 'plans'"),
+        (dict(plans=[]), "Pruned takes no 'plans', did you mean 'plan'"),
     ],
 )
 def test_bad_configs_are_refused_in_one_line(change, message):

@@ -265,7 +265,7 @@ ATTACKS = {
     "params .=3. cannot be met: the least that remains is": lambda n: plan_pruning(n, X, "l1", params=3),
     "macs .=.*. cannot be met": lambda n: plan_pruning(n, X, "l1", macs=1e-5),
     "got '0.3'": lambda n: plan_pruning(n, X, "l1", "0.3"),
-    "ignore must be a list of patterns, got '0.conv'": lambda n: plan_pruning(n, X, "l1", 0.3, ignore="0.conv"),
+    "ignore must be a list of strings, got '0.conv'": lambda n: plan_pruning(n, X, "l1", 0.3, ignore="0.conv"),
     "example_input must be a tensor .N, C, .... or its shape, got None": lambda n: plan_pruning(n, None, "l1", 0.3),
     "or its shape, got .1, 3, 13.5, 13.": lambda n: plan_pruning(n, (1, 3, 13.5, 13), "l1", 0.3),
     "cannot trace Sequential on an input .* at .*nets.py:[0-9]+: ": lambda n: plan_pruning(n, (1, 4, 13, 13), "l1", 0.3),

@@ -238,7 +238,7 @@ def test_testing(lab, whole):
 
 
 def test_user_errors_are_one_line(lab, whole):
-    expected = "error: config none.py does not exist, expected a file or the name of a shipped config; the nearest: "
+    expected = "error: config none.py does not exist, expected a file or the name of a shipped config; as "
     assert lab.error(TRAIN, "none.py").startswith(expected)
     expected = "error: checkpoint none.pth does not exist, expected a file"
     assert lab.error(TRAIN, lab.config, "--resume", "none.pth") == expected

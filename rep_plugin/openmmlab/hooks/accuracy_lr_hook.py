@@ -1,18 +1,19 @@
 """AccuracyLrHook: the learning rate falls whenever validation passes the next threshold."""
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
+from rep_plugin.arguments import Name, Share, checked
 from rep_plugin.errors import ArgumentError, HookError
 from rep_plugin.openmmlab.hooks.runner_utils import evaluate, final_model, kept_random_state
 from rep_plugin.openmmlab.hooks.stateful_hook import StatefulHook
 from rep_plugin.registry import HOOKS
 
 
+@checked
 @HOOKS.register_module()
 class AccuracyLrHook(StatefulHook):
     """Multiply all learning rates by ``factor`` for each threshold that validation passes for the first time.
@@ -36,12 +37,10 @@ class AccuracyLrHook(StatefulHook):
 
     meta_key = "rep_lr_steps"
 
-    def __init__(self, thresholds: Sequence[float], factor: float = 0.1, monitor: str = "accuracy/top1"):
-        values = [] if isinstance(thresholds, (str, int, float)) else list(thresholds)
-        if not values or any(not math.isfinite(one) for one in values) or any(a >= b for a, b in pairwise(values)):
+    def __init__(self, thresholds: Sequence[float], factor: Share = 0.1, monitor: Name = "accuracy/top1"):
+        values = list(thresholds)
+        if not values or any(a >= b for a, b in pairwise(values)):
             raise ArgumentError(f"thresholds must be ascending numbers, at least one, got {thresholds!r}")
-        if not 0 < factor < 1:
-            raise ArgumentError(f"factor must lie in (0, 1), got {factor!r}")
         self.thresholds, self.factor, self.monitor = values, factor, monitor
         self.passed = 0
 

@@ -4,7 +4,7 @@ import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import torch
 from mmengine.dist import broadcast_object_list, is_main_process
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from rep_plugin.arguments import OneOf
 from rep_plugin.errors import ArgumentError, HookError, UnreadableCheckpointError, first_line
 from rep_plugin.history import check_history, history_of
 from rep_plugin.measure.copies import copy_model
@@ -45,26 +46,10 @@ from rep_plugin.pruning.planning.options import SCORES
 from rep_plugin.pruning.planning.plan import as_plan, compose_plans
 
 META = "rep_prune"  # in a checkpoint's meta data
-HOOK_SCORES = [name for name in SCORES if name != "taylor"]  # a hook has no loader to take first-order scores from
+# A hook has no loader to take first-order scores from.
+HookScores = Annotated[str, OneOf([name for name in SCORES if name != "taylor"])]
 Planner = Callable[[nn.Module, tuple[int, ...], list[dict]], PrunePlan]
 Planned = TypeVar("Planned", PrunePlan, Clusters)
-
-
-def check_scores(scores: object) -> None:
-    """Raise ArgumentError for scores that a hook cannot take."""
-    if scores not in HOOK_SCORES:
-        raise ArgumentError(f"scores must be one of {HOOK_SCORES}, got {scores!r}")
-
-
-def check_share(name: str, value: object) -> None:
-    """Raise ArgumentError unless a share of channels is a number that removes some and leaves some.
-
-    Args:
-        name: Of the argument.
-        value: To be checked.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
-        raise ArgumentError(f"{name} must lie in (0, 1), got {value!r}")
 
 
 def budget_of(
@@ -88,8 +73,6 @@ def budget_of(
     names = [name for name, value in given.items() if value is not None]
     if len(names) != 1:
         raise ArgumentError(f"give exactly one of {', '.join(given)}, got {names or 'none'}")
-    if prune_fraction is not None:
-        check_share("prune_fraction", prune_fraction)
     return None if names[0] in others else Budget(prune_fraction, params, macs)
 
 

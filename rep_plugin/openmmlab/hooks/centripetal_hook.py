@@ -1,11 +1,13 @@
 """CentripetalHook: train the filters of a cluster to be equal, and make them one at the end, without any loss."""
 
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 from mmengine.runner import Runner
 from torch import nn
 
-from rep_plugin.errors import ArgumentError, HookError
+from rep_plugin.arguments import Count, Fraction, In, Name, NotNegative, OneOf, Seed, Share, checked
+from rep_plugin.errors import HookError
 from rep_plugin.measure.copies import copy_model
 from rep_plugin.openmmlab.artefacts import check_pruned_form
 from rep_plugin.openmmlab.hooks.base_pruning_hook import PruningHook, budget_of, from_main_process
@@ -23,11 +25,11 @@ from rep_plugin.openmmlab.hooks.runner_utils import (
 from rep_plugin.openmmlab.hooks.schedule import Schedule
 from rep_plugin.pruning.methods.centripetal import Centripetal, cluster_distances, merge_clusters_, snap_clusters_
 from rep_plugin.pruning.methods.clusters import METHODS, Clusters, plan_clusters
-from rep_plugin.pruning.methods.sparsity import check_strength
-from rep_plugin.pruning.planning import PruneOptions
+from rep_plugin.pruning.planning.options import Cost, Overrides, PruneOptions, Widths
 from rep_plugin.registry import HOOKS
 
 
+@checked
 @HOOKS.register_module()
 class CentripetalHook(PruningHook):
     """Centripetal SGD (Ding et al., CVPR 2019), for coupled layers as well: they share their clusters.
@@ -74,29 +76,25 @@ class CentripetalHook(PruningHook):
 
     def __init__(
         self,
-        prune_fraction: float | None = None,
+        prune_fraction: Share | None = None,
         *,
-        params: int | float | None = None,
-        macs: int | float | None = None,
-        widths: Mapping[str, int] | None = None,
-        clusters: str = "kmeans",
-        strength: float = 3e-3,
-        begin: float = 0,
+        params: Cost | None = None,
+        macs: Cost | None = None,
+        widths: Widths | None = None,
+        clusters: Annotated[str, OneOf(METHODS)] = "kmeans",
+        strength: Annotated[float, In("(0, 1000]")] = 3e-3,
+        begin: NotNegative = 0,
         by_epoch: bool = True,
-        min_channels: int | None = None,
-        max_prune_fraction: float | None = None,
-        round_to: int = 1,
-        overrides: Mapping[str, float | str] | None = None,
+        min_channels: Count | None = None,
+        max_prune_fraction: Fraction | None = None,
+        round_to: Count = 1,
+        overrides: Overrides | None = None,
         ignore: Sequence[str] = (),
-        seed: int = 0,
-        out_dir: str | None = None,
+        seed: Seed = 0,
+        out_dir: Name | None = None,
     ):
         super().__init__(out_dir)
         self.budget = budget_of(prune_fraction, params, macs, widths=widths) or widths
-        if clusters not in METHODS:
-            raise ArgumentError(f"clusters must be one of {METHODS}, got {clusters!r}")
-        if not check_strength("strength", strength):
-            raise ArgumentError("strength must be > 0, got 0: filters would never become equal")
         self.strength, self.method, self.schedule = strength, clusters, Schedule(begin, by_epoch=by_epoch)
         self.options = PruneOptions(
             min_channels=min_channels,

@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from mmengine.config import Config
@@ -13,6 +14,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from rep_plugin.arguments import In, Name, NotNegative, Positive, checked
 from rep_plugin.checkpoints.files import save_checkpoint_file
 from rep_plugin.errors import ArgumentError, HookError, RepPluginError, first_line
 from rep_plugin.functional.distillation import attention_distance, soft_divergence
@@ -36,6 +38,7 @@ from rep_plugin.registry import HOOKS
 FILE = "teacher.pth"
 
 
+@checked
 @HOOKS.register_module()
 class DistillHook(StatefulHook):
     """Knowledge distillation (Hinton et al., 2015) in stock training: fine-tuning follows a dense teacher.
@@ -71,25 +74,20 @@ class DistillHook(StatefulHook):
 
     def __init__(
         self,
-        teacher: str | Mapping | None = None,
-        checkpoint: str | None = None,
-        temperature: float = 4.0,
-        weight: float = 0.9,
-        feature_weight: float = 0.0,
-        features: Sequence[str] = ("backbone",),
+        teacher: Name | Mapping | None = None,
+        checkpoint: Name | None = None,
+        temperature: Positive = 4.0,
+        weight: Annotated[float, In("[0, 1]")] = 0.9,
+        feature_weight: NotNegative = 0.0,
+        features: Sequence[Name] = ("backbone",),
     ):
         if (teacher is None) != (checkpoint is None):
             raise ArgumentError(
                 f"DistillHook takes teacher and checkpoint, or neither, got {teacher!r} and {checkpoint!r}"
             )
-        if not temperature > 0:
-            raise ArgumentError(f"temperature must be > 0, got {temperature!r}")
-        if not 0 <= weight <= 1 or not feature_weight >= 0 or not weight + feature_weight > 0:
-            raise ArgumentError(
-                f"DistillHook needs weight in 0..1 and feature_weight >= 0, one of them above 0, got {weight!r} and "
-                f"{feature_weight!r}"
-            )
-        if isinstance(features, str) or not features:
+        if not weight + feature_weight > 0:
+            raise ArgumentError("DistillHook needs weight or feature_weight above 0, got 0 for both")
+        if not features:
             raise ArgumentError(f"features must be a list of module names, got {features!r}")
         self.source, self.checkpoint, self.temperature = teacher, checkpoint, temperature
         self.weight, self.feature_weight = weight, feature_weight

@@ -1,20 +1,23 @@
 """LinearizeHook: lead annealed blocks from stock MobileNetV2's form to the mergeable one while training."""
 
 import math
+from typing import Annotated
 
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from rep_plugin.arguments import In, NotNegative, OneOf, Positive, checked
 from rep_plugin.backbones.warm_start import measure_identities_
 from rep_plugin.blocks.annealed import annealed_modules, set_alpha_
 from rep_plugin.errors import AnnealError, ArgumentError, HookError
-from rep_plugin.openmmlab.hooks.runner_utils import check_whole, ema_models, plain_model
+from rep_plugin.openmmlab.hooks.runner_utils import ema_models, plain_model
 from rep_plugin.openmmlab.hooks.schedule import Schedule
 from rep_plugin.registry import HOOKS
 
 SCHEDULES = {"linear": lambda share: share, "cosine": lambda share: (1 - math.cos(math.pi * share)) / 2}
 
 
+@checked
 @HOOKS.register_module()
 class LinearizeHook(Hook):
     """Anneal every ``alpha`` of a model built with ``anneal=True`` from 0 to exactly 1 between ``begin`` and ``end``.
@@ -44,18 +47,15 @@ class LinearizeHook(Hook):
 
     def __init__(
         self,
-        begin: float = 0,
-        end: float | None = None,
+        begin: NotNegative = 0,
+        end: Positive | None = None,
         by_epoch: bool = True,
-        schedule: str = "linear",
-        measure_batches: int = 8,
+        schedule: Annotated[str, OneOf(SCHEDULES)] = "linear",
+        measure_batches: Annotated[int, In("[0, inf)")] = 8,
     ):
         self.schedule = Schedule(begin, end, by_epoch=by_epoch)
         if end is None or begin == end:
             raise ArgumentError(f"LinearizeHook needs 0 <= begin < end, got begin={begin}, end={end}")
-        if schedule not in SCHEDULES:
-            raise ArgumentError(f"schedule must be one of {sorted(SCHEDULES)}, got {schedule!r}")
-        check_whole("measure_batches", measure_batches, 0)
         self.measure_batches, self._curve = measure_batches, SCHEDULES[schedule]
         self._due = self.schedule  # in iterations, once there is a training
 

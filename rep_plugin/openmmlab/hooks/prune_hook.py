@@ -2,24 +2,23 @@
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from mmengine.runner import Runner
 from torch import nn
 
+from rep_plugin.arguments import Count, Fraction, Name, NotNegative, Positive, Share, checked
 from rep_plugin.errors import ArgumentError, HookError
 from rep_plugin.openmmlab.hooks.base_pruning_hook import (
+    HookScores,
     PruningHook,
     budget_of,
-    check_scores,
-    check_share,
     from_main_process,
     prune_runner_,
 )
 from rep_plugin.openmmlab.hooks.runner_utils import (
     as_hook_error,
-    check_whole,
     evaluate,
     final_model,
     images_of,
@@ -28,7 +27,8 @@ from rep_plugin.openmmlab.hooks.runner_utils import (
 )
 from rep_plugin.openmmlab.hooks.schedule import Schedule
 from rep_plugin.pruning import PrunePlan
-from rep_plugin.pruning.planning import Budget, PruneOptions, plan_to_budget
+from rep_plugin.pruning.planning import Budget, plan_to_budget
+from rep_plugin.pruning.planning.options import Cost, Overrides, PruneOptions, Scope
 from rep_plugin.pruning.planning.plan import compose_plans
 from rep_plugin.registry import HOOKS
 
@@ -55,6 +55,7 @@ class _StepClock:
         return speed
 
 
+@checked
 @HOOKS.register_module()
 class PruneHook(PruningHook):
     """Plan and remove channels: after training, or after ``begin`` epochs and every ``interval`` epochs, going on between.
@@ -98,38 +99,34 @@ class PruneHook(PruningHook):
 
     def __init__(
         self,
-        prune_fraction: float | None = None,
+        prune_fraction: Share | None = None,
         *,
-        params: int | float | None = None,
-        macs: int | float | None = None,
-        fractions: Sequence[float] | None = None,
-        begin: float | None = None,
-        interval: float = 1,
-        rounds: int = 1,
+        params: Cost | None = None,
+        macs: Cost | None = None,
+        fractions: Sequence[Share] | None = None,
+        begin: NotNegative | None = None,
+        interval: Positive = 1,
+        rounds: Count = 1,
         by_epoch: bool = True,
-        scores: str = "bn_gamma",
-        scope: str = "global",
-        min_channels: int | None = None,
-        max_prune_fraction: float | None = None,
-        round_to: int = 1,
-        overrides: Mapping[str, float | str] | None = None,
+        scores: HookScores = "bn_gamma",
+        scope: Scope = "global",
+        min_channels: Count | None = None,
+        max_prune_fraction: Fraction | None = None,
+        round_to: Count = 1,
+        overrides: Overrides | None = None,
         ignore: Sequence[str] = (),
-        out_dir: str | None = None,
+        out_dir: Name | None = None,
     ):
         super().__init__(out_dir)
         self.budget, self.fractions = budget_of(prune_fraction, params, macs, fractions=fractions), fractions
         if fractions is not None:
-            if isinstance(fractions, (str, float, int)) or not fractions or rounds not in (1, len(fractions)):
+            if not fractions or rounds not in (1, len(fractions)):
                 raise ArgumentError(
                     f"fractions must be a list with one number a round, got {fractions!r}, rounds={rounds}"
                 )
             rounds = len(fractions)
-            for index, fraction in enumerate(fractions):
-                check_share(f"fractions[{index}]", fraction)
-        check_whole("rounds", rounds, 1)
         if begin is None and rounds > 1:
             raise ArgumentError(f"{rounds} rounds need begin: without it the model is pruned once, after training")
-        check_scores(scores)
         self.begin, self.number = begin, rounds
         self.schedule = Schedule(begin or 0, interval=interval, by_epoch=by_epoch)
         self.options = PruneOptions(

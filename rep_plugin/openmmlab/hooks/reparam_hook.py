@@ -1,10 +1,13 @@
 """ReparamHook: write the deployed model when training is over."""
 
+from pathlib import Path
+
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from rep_plugin.arguments import Name, checked
 from rep_plugin.blocks.annealed import annealed_modules, set_alpha_
 from rep_plugin.checkpoints.strict import require_fit
 from rep_plugin.errors import AnnealError
@@ -26,6 +29,7 @@ from rep_plugin.pruning.planning.plan import compose_plans
 from rep_plugin.registry import HOOKS
 
 
+@checked
 @HOOKS.register_module()
 class ReparamHook(Hook):
     """After training, merge a copy of the model, prove it on random and real images, and write the artefact.
@@ -47,10 +51,12 @@ class ReparamHook(Hook):
 
     priority = "VERY_LOW"  # after the last checkpoint
 
-    def __init__(self, out_dir: str | None = None):
+    def __init__(self, out_dir: Name | None = None):
         self.out_dir = out_dir
+        self._begun = 0
 
     def before_train(self, runner: Runner) -> None:
+        self._begun = runner.iter
         lowest = min((module.alpha for module in annealed_modules(runner.model)), default=1.0)
         if lowest < 1 and not any(isinstance(hook, LinearizeHook) for hook in runner.hooks):
             raise AnnealError(
@@ -65,8 +71,18 @@ class ReparamHook(Hook):
             merged, deployed, _ = deployed_form(model, _config_of(runner), images_of(runner, 2), verify=False)
             require_fit(build_model(deployed), merged.state_dict(), "the merged model")
 
+    def _is_done(self, runner: Runner) -> bool:
+        """Whether a finished training was resumed whose deployed model was written after its last checkpoint."""
+        deployed, source = Path(self.out_dir or runner.work_dir) / "deploy.pth", Path(str(runner._load_from))
+        if not runner._resume or runner.iter != self._begun or not (deployed.is_file() and source.is_file()):
+            return False
+        return deployed.stat().st_mtime >= source.stat().st_mtime
+
     def after_train(self, runner: Runner) -> None:
         if not is_main_process():
+            return
+        if self._is_done(runner):
+            runner.logger.info("ReparamHook: training was over before, its deployed model stays as it is")
             return
         model = final_model(runner)
         loader = (runner.val_loop or runner.train_loop).dataloader

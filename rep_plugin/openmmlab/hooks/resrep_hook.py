@@ -8,7 +8,8 @@ from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 from torch import nn
 
-from rep_plugin.errors import ArgumentError, HookError
+from rep_plugin.arguments import Count, Fraction, Name, NotNegative, Share, Strength, checked
+from rep_plugin.errors import HookError
 from rep_plugin.measure.copies import copy_model
 from rep_plugin.openmmlab.artefacts import check_pruned_form
 from rep_plugin.openmmlab.hooks.base_pruning_hook import (
@@ -21,7 +22,6 @@ from rep_plugin.openmmlab.hooks.base_pruning_hook import (
 from rep_plugin.openmmlab.hooks.reparam_hook import ReparamHook
 from rep_plugin.openmmlab.hooks.runner_utils import (
     as_hook_error,
-    check_whole,
     evaluate,
     final_model,
     images_of,
@@ -36,8 +36,7 @@ from rep_plugin.openmmlab.hooks.stateful_hook import parse_kept
 from rep_plugin.pruning import PrunePlan
 from rep_plugin.pruning.methods.compactors import compactors_of
 from rep_plugin.pruning.methods.resrep import Forgetting, ResRep
-from rep_plugin.pruning.methods.sparsity import check_strength
-from rep_plugin.pruning.planning import PruneOptions
+from rep_plugin.pruning.planning.options import Cost, PruneOptions
 from rep_plugin.pruning.planning.plan import as_plan, compose_plans
 from rep_plugin.registry import HOOKS
 
@@ -46,6 +45,7 @@ KEPT = {"shape": tuple[int, ...], "layers": list[str], "plan": dict | None, "cho
 SMALL = 1e-2  # a share of the rows that stay: forgotten ones above it are a warning
 
 
+@checked
 @HOOKS.register_module()
 class ResRepHook(PruningHook):
     """ResRep (Ding et al., ICCV 2021): compactors learn which channels to forget, the network's own weights remember.
@@ -98,22 +98,22 @@ class ResRepHook(PruningHook):
 
     def __init__(
         self,
-        prune_fraction: float | None = None,
+        prune_fraction: Share | None = None,
         *,
-        params: int | float | None = None,
-        macs: int | float | None = None,
-        begin: float = 1,
-        end: float | None = None,
+        params: Cost | None = None,
+        macs: Cost | None = None,
+        begin: NotNegative = 1,
+        end: NotNegative | None = None,
         by_epoch: bool = True,
-        interval: int = 200,
-        strength: float = 1e-4,
-        marked_strength: float | None = None,
-        momentum: float = 0.99,
-        min_channels: int | None = None,
-        max_prune_fraction: float | None = None,
-        round_to: int = 1,
+        interval: Count = 200,
+        strength: Strength = 1e-4,
+        marked_strength: Strength | None = None,
+        momentum: Fraction = 0.99,
+        min_channels: Count | None = None,
+        max_prune_fraction: Fraction | None = None,
+        round_to: Count = 1,
         ignore: Sequence[str] = (),
-        out_dir: str | None = None,
+        out_dir: Name | None = None,
     ):
         super().__init__(out_dir)
         self.budget = budget_of(prune_fraction, params, macs)
@@ -121,12 +121,8 @@ class ResRepHook(PruningHook):
             min_channels=min_channels, max_prune_fraction=max_prune_fraction, round_to=round_to, ignore=ignore
         )
         self.schedule = Schedule(begin, end, by_epoch=by_epoch)
-        check_whole("interval", interval, 1, "iterations")
-        if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
-            raise ArgumentError(f"momentum must lie in [0, 1), got {momentum!r}")
-        self.strength, self.momentum = check_strength("strength", strength), momentum
-        self.marked_strength = self.strength if marked_strength is None else marked_strength
-        check_strength("marked_strength", self.marked_strength)
+        self.strength, self.momentum = strength, momentum
+        self.marked_strength = strength if marked_strength is None else marked_strength
         self.interval, self._due = interval, self.schedule
         self.resrep: ResRep | None = None
         self.plan: PrunePlan | None = None

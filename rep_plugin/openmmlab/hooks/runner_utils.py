@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rep_plugin.blocks.advice import online_advice
 from rep_plugin.checkpoints.files import check_writable
-from rep_plugin.errors import ArgumentError, HookError, InconclusiveWarning, RepPluginError, first_line
+from rep_plugin.errors import HookError, InconclusiveWarning, RepPluginError, first_line
 from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.plots import accuracy_figure, to_array
 from rep_plugin.measure.progress import track
@@ -49,19 +49,6 @@ def log_advice(runner: Runner) -> None:
     if not getattr(runner, "_rep_advised", False) and (advice := online_advice(runner.model)):
         runner.logger.info(advice)
     runner._rep_advised = True
-
-
-def check_whole(name: str, value: object, least: int, unit: str = "") -> None:
-    """Raise ArgumentError unless a value is a whole number, and large enough.
-
-    Args:
-        name: Of the argument.
-        value: To be checked.
-        least: Smallest value that is allowed.
-        unit: What the number counts, for the message.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ArgumentError(f"{name} must be a whole number {unit and f'of {unit} '}>= {least}, got {value!r}")
 
 
 def plain_model(runner: Runner) -> nn.Module:

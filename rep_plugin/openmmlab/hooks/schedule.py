@@ -1,13 +1,14 @@
 """When a hook acts: from when on, until when, and how often."""
 
-import math
 from dataclasses import dataclass, replace
 
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
+from rep_plugin.arguments import NotNegative, Positive, checked
 from rep_plugin.errors import ArgumentError, HookError
 
 
+@checked
 @dataclass(frozen=True)
 class Schedule:
     """What is due at ``begin``, and then after every ``interval``, up to ``end``.
@@ -28,22 +29,14 @@ class Schedule:
         [0, 0, 1, 1, 1, 2, 2]
     """
 
-    begin: float = 0
-    end: float | None = None
-    interval: float | None = None
+    begin: NotNegative = 0
+    end: NotNegative | None = None
+    interval: Positive | None = None
     by_epoch: bool = True
 
     def __post_init__(self):
-        for name in ("begin", "end", "interval"):
-            value = getattr(self, name)
-            if value is None and name != "begin":
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise ArgumentError(f"{name} must be a finite number >= 0, got {value!r}")
         if self.end is not None and self.end < self.begin:
             raise ArgumentError(f"end must be >= begin (={self.begin}), got {self.end}")
-        if self.interval == 0:
-            raise ArgumentError("interval must be > 0, got 0")
 
     def count(self, progress: float) -> int:
         """Return how many times it was due when so many epochs (iterations) are over; ``end`` does not count here."""

@@ -1,15 +1,15 @@
 """SoftPruneHook: set the weakest filters to zero again and again while training, and remove them at its end."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from mmengine.runner import Runner
 
+from rep_plugin.arguments import Count, Fraction, Name, Share, checked
 from rep_plugin.errors import HookError
-from rep_plugin.openmmlab.hooks.base_pruning_hook import PruningHook, budget_of, check_scores, from_main_process
+from rep_plugin.openmmlab.hooks.base_pruning_hook import HookScores, PruningHook, budget_of, from_main_process
 from rep_plugin.openmmlab.hooks.runner_utils import (
     as_hook_error,
-    check_whole,
     collapse_warning,
     evaluate,
     format_metrics,
@@ -21,10 +21,12 @@ from rep_plugin.openmmlab.hooks.schedule import Schedule
 from rep_plugin.openmmlab.hooks.stateful_hook import parse_kept
 from rep_plugin.pruning import PrunePlan, PruneReport
 from rep_plugin.pruning.methods.soft_pruning import count_returned, zero_channels_
-from rep_plugin.pruning.planning import PruneOptions, plan_to_budget
+from rep_plugin.pruning.planning import plan_to_budget
+from rep_plugin.pruning.planning.options import Cost, Overrides, PruneOptions, Scope
 from rep_plugin.registry import HOOKS
 
 
+@checked
 @HOOKS.register_module()
 class SoftPruneHook(PruningHook):
     """Soft filter pruning (He et al., IJCAI 2018), for coupled layers as well.
@@ -67,27 +69,24 @@ class SoftPruneHook(PruningHook):
 
     def __init__(
         self,
-        prune_fraction: float | None = None,
+        prune_fraction: Share | None = None,
         *,
-        params: int | float | None = None,
-        macs: int | float | None = None,
-        begin: int = 1,
-        interval: int = 1,
-        scores: str = "l2",
-        scope: str = "layer",
-        min_channels: int | None = None,
-        max_prune_fraction: float | None = None,
-        round_to: int = 1,
-        overrides: Mapping[str, float | str] | None = None,
+        params: Cost | None = None,
+        macs: Cost | None = None,
+        begin: Count = 1,
+        interval: Count = 1,
+        scores: HookScores = "l2",
+        scope: Scope = "layer",
+        min_channels: Count | None = None,
+        max_prune_fraction: Fraction | None = None,
+        round_to: Count = 1,
+        overrides: Overrides | None = None,
         ignore: Sequence[str] = (),
         evaluate: bool = True,
-        out_dir: str | None = None,
+        out_dir: Name | None = None,
     ):
         super().__init__(out_dir)
         self.budget = budget_of(prune_fraction, params, macs)
-        check_whole("begin", begin, 1, "epochs")
-        check_whole("interval", interval, 1, "epochs")
-        check_scores(scores)
         self.schedule, self.evaluate = Schedule(begin, interval=interval), evaluate
         self.options = PruneOptions(
             scores, scope, min_channels, round_to, overrides, ignore, max_prune_fraction=max_prune_fraction

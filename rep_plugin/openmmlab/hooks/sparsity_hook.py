@@ -1,28 +1,30 @@
 """SparsityHook: pull weak channels to zero while training, so that pruning finds something to remove."""
 
 from collections.abc import Mapping
+from typing import Annotated
 
 import torch
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from rep_plugin.arguments import In, NotNegative, OneOf, Positive, Strength, checked
 from rep_plugin.errors import ArgumentError, HookError, TraceError
 from rep_plugin.measure.plots import gammas_figure
 from rep_plugin.openmmlab.hooks.runner_utils import (
     add_plot,
     as_hook_error,
-    check_whole,
     optimizers_of,
     plain_model,
     shape_of_one,
 )
 from rep_plugin.openmmlab.hooks.schedule import Schedule
-from rep_plugin.pruning.methods.sparsity import MODES, Sparsity, all_parts, check_strength, prunable_parts, strengths_of
+from rep_plugin.pruning.methods.sparsity import MODES, Sparsity, all_parts, prunable_parts, strengths_of
 from rep_plugin.registry import HOOKS
 
 SMALL = 1e-3  # gammas below it are counted in the log
 
 
+@checked
 @HOOKS.register_module()
 class SparsityHook(Hook):
     """L1 on the gammas of batch norms (Liu et al., "Network Slimming", ICCV 2017), and group lasso on filters.
@@ -57,24 +59,19 @@ class SparsityHook(Hook):
 
     def __init__(
         self,
-        strength: float = 1e-4,
-        overrides: Mapping[str, float] | None = None,
-        mode: str = "subgradient",
-        group_strength: float = 0.0,
-        warmup: float = 0,
-        end: float | None = None,
+        strength: Strength = 1e-4,
+        overrides: Mapping[str, Strength] | None = None,
+        mode: Annotated[str, OneOf(MODES)] = "subgradient",
+        group_strength: Strength = 0.0,
+        warmup: NotNegative = 0,
+        end: Positive | None = None,
         by_epoch: bool = True,
         only_prunable: bool = True,
-        histogram_interval: int = 10,
+        histogram_interval: Annotated[int, In("[0, inf)")] = 10,
     ):
-        self.strength = check_strength("strength", strength)
-        self.overrides = {p: check_strength(f"overrides[{p!r}]", v) for p, v in (overrides or {}).items()}
-        self.group_strength = check_strength("group_strength", group_strength)
-        if mode not in MODES:
-            raise ArgumentError(f"mode must be one of {MODES}, got {mode!r}")
-        if warmup < 0 or (end is not None and warmup >= end):
+        self.strength, self.overrides, self.group_strength = strength, dict(overrides or {}), group_strength
+        if end is not None and warmup >= end:
             raise ArgumentError(f"SparsityHook needs 0 <= warmup < end, got warmup={warmup}, end={end}")
-        check_whole("histogram_interval", histogram_interval, 0, "epochs")
         self.schedule = Schedule(warmup, end, by_epoch=by_epoch)
         self.mode, self.only_prunable, self.histogram_interval = mode, only_prunable, histogram_interval
         self.sparsity: Sparsity | None = None

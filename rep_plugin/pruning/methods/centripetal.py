@@ -5,10 +5,12 @@ Source: Ding et al., "Centripetal SGD for Pruning Very Deep Convolutional Networ
 
 import time
 from collections.abc import Iterable, Iterator
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
+from rep_plugin.arguments import In, checked
 from rep_plugin.errors import ArgumentError
 from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.verify import verify_equivalence
@@ -84,6 +86,7 @@ def cluster_means(tensor: Tensor, dim: int, target: Tensor) -> Tensor:
     return sums.index_select(0, target).view(rows.shape).movedim(0, dim)
 
 
+@checked
 class Centripetal:
     """Draws the filters of each cluster together, at every real step of an optimizer.
 
@@ -115,7 +118,7 @@ class Centripetal:
         >>> pull.attach([torch.optim.SGD(net.parameters(), 0.1)])
     """
 
-    def __init__(self, model: nn.Module, clusters: Clusters, strength: float = 3e-3):
+    def __init__(self, model: nn.Module, clusters: Clusters, strength: Annotated[float, In("(0, 1000]")] = 3e-3):
         self.strength, self.members = strength, Members(model, clusters)
         parameters = dict(model.named_parameters())
         self._names = {parameters[name]: name for name in self.members.rows if name in parameters}
@@ -212,6 +215,7 @@ def cluster_distances(model: nn.Module, clusters: Clusters | Members) -> dict[st
     return {name: (a, b) for name, a, b in zip(members.names, largest.tolist(), relative.tolist())}
 
 
+@checked
 @torch.no_grad()
 def snap_clusters_(model: nn.Module, clusters: Clusters) -> dict[str, tuple[float, float]]:
     """Set every filter, gamma, beta and running statistic to its cluster's mean.
@@ -239,6 +243,7 @@ def snap_clusters_(model: nn.Module, clusters: Clusters) -> dict[str, tuple[floa
     return distances
 
 
+@checked
 def merge_clusters_(
     model: nn.Module, clusters: Clusters, *, verify: bool = True, example_input: Tensor | None = None
 ) -> PruneReport:

@@ -4,16 +4,18 @@ Source: Ding et al., "Centripetal SGD for Pruning Very Deep Convolutional Networ
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
+from rep_plugin.arguments import OneOf, Shape, checked
 from rep_plugin.checkpoints.plain import parse_json, require_fields
 from rep_plugin.errors import ArgumentError
 from rep_plugin.pruning.apply import kept_by
-from rep_plugin.pruning.planning.options import Budget, PruneOptions
+from rep_plugin.pruning.planning.options import Budget, PruneOptions, Widths
 from rep_plugin.pruning.planning.plan import PrunePlan
 from rep_plugin.pruning.planning.planner import plan_to_budget
 from rep_plugin.pruning.planning.select import nothing_to_prune
@@ -231,12 +233,13 @@ def _kernels(model: nn.Module, aligned: Alignment, units: list[int]) -> Tensor:
     return torch.cat(parts, 1)
 
 
+@checked
 def plan_clusters(
     model: nn.Module,
-    example_input: Tensor | Sequence[int],
-    budget: Budget | Mapping[str, int],
+    example_input: Tensor | Shape,
+    budget: Budget | Widths,
     options: PruneOptions | None = None,
-    clusters: str = "kmeans",
+    clusters: Annotated[str, OneOf(METHODS)] = "kmeans",
 ) -> Clusters:
     """Return the clusters that each shall become one channel. The model is not touched.
 
@@ -267,8 +270,6 @@ def plan_clusters(
         >>> plan_clusters(net, (1, 3, 8, 8), Budget(prune_fraction=0.5)).plan.widths["0"]
         (8, 4)
     """
-    if clusters not in METHODS:
-        raise ArgumentError(f"clusters must be one of {METHODS}, got {clusters!r}")
     options = options or PruneOptions()
     trace = trace_channels(model, example_input)
     aligned = Alignment(trace)

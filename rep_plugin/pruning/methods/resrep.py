@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from rep_plugin.arguments import Shape, checked
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.errors import ArgumentError
 from rep_plugin.measure.copies import copy_model
@@ -43,6 +44,7 @@ _WITHOUT = "cannot lose channels, no compactor can make them zero"
 _ADVICE = "that takes a convolution with a BN, prune such layers with PruneHook"
 
 
+@checked
 class ResRep:
     """Where a model's compactors stand, which channels are to be forgotten, and how the narrow network comes out.
 
@@ -79,7 +81,7 @@ class ResRep:
         (['0'], 8928, 4464)
     """
 
-    def __init__(self, model: nn.Module, shape: tuple[int, ...], budget: Budget, options: PruneOptions | None = None):
+    def __init__(self, model: nn.Module, shape: Shape, budget: Budget, options: PruneOptions | None = None):
         self.unit = budget.item[0]
         if self.unit not in ("prune_fraction", "params", "macs"):
             raise ArgumentError(f"ResRep needs a budget of prune_fraction, params or macs, got {budget}")

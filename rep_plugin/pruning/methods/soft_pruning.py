@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from rep_plugin.arguments import checked
 from rep_plugin.pruning.apply import kept_by
 from rep_plugin.pruning.planning.plan import PrunePlan
 from rep_plugin.pruning.surgery.mask import mask_channels_
@@ -16,6 +17,7 @@ def _traced(model: nn.Module, plan: PrunePlan) -> tuple[Trace, KeptChannels]:
     return trace, kept_by(plan, model, trace)
 
 
+@checked
 def zero_channels_(model: nn.Module, plan: PrunePlan) -> None:
     """Set to zero what makes the channels that ``plan`` removes: kernels and biases, gammas and betas.
 

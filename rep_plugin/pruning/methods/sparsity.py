@@ -4,14 +4,15 @@ Sources: Liu et al., "Network Slimming" (ICCV 2017): L1 on the gammas of batch n
 Algorithms" (2014): soft thresholding; Wen et al., "Structured Sparsity" (NeurIPS 2016): group lasso on filters.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rep_plugin.arguments import NotNegative, OneOf, checked
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.errors import ArgumentError
 from rep_plugin.pruning.tracing.groups import frozen_roots
@@ -67,24 +68,6 @@ def _has_gamma(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and module.weight is not None
 
 
-def check_strength(name: str, value: object) -> float:
-    """Return a strength as a float.
-
-    Args:
-        name: Of the argument, for the message.
-        value: The strength.
-
-    Returns:
-        The value.
-
-    Raises:
-        ArgumentError: It is no finite number >= 0.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise ArgumentError(f"{name} must be a finite number >= 0, got {value!r}")
-    return float(value)
-
-
 def strengths_of(names: Iterable[str], strength: float, overrides: Mapping[str, float]) -> dict[str, float]:
     """Return the strength of each name: that of the first pattern that fits, or else the common one.
 
@@ -120,6 +103,7 @@ def was_skipped(optimizer: torch.optim.Optimizer) -> bool:
     return found_inf is not None and bool(found_inf)
 
 
+@checked
 class Sparsity:
     """L1 on vectors (gammas) and group lasso on the rows of kernels, at every real step of an optimizer.
 
@@ -155,12 +139,10 @@ class Sparsity:
 
     def __init__(
         self,
-        gammas: Mapping[nn.Parameter, float],
-        kernels: Mapping[nn.Parameter, float] | None = None,
-        mode: str = "subgradient",
+        gammas: Mapping[nn.Parameter, NotNegative],
+        kernels: Mapping[nn.Parameter, NotNegative] | None = None,
+        mode: Annotated[str, OneOf(MODES)] = "subgradient",
     ):
-        if mode not in MODES:
-            raise ArgumentError(f"mode must be one of {MODES}, got {mode!r}")
         self.gammas, self.kernels, self.mode, self.factor = dict(gammas), dict(kernels or {}), mode, 1.0
         self._handles: list = []
 

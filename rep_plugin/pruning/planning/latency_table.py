@@ -3,11 +3,13 @@
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from rep_plugin.arguments import In, checked
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.errors import ArgumentError
 from rep_plugin.measure.copies import copy_model
@@ -23,6 +25,10 @@ Job = tuple[nn.Module, tuple]  # a module and its arguments
 Timer = Callable[[Mapping[Hashable, Job], float], dict[Hashable, float]]  # of the jobs, given about so many seconds
 
 
+Rounds = Annotated[int, In("[1, 10000]")]
+
+
+@checked
 @dataclass(frozen=True)
 class EagerTimer:
     """Median seconds of eager calls on the CPU, in turns, as many rounds as fit into the given seconds.
@@ -42,8 +48,8 @@ class EagerTimer:
         True
     """
 
-    threads: int = 1
-    rounds: tuple[int, int] = (9, 50)
+    threads: Annotated[int, In("[1, 1024]")] = 1
+    rounds: tuple[Rounds, Rounds] = (9, 50)
 
     def __call__(self, jobs: Mapping[Hashable, Job], seconds: float) -> dict[Hashable, float]:
         for _, args in jobs.values():

@@ -3,7 +3,9 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Annotated
 
+from rep_plugin.arguments import Count, Fraction, OneOf, Positive, Seed, That, checked
 from rep_plugin.errors import ArgumentError
 
 SCORES = ("bn_gamma", "l1", "l2", "fpgm", "taylor", "random")
@@ -11,7 +13,17 @@ SCOPES = ("global", "layer")
 REDUCTIONS = ("mean", "sum", "max")
 MIN_CHANNELS, MAX_PRUNE_FRACTION = 8, 0.9  # where none is given
 
+# Of arguments that more than one verb has.
+Scores = Annotated[str, OneOf(SCORES)] | Mapping[str, Sequence[float]]
+Scope = Annotated[str, OneOf(SCOPES)]
+Reduction = Annotated[str, OneOf(REDUCTIONS)]
+Overrides = Mapping[str, Fraction | Annotated[str, OneOf(("frozen",))]]
+Widths = Mapping[str, Count]
+Cost = int | Positive  # a number, or a share of what is there
+Latency = Annotated[float, That(lambda share: 0 < share <= 1, "a share in (0, 1] (milliseconds are latency_ms)")]
 
+
+@checked
 @dataclass(frozen=True)
 class Budget:
     """How much is removed, or how much may remain: exactly one of these is given.
@@ -32,11 +44,11 @@ class Budget:
         ('macs=0.5', 500, 300)
     """
 
-    prune_fraction: float | None = None
-    params: int | float | None = None
-    macs: int | float | None = None
-    latency: float | None = None
-    latency_ms: float | None = None
+    prune_fraction: Fraction | None = None
+    params: Cost | None = None
+    macs: Cost | None = None
+    latency: Latency | None = None
+    latency_ms: Positive | None = None
 
     def __post_init__(self):
         names = [field.name for field in fields(self)]
@@ -44,16 +56,16 @@ class Budget:
         if len(given) != 1:
             raise ArgumentError(f"give exactly one of {', '.join(names[:-1])} and {names[-1]}, got {given or 'none'}")
         name, value = self.item
-        if name == "prune_fraction":
-            check_fraction(name, value)
-        elif not _is_number(value) or not 0 < value < math.inf:
-            raise ArgumentError(f"{name} must be a number > 0, got {value!r}")
-        elif name == "latency" and value > 1:
-            raise ArgumentError(f"latency must be a share in (0, 1], got {value!r}: milliseconds are latency_ms")
-        elif name in ("params", "macs") and (value == 1 if isinstance(value, int) else value > 1):
-            text = f"{name} must be a share (a float <= 1.0) or a whole number, got {value!r}"
+        if name not in ("params", "macs"):
+            return
+        if isinstance(value, float) and value > 1 and value.is_integer():  # 3e8 is a number as well
+            object.__setattr__(self, name, int(value))
+        elif value < 1 if isinstance(value, int) else value > 1:
+            raise ArgumentError(f"{name} must be a share (a float <= 1.0) or a whole number, got {value!r}")
+        elif isinstance(value, int) and value == 1:
             what = {"params": "parameters", "macs": "multiply-adds for one image"}[name]
-            raise ArgumentError(f"{text}: 1.0 keeps all, 2 is a number of {what}" if value == 1 else text)
+            text = f"{name} must be a share (a float <= 1.0) or a whole number, got 1"
+            raise ArgumentError(f"{text}: 1.0 keeps all, 2 is a number of {what}")
 
     @property
     def item(self) -> tuple[str, int | float]:
@@ -77,6 +89,7 @@ class Budget:
         return "{}={}".format(*self.item)
 
 
+@checked
 @dataclass(frozen=True)
 class PruneOptions:
     """How the channels that are removed are chosen.
@@ -103,40 +116,18 @@ class PruneOptions:
         ('stem*',)
     """
 
-    scores: str | Mapping[str, Sequence[float]] = "bn_gamma"
-    scope: str = "global"
-    min_channels: int | None = None
-    round_to: int = 1
-    overrides: Mapping[str, float | str] | None = None
+    scores: Scores = "bn_gamma"
+    scope: Scope = "global"
+    min_channels: Count | None = None
+    round_to: Count = 1
+    overrides: Overrides | None = None
     ignore: Sequence[str] = ()
-    reduction: str = "mean"
+    reduction: Reduction = "mean"
     prune_outputs: bool = False
-    seed: int = 0
-    max_prune_fraction: float | None = None
+    seed: Seed = 0
+    max_prune_fraction: Fraction | None = None
 
     def __post_init__(self):
-        if not isinstance(self.scores, Mapping) and self.scores not in SCORES:
-            raise ArgumentError(f"unknown scores {self.scores!r}, expected one of {SCORES} or numbers by layer")
-        for name, known in (("scope", SCOPES), ("reduction", REDUCTIONS)):
-            if getattr(self, name) not in known:
-                raise ArgumentError(f"unknown {name} {getattr(self, name)!r}, expected one of {known}")
-        for name in ("min_channels", "round_to"):
-            value = getattr(self, name)
-            if value is None and name == "min_channels":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ArgumentError(f"{name} must be a whole number >= 1, got {value!r}")
-        if self.max_prune_fraction is not None:
-            check_fraction("max_prune_fraction", self.max_prune_fraction)
-        if not isinstance(self.seed, int):
-            raise ArgumentError(f"seed must be a whole number, got {self.seed!r}")
-        if not isinstance(self.overrides or {}, Mapping):
-            raise ArgumentError(f"overrides must be a dict of pattern: fraction or 'frozen', got {self.overrides!r}")
-        for pattern, value in (self.overrides or {}).items():
-            if value != "frozen":
-                check_fraction(f"overrides[{pattern!r}]", value)
-        if isinstance(self.ignore, str) or not isinstance(self.ignore, Sequence):
-            raise ArgumentError(f"ignore must be a list of patterns, got {self.ignore!r}")
         object.__setattr__(self, "overrides", dict(self.overrides or {}))
         object.__setattr__(self, "ignore", tuple(self.ignore))
 
@@ -189,21 +180,3 @@ class PruneOptions:
 def _left(width: int, fraction: float) -> int:
     """How many channels stay where this share goes, rounded up; 12 stay of 120 when 0.9 go, not 13."""
     return math.ceil(round(width * (1 - fraction), 6))
-
-
-def check_fraction(name: str, value: object) -> None:
-    """Require a number in [0, 1).
-
-    Args:
-        name: Of the argument, for the message.
-        value: The number.
-
-    Raises:
-        ArgumentError: It is none.
-    """
-    if not _is_number(value) or not 0 <= value < 1:
-        raise ArgumentError(f"{name} must lie in [0, 1), got {value!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)

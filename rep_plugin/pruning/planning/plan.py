@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from rep_plugin.arguments import Seed, Shape, checked
 from rep_plugin.checkpoints.files import write_atomic, write_text
 from rep_plugin.checkpoints.plain import parse_json, read_json
 from rep_plugin.errors import ArgumentError
 from rep_plugin.measure.costs import count_params
-from rep_plugin.pruning.planning.options import PruneOptions
+from rep_plugin.pruning.planning.options import PruneOptions, Scores, Widths
 from rep_plugin.pruning.planning.scores import score_units
 from rep_plugin.pruning.planning.select import Candidate, Choice, find_candidates, kept_without, tied_layers, to_widths
 from rep_plugin.pruning.tracing.graph import Trace
@@ -35,6 +36,7 @@ MERGED = (
 )
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class PrunePlan:
     """What stays of a model, as plain data. A unit are channels that are only removed together.
@@ -90,14 +92,15 @@ class PrunePlan:
     notes: tuple[str, ...] = ()
 
     @classmethod
+    @checked
     def from_widths(
         cls,
         model: nn.Module,
-        example_input: Tensor | Sequence[int],
-        widths: Mapping[str, int],
-        scores: str | Mapping[str, Sequence[float]] = "l1",
+        example_input: Tensor | Shape,
+        widths: Widths,
+        scores: Scores = "l1",
         prune_outputs: bool = False,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> "PrunePlan":
         """Return the plan that keeps these numbers of channels, as they are: no minimum, no rounding.
 
@@ -174,6 +177,7 @@ class PrunePlan:
         for note in self.notes:
             console.print(f"note: {note}", markup=False)
 
+    @checked
     def plot(self, path: str | Path) -> None:
         """Write a plot of the widths before and after, as PNG.
 
@@ -187,6 +191,7 @@ class PrunePlan:
 
         write_atomic(path, lambda file: draw_widths(self.widths, file, f"{self.model}: {self.why}", self.frozen))
 
+    @checked
     def to_json(self, path: str | Path | None = None) -> str:
         """Return the plan as JSON text, and write it to ``path`` where one is given (whole or not at all)."""
         text = json.dumps(asdict(self), indent=1)
@@ -195,6 +200,7 @@ class PrunePlan:
         return text
 
     @classmethod
+    @checked
     def from_json(cls, source: str | Path) -> "PrunePlan":
         """Return the plan of a JSON text or file, of this version or an older one.
 

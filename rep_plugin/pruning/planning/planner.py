@@ -1,18 +1,19 @@
 """``plan_pruning``: from scores and a budget to a plan."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from rep_plugin.arguments import Count, Fraction, Positive, Seed, Shape, checked
 from rep_plugin.errors import ArgumentError
 from rep_plugin.history import history_of
 from rep_plugin.measure.copies import copy_inputs
 from rep_plugin.measure.progress import working
 from rep_plugin.pruning.planning.latency_search import to_latency
 from rep_plugin.pruning.planning.latency_table import EagerTimer, Timer
-from rep_plugin.pruning.planning.options import Budget, PruneOptions
+from rep_plugin.pruning.planning.options import Budget, Cost, Latency, Overrides, PruneOptions, Reduction, Scope, Scores
 from rep_plugin.pruning.planning.plan import PrunePlan, as_plan, make_plan
 from rep_plugin.pruning.planning.scores import score_units
 from rep_plugin.pruning.planning.select import (
@@ -34,25 +35,26 @@ _FRESH = (
 )
 
 
+@checked
 def plan_pruning(
     model: nn.Module,
-    example_input: Tensor | Sequence[int],
-    scores: str | Mapping[str, Sequence[float]] = "bn_gamma",
-    prune_fraction: float | None = None,
+    example_input: Tensor | Shape,
+    scores: Scores = "bn_gamma",
+    prune_fraction: Fraction | None = None,
     *,
-    params: int | float | None = None,
-    macs: int | float | None = None,
-    latency: float | None = None,
-    latency_ms: float | None = None,
-    scope: str = "global",
-    min_channels: int | None = None,
-    max_prune_fraction: float | None = None,
-    round_to: int = 1,
-    overrides: Mapping[str, float | str] | None = None,
+    params: Cost | None = None,
+    macs: Cost | None = None,
+    latency: Latency | None = None,
+    latency_ms: Positive | None = None,
+    scope: Scope = "global",
+    min_channels: Count | None = None,
+    max_prune_fraction: Fraction | None = None,
+    round_to: Count = 1,
+    overrides: Overrides | None = None,
     ignore: Sequence[str] = (),
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     prune_outputs: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
     loader: Iterable | None = None,
     loss: Callable | None = None,
     timer: Timer | None = None,
@@ -109,10 +111,11 @@ def plan_pruning(
     return plan_to_budget(model, example_input, budget, options, loader=loader, loss=loss, timer=timer)
 
 
+@checked
 @working("planning")
 def plan_to_budget(
     model: nn.Module,
-    example_input: Tensor | Sequence[int],
+    example_input: Tensor | Shape,
     budget: Budget,
     options: PruneOptions | None = None,
     *,
@@ -204,7 +207,7 @@ def _first_widths(model: nn.Module) -> dict[str, int]:
     return widths
 
 
-def _batch(model: nn.Module, example_input: Tensor | Sequence[int]) -> Tensor:
+def _batch(model: nn.Module, example_input: Tensor | Shape) -> Tensor:
     """Return the example, or a random one of its shape, where and as the parameters are."""
     first = next(model.parameters())
     if not isinstance(example_input, Tensor):

@@ -73,7 +73,8 @@ def match_layers(patterns: Sequence[str], names: Sequence[str]) -> dict[str, str
     for pattern in patterns:
         fitting = [name for name in names if fnmatchcase(name, pattern)]
         if not fitting:
-            raise ArgumentError(f"no layer is named like {pattern!r}, expected one of {', '.join(list(names)[:5])} ...")
+            known = f"expected one of {', '.join(list(names)[:5])} ..." if names else "the model has none with channels"
+            raise ArgumentError(f"no layer is named like {pattern!r}, {known}")
         for name in fitting:
             matches.setdefault(name, pattern)
     return matches

@@ -3,13 +3,15 @@
 import torch
 from torch import Tensor, nn
 
+from rep_plugin.arguments import checked
 from rep_plugin.measure.differences import flatten_outputs
 from rep_plugin.measure.forward import run_model
-from rep_plugin.pruning.surgery.remove import keep_filters_, measure_filters
+from rep_plugin.pruning.surgery.remove import keep_filters_, measure_filters, require_same_layers
 from rep_plugin.pruning.tracing.graph import Trace, named_tensors
 from rep_plugin.pruning.tracing.kept_channels import KeptChannels, zero_removed_
 
 
+@checked
 @torch.no_grad()
 def mask_channels_(model: nn.Module, trace: Trace, kept: KeptChannels) -> nn.Module:
     """Set to zero whatever makes a removed channel: kernels and biases, gammas and betas.
@@ -36,6 +38,7 @@ def mask_channels_(model: nn.Module, trace: Trace, kept: KeptChannels) -> nn.Mod
         >>> int(net[0].weight.abs().sum((1, 2, 3)).count_nonzero())
         5
     """
+    require_same_layers(model, trace)
     tensors = named_tensors(model)
     filters = measure_filters(model, trace)
     for name, dim in (*trace.makers, *trace.masked_inputs):

@@ -7,11 +7,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.optim import Optimizer
 
+from rep_plugin.arguments import checked
 from rep_plugin.bilinear.methods import LowRank
 from rep_plugin.bilinear.pooling import BilinearPooling
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.layers import NormedConv2d
+from rep_plugin.errors import ArgumentError
 from rep_plugin.pruning.tracing.features import describe_features_
 from rep_plugin.pruning.tracing.graph import Trace, member
 from rep_plugin.pruning.tracing.kept_channels import KeptChannels, slice_tensor
@@ -42,8 +45,23 @@ def _slice_parameter(parameter: nn.Parameter, dims: dict, kept: KeptChannels, op
         parameter.grad = _like(grad, slice_tensor(grad, dims, kept))
 
 
+def require_same_layers(model: nn.Module, trace: Trace) -> None:
+    """Raise ArgumentError for a model without the layers of a trace.
+
+    Args:
+        model: Any.
+        trace: Of a model.
+    """
+    names = {name for name, _ in model.named_modules()}
+    if missing := [name for name in trace.layers if name not in names]:
+        raise ArgumentError(f"the trace is of another model: {type(model).__name__} has no layer {missing[0]!r}")
+
+
+@checked
 @torch.no_grad()
-def remove_channels_(model: nn.Module, trace: Trace, kept: KeptChannels, optimizers: Iterable = ()) -> nn.Module:
+def remove_channels_(
+    model: nn.Module, trace: Trace, kept: KeptChannels, optimizers: Iterable[Optimizer] = ()
+) -> nn.Module:
     """Slice every tensor, gradient and optimizer state that follows a removed channel, and set the modules' numbers.
 
     Args:
@@ -64,6 +82,7 @@ def remove_channels_(model: nn.Module, trace: Trace, kept: KeptChannels, optimiz
         >>> remove_channels_(net, trace, KeptChannels(trace, trace.layers["0"].labels[:3]))[1].weight.shape
         torch.Size([4, 5, 1, 1])
     """
+    require_same_layers(model, trace)
     before = {module: _numbers(module) for module in model.modules()}
     filters = measure_filters(model, trace)
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())

@@ -6,9 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rep_plugin.arguments import checked
 from rep_plugin.pruning.tracing.graph import Layer, Trace
 
 
+@checked
 class KeptChannels:
     """The labels that stay when some units are removed.
 
@@ -101,6 +103,7 @@ class Costs(NamedTuple):
     macs: int
 
 
+@checked
 def count_costs(trace: Trace, kept: KeptChannels | None = None) -> Costs:
     """Return the costs of what stays of a model; a block counts as its one convolution.
 

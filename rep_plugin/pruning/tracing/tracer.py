@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from rep_plugin.arguments import Shape, checked
 from rep_plugin.errors import ArgumentError, TraceError, first_line
 from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.costs import MacCounter
@@ -165,9 +166,10 @@ def _on_cpu(values: object) -> object:
     return tree_map(lambda value: cpu if isinstance(value, torch.device) and value.type == "meta" else value, values)
 
 
+@checked
 def trace_channels(
     model: nn.Module,
-    example_input: Tensor | tuple[int, ...],
+    example_input: Tensor | Shape,
     prune_outputs: bool = False,
     makers: Collection[str] | None = None,
 ) -> Trace:

@@ -65,9 +65,9 @@ def test_weights_alone_start_at_the_full_rate(accuracies, tmp_path):
     ("arguments", "message"),
     [
         (dict(thresholds=[]), r"ascending numbers, at least one, got \[\]"),
-        (dict(thresholds=80), "ascending numbers, at least one, got 80"),
+        (dict(thresholds=80), "thresholds must be a list of numbers, got 80"),
         (dict(thresholds=[87, 80]), r"ascending numbers, at least one, got \[87, 80\]"),
-        (dict(thresholds=[80], factor=1), r"factor must lie in \(0, 1\), got 1"),
+        (dict(thresholds=[80], factor=1), r"factor must be a number in \(0, 1\), got 1"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

@@ -167,11 +167,11 @@ def test_loss_is_in_points():
     [
         (dict(), "exactly one of prune_fraction, params, macs, widths, got none"),
         (dict(macs=0.5, prune_fraction=0.5), r"got \['prune_fraction', 'macs'\]"),
-        (dict(prune_fraction=1.5), r"prune_fraction must lie in \(0, 1\), got 1.5"),
-        (dict(macs=0.5, clusters="ward"), r"clusters must be one of \('kmeans', 'even'\), got 'ward'"),
-        (dict(macs=0.5, strength=0), "strength must be > 0, got 0"),
-        (dict(macs=0.5, strength=-1), "strength must be a finite number >= 0, got -1"),
-        (dict(macs=0.5, begin=-1), "begin must be a finite number >= 0, got -1"),
+        (dict(prune_fraction=1.5), r"prune_fraction must be a number in \(0, 1\) or None, got 1.5"),
+        (dict(macs=0.5, clusters="ward"), r"clusters must be one of even, kmeans, got 'ward'"),
+        (dict(macs=0.5, strength=0), r"strength must be a number in \(0, 1000\], got 0"),
+        (dict(macs=0.5, strength=-1), r"strength must be a number in \(0, 1000\], got -1"),
+        (dict(macs=0.5, begin=-1), "begin must be a number >= 0, got -1"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

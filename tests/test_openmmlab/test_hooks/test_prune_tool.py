@@ -166,8 +166,8 @@ def test_errors_are_one_line_and_write_nothing(pruned):
     (pruned / "nowhere.json").write_text('{"nowhere": 3}')
     start = ["config.py", "work/epoch_2.pth", "--out-dir", "refused", "--no-real-data", "--shape", 3, 64, 64]
     cases = {
-        "fraction must lie in [0, 1), got 1.5": [*start, "--fraction", 1.5],
-        "fraction must lie in [0, 1), got -0.1": [*start, "--fraction=-0.1"],
+        "fraction must be a number in [0, 1) or None, got 1.5": [*start, "--fraction", 1.5],
+        "fraction must be a number in [0, 1) or None, got -0.1": [*start, "--fraction=-0.1"],
         "got nan": [*start, "--fraction", "nan"],
         "params must be a share (a float <= 1.0)": [*start, "--params", 1.5],
         "macs must be a number > 0, got 0": [*start, "--macs", 0],

@@ -280,12 +280,12 @@ def test_a_schedule_in_iterations(finished, tmp_path):
     [
         (dict(macs=1.5), r"macs must be a share \(a float <= 1.0\) or a whole number, got 1.5"),
         (dict(macs=0.5, begin=3, end=2), r"end must be >= begin \(=3\), got 2"),
-        (dict(macs=0.5, interval=0), "interval must be a whole number of iterations >= 1, got 0"),
-        (dict(macs=0.5, momentum=1.0), r"momentum must lie in \[0, 1\), got 1.0"),
-        (dict(macs=0.5, strength=-1), "strength must be a finite number >= 0, got -1"),
-        (dict(macs=0.5, marked_strength="x"), "marked_strength must be a finite number >= 0, got 'x'"),
+        (dict(macs=0.5, interval=0), "interval must be a whole number >= 1, got 0"),
+        (dict(macs=0.5, momentum=1.0), r"momentum must be a number in \[0, 1\), got 1.0"),
+        (dict(macs=0.5, strength=-1), r"strength must be a number in \[0, 1000\], got -1"),
+        (dict(macs=0.5, marked_strength="x"), r"marked_strength must be a number in \[0, 1000\] or None, got 'x'"),
         (dict(macs=0.5, round_to=0), "round_to must be a whole number >= 1, got 0"),
-        (dict(macs=0.5, ignore="*"), r"ignore must be a list of patterns, got '\*'"),
+        (dict(macs=0.5, ignore="*"), r"ignore must be a list of strings, got '\*'"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

@@ -35,13 +35,13 @@ def test_epochs_become_iterations():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(begin=-1), "begin must be a finite number >= 0, got -1"),
-        (dict(begin=None), "begin must be a finite number >= 0, got None"),
-        (dict(begin="1"), "begin must be a finite number >= 0, got '1'"),
-        (dict(end=float("inf")), "end must be a finite number >= 0, got inf"),
-        (dict(interval=True), "interval must be a finite number >= 0, got True"),
+        (dict(begin=-1), "begin must be a number >= 0, got -1"),
+        (dict(begin=None), "begin must be a number >= 0, got None"),
+        (dict(begin="1"), "begin must be a number >= 0, got '1'"),
+        (dict(end=float("inf")), "end must be a number >= 0 or None, got inf"),
+        (dict(interval=True), "interval must be a number > 0 or None, got True"),
         (dict(begin=3, end=2), r"end must be >= begin \(=3\), got 2"),
-        (dict(interval=0), "interval must be > 0, got 0"),
+        (dict(interval=0), "interval must be a number > 0 or None, got 0"),
     ],
 )
 def test_bad_numbers_are_named(arguments, message):

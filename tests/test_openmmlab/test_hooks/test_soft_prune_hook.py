@@ -97,9 +97,9 @@ def test_a_collapse_and_dead_filters_are_said_with_numbers(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(prune_fraction=0), r"prune_fraction must lie in \(0, 1\), got 0"),
-        (dict(prune_fraction=0.5, interval=0.5), "interval must be a whole number of epochs >= 1, got 0.5"),
-        (dict(prune_fraction=0.5, begin=0), "begin must be a whole number of epochs >= 1, got 0"),
+        (dict(prune_fraction=0), r"prune_fraction must be a number in \(0, 1\) or None, got 0"),
+        (dict(prune_fraction=0.5, interval=0.5), "interval must be a whole number >= 1, got 0.5"),
+        (dict(prune_fraction=0.5, begin=0), "begin must be a whole number >= 1, got 0"),
         (dict(prune_fraction=0.5, scores="l3"), "scores must be one of .*, got 'l3'"),
     ],
 )

@@ -90,11 +90,11 @@ def test_wrapped_model(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(strength=-1), "strength must be a finite number >= 0, got -1"),
-        (dict(overrides={"*": "much"}), r"overrides\['\*'\] must be a finite number >= 0, got 'much'"),
-        (dict(group_strength=float("nan")), "group_strength must be a finite number >= 0, got nan"),
-        (dict(mode="l0"), r"mode must be one of \('subgradient', 'proximal'\), got 'l0'"),
-        (dict(histogram_interval=0.5), "histogram_interval must be a whole number of epochs >= 0, got 0.5"),
+        (dict(strength=-1), r"strength must be a number in \[0, 1000\], got -1"),
+        (dict(overrides={"*": "much"}), r"overrides\['\*'\] must be a number in \[0, 1000\], got 'much'"),
+        (dict(group_strength=float("nan")), r"group_strength must be a number in \[0, 1000\], got nan"),
+        (dict(mode="l0"), r"mode must be one of proximal, subgradient, got 'l0'"),
+        (dict(histogram_interval=0.5), "histogram_interval must be a whole number >= 0, got 0.5"),
         (dict(warmup=3, end=3), "needs 0 <= warmup < end, got warmup=3, end=3"),
     ],
 )

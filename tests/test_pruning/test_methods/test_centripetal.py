@@ -389,7 +389,7 @@ def test_merge_refuses_unequal_filters_and_a_failed_proof_leaves_the_model(monke
 
 
 BAD = {
-    "method": (dict(clusters="ward"), r"clusters must be one of \('kmeans', 'even'\), got 'ward'"),
+    "method": (dict(clusters="ward"), r"clusters must be one of even, kmeans, got 'ward'"),
     "budget": (dict(budget=Budget(macs=0.01)), r"macs \(=.*\) cannot be met: the least that remains is"),
     "pattern": (dict(options=PruneOptions(ignore=["nothing"])), "no layer is named like 'nothing'"),
     "layer": (dict(budget={"nothing": 2}), "the model has no layer 'nothing'"),

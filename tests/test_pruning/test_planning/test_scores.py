@@ -91,13 +91,13 @@ def test_random_is_seeded():
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("gamma", {}, "unknown scores 'gamma', expected one of"),
-        ("l1", {"reduction": "min"}, "unknown reduction 'min'"),
+        ("gamma", {}, "scores must be one of bn_gamma, .*got 'gamma', did you mean 'bn_gamma'"),
+        ("l1", {"reduction": "min"}, "reduction must be one of max, mean, sum, got 'min'"),
         ("taylor", {}, "needs loader"),
         ("taylor", {"loader": [], "loss": F.cross_entropy}, "without any batch"),
         ({"nowhere": [1.0]}, {}, "'nowhere' that the model does not have"),
         ({"0.conv": [1.0]}, {}, "hold 1 numbers, the layer has 8 channels"),
-        ({"0.conv": [float("nan")] * 8}, {}, "must be finite"),
+        ({"0.conv": [float("nan")] * 8}, {}, "scores\['0.conv'\]\[0\] must be a number, got nan"),
     ],
 )
 def test_errors(kind, options, message):

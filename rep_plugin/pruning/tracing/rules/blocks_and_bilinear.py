@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rep_plugin.arguments import checked
 from rep_plugin.bilinear.methods import Full, ISqrtCov, LowRank, RandomMaclaurin, TensorSketch, Triangle
 from rep_plugin.bilinear.pooling import BilinearPooling
 from rep_plugin.blocks.base import RepBlock
@@ -22,6 +23,7 @@ from rep_plugin.pruning.tracing.rules.convolution_linear_norm import convolve, g
 from rep_plugin.pruning.tracing.rules.registry import fixed_like, spread
 
 
+@checked
 def find_module_rule(module: nn.Module) -> Callable | None:
     """Return the rule for a module that is one unit, None for any other."""
     if isinstance(module, RepBlock):
