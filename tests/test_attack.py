@@ -2,10 +2,14 @@
 
 import importlib
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
 from tests.attack.__main__ import find_parts, main
+from tests.helpers import ROOT
 
 PART = """
 import os, time
@@ -39,7 +43,8 @@ def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(tmp_path)
     record, summary = tmp_path / "record.jsonl", tmp_path / "summary.json"
     part = "attack_package.part"
-    assert main([part, "--record", str(record), "--count", "1"]) == 0
+    command = [sys.executable, "-m", "tests.attack", part, "--record", str(record), "--count", "1"]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}, check=True)
     command = [part, "--record", str(record), "--summary", str(summary), "--limit", "3"]
     assert main([*command, "--count", "6", "--jobs", "2"]) == 1
     with record.open("a") as file:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from rep_plugin.arguments import Positive, checked
-from rep_plugin.errors import ArgumentError, EquivalenceError, InconclusiveWarning
+from rep_plugin.errors import ArgumentError, EquivalenceError, InconclusiveWarning, first_line
 from rep_plugin.measure.copies import copy_model, copy_values
 from rep_plugin.measure.differences import (
     Difference,
@@ -261,7 +261,11 @@ def _compare(
 
     A difference over the tolerance is no fault where rounding makes one as large in one of the two models.
     """
-    found = call.run(candidate)
+    try:
+        found = call.run(candidate)
+    except Exception as error:  # the model's own code, of which a part reads a layer that is no longer there
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise EquivalenceError(f"the changed model does not run where the given one does: {reason}") from error
 
     def judge(output: object, floor: Floor | None = None) -> Difference | EquivalenceError:
         try:

@@ -20,7 +20,6 @@ import pkgutil
 import platform
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -34,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 import tests.attack
+from tests.attack._worker import work
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,23 +50,6 @@ def commit() -> str:
     name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
     return f"{name}+" if dirty else name
-
-
-def work(module: str, connection) -> None:
-    """In a child process: run the units whose seeds come, and send what came out."""
-    torch.set_num_threads(1)
-    attack = importlib.import_module(module).attack
-    connection.send("ready")
-    while (seed := connection.recv()) is not None:
-        counts, fault = Counter(), None
-        with tempfile.TemporaryDirectory(prefix=f"attack_{seed}_") as folder:
-            try:
-                counts = attack(seed, Path(folder))
-            except AssertionError as error:
-                fault = str(error) or "AssertionError"
-            except Exception as error:  # whatever a unit did not expect is a fault, and the next unit goes on
-                fault = f"{type(error).__name__}: {error}"
-        connection.send((dict(counts), fault))
 
 
 class Child:

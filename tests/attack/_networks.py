@@ -408,7 +408,7 @@ def foreign_block(w: Writer, v: str, total: str) -> None:
     text = f"self.{act}({total})" if act else total
     w.count += 1
     name = f"{kind}{w.count}" if rng.random() < 0.5 else kind
-    if any(f"class {name}(" in other for other in w.classes):
+    if name in w.space or any(f"class {name}(" in other for other in w.classes):  # ours, or another's
         name = f"{kind}x{w.count}"
     pad = "\n        "
     source = f"class {name}(nn.Module):\n    def __init__(self):\n        super().__init__(){pad}{pad.join(rows)}\n\n"

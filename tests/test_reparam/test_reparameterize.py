@@ -11,8 +11,9 @@ from torch import nn
 import rep_plugin
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.chain import Chain
+from rep_plugin.blocks.families import RepVGGBlock
 from rep_plugin.blocks.inverted_residual import RepInvertedResidual
-from rep_plugin.errors import TrainModeError
+from rep_plugin.errors import EquivalenceError, TrainModeError
 from rep_plugin.measure.verify import verify_equivalence
 from rep_plugin.reparam import adapters
 from rep_plugin.reparam.adapters import Adapter, register_adapter
@@ -323,3 +324,27 @@ def test_an_active_dropout_is_refused():
         rep_plugin.reparameterize(model, torch.randn(2, 3, 8, 8))
     model[1].p = 0.0
     assert len(rep_plugin.reparameterize(model, torch.randn(2, 3, 8, 8))[1].blocks) == 1
+
+
+class Reads(nn.Module):
+    """A forward that reads the layers of its parts, which a merge takes away or changes."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.block, self.conv, self.bn = RepVGGBlock(3, 4), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.read = read
+
+    def forward(self, x):
+        return self.bn(self.conv(self.block(x))) * self.read(self).mean()
+
+
+@pytest.mark.parametrize(
+    "read", [lambda m: m.block.branches["conv"].conv.weight, lambda m: m.bn.weight, lambda m: m.conv.weight]
+)
+def test_a_forward_that_reads_what_a_merge_takes_away(read):
+    model, x = Reads(read).eval(), torch.randn(2, 3, 9, 9)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(EquivalenceError) as caught:
+        rep_plugin.reparameterize(model, x)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
