@@ -27,7 +27,7 @@ from rep_plugin.errors import RepPluginError
 from tests.attack._networks import Network
 from tests.attack._oracle import Reference, changed, evaluate, fingerprint, leaves, process_state
 
-SHORT, LONG, FEW, LIMIT_S = 100, 5000, 8, 120.0
+SHORT, LONG, FEW, LIMIT_S = 100, 5000, 4, 300.0
 AMOUNT = {torch.float64: 1e-12, torch.float32: 1e-6}  # of the noise that stands for rounding
 EXPORT_EVERY = 10  # seeds: it is slow
 DRAWS = {"expand", "load"}  # new branches start at random kernels
