@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_SWAP = threading.Lock()
+_SWAP = threading.RLock()  # one of these inside another, as a verb inside a verb, swaps twice
 
 
 class _OwnGenerators(TorchDispatchMode):

@@ -49,9 +49,7 @@ def build(seed: int, noisy: bool = False) -> nn.Module:
 
 def merge(net: nn.Module, folder: Path) -> None:
     merged, report = rep_plugin.reparameterize(net, X)
-    assert report.max_rel_error < 1e-9 and not any(
-        isinstance(m, nn.BatchNorm2d) for m in merged.modules()
-    )
+    assert report.max_rel_error < 1e-9 and not any(isinstance(m, nn.BatchNorm2d) for m in merged.modules())
     assert type(merged.kept) is Tensor
 
 

@@ -14,6 +14,7 @@ from rep_plugin.blocks.chain import Chain
 from rep_plugin.blocks.families import RepVGGBlock
 from rep_plugin.blocks.inverted_residual import RepInvertedResidual
 from rep_plugin.errors import EquivalenceError, TrainModeError
+from rep_plugin.measure.randomness import private_random
 from rep_plugin.measure.verify import verify_equivalence
 from rep_plugin.reparam import adapters
 from rep_plugin.reparam.adapters import Adapter, register_adapter
@@ -348,3 +349,20 @@ def test_a_forward_that_reads_what_a_merge_takes_away(read):
         rep_plugin.reparameterize(model, x)
     assert "\n" not in str(caught.value)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_attention_merges_in_a_verb_inside_a_verb():
+    """torch's attention counts as drawing: the random state is put aside twice."""
+
+    class Attended(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+            self.attention = nn.MultiheadAttention(4, 1, batch_first=True)
+
+        def forward(self, x):
+            tokens = self.bn(self.conv(x)).flatten(2).transpose(1, 2)
+            return self.attention(tokens, tokens, tokens, need_weights=False)[0]
+
+    with private_random():
+        assert rep_plugin.reparameterize(Attended().eval(), torch.randn(2, 3, 6, 6))[1].max_rel_error < 1e-9
