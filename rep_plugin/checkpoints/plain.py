@@ -22,7 +22,7 @@ MOST_REPEATED = 10**8  # values of a tensor whose storage is smaller
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Read a JSON file. Raises ArgumentError, naming the file, for what is no JSON, and FileNotFoundError without one."""
+    """Return the data of a JSON file. Raises ArgumentError, naming it, for what is no JSON, FileNotFoundError without one."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist, expected a file")
@@ -34,7 +34,18 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def parse_json(text: str | bytes, source: str) -> Any:
-    """Parse a JSON text. Raises ArgumentError, naming ``source``, for what is none."""
+    """Parse a JSON text.
+
+    Args:
+        text: the text.
+        source: what holds it, for the message.
+
+    Returns:
+        The data.
+
+    Raises:
+        ArgumentError: it is no JSON.
+    """
     try:
         return json.loads(text)
     except RecursionError:
@@ -79,19 +90,33 @@ def fits(value: object, kind: Any) -> bool:
 
 
 def fits_number(value: object, kind: type) -> bool:
-    """Return whether a value is a finite number of 64 bits. A bool is none, an integer is a float."""
+    """Return whether a value is a finite number of 64 bits. A bool is none, an integer is a float.
+
+    Args:
+        value: the value.
+        kind: int or float.
+
+    Returns:
+        Whether it is.
+    """
     if isinstance(value, bool) or not isinstance(value, (int,) if kind is int else (int, float)):
         return False
     return abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
 
 
 def require_fields(data: object, fields: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Return data that is a dict of exactly these fields. Raises ArgumentError, naming ``source`` and the first other one.
+    """Return data that is a dict of exactly these fields.
 
     Args:
         data: the data.
         fields: name -> its annotation.
         source: what holds it, for the message.
+
+    Returns:
+        The data.
+
+    Raises:
+        ArgumentError: a field is missing, unknown or of another type.
 
     Example:
         >>> require_fields({"rounds": 3}, {"rounds": int}, "plan.json")
@@ -108,7 +133,15 @@ def require_fields(data: object, fields: Mapping[str, Any], source: str) -> dict
 
 
 def short(value: object, most: int = 60) -> str:
-    """Return a value for a message, cut; of a large one only its type and size."""
+    """Return a value for a message, cut; of a large one only its type and size.
+
+    Args:
+        value: the value.
+        most: letters of the text.
+
+    Returns:
+        One line.
+    """
     if isinstance(value, int) and value.bit_length() > MOST_BITS:
         return f"an integer of {value.bit_length():,} bits"
     text = repr(value) if isinstance(value, (str, int, float, bool, types.NoneType)) else type(value).__name__

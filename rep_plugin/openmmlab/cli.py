@@ -313,7 +313,8 @@ def explain_misfits(runner: Runner) -> None:
             return load(filename, *args, **kwargs)
         except CheckpointMismatchError as error:
             known = "" if "://" in str(filename) else explain_misfit(filename, read_state_dict(filename)[1], runner.cfg)
-            raise CheckpointMismatchError(f"{error}{known}") from None
+            text = str(error).replace("the checkpoint does not fit", f"checkpoint {filename} does not fit", 1)
+            raise CheckpointMismatchError(f"{text}{known}") from None
         except UnreadableCheckpointError as error:  # of a hook, which does not know the file
             raise UnreadableCheckpointError(
                 str(error) if str(filename) in str(error) else f"checkpoint {filename}: {error}"

@@ -18,6 +18,9 @@ def parse_kept(text: object, key: str, fields: Mapping[str, Any]) -> dict[str, A
         key: Its key, for the message.
         fields: Name -> annotation of what the hook keeps.
 
+    Returns:
+        The data.
+
     Raises:
         UnreadableCheckpointError: Something else stands there.
     """
