@@ -407,8 +407,8 @@ def describe(hint: Any, many: bool = False) -> str:
         rule = args[1]
         if args[0] in NUMBERS and isinstance(rule, In):
             return f"{describe(args[0], many)}{rule}"
-        if isinstance(rule, OneOf) and many:
-            return f"names, each {rule}"
+        if isinstance(rule, (OneOf, That)) and many:
+            return f"values, each {rule}"
         return str(rule)
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(_members(args, many)))
