@@ -102,7 +102,7 @@ def _difference(found: tuple[float, float | None] | None) -> str:
 
 def _rows_of(experiments: ExperimentSet, records: Records) -> list[tuple[str, ...]]:
     """Return the cells of a table: of each row that has records those of :data:`COLUMNS`."""
-    cells = []
+    cells: list[tuple[str, ...]] = []
     for name in experiments.rows:
         if not (runs := records.get(name)):
             continue
