@@ -68,7 +68,7 @@ def test_an_unknown_name_ends_in_the_nearest_names():
         ) as caught:
             ask(name)
         assert "\n" not in str(caught.value)
-    with pytest.raises(ArgumentError, match=r"script make_fgvc.py does not exist, .*; the nearest: make_mini_fgvc, "):
+    with pytest.raises(ArgumentError, match=r"script make_fgvc.py does not exist, .*; the nearest: make_mini_fgvc"):
         find_script("make_fgvc.py")
 
 
