@@ -70,6 +70,9 @@ def export_onnx(
     the file are those of ``model(x)``: logits of a classifier, without softmax; one output for each map of a backbone. The
     file is written when all is proven: until then an older one stays.
 
+    Several threads may call this: one writes its graph at a time. Models in other threads run on undisturbed, but one that
+    asks ``torch.onnx.is_in_onnx_export()`` is told True meanwhile; with ``dynamo`` torch itself is patched while it writes.
+
     Args:
         model: a model in eval mode and float32.
         path: file to write, ending in ``.onnx``.
