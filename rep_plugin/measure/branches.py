@@ -5,9 +5,8 @@ there is watched on one image instead, which shows where values are read, but no
 """
 
 import copy
-import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -115,7 +114,9 @@ class _Watch(TorchFunctionMode):
             return func(*(self.own.get(id(a), a) for a in args), **kwargs)
         if name in ("tolist", "numpy"):
             return getattr(torch.ones(given[0].shape, dtype=given[0].dtype), name)()
-        kind = _READS[name] or (bool if given[0].dtype == torch.bool else float if given[0].is_floating_point() else int)
+        kind = _READS[name] or (
+            bool if given[0].dtype == torch.bool else float if given[0].is_floating_point() else int
+        )
         return kind(name not in ("__bool__", "is_nonzero", "equal", "allclose", "__contains__") and kind is not bool)
 
 
@@ -158,7 +159,9 @@ class Branches:
     def notes(self) -> list[str]:
         """What a report says of decisions by values, one line for each place."""
         shown, more = self.values[:3], len(self.values) - 3
-        notes = [f"the forward decides by a value in {place}: only the path of the given inputs is proven" for place in shown]
+        notes = [
+            f"the forward decides by a value in {place}: only the path of the given inputs is proven" for place in shown
+        ]
         return [*notes, f"and by values in {more} more places"] if more > 0 else notes
 
     def inside(self, name: str) -> str | None:

@@ -545,6 +545,28 @@ def verify_equivalence(
     return result
 
 
+def require_castable(proven: nn.Module, given: nn.Module) -> None:
+    """Check that the numbers of a proven float64 model can be those of one in the type of the given model.
+
+    Args:
+        proven: in float64.
+        given: the model that it was made of.
+
+    Raises:
+        EquivalenceError: a tensor is out of its type's range, or a channel vanishes in it; names tensor and channel.
+    """
+    state = given.state_dict()
+    usual = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32)
+    numbers = proven.state_dict()
+    _require_kept(
+        {
+            name: tensor.to(state[name].dtype if name in state else usual) if tensor.is_floating_point() else tensor
+            for name, tensor in numbers.items()
+        },
+        numbers,
+    )
+
+
 def require_rounded(converted: nn.Module, proven: nn.Module) -> None:
     """Check that a model holds the numbers of the float64 model that was proven, rounded once.
 
@@ -553,29 +575,36 @@ def require_rounded(converted: nn.Module, proven: nn.Module) -> None:
         proven: the same in float64.
 
     Raises:
-        EquivalenceError: a tensor differs, is out of its type's range, or a channel vanishes in it; names tensor and channel.
+        EquivalenceError: a tensor differs, or as :func:`require_castable`.
     """
-    sizes: dict[tuple[str, int], Tensor] = {}  # of a layer's channels: a weight is lost where the bias does not hide it
-    lost: dict[str, Tensor] = {}
-    for (name, ours), theirs in zip(converted.state_dict().items(), proven.state_dict().values(), strict=True):
-        if not torch.equal(ours, theirs.to(ours.dtype)):
+    ours, theirs = converted.state_dict(), proven.state_dict()
+    for (name, tensor), exact in zip(ours.items(), theirs.values(), strict=True):
+        if not torch.equal(tensor, exact.to(tensor.dtype)):
             raise EquivalenceError(f"{name!r} is not the rounded value of the proven float64 merge")
-        if not ours.is_floating_point() or not ours.numel():
+    _require_kept(ours, dict(zip(ours, theirs.values())))
+
+
+def _require_kept(rounded: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> None:
+    """Check that no channel of a layer is lost: a weight that vanishes beside a bias is not."""
+    sizes: dict[tuple[str, int], Tensor] = {}
+    lost: dict[str, Tensor] = {}
+    for name, tensor in rounded.items():
+        if not tensor.is_floating_point() or not tensor.numel():
             continue
-        if not (finite := torch.isfinite(ours)).all():
+        if not (finite := torch.isfinite(tensor)).all():
             index = (~finite).nonzero()[0].tolist()
             what = f"channel {index[0]} of {name!r}" if index else repr(name)
-            raise EquivalenceError(f"{what} is out of the range of {ours.dtype}, or not a number")
-        rows = theirs.reshape(len(theirs) if theirs.dim() else 1, -1)
+            raise EquivalenceError(f"{what} is out of the range of {tensor.dtype}, or not a number")
+        rows = exact[name].reshape(len(tensor) if tensor.dim() else 1, -1).double()
         key = name.rpartition(".")[0], len(rows)
         sizes[key] = torch.maximum(size := rows.abs().amax(1), sizes.get(key, size))
-        lost[name] = (rows - ours.reshape(rows.shape).double()).abs().amax(1)
+        lost[name] = (rows - tensor.reshape(rows.shape).double()).abs().amax(1)
     for name, amounts in lost.items():
         size = sizes[name.rpartition(".")[0], len(amounts)]
         if (vanish := amounts > 0.01 * size).any():
             channel = int(vanish.nonzero()[0])
-            dtype = converted.state_dict()[name].dtype
             raise EquivalenceError(
-                f"channel {channel} of {name!r} ({size[channel]:.1e}) loses {amounts[channel]:.1e} in {dtype}: values "
-                "underflow; set the channel to zero if it is dead, or convert the model to a wider type first"
+                f"channel {channel} of {name!r} ({size[channel]:.1e}) loses {amounts[channel]:.1e} in "
+                f"{rounded[name].dtype}: values underflow; set the channel to zero if it is dead, or convert the model to "
+                "a wider type first"
             )

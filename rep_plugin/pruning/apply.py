@@ -17,7 +17,7 @@ from rep_plugin.measure.progress import working
 from rep_plugin.measure.randomness import private_random
 from rep_plugin.measure.report import BlockReport, Report
 from rep_plugin.measure.undo import undone_on_error
-from rep_plugin.measure.verify import default_inputs, verify_equivalence
+from rep_plugin.measure.verify import default_inputs, require_castable, verify_equivalence
 from rep_plugin.pruning.planning.plan import MERGED, PrunePlan, as_plan, frozen_notes
 from rep_plugin.pruning.surgery.mask import KeptOutputs, mask_channels_
 from rep_plugin.pruning.surgery.remove import remove_channels_
@@ -300,3 +300,4 @@ def _prove(model: nn.Module, trace: Trace, kept: KeptChannels, inputs: list[Tens
     except (RuntimeError, IndexError) as error:  # torch's, of shapes that do not fit
         raise EquivalenceError(f"the model does not run without the removed channels: {first_line(error)}") from error
     report.add_proof(proof)
+    require_castable(removed, model)  # gains of normalised filters change

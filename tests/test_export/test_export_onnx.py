@@ -403,6 +403,42 @@ def test_a_runtime_that_says_otherwise_leaves_no_file(runtime, fault, error, mes
     assert [one.name for one in export(trained(), path, runtimes=[other]).runtimes] == [other]
 
 
+def spread(kind, sizes=(1e6, 1.0, 1e6, 1e-4, 1e6)):
+    """Outputs whose channels are spread over many magnitudes."""
+    scale = torch.tensor(sizes)
+    if kind == "maps":
+        return trained(maps=lambda first, second: (second[:, :5] * scale.view(1, -1, 1, 1), first))
+    net = trained()
+    with torch.no_grad():
+        net.head.weight.mul_(scale.view(-1, 1))
+        net.head.bias.mul_(scale)
+    return net
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("kind", ["logits", "maps"])
+@pytest.mark.parametrize("column", [1, 3])
+def test_a_fault_in_a_small_column_beside_large_ones_is_found(column, kind, images, tmp_path, monkeypatch):
+    opener, path, x = runtimes.OPENERS["onnxruntime"], tmp_path / "net.onnx", torch.randn(images, 3, 16, 16)
+    report = export(spread(kind), path, x, runtimes=["onnxruntime"])
+    assert report.max_rel_error <= 1e-4 and not report.notes
+    path.unlink()
+
+    def fault(session):
+        def run(x):
+            first, *rest = session(x)
+            first = first.clone()
+            first[:, column] *= 1.33
+            return [first, *rest]
+
+        return run
+
+    monkeypatch.setitem(runtimes.OPENERS, "onnxruntime", lambda *args: fault(opener(*args)))
+    with pytest.raises(EquivalenceError, match=rf"differs from PyTorch by 3.*e-01 relative .* in channel {column} of"):
+        export(spread(kind), path, x, runtimes=["onnxruntime"])
+    assert not path.exists()
+
+
 class FrozenSize(nn.Module):
     """Pools by a number that tracing takes for a constant; ``dim``: of which dimension."""
 
@@ -506,7 +542,7 @@ def test_refusals_come_before_any_file(tmp_path):
             ValueError,
             "example_input must be a float32 tensor .* torch.float64",
         ),
-        (lambda: export(model, path, (3, 16, 16)), ValueError, "example_input must be .*got \(3, 16, 16\)"),
+        (lambda: export(model, path, (3, 16, 16)), ValueError, r"example_input must be .*got \(3, 16, 16\)"),
         (lambda: export(model, path, x[:0]), ValueError, "N >= 1"),
         (lambda: export(model, path, images=x[:, :2]), ValueError, r"images are \(2, 16, 16\), but example_input"),
         (lambda: export(model, path, opset=99), ExportError, "^Net cannot be written as ONNX: .*99"),

@@ -339,8 +339,9 @@ def test_a_channel_that_vanishes_in_the_type_is_said():
     require_rounded(copy.deepcopy(proven).float(), proven)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("verb", ["expand", "reparameterize"])
-def test_verbs_say_what_their_type_cannot_hold(verb):
+def test_verbs_say_what_their_type_cannot_hold_and_change_nothing(verb, inplace):
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)).eval()
     calibrate_random_bn_(model, X)
     model.half()
@@ -352,5 +353,6 @@ def test_verbs_say_what_their_type_cannot_hold(verb):
             model[1].weight[1], model[0].bias[1] = 6e4, 6e4
     state = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(EquivalenceError, match="channel 1 of .* is out of the range of torch.float16"):
-        getattr(rep_plugin, verb)(model, example_input=X.half())
+        getattr(rep_plugin, verb)(model, example_input=X.half(), inplace=inplace)
+    assert type(model[0]) is nn.Conv2d and model.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rep_plugin.arguments import In, checked
 from rep_plugin.errors import ArgumentError
 from rep_plugin.measure.copies import copy_model
-from rep_plugin.measure.verify import verify_equivalence
+from rep_plugin.measure.verify import Equivalence, require_castable, require_rounded, verify_equivalence
 from rep_plugin.pruning.apply import TOLERANCE, PruneReport, apply_plan, kept_by, proof_inputs
 from rep_plugin.pruning.methods.clusters import Alignment, Clusters, leads_of
 from rep_plugin.pruning.methods.sparsity import trained_parameters, was_skipped
@@ -278,20 +278,27 @@ def merge_clusters_(
     for name, tensor, dim, target in _cluster_tensors(model, members):
         if not torch.equal(tensor, tensor.index_select(dim, target)):
             raise ArgumentError(f"the filters of a cluster in {name!r} are not equal: call snap_clusters_ first")
-    proof = _prove(model, members, proof_inputs(model, clusters.plan.input_shape, example_input)) if verify else None
+    proof = exact = None
+    if verify:
+        exact, proof = _prove(model, members, proof_inputs(model, clusters.plan.input_shape, example_input))
     _sum_columns_(model, members)
     report = apply_plan(model, clusters.plan, verify=False)
-    if proof is not None:
+    if exact is not None and proof is not None:
+        model.load_state_dict(exact.state_dict())  # rounded once
+        require_rounded(model, exact)
         report.add_proof(proof)
     report.seconds = time.perf_counter() - started
     return report
 
 
-def _prove(model: nn.Module, members: Members, inputs: list[Tensor]):
+def _prove(model: nn.Module, members: Members, inputs: list[Tensor]) -> tuple[nn.Module, Equivalence]:
+    """Return the merged float64 copy, compared with the model."""
     merged = copy_model(model).double()  # from the start: a sum in float32 would be rounded
     _sum_columns_(merged, members)
     remove_channels_(merged, members.trace, members.kept)
-    return verify_equivalence(copy_model(model), merged, inputs, tolerance=TOLERANCE, keep=False)
+    proof = verify_equivalence(copy_model(model), merged, inputs, tolerance=TOLERANCE, keep=False)
+    require_castable(merged, model)  # before the given one is changed
+    return merged, proof
 
 
 @torch.no_grad()

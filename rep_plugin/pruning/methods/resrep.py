@@ -12,7 +12,7 @@ from rep_plugin.arguments import Shape, checked
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.errors import ArgumentError
 from rep_plugin.measure.copies import copy_model
-from rep_plugin.measure.verify import require_rounded, verify_equivalence
+from rep_plugin.measure.verify import require_castable, require_rounded, verify_equivalence
 from rep_plugin.pruning.apply import TOLERANCE, PruneReport, apply_plan, proof_inputs
 from rep_plugin.pruning.methods.compactors import (
     Site,
@@ -232,6 +232,7 @@ class ResRep:
         proof = verify_equivalence(reference, merged, inputs, tolerance=TOLERANCE, keep=False)
         report.max_abs_error = max(report.max_abs_error, proof.total.max_abs)
         report.max_rel_error = max(report.max_rel_error, proof.total.max_rel)
+        require_castable(merged, model)  # before the given one is changed
         merge_compactors_(model, self.sites)
         apply_plan(model, plan, verify=False)
         model.load_state_dict(merged.state_dict())  # rounded once

@@ -126,7 +126,7 @@ def test_from_widths_takes_numbers_as_they_are():
     ("widths", "message"),
     [
         ({"nowhere": 3}, "no layer 'nowhere'"),
-        ({"0.conv": 0}, "widths\['0.conv'\] must be a whole number >= 1, got 0"),
+        ({"0.conv": 0}, r"widths\['0.conv'\] must be a whole number >= 1, got 0"),
         ({"0.conv": 17}, "must lie in 1..16, got 17"),
         ({"0.conv": 2.0}, "must be a whole number >= 1, got 2.0"),
         ({"4.fc": 2}, "'4.fc' cannot go from 5 to 2 channels: '4.fc' makes the model output"),

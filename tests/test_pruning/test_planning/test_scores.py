@@ -97,7 +97,7 @@ def test_random_is_seeded():
         ("taylor", {"loader": [], "loss": F.cross_entropy}, "without any batch"),
         ({"nowhere": [1.0]}, {}, "'nowhere' that the model does not have"),
         ({"0.conv": [1.0]}, {}, "hold 1 numbers, the layer has 8 channels"),
-        ({"0.conv": [float("nan")] * 8}, {}, "scores\['0.conv'\]\[0\] must be a number, got nan"),
+        ({"0.conv": [float("nan")] * 8}, {}, r"scores\['0.conv'\]\[0\] must be a number, got nan"),
     ],
 )
 def test_errors(kind, options, message):
