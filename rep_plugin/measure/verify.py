@@ -176,8 +176,9 @@ class _Moving(TorchDispatchMode):
         self.generator, self.amount = torch.Generator().manual_seed(seed), amount
 
     def noise(self, tensor: Tensor) -> Tensor:
-        noise = torch.rand(tensor.shape, generator=self.generator, dtype=torch.float64).sub_(0.5)
-        return noise.mul_(2 * self.amount).add_(1).to(tensor.device, tensor.dtype)
+        noise, most = torch.empty(tensor.shape, dtype=torch.float64), abs(self.amount)
+        noise.uniform_(1 - most, 1 + most, generator=self.generator)
+        return (noise if self.amount > 0 else 2 - noise).to(tensor.device, tensor.dtype)
 
     def move(self, tensor: Tensor) -> Tensor:
         return tensor * self.noise(tensor) if tensor.is_floating_point() else tensor
