@@ -139,11 +139,14 @@ names = ["rep_plugin.openmmlab.backbones", "rep_plugin.openmmlab.hooks.prune_hoo
     ]
 
 
-def test_tools_say_that_they_need_openmmlab():
+def test_tools_say_that_they_need_openmmlab(tmp_path):
+    (tmp_path / "epoch_1.pth").touch()  # a missing file is said first
     commands = {name: ["config.py", "epoch_1.pth"] for name in ("compare", "reparameterize", "test")}
     commands |= {"prune": ["config.py", "epoch_1.pth", "--macs", "0.5"], "sweep": ["config.py"], "train": ["config.py"]}
     code = f"""
+import os
 from rep_plugin.__main__ import main
+os.chdir({str(tmp_path)!r})
 for command, words in {commands}.items():
     try: main([command, *words])
     except SystemExit as end: print(end)
@@ -155,7 +158,9 @@ for command, words in {commands}.items():
 def test_tools_need_mmpretrain_for_its_configs_alone(tmp_path):
     scopes = {"mmpretrain": "mmpretrain", "plain": "mmengine"}
     for name, scope in scopes.items():
-        (tmp_path / f"{name}.py").write_text(f'default_scope = "{scope}"\nwork_dir = "{tmp_path}"\n')
+        (tmp_path / f"{name}.py").write_text(
+            f"default_scope = {scope!r}\nwork_dir = {str(tmp_path)!r}\nmodel = dict(type='Nothing')\n"
+        )
     code = f"""
 import runpy
 for name in {list(scopes)}:

@@ -7,6 +7,7 @@ from typing import Any
 from urllib.error import URLError
 
 import mmcv.transforms
+import numpy as np
 
 from rep_plugin.errors import ArgumentError, DataError, first_line
 from rep_plugin.export.preprocessing import IMAGE_ENDINGS
@@ -155,12 +156,17 @@ def guard_dataloaders(runner: Any) -> None:
 
 
 def _require_classes(runner: Any, dataset: Any) -> None:
-    """Raise ArgumentError for a classifier that has fewer classes than the data set: a loss would fail at some batch."""
+    """Raise ArgumentError for a classifier that has fewer classes than there are labels: a loss would fail at some batch."""
     head = getattr(getattr(runner.model, "module", runner.model), "head", None)
     number, classes = getattr(head, "num_classes", None), (getattr(dataset, "metainfo", None) or {}).get("classes")
-    if isinstance(number, int) and isinstance(classes, (list, tuple)) and 0 < number < len(classes):
+    if not (isinstance(number, int) and isinstance(classes, (list, tuple)) and 0 < number < len(classes)):
+        return
+    # Of the names that a data set has, its images may show a few.
+    labels = [dataset.get_data_info(index).get("gt_label") for index in range(len(dataset))]
+    largest = max((label for label in labels if isinstance(label, (int, np.integer))), default=-1)
+    if largest >= number:
         raise ArgumentError(
-            f"model.head.num_classes (={number}) must be >= {len(classes)}, the classes of {type(dataset).__name__}"
+            f"model.head.num_classes (={number}) must be > {largest}, the largest label of {type(dataset).__name__}"
         )
 
 
