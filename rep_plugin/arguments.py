@@ -291,15 +291,20 @@ def _plain(value: Any) -> Any:
     return value.item() if is_scalar else value
 
 
+def _with_rules(hint: Any, rules: tuple) -> Any:
+    parts: Any = (hint, *rules)
+    return Annotated[parts]
+
+
 def _fit_rules(value: Any, hint: Any, rules: tuple) -> Any:
     try:
         fitting = _fit_number(value, hint) if hint in NUMBERS else _fit(value, hint)
     except Misfit as misfit:
         if misfit.args[0]:
             raise
-        raise Misfit("", value, describe(Annotated[(hint, *rules)]), False) from None
+        raise Misfit("", value, describe(_with_rules(hint, rules)), False) from None
     if any(fitting not in rule for rule in rules if isinstance(rule, (In, OneOf, Dims, That))):
-        raise Misfit("", value, describe(Annotated[(hint, *rules)]), True)
+        raise Misfit("", value, describe(_with_rules(hint, rules)), True)
     return fitting
 
 
@@ -364,7 +369,7 @@ def _fit_iterable(value: Any, hint: Any, origin: type, args: tuple) -> Any:
         return value  # an iterator is read once
     fitting = [_fit_inner(one, args[0], f"[{i}]") for i, one in enumerate(value)]
     is_same = all(one is old for one, old in zip(fitting, value))
-    return value if is_same else type(value)(fitting) if type(value) in (list, tuple) else fitting
+    return value if is_same else tuple(fitting) if type(value) is tuple else fitting
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -16,6 +16,7 @@ from PIL import Image
 from rep_plugin.__main__ import build_parser
 from rep_plugin.openmmlab.artefacts import write_deployed
 from rep_plugin.openmmlab.base_configs import read_config
+from rep_plugin.openmmlab.experiments import list_sets
 from rep_plugin.openmmlab.load import build_model
 from rep_plugin.registry import HOOKS, MODELS
 from rep_plugin.shipped import find_config
@@ -143,10 +144,15 @@ def test_the_readme_has_a_screen_and_a_half():
 
 
 def test_every_config_has_a_row_in_the_readme_of_its_folder():
-    configs = [path for path in (ROOT / "configs").rglob("*.py") if path.parent.name != "_base_"]
+    configs = [path for path in (ROOT / "configs").rglob("*.py") if path.parent.name not in ("_base_", "experiments")]
     assert {path.parent for path in configs} == {page.parent for page in FOLDERS}
     missing = [path.stem for path in configs if f"\n| `{path.stem}`" not in (path.parent / "README.md").read_text()]
     assert not missing
+
+
+def test_every_set_of_experiments_has_its_question():
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    assert not [name for name in list_sets() if f"\n| `{name}` |" not in page]
 
 
 @pytest.mark.parametrize(("place", "name"), [("README.md", "docs/{}"), ("mkdocs.yml", " {}")])

@@ -16,7 +16,7 @@ from tests.helpers import ROOT
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
 # Names of imports, where they are not those of the distributions: on the official stack, and on the fork's.
-OFFICIAL = {"PIL": "pillow", "cv2": "opencv-python", "mmcv": "mmcv-lite"}
+OFFICIAL = {"PIL": "pillow", "cv2": "opencv-python", "google": "protobuf", "mmcv": "mmcv-lite"}
 FORK = OFFICIAL | {name: f"onedl-{name}" for name in ("mmcv", "mmengine", "mmpretrain")}
 
 

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -274,7 +274,7 @@ def _compare(
         except EquivalenceError as error:
             return error
 
-    def passes(judged: Difference | EquivalenceError) -> bool:
+    def passes(judged: Difference | EquivalenceError) -> TypeGuard[Difference]:
         return isinstance(judged, Difference) and not judged.exceeds(tolerance)
 
     strict = judge(found)

@@ -11,7 +11,7 @@ Stock code reaches into ``model`` as if it were the network's own config: mmdet'
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 from mmengine.logging import print_log
 from mmengine.registry import MODELS as ROOT_MODELS
@@ -124,7 +124,7 @@ def Expanded(
     Returns:
         The expanded model.
     """
-    stock = copy.deepcopy(model)
+    stock: Any = copy.deepcopy(model)
     if data_preprocessor is not None:
         stock.setdefault("data_preprocessor", copy.deepcopy(data_preprocessor))
     net = ROOT_MODELS.build(stock)

@@ -151,7 +151,7 @@ class _Tracer(fx.Tracer):
             seen |= vars(base).keys()
         return type.__new__(type(kind), kind.__name__, (_Routed, kind), space)
 
-    def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace a module that is thrown away afterwards."""
         self.root = root
         self.submodule_paths = {module: name for name, module in root.named_modules()}
@@ -171,7 +171,7 @@ class _Tracer(fx.Tracer):
         for module in self.submodule_paths:
             object.__setattr__(module, "__class__", kinds[type(module)])
         self.graph = fx.Graph(tracer_cls=type(self))
-        forward = root.forward  # an instance may have its own
+        forward: Any = root.forward  # an instance may have its own
         bound = getattr(forward, "__self__", None) is root
         function, args = self.create_args_for_root(forward.__func__ if bound else forward, bound, concrete_args)
         self.create_node("output", "output", (self.create_arg(function(*args)),), {})
