@@ -168,7 +168,7 @@ for name in {list(scopes)}:
     try: runpy.run_path("{ROOT.parent}/tools/train.py", run_name="__main__")
     except SystemExit as end: print(end)
 """
-    needs, builds = without({"mmpretrain"}, code)
+    needs, *_, builds = without({"mmpretrain"}, code)
     assert (
         needs
         == f"error: {tmp_path}/mmpretrain.py needs mmpretrain, which is not installed: pip install 'rep-plugin[openmmlab]'"
