@@ -45,6 +45,9 @@ def undone_on_error(
         tables: dicts that are changed along, besides.
         values: the body writes into tensors; False: it gives them other memory, so that no values need to be kept.
 
+    Yields:
+        Nothing.
+
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
         >>> try:

@@ -35,8 +35,11 @@ if TYPE_CHECKING:  # imported where something is printed
 
 # A wrapper with an optimizer inside will do, as mmengine's.
 AnOptimizer = Annotated[
-    Any, That(lambda one: isinstance(one, torch.optim.Optimizer) or hasattr(one, "optimizer"), "an optimizer")
+    Any,
+    That(lambda one: isinstance(one, torch.optim.Optimizer) or hasattr(one, "optimizer"), "a torch.optim.Optimizer"),
 ]
+Optimizers = Annotated[Sequence[AnOptimizer], That(lambda _: True, "a list of them")]
+APlan = Annotated[PrunePlan, That(lambda _: True, "a PrunePlan (see PrunePlan.from_json)")]
 
 
 @checked
@@ -103,8 +106,8 @@ class PruneReport(Report):
 @private_random()
 def apply_plan(
     model: nn.Module,
-    plan: PrunePlan,
-    optimizer: AnOptimizer | Sequence[AnOptimizer] | None = None,
+    plan: APlan,
+    optimizer: AnOptimizer | Optimizers | None = None,
     *,
     ema: nn.Module | None = None,
     verify: bool = True,
@@ -140,8 +143,6 @@ def apply_plan(
         (torch.Size([4, 3, 3, 3]), True)
     """
     started = time.perf_counter()
-    if not isinstance(plan, PrunePlan):
-        raise ArgumentError(f"plan must be a PrunePlan (see PrunePlan.from_json), got {type(plan).__name__}")
     plan.check()  # its dicts may have been changed
     trace = trace_channels(model, plan.input_shape, plan.prune_outputs)
     kept = kept_by(plan, model, trace)

@@ -297,7 +297,9 @@ def test_wrapped_models_and_strange_optimizers_are_refused():
     plan = plan_pruning(net, X, "random", 0.4)
     with pytest.raises(ValueError, match="pass its .module, and wrap the model again"):
         apply_plan(nn.DataParallel(net), plan)
-    with pytest.raises(ValueError, match="optimizer must be a torch.optim.Optimizer, got list_iterator"):
+    with pytest.raises(
+        ValueError, match="optimizer must be a torch.optim.Optimizer or a list of them or None, got a l"
+    ):
         apply_plan(net, plan, iter([1]))
     assert net[0].conv.out_channels == 16
 

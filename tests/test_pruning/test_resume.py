@@ -253,7 +253,7 @@ def own_plan(net):
 
 
 ATTACKS = {
-    "plan must be a PrunePlan .see PrunePlan.from_json., got str": lambda n: apply_plan(n, own_plan(n).to_json()),
+    "plan must be a PrunePlan .see PrunePlan.from_json., got '{": lambda n: apply_plan(n, own_plan(n).to_json()),
     "shares parameters with the model": lambda n: apply_plan(n, own_plan(n), ema=n),
     "does not hold the parameters": lambda n: apply_plan(n, own_plan(n), ema=ConvBN(3, 4)),
     "the SGD holds no parameter of this Sequential": lambda n: apply_plan(
@@ -266,13 +266,13 @@ ATTACKS = {
     "macs .=.*. cannot be met": lambda n: plan_pruning(n, X, "l1", macs=1e-5),
     "got '0.3'": lambda n: plan_pruning(n, X, "l1", "0.3"),
     "ignore must be a list of strings, got '0.conv'": lambda n: plan_pruning(n, X, "l1", 0.3, ignore="0.conv"),
-    "example_input must be a tensor .N, C, .... or its shape, got None": lambda n: plan_pruning(n, None, "l1", 0.3),
-    "or its shape, got .1, 3, 13.5, 13.": lambda n: plan_pruning(n, (1, 3, 13.5, 13), "l1", 0.3),
+    "example_input must be a tensor or a shape .N, C, ...., got None": lambda n: plan_pruning(n, None, "l1", 0.3),
+    "example_input.2. must be a whole number >= 1, got 13.5": lambda n: plan_pruning(n, (1, 3, 13.5, 13), "l1", 0.3),
     "cannot trace Sequential on an input .* at .*nets.py:[0-9]+: ": lambda n: plan_pruning(n, (1, 4, 13, 13), "l1", 0.3),
     "scores name a layer 'nowhere'": lambda n: plan_pruning(n, X, {"nowhere": [1.0]}, 0.3),
     "cannot trace OnValues on .* at .*test_resume.py:[0-9]+: ": lambda n: plan_pruning(OnValues(), X, "l1", 0.3),
     "nothing in Sequential can be pruned": lambda n: plan_pruning(nn.Sequential(), X, "l1", 0.3),
-    "model must be a torch.nn.Module, got str": lambda n: plan_pruning("resnet18", X, "l1", 0.3),
+    "model must be a torch.nn.Module, got 'resnet18'": lambda n: plan_pruning("resnet18", X, "l1", 0.3),
 }  # fmt: skip
 
 

@@ -146,7 +146,7 @@ def test_nothing_to_expand_is_one_line():
         rep_plugin.expand(model, "ddb")
     with pytest.raises(TypeError, match=r"where\[0\] must be a string, got 3"):
         rep_plugin.expand(model, where=[3])
-    with pytest.raises(ValueError, match="selects nothing of 0 convolutions"):
+    with pytest.raises(ValueError, match="Linear has no convolution, expected convolutions outside of such blocks"):
         rep_plugin.expand(nn.Linear(3, 3))
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 

@@ -122,7 +122,7 @@ def test_a_local_folder_is_an_artefact(tmp_path):
     ("options", "message"),
     [
         (dict(features_only=True), "features_only"),
-        (dict(global_pool="avg"), "global_pool must be 'bilinear' or '' .none., got 'avg'"),
+        (dict(global_pool="avg"), "global_pool must be one of '', bilinear, got 'avg'"),
         (dict(pretrained_backbone=True), "no pretrained backbone"),
         (dict(method="low_rank", projection=8, rank=9), "got 9"),
     ],
@@ -138,7 +138,7 @@ def test_pretrained_weights_that_do_not_exist_are_refused():
 
 
 def test_unknown_backbones_are_refused():
-    with pytest.raises(ValueError, match="unknown backbone 'vit'"):
+    with pytest.raises(ValueError, match="backbone must be one of rep_mobilenetv2_100, resnet50, vgg16_bn, got 'vit'"):
         entries.BilinearCNN("vit")
 
 

@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_flatten
 
 from rep_plugin.pruning.tracing.labels import Channels
 
-_QUIET = (Path(torch.__file__).parent, Path(__file__).parent)
 OUTPUT = "makes the model output"  # begins the reason of what makes it
 _OURS = Path(__file__).parents[2]
+_QUIET = (Path(torch.__file__).parent, Path(__file__).parent, _OURS / "measure")
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def _short(path: str) -> str:
 
 @lru_cache
 def is_quiet(filename: str) -> bool:
-    """True for torch's own code and the tracer's."""
+    """True for torch's own code, the tracer's and what measures a forward: no line of a model is there."""
     return filename.startswith("<") or any(Path(filename).is_relative_to(folder) for folder in _QUIET)
 
 

@@ -399,7 +399,7 @@ REFUSED = {
     "out of reach": (NETS["chain"], dict(macs=100), r"macs \(=100\) cannot be met: the least that remains is"),
     "pattern": (NETS["chain"], dict(ignore=["*.nothing"]), r"no layer is named like '\*.nothing'"),
     "patterns": (NETS["chain"], dict(ignore="0.conv"), "ignore must be a list of strings, got '0.conv'"),
-    "min_channels": (NETS["chain"], dict(min_channels=0), "min_channels must be a whole number >= 1, got 0"),
+    "min_channels": (NETS["chain"], dict(min_channels=0), "min_channels must be a whole number >= 1 or None, got 0"),
     "no place": (lambda: ready(Last(3, 8), Pooled(3)), {}, "nothing in Sequential can be pruned by compactors"),
     "blocks": (lambda: ready(RepVGGBlock(3, 8), Pooled(8)), {}, "has 1 blocks of several branches .*take another way"),
     "not run": (Blind, {}, "a compactor behind 'layer.bn' is not run: the model does not call it as a module"),
