@@ -33,7 +33,7 @@ def build_parser() -> Parser:
 def _require_file(checkpoint: str | None) -> None:
     """Say that a checkpoint is missing before seconds are spent on imports; a training form may be a folder (deepspeed)."""
     if isinstance(checkpoint, str) and "://" not in checkpoint and not os.path.exists(os.path.expanduser(checkpoint)):
-        raise FileNotFoundError(f"{checkpoint} does not exist, expected a file")
+        raise FileNotFoundError(f"checkpoint {checkpoint} does not exist, expected a file")
 
 
 def main(argv: list[str] | None = None) -> None:

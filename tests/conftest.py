@@ -1,5 +1,6 @@
 """Shared parts of the tests."""
 
+import logging
 import os
 
 import pytest
@@ -14,3 +15,4 @@ settings.load_profile("default" if os.environ.get("FUZZ") else "same")
 @pytest.fixture(autouse=True)
 def _reproducible():
     torch.manual_seed(0)
+    assert not logging.root.manager.disable, "a module or a test has left all logs disabled"

@@ -17,10 +17,9 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS as ROOT_MODELS
 from torch import nn
 
-from rep_plugin.arguments import Name, OneOf, checked
+from rep_plugin.arguments import Name, OneOf, That, checked
 from rep_plugin.blocks.conv_like import CONV_LIKES
 from rep_plugin.checkpoints.strict import refuse_misfits
-from rep_plugin.errors import ArgumentError
 from rep_plugin.history import rebuild_
 from rep_plugin.openmmlab.configs import drop_pretrained_, typed_dicts
 from rep_plugin.openmmlab.load import load_strictly, read_state_dict
@@ -29,21 +28,18 @@ from rep_plugin.pruning.planning.plan import as_plan
 from rep_plugin.registry import MODELS
 from rep_plugin.reparam import expand
 
+ModelConfig = Annotated[Mapping, That(lambda config: "type" in config, "the config of a model with a 'type'")]
+Plans = Annotated[
+    PrunePlan | Mapping | str | Sequence[PrunePlan | Mapping | str],
+    That(lambda plan: True, "a PrunePlan, its data, JSON text or a path, or a list of these"),
+]
+OfInner = Annotated[None, That(lambda value: True, "None (it belongs into the inner model's config)")]
+
 
 def _rebuilt(
-    steps: Sequence[dict],
-    model: Mapping,
-    data_preprocessor: Mapping | None = None,
-    backbone: Mapping | None = None,
-    pretrained: None = None,
-    train_cfg: None = None,
+    steps: Sequence[dict], model: Mapping, data_preprocessor: Mapping | nn.Module | None, backbone: Mapping | None
 ) -> nn.Module:
     """Build the inner model and repeat the steps on it."""
-    if not isinstance(model, Mapping) or "type" not in model:
-        raise ArgumentError(f"model must be the config of a model with a 'type', got {model!r}")
-    for name, value in (("pretrained", pretrained), ("train_cfg", train_cfg)):
-        if value is not None:
-            raise ArgumentError(f"{name} belongs into the inner model's config, got {value!r}, expected None")
     inner = copy.deepcopy(dict(model))
     if backbone:
         inner["backbone"] = {**inner.get("backbone", {}), **copy.deepcopy(dict(backbone))}
@@ -58,7 +54,14 @@ def _rebuilt(
 
 @MODELS.register_module()
 @checked
-def Pruned(model: Mapping, plan: PrunePlan | Mapping | str | Sequence, **stock_fields) -> nn.Module:
+def Pruned(
+    model: ModelConfig,
+    plan: Plans,
+    data_preprocessor: Mapping | nn.Module | None = None,
+    backbone: Mapping | None = None,
+    pretrained: OfInner = None,
+    train_cfg: OfInner = None,
+) -> nn.Module:
     """Build a stock model from its config and remove what a plan removes; keys of the checkpoint stay the stock ones.
 
     A checkpoint that does not fit is refused whole.
@@ -66,7 +69,10 @@ def Pruned(model: Mapping, plan: PrunePlan | Mapping | str | Sequence, **stock_f
     Args:
         model: config of the stock model.
         plan: a plan's JSON text, its data, or the path of its file; or several, applied one after the other.
-        **stock_fields: ``data_preprocessor``, ``backbone``, ``pretrained``, ``train_cfg``, see the top of this module.
+        data_preprocessor: config of the preprocessor, where ``model`` has none.
+        backbone: changes to the config of the network's own backbone.
+        pretrained: None, for stock code that sets it.
+        train_cfg: the same.
 
     Returns:
         The model; its weights mean nothing yet.
@@ -74,33 +80,44 @@ def Pruned(model: Mapping, plan: PrunePlan | Mapping | str | Sequence, **stock_f
     Raises:
         ArgumentError: a plan is not for this model.
     """
-    plans = plan if isinstance(plan, (list, tuple)) else [plan]
+    plans = [plan] if isinstance(plan, (PrunePlan, Mapping, str)) else plan
     steps = [{"step": "prune", "plan": asdict(as_plan(one))} for one in plans]
-    return _rebuilt(steps, model, **stock_fields)
+    return _rebuilt(steps, model, data_preprocessor, backbone)
 
 
 @MODELS.register_module()
 @checked
-def Merged(model: Mapping, fold_bn: bool = False, merge_linear: bool = False, **stock_fields) -> nn.Module:
+def Merged(
+    model: ModelConfig,
+    fold_bn: bool = False,
+    merge_linear: bool = False,
+    data_preprocessor: Mapping | nn.Module | None = None,
+    backbone: Mapping | None = None,
+    pretrained: OfInner = None,
+    train_cfg: OfInner = None,
+) -> nn.Module:
     """Build a model from its config and merge its blocks, as :func:`rep_plugin.reparameterize` does; load weights next.
 
     Args:
         model: config of the model before.
         fold_bn: what it was when the weights were merged.
         merge_linear: the same.
-        **stock_fields: ``data_preprocessor``, ``backbone``, ``pretrained``, ``train_cfg``, see the top of this module.
+        data_preprocessor: config of the preprocessor, where ``model`` has none.
+        backbone: changes to the config of the network's own backbone.
+        pretrained: None, for stock code that sets it.
+        train_cfg: the same.
 
     Returns:
         The model; its weights mean nothing yet.
     """
     step = {"step": "reparameterize", "fold_bn": fold_bn, "merge_linear": merge_linear}
-    return _rebuilt([step], model, **stock_fields)
+    return _rebuilt([step], model, data_preprocessor, backbone)
 
 
 @MODELS.register_module()
 @checked
 def Expanded(
-    model: Mapping,
+    model: ModelConfig,
     block: Annotated[str, OneOf(CONV_LIKES)] = "dbb",
     where: str | Sequence[str] | None = None,
     checkpoint: Name | None = None,

@@ -1,6 +1,7 @@
 """What runs in the child processes of the runner: a module of its own, as a process that is spawned imports no __main__."""
 
 import importlib
+import logging
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 def work(module: str, connection) -> None:
     """In a child process: run the units whose seeds come, and send what came out."""
     torch.set_num_threads(1)
+    logging.disable(logging.WARNING)  # mmengine tells of each layer
     attack = importlib.import_module(module).attack
     connection.send("ready")
     while (seed := connection.recv()) is not None:

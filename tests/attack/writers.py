@@ -221,6 +221,7 @@ def in_child(work: Callable[[], Any], kill_after: float | None = None) -> tuple[
     reading, writing = os.pipe()
     if (process := os.fork()) == 0:
         os.close(reading)
+        logging.disable(logging.WARNING)  # mmengine tells of each layer
         try:
             try:
                 found: Any = work()
@@ -240,4 +241,3 @@ def in_child(work: Callable[[], Any], kill_after: float | None = None) -> tuple[
 
 
 enable_safe_loading()
-logging.disable(logging.WARNING)  # mmengine tells of each layer

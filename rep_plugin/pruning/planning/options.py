@@ -60,12 +60,10 @@ class Budget:
             return
         if isinstance(value, float) and value > 1 and value.is_integer():  # 3e8 is a number as well
             object.__setattr__(self, name, int(value))
-        elif value < 1 if isinstance(value, int) else value > 1:
-            raise ArgumentError(f"{name} must be a share (a float <= 1.0) or a whole number, got {value!r}")
-        elif isinstance(value, int) and value == 1:
+        elif value <= 1 if isinstance(value, int) else value > 1:
             what = {"params": "parameters", "macs": "multiply-adds for one image"}[name]
-            text = f"{name} must be a share (a float <= 1.0) or a whole number, got 1"
-            raise ArgumentError(f"{text}: 1.0 keeps all, 2 is a number of {what}")
+            hint = f": 1.0 keeps all, 2 is a number of {what}" if value == 1 else ""
+            raise ArgumentError(f"{name} must be a share (a float <= 1.0) or a whole number > 1, got {value!r}{hint}")
 
     @property
     def item(self) -> tuple[str, int | float]:

@@ -215,7 +215,7 @@ def test_a_collapse_is_said_with_numbers(tmp_path, monkeypatch):
         (dict(prune_fraction=1.5), r"prune_fraction must be a number in \(0, 1\) or None, got 1.5"),
         (dict(fractions=[0.1, 0], begin=1), r"fractions\[1\] must be a number in \(0, 1\), got 0"),
         (dict(fractions=[0.1, 0.1], rounds=3, begin=1), r"one number a round, got \[0.1, 0.1\], rounds=3"),
-        (dict(macs=1.5), "macs must be a share .* or a whole number, got 1.5"),
+        (dict(macs=1.5), "macs must be a share .* or a whole number > 1, got 1.5"),
         (dict(prune_fraction=0.5, rounds=2), "2 rounds need begin"),
         (dict(prune_fraction=0.5, begin=1, interval=0), "interval must be a number > 0, got 0"),
         (dict(prune_fraction=0.5, scores="taylor"), "scores must be one of .* got 'taylor'"),

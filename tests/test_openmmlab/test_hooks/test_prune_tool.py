@@ -170,7 +170,7 @@ def test_errors_are_one_line_and_write_nothing(pruned):
         "fraction must be a number in [0, 1) or None, got -0.1": [*start, "--fraction=-0.1"],
         "got nan": [*start, "--fraction", "nan"],
         "params must be a share (a float <= 1.0)": [*start, "--params", 1.5],
-        "macs must be a number > 0, got 0": [*start, "--macs", 0],
+        "macs must be a share (a float <= 1.0) or a whole number > 1, got 0": [*start, "--macs", 0],
         "cannot be met": [*start, "--params", 10],
         "no layer is named like 'nothing'": [*start, "--fraction", 0.3, "--ignore", "nothing"],
         "no layer is named like 'none'": [*start, "--fraction", 0.3, "--override", "none=0.1"],

@@ -278,7 +278,7 @@ def test_a_schedule_in_iterations(finished, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(macs=1.5), r"macs must be a share \(a float <= 1.0\) or a whole number, got 1.5"),
+        (dict(macs=1.5), r"macs must be a share \(a float <= 1.0\) or a whole number > 1, got 1.5"),
         (dict(macs=0.5, begin=3, end=2), r"end must be >= begin \(=3\), got 2"),
         (dict(macs=0.5, interval=0), "interval must be a whole number >= 1, got 0"),
         (dict(macs=0.5, momentum=1.0), r"momentum must be a number in \[0, 1\), got 1.0"),

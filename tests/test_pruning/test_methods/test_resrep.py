@@ -394,7 +394,11 @@ class Blind(nn.Module):
 
 
 REFUSED = {
-    "budget": (NETS["chain"], dict(macs=1.5), r"macs must be a share \(a float <= 1.0\) or a whole number, got 1.5"),
+    "budget": (
+        NETS["chain"],
+        dict(macs=1.5),
+        r"macs must be a share \(a float <= 1.0\) or a whole number > 1, got 1.5",
+    ),
     "no budget": (NETS["chain"], dict(macs=None), "give exactly one of .*, got none"),
     "out of reach": (NETS["chain"], dict(macs=100), r"macs \(=100\) cannot be met: the least that remains is"),
     "pattern": (NETS["chain"], dict(ignore=["*.nothing"]), r"no layer is named like '\*.nothing'"),

@@ -154,7 +154,7 @@ def test_widths_that_cannot_be(widths, message):
         ({"latency": 0.0}, "latency must be a share .* got 0.0"),
         ({"latency_ms": float("nan")}, "latency_ms must be a number > 0 or None, got nan"),
         ({"latency": 0.5, "latency_ms": 3}, r"exactly one of .*, got \['latency', 'latency_ms'\]"),
-        ({"params": 0}, "params must be a share .*or a whole number, got 0"),
+        ({"params": 0}, "params must be a share .*or a whole number > 1, got 0"),
         ({"prune_fraction": 0.1, "min_channels": 0}, "min_channels must be a whole number >= 1"),
         ({"prune_fraction": 0.1, "scope": "block"}, "scope must be one of global, layer, got 'block'"),
         ({"prune_fraction": 0.1, "ignore": ["nothing*"]}, "no layer is named like 'nothing\\*'"),
