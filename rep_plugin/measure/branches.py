@@ -4,7 +4,6 @@ The model runs on the ``meta`` device, where nothing is computed: forty shapes c
 there is watched on one image instead, which shows where values are read, but no path of another size.
 """
 
-import copy
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,9 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
+from rep_plugin.measure.copies import copy_inputs, copy_model
 from rep_plugin.measure.forward import run_model
+from rep_plugin.measure.randomness import private_random
 
 SIDES = (32, 48, 64, 96, 112, 128, 192, 224, 256, 384, 512, 1024)
 BATCHES = (1, 2, 3, 5, 8, 16, 64)
@@ -55,6 +56,9 @@ def place_of(modules: Mapping[int, str], stop: CodeType | None = None) -> Place:
     Args:
         modules: {id of a module: its name, empty for the root}.
         stop: the code of the function that has called the model.
+
+    Returns:
+        The place.
     """
     name, line, kind = None, "", ""
     frame = sys._getframe(1)
@@ -235,44 +239,32 @@ def _first_difference(one: "_Watch", other: "_Watch") -> Place:
 
 
 class _Watched:
-    """A model of which copies are run."""
+    """A model of which copies are run, in eval mode."""
 
     def __init__(self, model: nn.Module):
-        self.model, self.own, self.copied = model, {}, None
-        memo: dict[int, Any] = {}
+        self.model, self.own = model, {}
+        shared: dict[int, Any] = {}
         for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values():
             empty = torch.empty_like(tensor, device="meta")
-            memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
-            self.own[id(memo[id(tensor)])] = tensor
-        try:
-            self.copied = copy.deepcopy(model, memo)
-        except Exception:  # what cannot be copied so is run as it is
-            pass
+            shared[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
+            self.own[id(shared[id(tensor)])] = tensor
+        self.copied = copy_model(model, shared, training=False)
 
     def run(self, x: Any) -> _Watch | None:
-        """Run on the meta device, in eval mode; None where the model does not run there, or takes no such shape."""
-        return None if self.copied is None else _run(self.copied, _as_input(x, meta=True), self.own)
+        """Run on the meta device; None where the model does not run there, or takes no such shape."""
+        x = tree_map(lambda leaf: torch.empty_like(leaf, device="meta") if isinstance(leaf, Tensor) else leaf, x)
+        return _run(self.copied, x, self.own)
 
     def run_real(self, x: Any) -> _Watch | None:
         """Run on values."""
-        return _run(copy.deepcopy(self.model), _as_input(x, meta=False), {})
+        return _run(copy_model(self.model, training=False), copy_inputs(x), {})
 
 
 def _run(copied: nn.Module, x: Any, own: Mapping[int, Tensor]) -> _Watch | None:
-    for module in copied.modules():
-        module.training = False
     watch = _Watch(copied, x, own)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), watch:
+        with torch.no_grad(), private_random(), watch:
             run_model(copied, x)
     except Exception:  # a model refuses shapes, and the meta device, in as many ways as there are models
         return None
     return watch
-
-
-def _as_input(x: Any, meta: bool) -> Any:
-    if isinstance(x, Tensor):
-        return torch.empty(x.shape, dtype=x.dtype, device="meta") if meta else x.detach().clone()
-    if isinstance(x, Mapping):
-        return {key: _as_input(value, meta) for key, value in x.items()}
-    return type(x)(_as_input(value, meta) for value in x) if isinstance(x, (tuple, list)) else x
