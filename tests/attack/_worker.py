@@ -2,16 +2,15 @@
 
 import importlib
 import logging
+import os
 import tempfile
 from collections import Counter
 from pathlib import Path
 
-import torch
-
 
 def work(module: str, connection) -> None:
     """In a child process: run the units whose seeds come, and send what came out."""
-    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # torch is imported by the part, and by what it starts
     logging.disable(logging.WARNING)  # mmengine tells of each layer
     attack = importlib.import_module(module).attack
     connection.send("ready")
