@@ -244,7 +244,7 @@ def test_user_errors_are_one_line(lab, whole):
     assert lab.error(TRAIN, lab.config, "--resume", "none.pth") == expected
     assert lab.error(TEST, lab.config, "none.pth") == expected
     few = lab.error(TRAIN, lab.config, "--work-dir", "few", "--cfg-options", "model.head.num_classes=1")
-    assert few == "error: Target 1 is out of bounds. Labels must be below the head's num_classes"
+    assert few == "error: model.head.num_classes (=1) must be > 1, the largest label of CustomDataset"
     torn = lab.folder / "torn.pth"
     torn.write_bytes((lab.folder / "whole" / "epoch_4.pth").read_bytes()[:-500])
     assert "torn.pth is not readable" in lab.error(TEST, lab.config, torn, "--work-dir", "tested")
