@@ -20,18 +20,28 @@ ATTRIBUTE, LAYERS = "rep_history", "rep_layers"
 REPLACE, CHANGED, PART = "replace", "changed", "part"
 Layers = dict[str, Any]
 Replay = Callable[..., nn.Module]
-_REPLAYS: dict[str, tuple[dict[str, Any], Replay]] = {}
+_REPLAYS: dict[str, tuple[dict[str, Any], dict[str, Any], Replay]] = {}
 # Layers that a user may put in another one's place, with their arguments, and how these are read from one.
 _KINDS: dict[str, tuple[type[nn.Module], frozenset[str], Callable[[Any], dict]]] = {}
 _INERT = {"kind": "Identity"}
 
 
-def replays(step: str, *keys: str) -> Callable[[Replay], Replay]:
-    """Decorate ``function(model, **keys) -> model`` as what repeats a step on a freshly built model in eval mode."""
+def replays(step: str, *keys: str, optional: Sequence[str] = ()) -> Callable[[Replay], Replay]:
+    """Decorate ``function(model, **keys) -> model`` as what repeats a step on a freshly built model in eval mode.
+
+    Args:
+        step: name of the step.
+        *keys: what a step holds.
+        optional: what it may hold besides.
+
+    Returns:
+        The decorator.
+    """
 
     def register(function: Replay) -> Replay:
         hints = get_type_hints(function)
-        _REPLAYS[step] = ({key: hints[key] for key in keys}, function)
+        wanted, more = ({key: hints[key] for key in names} for names in (keys, optional))
+        _REPLAYS[step] = (wanted, more, function)
         return function
 
     return register
@@ -197,7 +207,8 @@ def check_history(history: Sequence[Mapping]) -> None:
         if not isinstance(step, Mapping) or str(step.get("step")) not in _REPLAYS:
             what = short(step.get("step") if isinstance(step, Mapping) else step)
             raise ArgumentError(f"unknown step {what} in the history, expected one of {', '.join(sorted(_REPLAYS))}")
-        kinds = _REPLAYS[step["step"]][0] | ({PART: str} if PART in step else {})
+        wanted, more, _ = _REPLAYS[step["step"]]
+        kinds = wanted | {key: kind for key, kind in (more | {PART: str}).items() if key in step}
         arguments = {key: value for key, value in step.items() if key != "step"}
         require_fields(arguments, kinds, f"step {place} of the history ({step['step']})")
 
@@ -226,9 +237,9 @@ def rebuild_(model: nn.Module, history: Sequence[Mapping]) -> nn.Module:
     training = model.training
     for step in history:
         model.train(False)  # not chained: mmpretrain's return None
-        keys, replay = _REPLAYS[step["step"]]
+        wanted, more, replay = _REPLAYS[step["step"]]
         part = step.get(PART, "")
-        new = replay(layer_named(model, part), **{key: step[key] for key in keys})
+        new = replay(layer_named(model, part), **{key: step[key] for key in step if key in wanted | more})
         if not part:
             model = new
         else:

@@ -15,7 +15,7 @@ OPENMMLAB = {"mmengine", "mmcv", "mmpretrain", "mmdet", "mmseg"}
 # Rooms from the bottom to the top: each may import those in rows above its own.
 ROWS = (
     ("errors", "version"),
-    ("arguments",),
+    ("arguments", "attached"),
     ("functional", "checkpoints", "optional", "shipped"),
     ("history", "blocks", "measure"),
     ("registry", "testing", "backbones", "bilinear"),
@@ -30,7 +30,7 @@ ROWS = (
 )
 PRUNING_ROWS = (("tracing",), ("surgery",), ("planning",), ("apply",), ("methods",), ("__init__",))
 TORCH_ONLY = {"functional", "blocks", "backbones", "bilinear", "measure", "checkpoints", "conversion", "reparam"}
-TORCH_ONLY |= {"arguments", "pruning", "export", "history", "testing", "shipped", "saving", "summary"}
+TORCH_ONLY |= {"arguments", "attached", "pruning", "export", "history", "testing", "shipped", "saving", "summary"}
 # matplotlib draws plots and safetensors reads files where they are installed; scipy is a requirement.
 LIBRARIES = {"torch", "rich", "scipy", "matplotlib", "safetensors", "numpy", "PIL", "onnx", "onnxruntime", "openvino"}
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rep_plugin.arguments import Channels, Padding, Size, checked
+from rep_plugin.attached import own_forwards
 from rep_plugin.blocks.chain import Chain
 from rep_plugin.blocks.layers import require_eval
 from rep_plugin.blocks.online import gain_of, init_gains_, merge_macs, run_macs, without_bns
@@ -231,9 +232,13 @@ class RepBlock(nn.Module):
 
         Raises:
             TrainModeError: a BN in train mode; the block is left as it was.
+            NotMergeableError: a layer has a hook or a method of its own; likewise.
         """
         if self.deployed:
             return
+        for name, what in own_forwards(self).items():
+            if name.startswith(("branches", "post_bn")):
+                raise NotMergeableError(f"{name!r} {what}, which a merge would lose: take it off first")
         merged = self._merge()
         with torch.device("meta"):  # no random numbers are drawn for weights that are set below
             conv = self._new_conv(merged.in_channels, merged.out_channels, merged.groups)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rep_plugin.arguments import Channels, OneOf, Padding, Size, checked
+from rep_plugin.attached import what_is_attached
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.branches import he_normal_
 from rep_plugin.blocks.families import ACBlock, DiverseBranchBlock, MobileOneBlock, RepVGGBlock
@@ -215,8 +216,8 @@ def why_not_replaceable(conv: nn.Module) -> str | None:
         return "even kernel side"
     if "weight" not in conv._parameters:
         return "its weight is computed by a parametrization or a hook"
-    if conv._forward_hooks or conv._forward_pre_hooks:
-        return "it has forward hooks"
+    if (what := what_is_attached(conv)) is not None:
+        return f"it {what}"
     if not conv.weight.requires_grad:
         return "frozen"
     return None

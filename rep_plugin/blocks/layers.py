@@ -1,5 +1,6 @@
 """The layers that may stand in a chain, and which convolution each of them is."""
 
+import copy
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from rep_plugin.arguments import Channels, Size, checked
+from rep_plugin.attached import what_is_attached
 from rep_plugin.errors import NotMergeableError, TrainModeError
 from rep_plugin.functional.kernels import avgpool_kernel, pair, plain_ops
 
@@ -118,11 +120,24 @@ DROPS = {"DropPath", "StochasticDepth", "DropBlock2d"}  # of timm, mmcv and torc
 
 def is_idle(module: nn.Module | None) -> bool:
     """True where the module computes nothing in eval mode: Identity, dropout, drop path, an empty Sequential, None."""
-    if module is None or isinstance(module, (nn.Identity, _DropoutNd)):
+    if module is None:
         return True
-    if type(module).__name__ in DROPS:
-        return True
+    if what_is_attached(module) is not None:
+        return False
+    if isinstance(module, (nn.Identity, _DropoutNd)) or type(module).__name__ in DROPS:
+        return type(module).__module__.startswith("torch.nn.") or _returns_its_input(module)
     return type(module).forward is nn.Sequential.forward and all(map(is_idle, module.children()))
+
+
+def _returns_its_input(module: nn.Module) -> bool:
+    """True where a module called dropout gives its input back in eval mode: Monte Carlo dropout does not."""
+    idle, x = copy.copy(module), torch.arange(-8.0, 8.0).view(2, 2, 2, 2)
+    idle.training = False
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return torch.equal(idle(x.clone()), x)
+    except Exception:  # it takes something else than one map
+        return False
 
 
 def why_not_plain(op: nn.Module) -> str | None:

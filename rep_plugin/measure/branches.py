@@ -23,7 +23,7 @@ from rep_plugin.measure.randomness import private_random
 
 SIDES = (32, 48, 64, 96, 112, 128, 192, 224, 256, 384, 512, 1024)
 BATCHES = (1, 2, 3, 5, 8, 16, 64)
-LARGEST = 640  # sides of images that a proof is given of its own accord
+LARGEST = 640  # side of the largest image that a proof runs unasked
 _TORCH, _OURS = Path(torch.__file__).parent, Path(__file__).parents[1]
 # What a tensor answers when it becomes a value of Python, on the meta device: something, so that the forward goes on.
 _READS = {
@@ -87,13 +87,16 @@ def short_path(path: str) -> str:
 class _Watch(TorchFunctionMode):
     """Notes every operation on what depends on the input, and every value that Python reads of it."""
 
-    def __init__(self, model: nn.Module, x: Tensor, own: Mapping[int, Tensor]):
+    def __init__(self, model: nn.Module, x: Any, own: Mapping[int, Tensor]):
         super().__init__()
         self.modules = {id(module): name for name, module in model.named_modules()}
         self.tensors = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
-        self.own, self.steps, self.reads = own, {}, {}
+        self.own = own
+        self.steps: dict[tuple[Place, str, tuple[str, ...]], None] = {}
+        self.reads: dict[Place, None] = {}
         self.stop = sys._getframe(1).f_code
-        self.held = {id(x): x}  # what depends on the input; held, so that no other tensor takes its id
+        # What depends on the input; held, so that no other tensor takes its id.
+        self.held = {id(leaf): leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -167,6 +170,22 @@ class Branches:
             f"the forward decides by a value in {place}: only the path of the given inputs is proven" for place in shown
         ]
         return [*notes, f"and by values in {more} more places"] if more > 0 else notes
+
+    def input_of(self, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
+        """Return random images of a shape.
+
+        Args:
+            shape: one of :attr:`sizes`.
+            like: images, whose device and dtype are taken.
+
+        Returns:
+            The images; one where a size matters. None where they are too large to run unasked, in float64.
+        """
+        number = shape[0] if shape[1:] == tuple(like.shape[1:]) else 1
+        if number * shape[-1] * shape[-2] > LARGEST**2:
+            return None
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn((number, *shape[1:]), generator=generator).to(like.device, like.dtype)
 
     def inside(self, name: str) -> str | None:
         """Return what is decided in a module or in its parts, None for nothing.

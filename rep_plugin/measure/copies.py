@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from rep_plugin.attached import why_no_copy
 from rep_plugin.errors import ArgumentError, first_line
 
 _ATTEMPTS = 20  # another thread may run the model meanwhile, and set attributes
@@ -53,7 +54,8 @@ def copy_model(model: nn.Module, shared: dict[int, object] | None = None, traini
         The copy. Tensors that a graph made, as a map that a module keeps, are detached.
 
     Raises:
-        ArgumentError: a module cannot be copied, or its copy shares modules or memory with it. The message names it.
+        ArgumentError: a module cannot be copied, or its copy shares modules or memory with it, or a hook or a replaced method
+            refers to it. The message names it.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
@@ -61,6 +63,8 @@ def copy_model(model: nn.Module, shared: dict[int, object] | None = None, traini
         >>> copied[1].training, copied[0].weight is model[0].weight
         (False, False)
     """
+    if (why := why_no_copy(model)) is not None:
+        raise ArgumentError(why)
     for attempt in range(_ATTEMPTS):
         try:
             copied = _copy(model, dict(shared or {}))

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from rep_plugin.arguments import Positive, checked
 from rep_plugin.errors import ArgumentError, EquivalenceError, InconclusiveWarning, first_line
+from rep_plugin.measure.branches import find_branches
 from rep_plugin.measure.copies import copy_model, copy_values
 from rep_plugin.measure.differences import (
     Difference,
@@ -295,6 +296,11 @@ def _compare(
     return judged  # what rounding explains is not what is named
 
 
+def run_exact(forward: Callable, *args, **kwargs) -> object:
+    """Return ``forward(*args, **kwargs)``, without gradients; float64 depthwise convolutions take the fast way."""
+    return _run(forward, *args, **kwargs)
+
+
 def rounding_error(model: nn.Module, x: Tensor) -> float:
     """Return how far a model's own output lies from that of the same model in float64, relative.
 
@@ -503,7 +509,8 @@ def verify_equivalence(
         reference: the model to compare with.
         candidate: the model that must compute the same.
         inputs: images (N, C, H, W). One that the reference cannot take (an odd size, say) is left out, but the first; then
-            one image runs alone.
+            one image runs alone. Where the forward takes another path at another size or number of images, see
+            :mod:`rep_plugin.measure.branches`, random images of that shape are compared too.
         block_names: modules that are also compared alone: the candidate's is given the reference's own input to it, or a
             random map where no input runs it.
         tolerance: largest allowed difference, relative to the channel's largest value.
@@ -531,6 +538,7 @@ def verify_equivalence(
     for model in (reference.double(), candidate.double(), *parts.values()):
         model.eval()  # not chained: mmpretrain's return None
     result = Equivalence(blocks={name: Difference() for name in block_names}, not_run=list(block_names))
+    branches = find_branches(reference, inputs[0].double())
     proof = _Proof(reference, candidate, parts, tolerance, result)
     idle = set(run_names)
     for name in run_names:
@@ -540,6 +548,13 @@ def verify_equivalence(
             proof.compare_images(x, scales)
         else:
             proof.compare_size(x, inputs[0][:1])
+    for shape, place in branches.sizes.items():
+        x = branches.input_of(shape, inputs[0])
+        if x is None or proof.compare_first(x.double()).number is None:
+            result.left_out.append(
+                f"for inputs {shape} the forward takes another path in {place}, which is not compared"
+            )
+    result.left_out += branches.notes
     proof.compare_alone()
     result.not_run += [name for name in run_names if name in idle]
     result.warn()

@@ -7,6 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rep_plugin.blocks.layers import require_eval
 from rep_plugin.functional.kernels import bn_scale_shift
 from rep_plugin.functional.padded import compose_padded
+from rep_plugin.reparam.fixed import Fixed, find_fixed
 from rep_plugin.reparam.fx_parts import Readers, TracedPart, trace_parts
 from rep_plugin.reparam.linear_layers import affine_conv, after_affine, is_plain_bn, is_plain_conv, read_layer
 
@@ -89,18 +90,43 @@ def _fold_(conv: nn.Conv2d, before: _BatchNorm | None, behind: _BatchNorm | None
         conv.bias.copy_(bias)
 
 
+def _leave_fixed(
+    pairs: list[tuple[str, str, bool]], parts: list[TracedPart], fixed: Fixed
+) -> tuple[list[tuple[str, str, bool]], list[str]]:
+    """Return the pairs without those that must stay as they are, and a note on each of these."""
+
+    def traced(name: str) -> bool:
+        return any(part.holds(name) for part in parts)
+
+    notes = {}
+    for conv, bn, _ in pairs:
+        why = fixed.why_not_folded(conv, traced, removed=False) or fixed.why_not_folded(bn, traced, removed=True)
+        if why is not None:
+            notes[conv, bn] = f"{conv!r} and {bn!r} are not folded: {why}"
+    left = {bn for _, bn in notes}  # in front of several convolutions a BN goes from all or from none
+    return [pair for pair in pairs if pair[1] not in left], list(notes.values())
+
+
 @torch.no_grad()
-def fold_conv_bn_(model: nn.Module) -> tuple[list[tuple[str, str, bool]], list[str]]:
+def fold_conv_bn_(model: nn.Module, fixed: Fixed | None = None) -> tuple[list[tuple[str, str, bool]], list[str]]:
     """Fold every Conv-BN and every BN-Conv (unpadded) pair of an eval-mode model in place, in float64.
 
-    The convolution keeps its place, with a bias; the BN's becomes Identity (or the activation it carried). Returns the pairs,
-    see :func:`find_pairs`, and what torch.fx could not trace, see :func:`rep_plugin.reparam.fx_parts.trace_parts`.
+    The convolution keeps its place, with a bias; the BN's becomes Identity (or the activation it carried).
+
+    Args:
+        model: the model.
+        fixed: what must stay as it is; by default it is found.
+
+    Returns:
+        The pairs, see :func:`find_pairs`, and notes: pairs that must stay as they are, and what torch.fx could not trace, see
+        :func:`rep_plugin.reparam.fx_parts.trace_parts`.
 
     Raises:
         TrainModeError: a BN is in train mode. The model is then as it was.
     """
     parts, failures = trace_parts(model)
     pairs = [pair for part in parts for pair in find_pairs(model, part)]
+    pairs, notes = _leave_fixed(pairs, parts, find_fixed(model) if fixed is None else fixed)
     for _, bn, _ in pairs:
         require_eval(model.get_submodule(bn), f"BN {bn!r}")
     sides: dict[str, dict[bool, nn.Module]] = {}
@@ -110,11 +136,11 @@ def fold_conv_bn_(model: nn.Module) -> tuple[list[tuple[str, str, bool]], list[s
         _fold_(model.get_submodule(conv_name), bns.get(True), bns.get(False))
     for bn_name in dict.fromkeys(bn for _, bn, _ in pairs):
         model.set_submodule(bn_name, _after_bn(model.get_submodule(bn_name)))
-    return pairs, failures
+    return pairs, notes + [f"not traced, only the parts inside: {failure}" for failure in failures]
 
 
 @torch.no_grad()
-def absorb_biases_(model: nn.Module, names: list[str]) -> list[str]:
+def absorb_biases_(model: nn.Module, names: list[str], fixed: Fixed | None = None) -> list[str]:
     """Move the biases of convolutions into the running means of the BNs that follow, in place.
 
     ``BN(y + b)`` with mean m equals ``BN(y)`` with mean m - b, in eval mode and, batch means moving along, in train mode.
@@ -122,11 +148,14 @@ def absorb_biases_(model: nn.Module, names: list[str]) -> list[str]:
     Args:
         model: the model.
         names: names of the convolutions.
+        fixed: what must stay as it is; by default it is found.
 
     Returns:
-        Names of those that keep their bias: no BN with running statistics alone reads them.
+        Names of those that keep their bias: no BN with running statistics alone reads them, or it must stay as it is.
     """
-    pairs = dict(find_pairs_by_parts(model)[0]) if names else {}
+    fixed = find_fixed(model) if fixed is None else fixed
+    stays = fixed.forwards.keys() | fixed.weights.keys()
+    pairs = {conv: bn for conv, bn in find_pairs_by_parts(model)[0] if bn not in stays} if names else {}
     for name in names:
         if name not in pairs:
             continue

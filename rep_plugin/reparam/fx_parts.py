@@ -20,6 +20,10 @@ class TracedPart:
     module: nn.Module
     graph: fx.Graph
 
+    def holds(self, name: str) -> bool:
+        """Return whether a module of the model is this one or inside it."""
+        return not self.name or name == self.name or name.startswith(f"{self.name}.")
+
     def full_name(self, target: str) -> str:
         return f"{self.name}.{target}" if self.name else target
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rep_plugin.attached import what_is_attached
 from rep_plugin.blocks.layers import NormedConv2d, groups_of, is_idle, why_not_plain
 from rep_plugin.blocks.merge import layer_params
 from rep_plugin.errors import ArgumentError, NotMergeableError
@@ -49,7 +50,7 @@ def bn_affine(bn: nn.Module) -> tuple[Tensor, Tensor]:
         NotMergeableError: another layer.
         TrainModeError: a BN in train mode.
     """
-    if not is_plain_bn(bn):
+    if not is_plain_bn(bn) or what_is_attached(bn) is not None:
         raise NotMergeableError(f"{type(bn).__name__} is not an affine map of its input and cannot be merged")
     params = layer_params(bn, None, torch.float64, bn.running_var.device)
     assert params.bias is not None  # a BN always shifts
@@ -101,6 +102,8 @@ def flatten_layers(modules: Iterable[nn.Module]) -> list[nn.Module]:
     for module in modules:
         if is_idle(module):
             continue
+        if (what := what_is_attached(module)) is not None:
+            raise NotMergeableError(f"{type(module).__name__} {what}, which a merge would lose: take it off first")
         if type(module).forward is nn.Sequential.forward:
             flat += flatten_layers(module)
         elif type(module).__name__ in CONV_NORM_CLASSES:
@@ -138,6 +141,8 @@ def read_layer(module: nn.Module, channels: int | None, device: torch.device) ->
         TrainModeError: a BN in train mode.
     """
     kind = type(module).__name__
+    if (what := what_is_attached(module)) is not None:
+        raise NotMergeableError(f"{kind} {what}, which a merge would lose: take it off first")
     if kind == "IdentityBasedConv1x1":
         return _read_based_1x1(module)
     if kind == "BNAndPadLayer":  # a BN that pads with what it answers to zeros: a 1x1 convolution padded with zeros
@@ -214,7 +219,7 @@ def read_linear(
         NotMergeableError: a layer that computes something else, or a BN that is not plain.
         TrainModeError: a BN in train mode.
     """
-    if type(linear).forward is not nn.Linear.forward:
+    if type(linear).forward is not nn.Linear.forward or what_is_attached(linear) is not None:
         raise NotMergeableError(f"{type(linear).__name__} does not compute what nn.Linear does and cannot be merged")
     weight = linear.weight.detach().double()
     bias = weight.new_zeros(weight.shape[0]) if linear.bias is None else linear.bias.detach().double()

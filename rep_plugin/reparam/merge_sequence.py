@@ -5,7 +5,7 @@
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import reduce
 
 import torch
@@ -20,6 +20,7 @@ from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.randomness import private_random
 from rep_plugin.measure.verify import require_rounded, verify_equivalence
 from rep_plugin.reparam.border_conv import build_conv
+from rep_plugin.reparam.fixed import Fixed, find_fixed
 from rep_plugin.reparam.fx_parts import Readers, trace_parts
 from rep_plugin.reparam.linear_layers import flatten_layers, is_plain_bn, is_plain_conv, read_layer
 
@@ -41,11 +42,10 @@ def merge_sequence(layers: nn.Module | Iterable[nn.Module]) -> nn.Conv2d:
         :class:`rep_plugin.reparam.border_conv.BorderConv2d`.
 
     Raises:
-        NotMergeableError: a layer is not linear.
+        NotMergeableError: a layer is not linear, or has a hook or a replaced method.
         TrainModeError: a BN is in train mode.
         ArgumentError: the layers are not one convolution at the border (two windows that both pad).
-        EquivalenceError: a layer computes something else than its class says (a hook, another forward, values that are not
-            finite).
+        EquivalenceError: a layer computes something else than its class says, or values are not finite.
 
     Example:
         >>> layers = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)).eval()
@@ -88,17 +88,27 @@ def _merge_run(layers: list[nn.Module]) -> PaddedConv:
 
 
 def _is_linear(module: nn.Module | None) -> bool:
+    if module is None:
+        return False
     if type(module) is nn.AvgPool2d:
         return why_not_average(module, padded=any(pair(module.padding))) is None
-    return module is not None and (is_plain_conv(module) or is_plain_bn(module))
+    return is_plain_conv(module) or is_plain_bn(module)
 
 
-def find_chains(readers: Readers) -> list[list[fx.Node]]:
-    """Return the longest runs of linear layers of which each reads the one before, and nothing else does."""
+def find_chains(readers: Readers, stays: Collection[fx.Node] = ()) -> list[list[fx.Node]]:
+    """Find the longest runs of linear layers of which each reads the one before, and nothing else does.
+
+    Args:
+        readers: who reads what.
+        stays: layers that must stay as they are.
+
+    Returns:
+        The runs.
+    """
     chains: list[list[fx.Node]] = []
     ends: dict[fx.Node, list[fx.Node]] = {}
     for node in readers.calls:
-        if not _is_linear(readers.module(node)):
+        if node in stays or not _is_linear(readers.module(node)):
             continue
         chain = ends.pop(readers.source(node), None)
         if chain is None:
@@ -154,15 +164,35 @@ def cheapest_split(layers: list[nn.Module]) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
-def merge_linear_(model: nn.Module) -> list[tuple[str, list[str]]]:
+def merge_linear_(model: nn.Module, fixed: Fixed | None = None) -> tuple[list[tuple[str, list[str]]], list[str]]:
     """Merge the linear sequences of an eval-mode model in place, where that costs no more multiply-adds.
 
-    Returns (name of the layer that now computes the sequence, names of all its layers); the others become Identity.
+    Args:
+        model: the model.
+        fixed: what must stay as it is; by default it is found.
+
+    Returns:
+        (name of the layer that now computes the sequence, names of all its layers); the others become Identity. And notes on
+        layers that must stay as they are.
     """
-    merged = []
-    for part in trace_parts(model)[0]:
+    fixed = find_fixed(model) if fixed is None else fixed
+    parts, merged, notes = trace_parts(model)[0], [], {}
+
+    def traced(name: str) -> bool:
+        return any(part.holds(name) for part in parts)
+
+    for part in parts:
         readers = Readers(model, part)
+        stays = {}
+        for node in readers.calls:
+            if (why := fixed.why_not_folded(part.full_name(node.target), traced, removed=True)) is not None:
+                stays[node] = why
         for chain in find_chains(readers):
+            if _count_convs([readers.module(node) for node in chain]) > 1:
+                notes |= {
+                    why: f"a linear sequence is not merged at {why}" for node in chain if (why := stays.get(node))
+                }
+        for chain in find_chains(readers, stays):
             layers = [readers.module(node) for node in chain]
             for start, stop in cheapest_split(layers):
                 names = [part.full_name(node.target) for node in chain[start:stop]]
@@ -171,4 +201,4 @@ def merge_linear_(model: nn.Module) -> list[tuple[str, list[str]]]:
                 for name in names[1:]:
                     model.set_submodule(name, nn.Identity())
                 merged.append((names[0], names))
-    return merged
+    return merged, list(notes.values())

@@ -1,6 +1,7 @@
 """``reparameterize``: merge every block of a model, prove the result, and say what was done."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rep_plugin.arguments import checked
 from rep_plugin.blocks.conv_like import ConvLike
 from rep_plugin.blocks.layers import require_eval_mode
-from rep_plugin.errors import NothingToMergeError, RepPluginError
+from rep_plugin.errors import NothingToMergeError
 from rep_plugin.history import before_step, record_, replays
 from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.costs import count_macs, count_params
@@ -19,48 +20,16 @@ from rep_plugin.measure.randomness import private_random
 from rep_plugin.measure.report import BlockReport, Report
 from rep_plugin.measure.undo import undone_on_error
 from rep_plugin.measure.verify import Equivalence, default_inputs, require_rounded, verify_equivalence
-from rep_plugin.reparam.adapters import find_adapter
+from rep_plugin.reparam.fixed import Fixed, find_fixed
 from rep_plugin.reparam.fold_bn import absorb_biases_, fold_conv_bn_
 from rep_plugin.reparam.linear_layers import CONV_NORM_CLASSES
+from rep_plugin.reparam.merge_blocks import find_left, merge_blocks_
 from rep_plugin.reparam.merge_sequence import merge_linear_
 
 TOLERANCE = 1e-9  # relative, in float64
 # These are proven end to end: under the block's own name stands another part of the whole than before.
 CONV_BN, BN_CONV, SEQUENCE = "Conv-BN", "BN-Conv", "linear sequence"
 MERGE_METHODS = ("fuse", "reparameterize", "switch_to_deploy", "merge_kernel", "local_inject", "fuse_convs")
-
-
-def _merge_blocks(model: nn.Module) -> tuple[nn.Module, list[BlockReport]]:
-    """Merge every module that has an adapter, outermost first; return the model (the root may be replaced).
-
-    What a merge leaves is looked through as well: a block may be merged in part. A module that stands in several places is
-    merged once and stays shared. Look-alikes of convolutions inside a block are merged before it: it reads convolutions.
-    """
-    blocks: list[BlockReport] = []
-    done: dict[nn.Module, nn.Module] = {}
-
-    def visit(name: str, module: nn.Module) -> nn.Module:
-        if module in done:
-            return done[module]
-        merged = module
-        adapter = find_adapter(module)
-        if adapter is not None:
-            for key, part in list(module.named_modules()):
-                if part is not module and isinstance(part, ConvLike):
-                    module.set_submodule(key, visit(f"{name}.{key}", part))
-            del blocks[len(blocks) - sum(block.name.startswith(f"{name}.") for block in blocks) :]  # part of this one
-            try:
-                merged = adapter.merge(module)
-            except RepPluginError as error:
-                raise type(error)(f"block {name!r} ({adapter.name}): {error}") from error
-            blocks.append(BlockReport(name, adapter.name))
-        done[module] = done[merged] = merged
-        for key, child in list(merged._modules.items()):
-            if child is not None and (new := visit(f"{name}.{key}" if name else key, child)) is not child:
-                merged._modules[key] = new
-        return merged
-
-    return visit("", model), blocks
 
 
 def _can_merge_itself(module: nn.Module) -> bool:
@@ -87,9 +56,8 @@ def _find_self_merging(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _note_unknown(model: nn.Module, able: dict[str, str], blocks: list[BlockReport]) -> list[str]:
-    """One line for each class of ``able`` that no adapter merged, around it or in it, and that still holds BNs."""
-    merged = [block.name for block in blocks]
+def _note_unknown(model: nn.Module, able: dict[str, str], merged: list[str]) -> list[str]:
+    """One line for each class of ``able`` that no adapter took, around it or in it, and that still holds BNs."""
     left: dict[str, list[str]] = {}
     for name, kind in able.items():
         known = any(
@@ -114,22 +82,28 @@ class _Conversion:
     notes: list[str]
 
 
-def _convert(model: nn.Module, fold_bn: bool, merge_linear: bool = False, keep_parts: bool = False) -> _Conversion:
+def _convert(
+    model: nn.Module, fold_bn: bool, merge_linear: bool, fixed: Fixed, keep_parts: bool = False
+) -> _Conversion:
     able, before = _find_self_merging(model), set(model.modules())
     bias_free = [name for name, m in model.named_modules() if name and isinstance(m, ConvLike) and m.bias_free]
-    model, blocks = _merge_blocks(model)
+    model, blocks = merge_blocks_(model, fixed.blocks)
     parts = {block.name: copy_model(model.get_submodule(block.name)) for block in blocks} if keep_parts else {}
-    merged_blocks, notes = list(blocks), []
-    if not fold_bn and (biased := absorb_biases_(model, bias_free)):
+    merged_blocks = list(blocks)
+    notes = [f"block {name!r} is left as it is: {why}" for name, why in fixed.blocks.items()]
+    bias_free = [name for name in bias_free if name not in fixed.blocks]
+    if not fold_bn and (biased := absorb_biases_(model, bias_free, fixed)):
         notes.append(f"{len(biased)} convolutions keep a bias, as no BN alone reads them: {', '.join(biased)}")
     if merge_linear:
-        for name, layers in merge_linear_(model):
+        sequences, left = merge_linear_(model, fixed)
+        notes += left
+        for name, layers in sequences:
             blocks.append(BlockReport(name, f"{SEQUENCE} ({', '.join(layers)})"))
     if fold_bn and any(isinstance(m, _BatchNorm) for m in model.modules()):
-        pairs, failures = fold_conv_bn_(model)
+        pairs, left = fold_conv_bn_(model, fixed)
         blocks += [BlockReport(conv, f"{BN_CONV if first else CONV_BN} ({bn})") for conv, bn, first in pairs]
-        notes += [f"not traced, only the parts inside: {failure}" for failure in failures]
-    notes += _note_unknown(model, able, merged_blocks)
+        notes += left
+    notes += _note_unknown(model, able, [*(block.name for block in merged_blocks), *fixed.blocks])
     if not blocks:
         raise NothingToMergeError(f"{type(model).__name__} holds no block that can be merged", notes)
     for module in set(model.modules()) - before:
@@ -152,8 +126,9 @@ def reparameterize(
 
     The proof compares a merged float64 copy with the original, block by block and end to end, on the example and on random
     inputs, an odd size among them; relative tolerance 1e-9. Multi-branch blocks of timm, mmpretrain and the official
-    repositories are recognised (:mod:`rep_plugin.reparam.foreign.sums`); modules that can merge themselves but are not
-    recognised here are named in ``report.notes``.
+    repositories are recognised (:mod:`rep_plugin.reparam.foreign.sums`) by their children, and then by what they compute, on
+    small maps at three scales. ``report.notes`` name what is left as it is: blocks that compute something else, layers with
+    hooks, replaced methods or shared weights, and modules that can merge themselves but are not recognised here.
 
     Args:
         model: a model in eval mode; it stays as it was where an error is raised.
@@ -190,13 +165,14 @@ def reparameterize(
     counted = inputs[0] if example_input is not None else inputs[0][:1]
     report = Report("reparameterize", count_params(model), 0, input_shape=tuple(counted.shape))
     report.macs_before = count_macs(model, counted)
-    exact = None
+    fixed, exact = find_fixed(model), None
+    fixed.blocks = find_left(model, inputs[0], fixed)
     if verify:
-        exact = _convert(copy_model(model).double(), fold_bn, merge_linear, keep_parts=True)
+        exact = _convert(copy_model(model).double(), fold_bn, merge_linear, fixed, keep_parts=True)
         report.blocks = exact.blocks
         report.add_proof(_prove(model, exact, inputs))
     with undone_on_error(*([model] if inplace else [])):
-        done = _convert(model if inplace else copy_model(model), fold_bn, merge_linear)
+        done = _convert(model if inplace else copy_model(model), fold_bn, merge_linear, fixed)
         merged = done.model
         if exact is None:
             report.blocks = done.blocks
@@ -205,14 +181,17 @@ def reparameterize(
             require_rounded(merged, exact.model)
         report.params_after, report.macs_after = count_params(merged), count_macs(merged, counted)
         report.notes += done.notes
-        record_(merged, before, step="reparameterize", fold_bn=fold_bn, merge_linear=merge_linear)
+        left = {"left": sorted(fixed.blocks)} if fixed.blocks else {}
+        record_(merged, before, step="reparameterize", fold_bn=fold_bn, merge_linear=merge_linear, **left)
     report.seconds = time.perf_counter() - started
     return merged, report
 
 
-@replays("reparameterize", "fold_bn", "merge_linear")
-def _replay(model: nn.Module, fold_bn: bool, merge_linear: bool) -> nn.Module:
-    return _convert(model, fold_bn, merge_linear).model  # not run: nothing says which inputs it takes
+@replays("reparameterize", "fold_bn", "merge_linear", optional=("left",))
+def _replay(model: nn.Module, fold_bn: bool, merge_linear: bool, left: Sequence[str] = ()) -> nn.Module:
+    fixed = find_fixed(model)
+    fixed.blocks = dict.fromkeys(left, "")
+    return _convert(model, fold_bn, merge_linear, fixed).model  # not run: nothing says which inputs it takes
 
 
 def _prove(model: nn.Module, exact: _Conversion, inputs: list[Tensor]) -> Equivalence:

@@ -1,6 +1,7 @@
 """Blocks that are not ours: each layout against the block's own training-time forward, in float64."""
 
 import copy
+import re
 
 import pytest
 import timm
@@ -108,17 +109,60 @@ def test_what_would_be_wrong_is_refused_by_name():
         rep_plugin.reparameterize(model, torch.randn(1, 8, 12, 12))
 
 
-def test_a_wrong_forward_behind_known_names_is_found_out():
-    """The attributes say RepVGG, the forward does something else: the proof names the block, the model stays."""
+class Doubling(official.RepVGGBlock):
+    def forward(self, x):
+        return self.rbr_dense(x) * 2 + self.rbr_1x1(x)
 
-    class Doubling(official.RepVGGBlock):
-        def forward(self, x):
-            return self.rbr_dense(x) * 2 + self.rbr_1x1(x)
 
-    model = calibrate_random_bn_(nn.Sequential(nn.Conv2d(3, 8, 1), Doubling(8, 8)), torch.randn(4, 3, 9, 9))
-    with pytest.raises(rep_plugin.EquivalenceError, match="block '1' differs"):
-        rep_plugin.reparameterize(model, inplace=True)
-    assert isinstance(model[1], Doubling)
+class Clamped(official.RepVGGBlock):
+    def forward(self, x):
+        return super().forward(x).clamp(-50, 50)
+
+
+class Squashed(official.MobileOneBlock):
+    def forward(self, x):
+        return super().forward(x) * torch.tanh(10 * x.abs().mean())
+
+
+class SmallOnly(official.RepVGGBlock):
+    def forward(self, x):
+        return super().forward(x) if x.shape[-1] < 100 else self.rbr_1x1(x).relu()
+
+
+class ManyOnly(official.RepVGGBlock):
+    def forward(self, x):
+        return super().forward(x) if len(x) < 8 else self.rbr_dense(x).relu()
+
+
+class Loud(official.RepVGGBlock):
+    def forward(self, x):
+        return super().forward(x) if x.abs().max() < 30 else self.rbr_1x1(x).relu()
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (Doubling, "not recognised: merged, it differs by"),
+        (Clamped, "not recognised: merged, it differs by"),
+        (Squashed, "not recognised: merged, it differs by"),
+        (SmallOnly, "takes another path for an input .2, 3, 112, 112., in '1.*' .test_foreign.py"),
+        (ManyOnly, "takes another path for an input .8, 3, .*, in '1.*' .test_foreign.py"),
+        (Loud, "decides by a value in '1.*' .test_foreign.py"),
+    ],
+)
+def test_a_wrong_forward_behind_known_names_is_left_as_it_is(kind, why, verify):
+    """The children say RepVGG, the forward does something else: the block is named, the others are merged."""
+    torch.manual_seed(0)
+    blocks = [official.RepVGGBlock(8, 8), kind(8, 8), official.RepVGGBlock(8, 8)]
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), kind(8, 8), *blocks[::2])
+    model = calibrate_random_bn_(model, torch.randn(4, 3, 9, 9)).double()
+    merged, report = rep_plugin.reparameterize(model, torch.randn(2, 3, 33, 34).double(), verify=verify)
+    assert [block.name for block in report.blocks if not block.kind.startswith("Conv-BN")] == ["2", "3"]
+    assert type(merged[1]) is kind and any(re.match(f"block '1' is left as it is: .*{why}", n) for n in report.notes)
+    for shape, scale in [((1, 3, 120, 101), 1.0), ((2, 3, 9, 9), 1e-3), ((2, 3, 9, 9), 1e3), ((9, 3, 9, 9), 1.0)]:
+        x = scale * torch.randn(shape).double()
+        assert relative_error(model(x), merged(x)) < 1e-12
 
 
 class Unknown(nn.Module):

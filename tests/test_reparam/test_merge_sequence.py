@@ -86,9 +86,9 @@ def _layers(change) -> nn.Sequential:
     [
         (
             lambda seq: seq[1].register_forward_hook(lambda module, args, out: out.clamp(-0.1, 0.1)),
-            "whole model differs",
+            "BatchNorm2d has a forward hook",
         ),
-        (lambda seq: setattr(seq[2], "forward", lambda x: nn.Conv2d.forward(seq[2], x).abs()), "whole model differs"),
+        (lambda seq: setattr(seq[2], "forward", lambda x: nn.Conv2d.forward(seq[2], x).abs()), "a forward of its own"),
         (lambda seq: seq.insert(2, nn.Dropout(0.5).train()), "'2' .Dropout. is in train mode"),
         (lambda seq: seq.__setitem__(0, ConvNormAct(seq[0], nn.BatchNorm2d(8).eval())), "whole model differs"),
         (lambda seq: seq[0].weight.data.fill_(float("nan")), "not finite"),

@@ -1,11 +1,9 @@
 """What a trace of a model holds: its layers, and which channels every dimension of every tensor follows."""
 
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from types import CodeType
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +12,7 @@ from torch.utils._pytree import tree_flatten
 from rep_plugin.pruning.tracing.labels import Channels
 
 OUTPUT = "makes the model output"  # begins the reason of what makes it
-_OURS = Path(__file__).parents[2]
-_QUIET = (Path(torch.__file__).parent, Path(__file__).parent, _OURS / "measure")
+_QUIET = (Path(torch.__file__).parent, Path(__file__).parent, Path(__file__).parents[2] / "measure")
 
 
 @dataclass(frozen=True)
@@ -110,34 +107,6 @@ class Trace:
     train_outputs: list[Tensor] = field(default_factory=list)
     conv_of_norm: dict[str, str] = field(default_factory=dict)
     described: dict[tuple[str, int | str], Tensor] = field(default_factory=dict)
-
-
-def running(modules: Mapping[int, str], stop: CodeType) -> str:
-    """Return which module of a model is running, with file and line where that is no code of ours or of torch.
-
-    Args:
-        modules: {id of a module: its name, empty for the root}.
-        stop: The code of the function that has called the model.
-
-    Returns:
-        As ``'layer1.0' (timm/models/resnet.py:210)``.
-    """
-    module, line = "", ""
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code is not stop:
-        path, owner = frame.f_code.co_filename, frame.f_locals.get("self")
-        if not module and id(owner) in modules:
-            module = repr(modules[id(owner)]) if modules[id(owner)] else type(owner).__name__
-        if not line and not is_quiet(path) and not Path(path).is_relative_to(_OURS):
-            line = f" ({_short(path)}:{frame.f_lineno})"
-        frame = frame.f_back
-    return (module or "the model") + line
-
-
-def _short(path: str) -> str:
-    """Of an installed file the path inside of site-packages, of others the name."""
-    parts = Path(path).parts
-    return "/".join(parts[parts.index("site-packages") + 1 :]) if "site-packages" in parts else parts[-1]
 
 
 @lru_cache

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from rep_plugin.errors import TraceError
-from rep_plugin.pruning.tracing.graph import Cost, Mark, Trace, named_tensors, running
+from rep_plugin.measure.branches import place_of
+from rep_plugin.pruning.tracing.graph import Cost, Mark, Trace, named_tensors
 from rep_plugin.pruning.tracing.labels import FIXED
 
 
@@ -48,7 +49,7 @@ class Recorder:
 
     def place(self) -> str:
         """Return which part of the model is running, as ``in 'layer1.0' (timm/models/resnet.py:210)``."""
-        return f"in {running(self._modules, self.caller)}"
+        return f"in {place_of(self._modules, self.caller)}"
 
     def operation(self) -> str:
         """Return the function that a rule is asked about, in words, and its place."""
