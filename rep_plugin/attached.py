@@ -53,9 +53,9 @@ def what_is_attached(module: nn.Module) -> str | None:
         return f"has {kind} ({getattr(hook, '__name__', type(hook).__name__)})"
     for name, _ in _methods_of(module):
         return f"has a {name} of its own"
-    for kind in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
-        if "__call__" in vars(kind) and not kind.__module__.startswith("torch."):
-            return f"is called by a __call__ of {kind.__name__}"
+    for base in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
+        if "__call__" in vars(base) and not base.__module__.startswith("torch."):
+            return f"is called by a __call__ of {base.__name__}"
     return None
 
 
