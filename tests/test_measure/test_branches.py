@@ -109,7 +109,7 @@ def test_the_proof_runs_the_other_path(name):
 
 def test_reports_name_decisions():
     net = net_of(VALUES["bool"])
-    merged, report = reparameterize(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), net).double().eval(), X)
+    _, report = reparameterize(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), net).double().eval(), X)
     assert any("decides by a value in '2.0' (test_branches.py:" in note for note in report.notes)
     net = net_of(SIZES["pixels"][0])
     report = apply_plan(net, plan_pruning(net, X, "l1", 0.3, prune_outputs=True), example_input=X)

@@ -129,7 +129,8 @@ def test_one_image_runs_alone_where_no_other_size_is_taken():
             self.fc = nn.Linear(3 * 12 * 12, 4)
 
         def forward(self, x):
-            sizes.append(len(x))
+            if not x.is_meta:
+                sizes.append(len(x))
             return self.fc(x.flatten(1))
 
     model = Fixed()
@@ -152,7 +153,7 @@ def test_a_model_of_one_number_of_images_gets_as_many_at_each_scale():
 
     model = TwoOnly()
     found = verify_equivalence(model, copy.deepcopy(model), default_inputs(model, X))
-    assert found.conclusive and not found.notes
+    assert found.conclusive and [note.split(" in ")[0] for note in found.notes] == ["the forward decides by a value"]
     assert max(largest) > 1e3 and min(largest) < 1e-2
 
 

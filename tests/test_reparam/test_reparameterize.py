@@ -104,7 +104,8 @@ def test_an_untraceable_model_keeps_its_bns_and_says_so():
 
     model = calibrate_random_bn_(Branching(), torch.randn(4, 3, 8, 8))
     merged, report = rep_plugin.reparameterize(model)
-    assert isinstance(merged.bn, nn.BatchNorm2d) and "cannot trace Branching" in report.notes[0]
+    assert isinstance(merged.bn, nn.BatchNorm2d) and any("cannot trace Branching" in note for note in report.notes)
+    assert any("decides by a value in Branching" in note for note in report.notes)
 
 
 def test_train_mode_is_refused_by_name():
@@ -222,23 +223,23 @@ def test_half_precision_merges_are_proven_in_half_precision():
 
 
 class Large(nn.Module):
-    """Its second block is for large pictures alone."""
+    """Its second block is for images 71 pixels wide alone: no proof runs these unasked."""
 
     def __init__(self, aux: nn.Module):
         super().__init__()
         self.block, self.aux = RepInvertedResidual(3, 3), aux
 
     def forward(self, x):
-        return self.aux(self.block(x)) if x.shape[-1] >= 64 else self.block(x)
+        return self.aux(self.block(x)) if x.shape[-1] == 71 else self.block(x)
 
 
 def test_a_block_that_no_input_runs_is_proven_by_itself():
-    model = calibrate_random_bn_(Large(RepInvertedResidual(3, 3)), torch.randn(4, 3, 64, 64))
+    model = calibrate_random_bn_(Large(RepInvertedResidual(3, 3)), torch.randn(4, 3, 64, 71))
     merged, report = rep_plugin.reparameterize(model, torch.randn(2, 3, 16, 16), fold_bn=False)
     assert report.blocks[1].max_rel_error < 1e-12 and report.notes == [
         "block 'aux' is not run by the model, and proven by itself"
     ]
-    x = torch.randn(2, 3, 65, 64)
+    x = torch.randn(2, 3, 65, 71)
     assert relative_error(model(x), merged(x)) < 1e-5
     merged, _ = rep_plugin.reparameterize(model.double(), x[:, :, :16, :16], fold_bn=False)
     merged.aux.reparam_conv.weight.data[0, 0, 0, 0] += 1e-6
@@ -251,7 +252,7 @@ def test_a_block_that_no_input_runs_and_no_map_either_is_not_called_proven():
         def forward(self, x, how):
             return super().forward(x)
 
-    model = calibrate_random_bn_(Large(RepInvertedResidual(3, 3)), torch.randn(4, 3, 64, 64))
+    model = calibrate_random_bn_(Large(RepInvertedResidual(3, 3)), torch.randn(4, 3, 64, 71))
     model.aux.__class__ = Asked
     with pytest.warns(rep_plugin.InconclusiveWarning, match="no input runs block 'aux'"):
         _, report = rep_plugin.reparameterize(model, torch.randn(2, 3, 16, 16), fold_bn=False)
@@ -259,7 +260,7 @@ def test_a_block_that_no_input_runs_and_no_map_either_is_not_called_proven():
 
 
 class Idle(nn.Module):
-    """Has a part that it runs on large batches alone, and not to be traced."""
+    """Has a part that it runs on seven images alone, and not to be traced."""
 
     def __init__(self, idle: nn.Module):
         super().__init__()
@@ -267,18 +268,18 @@ class Idle(nn.Module):
 
     def forward(self, x):
         y = self.live(x)
-        return self.idle(y) if x.shape[0] > 4 else y
+        return self.idle(y) if x.shape[0] == 7 else y
 
 
 def test_folds_in_parts_that_no_input_runs_are_not_called_proven():
     idle = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
-    model = calibrate_random_bn_(Idle(idle), torch.randn(8, 3, 16, 16))
+    model = calibrate_random_bn_(Idle(idle), torch.randn(7, 3, 16, 16))
     with pytest.warns(rep_plugin.InconclusiveWarning, match="no input runs block 'idle.0'"):
         _, report = rep_plugin.reparameterize(model, torch.randn(2, 3, 16, 16))
     assert "block 'idle.0' was not run by any input and is not proven" in report.notes
 
 
-@pytest.mark.parametrize("batch", [2, 8])
+@pytest.mark.parametrize("batch", [2, 7])
 def test_blocks_whose_neighbours_are_folded_into_them_are_proven_as_they_were_before(batch):
     def block(**options):
         return timm.models.fastvit.MobileOneBlock(8, 8, use_act=False, **options)
@@ -286,10 +287,10 @@ def test_blocks_whose_neighbours_are_folded_into_them_are_proven_as_they_were_be
     behind = nn.Sequential(block(kernel_size=3), nn.BatchNorm2d(8))
     ahead = nn.Sequential(nn.BatchNorm2d(8), block(kernel_size=1))
     for idle in (behind, ahead):
-        model = calibrate_random_bn_(Idle(idle), torch.randn(8, 3, 16, 16))
+        model = calibrate_random_bn_(Idle(idle), torch.randn(7, 3, 16, 16))
         merged, report = rep_plugin.reparameterize(model, torch.randn(batch, 3, 16, 16))
         assert report.max_rel_error < 1e-9 and max(block.max_rel_error or 0 for block in report.blocks) < 1e-9
-        x = torch.randn(8, 3, 16, 16)
+        x = torch.randn(7, 3, 16, 16)
         assert relative_error(model(x), merged(x)) < 1e-4
 
 
