@@ -1,6 +1,6 @@
 """Where a forward decides by values or sizes: found by watching which operations it runs, and in which line.
 
-The model runs on the ``meta`` device, where nothing is computed: forty shapes cost less than one image. What cannot run
+The model runs on the ``meta`` device, where nothing is computed: twenty shapes cost about one image. What cannot run
 there is watched on one image instead, which shows where values are read, but no path of another size.
 """
 
