@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from rep_plugin.blocks import RepVGGBlock
-from rep_plugin.errors import TraceError
+from rep_plugin.errors import ArgumentError, TraceError
 from rep_plugin.reparam.tracer import trace
 
 REGISTERED = []
@@ -129,7 +129,7 @@ def test_classes_of_any_metaclass_and_forwards_of_instances():
     assert targets(trace(Odd())) == ["conv"]
     net = Odd()
     net.forward = lambda x: net.conv(x)
-    with pytest.raises(TraceError):
+    with pytest.raises(ArgumentError, match="has a forward of its own that refers to"):
         trace(net)  # it is bound to the original, whose convolution is not the copy's
     compiled = nn.Sequential(torch.compile(Odd(), backend="eager"))
     with pytest.raises(TraceError, match="is compiled"):
