@@ -20,6 +20,8 @@ import torch
 from mmengine.config import Config
 from training_runs import ROOT, Job, print_scores, run_all
 
+from rep_plugin.openmmlab.experiments import processor
+
 DEMO, STOCK = ROOT / "configs/rep_mbv2_mini_cub.py", ROOT / "benchmarks/configs/stock_mbv2_mini_cub.py"
 RECORDS = ROOT / "docs/results/records"
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}  # sums in the order of another processor
@@ -33,13 +35,6 @@ RUNS = {
     "stock, seed 1": (STOCK, 1, {}),
     "stock, seed 2": (STOCK, 2, {}),
 }
-
-
-def processor() -> str:
-    """Return the processor's name as Linux has it, else what Python knows."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
 
 
 def write_record(path: Path, config: Path, command: str, jobs: list[Job], results: list[dict]) -> None:
