@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -199,20 +200,21 @@ class DistillHook(StatefulHook):
         for name in names:
             _module(student, name, "model")
         outputs: dict[str, object] = {}
+        own = weakref.ref(student)  # copies of the student, as the teacher, carry the hooks and are left alone
 
         def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
             self._taps.close()  # of a pass that did not come to its end
-            if module is student and self.teacher is not None and _mode(args, kwargs) == "loss":
+            if module is own() and self.teacher is not None and _mode(args, kwargs) == "loss":
                 outputs.clear()
                 outputs.update(inputs=kwargs["inputs"] if "inputs" in kwargs else args[0])
-                self._taps.enter_context(_outputs(student, names, outputs))
+                self._taps.enter_context(_outputs(module, names, outputs))
 
         def after(module: nn.Module, args: tuple, kwargs: dict, losses: dict) -> dict | None:
-            if module is not student or "inputs" not in outputs:
+            if module is not own() or "inputs" not in outputs:
                 return None
             self._taps.close()
             if logits not in outputs:
-                raise HookError(f"DistillHook: {type(student).__name__}'s loss does not call its {logits!r}")
+                raise HookError(f"DistillHook: {type(module).__name__}'s loss does not call its {logits!r}")
             mixed = self._mix(outputs, logits, losses)
             outputs.clear()
             return mixed
