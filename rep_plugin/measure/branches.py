@@ -1,7 +1,8 @@
 """Where a forward decides by values or sizes: found by watching which operations it runs, and in which line.
 
-The model runs on the ``meta`` device, where nothing is computed: twenty shapes cost about one image. What cannot run
-there is watched on one image instead, which shows where values are read, but no path of another size.
+The model runs on the ``meta`` device, where nothing is computed. A forward whose code asks no map for its size takes one
+path for all sizes; that of another runs at twenty shapes more. What cannot run there is watched on one image instead, which
+shows where values are read, but no path of another size.
 """
 
 import sys
@@ -25,11 +26,25 @@ SIDES = (32, 48, 64, 96, 112, 128, 192, 224, 256, 384, 512, 1024)
 BATCHES = (1, 2, 3, 5, 8, 16, 64)
 LARGEST = 640  # side of the largest image that a proof runs unasked
 _TORCH, _OURS = Path(torch.__file__).parent, Path(__file__).parents[1]
+_OPERATORS = {str(_TORCH / "_tensor.py"), str(_TORCH / "overrides.py")}  # between ``len(x)`` and what asks for it
 # What a tensor answers when it becomes a value of Python, on the meta device: something, so that the forward goes on.
 _READS = {
     "__bool__": bool, "is_nonzero": bool, "equal": bool, "allclose": bool, "__contains__": bool, "__int__": int,
     "__index__": int, "__float__": float, "__complex__": complex, "item": None, "tolist": None, "numpy": None,
 }  # fmt: skip
+# What a tensor answers that is the same for all sizes.
+_NO_SIZES = {
+    "dim",
+    "ndim",
+    "dtype",
+    "device",
+    "layout",
+    "requires_grad",
+    "grad",
+    "grad_fn",
+    "get_device",
+    "element_size",
+}
 
 
 class Place(NamedTuple):
@@ -94,6 +109,7 @@ class _Watch(TorchFunctionMode):
         self.own = own
         self.steps: dict[tuple[Place, str, tuple[str, ...]], None] = {}
         self.reads: dict[Place, None] = {}
+        self.asks_size = False
         self.stop = sys._getframe(1).f_code
         # What depends on the input; held, so that no other tensor takes its id.
         self.held = {id(leaf): leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)}
@@ -114,6 +130,8 @@ class _Watch(TorchFunctionMode):
             self.held.update((id(t), t) for t in made)
             names = tuple(self.tensors[id(t)] for t in given if id(t) in self.tensors)
             self.steps.setdefault((place_of(self.modules, self.stop), name, names))
+        if depends and not self.asks_size and not isinstance(out, Tensor):
+            self.asks_size = _may_tell_size(func, name) and _is_called_by_model()
         return out
 
     def _answer(self, func, name: str, given: list[Tensor], args: tuple, kwargs: dict) -> Any:
@@ -125,6 +143,20 @@ class _Watch(TorchFunctionMode):
             bool if given[0].dtype == torch.bool else float if given[0].is_floating_point() else int
         )
         return kind(name not in ("__bool__", "is_nonzero", "equal", "allclose", "__contains__") and kind is not bool)
+
+
+def _may_tell_size(func, name: str) -> bool:
+    """Whether an answer that is no tensor may differ between sizes: a size, or a tuple of as many maps."""
+    name = func.__self__.__name__ if name == "__get__" else name
+    return name not in _NO_SIZES and not name.startswith("is_")
+
+
+def _is_called_by_model() -> bool:
+    """Whether the function that runs is called by code that is neither torch's nor ours."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename in _OPERATORS:
+        frame = frame.f_back
+    return frame is not None and not any(Path(frame.f_code.co_filename).is_relative_to(f) for f in (_TORCH, _OURS))
 
 
 _KEEP_SHAPE = {
@@ -226,7 +258,7 @@ def find_branches(model: nn.Module, x: object, other_sizes: bool = True, other_b
             found.values = list(real.reads)
         return found
     found.values = list(base.reads)
-    if not isinstance(x, Tensor) or x.dim() != 4:
+    if not isinstance(x, Tensor) or x.dim() != 4 or not base.asks_size:
         return found
     seen = [set(base.steps)]
     for shape in _other_shapes(tuple(x.shape), other_sizes, other_batches):
