@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from rep_plugin.arguments import Positive, checked
 from rep_plugin.errors import ArgumentError, EquivalenceError, InconclusiveWarning, first_line
-from rep_plugin.measure.branches import find_branches
+from rep_plugin.measure.branches import Branches, find_branches
 from rep_plugin.measure.copies import copy_model, copy_values
 from rep_plugin.measure.differences import (
     Difference,
@@ -499,6 +499,7 @@ def verify_equivalence(
     keep: bool = True,
     run_names: Sequence[str] = (),
     scales: Sequence[float] = SCALES,
+    branches: Branches | None = None,
 ) -> Equivalence:
     """Check that two models compute the same function in eval mode, in float64.
 
@@ -518,6 +519,7 @@ def verify_equivalence(
         keep: copy the models first; False converts the given ones to float64.
         run_names: modules of the reference that are proven end to end alone, and so only where an input runs them.
         scales: the first batch also holds its first image, mirrored, times each of these, where that stays finite.
+        branches: what :func:`~rep_plugin.measure.branches.find_branches` has found in the reference; None: it is called.
 
     Returns:
         The measurements. InconclusiveWarning is given where another input changes the output by less than 1e-3, and where
@@ -538,7 +540,7 @@ def verify_equivalence(
     for model in (reference.double(), candidate.double(), *parts.values()):
         model.eval()  # not chained: mmpretrain's return None
     result = Equivalence(blocks={name: Difference() for name in block_names}, not_run=list(block_names))
-    branches = find_branches(reference, inputs[0].double())
+    branches = find_branches(reference, inputs[0].double()) if branches is None else branches
     proof = _Proof(reference, candidate, parts, tolerance, result)
     idle = set(run_names)
     for name in run_names:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from rep_plugin.attached import detach_all_
 from rep_plugin.blocks.conv_like import ConvLike
 from rep_plugin.errors import RepPluginError, first_line
-from rep_plugin.measure.branches import Branches, find_branches
+from rep_plugin.measure.branches import Branches
 from rep_plugin.measure.copies import copy_inputs, copy_model
 from rep_plugin.measure.differences import flatten_outputs, shapes_of
 from rep_plugin.measure.forward import first_image, run_model
@@ -72,20 +72,20 @@ def merge_blocks_(
     return visit(prefix, model), blocks
 
 
-def find_left(model: nn.Module, x: Any, fixed: Fixed) -> dict[str, str]:
+def find_left(model: nn.Module, x: Any, fixed: Fixed, branches: Branches) -> dict[str, str]:
     """Find the blocks of a model that must stay as they are.
 
     Args:
         model: the model, in eval mode. It is not changed.
         x: what it is called with.
         fixed: what of it must stay as it is.
+        branches: where its forward decides by values or sizes.
 
     Returns:
         {name: why}.
     """
     found = {name: module for name, module in model.named_modules() if find_adapter(module) is not None}
     foreign = [name for name, module in found.items() if not _is_ours(module)]
-    branches = find_branches(model, x) if foreign else Branches()
     inputs = _inputs_of(model, x, foreign) if foreign else {}
     left: dict[str, str] = {}
     accepted: list[str] = []

@@ -12,6 +12,7 @@ from rep_plugin.blocks.conv_like import ConvLike
 from rep_plugin.blocks.layers import require_eval_mode
 from rep_plugin.errors import NothingToMergeError
 from rep_plugin.history import before_step, record_, replays
+from rep_plugin.measure.branches import Branches, find_branches
 from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.forward import require_bare
@@ -165,12 +166,12 @@ def reparameterize(
     counted = inputs[0] if example_input is not None else inputs[0][:1]
     report = Report("reparameterize", count_params(model), 0, input_shape=tuple(counted.shape))
     report.macs_before = count_macs(model, counted)
-    fixed, exact = find_fixed(model), None
-    fixed.blocks = find_left(model, inputs[0], fixed)
+    fixed, exact, branches = find_fixed(model), None, find_branches(model, inputs[0])
+    fixed.blocks = find_left(model, inputs[0], fixed, branches)
     if verify:
         exact = _convert(copy_model(model).double(), fold_bn, merge_linear, fixed, keep_parts=True)
         report.blocks = exact.blocks
-        report.add_proof(_prove(model, exact, inputs))
+        report.add_proof(_prove(model, exact, inputs, branches))
     with undone_on_error(*([model] if inplace else [])):
         done = _convert(model if inplace else copy_model(model), fold_bn, merge_linear, fixed)
         merged = done.model
@@ -194,10 +195,12 @@ def _replay(model: nn.Module, fold_bn: bool, merge_linear: bool, left: Sequence[
     return _convert(model, fold_bn, merge_linear, fixed).model  # not run: nothing says which inputs it takes
 
 
-def _prove(model: nn.Module, exact: _Conversion, inputs: list[Tensor]) -> Equivalence:
+def _prove(model: nn.Module, exact: _Conversion, inputs: list[Tensor], branches: Branches) -> Equivalence:
     """Compare the merged float64 copy with the model."""
     proven_whole = (CONV_BN, BN_CONV, SEQUENCE)
     names = [block.name for block in exact.blocks if block.name and not block.kind.startswith(proven_whole)]
     own = {name for name, _ in model.named_modules(remove_duplicate=False)}
     folded = [block.name for block in exact.blocks if block.kind.startswith(proven_whole) and block.name in own]
-    return verify_equivalence(model, exact.model, inputs, names, TOLERANCE, exact.parts, run_names=folded)
+    return verify_equivalence(
+        model, exact.model, inputs, names, TOLERANCE, exact.parts, run_names=folded, branches=branches
+    )
