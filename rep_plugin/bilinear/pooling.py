@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from rep_plugin.arguments import Channels, Count, In, OneOf, Seed, checked
 from rep_plugin.bilinear.methods import METHODS, Triangle, build_pool
 from rep_plugin.errors import ArgumentError, ArgumentTypeError
-from rep_plugin.functional.bilinear import Steps, autocast_enabled, fold_to_triangle, signed_sqrt_l2
+from rep_plugin.functional.bilinear import Steps, fold_to_triangle, signed_sqrt_l2
+from rep_plugin.functional.kernels import autocast_enabled
 
 Dim = Annotated[int, In("[1, 1048576]")]
 LAYOUTS = {"NCHW": 4, "NHWC": 4, "NLC": 3}
@@ -52,7 +53,7 @@ def _flatten(x: Tensor) -> Tensor:
 @torch.fx.wrap
 def _cast_back(pooled: Tensor, like: Tensor) -> Tensor:
     """A model in half precision goes on in it; under autocast the features stay float32."""
-    half = like.dtype in (torch.float16, torch.bfloat16) and not autocast_enabled(like)
+    half = like.dtype in (torch.float16, torch.bfloat16) and not autocast_enabled(like.device)
     return pooled.to(like.dtype) if half else pooled
 
 

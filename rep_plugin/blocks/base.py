@@ -13,7 +13,15 @@ from rep_plugin.blocks.chain import Chain
 from rep_plugin.blocks.layers import require_eval
 from rep_plugin.blocks.online import gain_of, init_gains_, merge_macs, run_macs, without_bns
 from rep_plugin.errors import ArgumentError, NotMergeableError
-from rep_plugin.functional.kernels import ConvParams, fold_bn, merge_sum, pad_kernel, pair, regroup_kernel
+from rep_plugin.functional.kernels import (
+    ConvParams,
+    fold_bn,
+    merge_sum,
+    pad_kernel,
+    pair,
+    regroup_kernel,
+    without_autocast,
+)
 
 
 @checked
@@ -212,7 +220,7 @@ class RepBlock(nn.Module):
             if m.stride != self.stride:
                 raise ArgumentError(f"branch {name!r} has stride {m.stride}, the block {self.stride}")
             pairs.append((regroup_kernel(m.kernel, m.groups, groups), m.bias))
-        with torch.autocast(pairs[0][0].device.type, enabled=False):
+        with without_autocast(pairs[0][0].device):
             kernel, bias = merge_sum(pairs)
         return ConvParams(pad_kernel(kernel, self.kernel_size), bias, groups, self.stride, self.dilation)
 

@@ -15,6 +15,7 @@ from rep_plugin.functional.kernels import (
     compose_all,
     identity_kernel,
     is_constant,
+    without_autocast,
 )
 
 
@@ -79,7 +80,7 @@ def merge_ops(ops: Iterable[nn.Module], in_channels: int | None = None, dtype: t
     if not ops or channels is None:
         raise ArgumentError(f"a chain of {len(ops)} layers with in_channels={in_channels} has no channel number")
     parts = []
-    with torch.autocast(device.type, enabled=False):  # a half-precision merge would cost 2.3 times the accuracy
+    with without_autocast(device):
         for op in ops:
             parts.append(layer_params(op, channels, dtype, device))
             channels = parts[-1].out_channels

@@ -12,7 +12,6 @@ zero-preserving signed square root and the fold of a head to the triangle are de
 
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Annotated
 
 import torch
@@ -21,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from rep_plugin.arguments import Channels, Dims, In, Positive, That
 from rep_plugin.errors import ArgumentError
-from rep_plugin.functional.kernels import plain_ops
+from rep_plugin.functional.kernels import plain_ops, without_autocast
 
 SQRT_EPS = 1e-5  # bounds the gradient of the signed square root by 1 / (2 sqrt(eps)) = 158
 NORM_EPS = 1e-12  # torch.nn.functional.normalize's own
@@ -40,17 +39,6 @@ def _is_index(tensor: Tensor) -> bool:
 Index = Annotated[Tensor, That(_is_index, "int64 indices (K,), none below 0")]
 
 
-def autocast_enabled(x: Tensor) -> bool:
-    """Return True where autocast is on for the device of ``x``."""
-    kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-
-
-def _without_autocast(x: Tensor):
-    # Entered only where it changes something: exporters stumble over the context manager.
-    return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else nullcontext()
-
-
 def full_precision(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Decorate a function to run with autocast off and its half-precision arguments as float32."""
 
@@ -58,7 +46,7 @@ def full_precision(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def run(*args, **kwargs) -> Tensor:
         args = [a.float() if isinstance(a, Tensor) and a.dtype in _HALF else a for a in args]
         kwargs = {k: a.float() if isinstance(a, Tensor) and a.dtype in _HALF else a for k, a in kwargs.items()}
-        with _without_autocast(args[0]):
+        with without_autocast(args[0].device):
             return function(*args, **kwargs)
 
     return run
@@ -93,7 +81,7 @@ class _SymmetricGram(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
         (scaled,) = ctx.saved_tensors
-        with _without_autocast(grad):
+        with without_autocast(grad.device):
             return torch.bmm(grad + grad.transpose(1, 2), scaled).mul_(scaled.shape[2] ** -0.5)
 
 
@@ -170,7 +158,7 @@ class _SignedSqrtL2(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         y, norm, weight = ctx.saved_tensors
-        with _without_autocast(grad):
+        with without_autocast(grad.device):
             along = torch.linalg.vecdot(y, grad, dim=1).unsqueeze(1)
         out = torch.addcmul(grad, y if weight is None else y * weight, along, value=-1)
         slope = (y.abs() * (2 * norm * norm)).add_(2 * norm * SQRT_EPS**0.5)

@@ -1,11 +1,12 @@
 """Where a forward decides by values or sizes: found by watching which operations it runs, and in which line.
 
 The model runs on the ``meta`` device, where nothing is computed. A forward whose code asks no map for its size takes one
-path for all sizes; that of another runs at twenty shapes more. What cannot run there is watched on one image instead, which
-shows where values are read, but no path of another size.
+path for all sizes; that of another runs at twenty shapes more. What cannot run there is watched on random images, at the
+smaller of these shapes.
 """
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -25,6 +26,7 @@ from rep_plugin.measure.randomness import private_random
 SIDES = (32, 48, 64, 96, 112, 128, 192, 224, 256, 384, 512, 1024)
 BATCHES = (1, 2, 3, 5, 8, 16, 64)
 LARGEST = 640  # side of the largest image that a proof runs unasked
+SMALL = 128  # side of one that is run only to be watched
 _TORCH, _OURS = Path(torch.__file__).parent, Path(__file__).parents[1]
 _OPERATORS = {str(_TORCH / "_tensor.py"), str(_TORCH / "overrides.py")}  # between ``len(x)`` and what asks for it
 # What a tensor answers when it becomes a value of Python, on the meta device: something, so that the forward goes on.
@@ -107,7 +109,7 @@ class _Watch(TorchFunctionMode):
         self.modules = {id(module): name for name, module in model.named_modules()}
         self.tensors = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
         self.own = own
-        self.steps: dict[tuple[Place, str, tuple[str, ...]], None] = {}
+        self.steps: Counter[tuple[Place, str, tuple[str, ...]]] = Counter()
         self.reads: dict[Place, None] = {}
         self.asks_size = False
         self.stop = sys._getframe(1).f_code
@@ -129,7 +131,7 @@ class _Watch(TorchFunctionMode):
         if depends and made:
             self.held.update((id(t), t) for t in made)
             names = tuple(self.tensors[id(t)] for t in given if id(t) in self.tensors)
-            self.steps.setdefault((place_of(self.modules, self.stop), name, names))
+            self.steps[place_of(self.modules, self.stop), name, names] += 1
         if depends and not self.asks_size and not isinstance(out, Tensor):
             self.asks_size = _may_tell_size(func, name) and _is_called_by_model()
         return out
@@ -253,22 +255,25 @@ def find_branches(model: nn.Module, x: object, other_sizes: bool = True, other_b
     found = Branches()
     watched = _Watched(model)
     base = watched.run(x)
-    if base is None:
-        if (real := watched.run_real(x)) is not None:
-            found.values = list(real.reads)
+    device = "meta" if base is not None else getattr(x, "device", None)
+    if base is None and (base := watched.run_real(x)) is None:
         return found
     found.values = list(base.reads)
     if not isinstance(x, Tensor) or x.dim() != 4 or not base.asks_size:
         return found
-    seen = [set(base.steps)]
+    seen = [base.steps]
     for shape in _other_shapes(tuple(x.shape), other_sizes, other_batches):
-        watch = watched.run(torch.empty(shape, dtype=x.dtype, device="meta"))
+        if device == "meta":
+            watch = watched.run(torch.empty(shape, dtype=x.dtype, device=device))
+        elif shape[0] * shape[2] * shape[3] <= max(SMALL**2, 4 * x[:, 0].numel()):
+            watch = watched.run_real(torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(x))
+        else:
+            continue
         if watch is None:
             continue
         found.values += [place for place in watch.reads if place not in found.values]
-        steps = set(watch.steps)
-        if steps not in seen:
-            seen.append(steps)
+        if watch.steps not in seen:
+            seen.append(watch.steps)
             found.sizes[shape] = _first_difference(watch, base)
     return found
 
@@ -284,9 +289,8 @@ def _other_shapes(shape: tuple[int, ...], sizes: bool, batches: bool) -> Iterato
 
 
 def _first_difference(one: "_Watch", other: "_Watch") -> Place:
-    """The first step that only one of two runs takes; one where a module or a tensor is read, if there is any."""
-    only = [step for step in one.steps if step not in other.steps] + [s for s in other.steps if s not in one.steps]
-    return only[0][0]
+    """The first step that two runs do not take equally often."""
+    return next(step for step in (*one.steps, *other.steps) if one.steps[step] != other.steps[step])[0]
 
 
 class _Watched:
