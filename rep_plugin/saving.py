@@ -6,16 +6,17 @@ to it is repeated on that.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import torch
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 from rep_plugin import pruning as pruning  # these two register how their steps are repeated
 from rep_plugin import reparam as reparam
-from rep_plugin.arguments import checked
+from rep_plugin.arguments import Dims, checked
 from rep_plugin.checkpoints.files import write_contents
 from rep_plugin.checkpoints.plain import fits, read_json, short
 from rep_plugin.checkpoints.safe_load import load_safetensors
@@ -24,6 +25,7 @@ from rep_plugin.errors import (
     ArgumentError,
     ArgumentTypeError,
     CheckpointMismatchError,
+    EquivalenceError,
     RepPluginError,
     UnreadableCheckpointError,
     first_line,
@@ -32,21 +34,24 @@ from rep_plugin.history import CHANGED, changes, check_history, history_of, rebu
 from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.forward import require_bare
 from rep_plugin.measure.randomness import private_random
+from rep_plugin.measure.rebuilt import check_fingerprint, fingerprint_of
+from rep_plugin.measure.verify import default_inputs
 from rep_plugin.optional import require
 
-CONFIG, WEIGHTS, ARCHITECTURE = "config.json", "model.safetensors", "rep_plugin_rebuilt"
+CONFIG, WEIGHTS, ARCHITECTURE, PROOF = "config.json", "model.safetensors", "rep_plugin_rebuilt", "fingerprint"
+Images = Annotated[Tensor, Dims("(N, C, H, W)")]
 
 
 class Builder(NamedTuple):
     """How a framework's own models are saved and built again.
 
     Args:
-        describe: returns the config of a model, None for another framework's; raises an error of ours for one that cannot be
-            built again by name.
+        describe: returns the config of a model that was proven to be built again, given images for that or None; None for
+            another framework's. It raises an error of ours for one that cannot be built again by name.
         load: builds the model in a folder, with its weights.
     """
 
-    describe: Callable[[nn.Module], dict | None]
+    describe: Callable[[nn.Module, Tensor | None], dict | None]
     load: Callable[[Path], nn.Module]
 
 
@@ -54,7 +59,8 @@ BUILDERS: dict[str, Builder] = {}
 
 
 @checked
-def save(model: nn.Module, folder: str | Path) -> None:
+@private_random()
+def save(model: nn.Module, folder: str | Path, example_input: Images | None = None) -> None:
     """Write a model that was expanded, pruned or merged, in any order, so that :func:`load` gives the very same one back.
 
     The folder of a timm model, ``features_only`` ones included, is what ``timm.create_model('local-dir:FOLDER')`` loads too.
@@ -62,12 +68,19 @@ def save(model: nn.Module, folder: str | Path) -> None:
     needs a freshly built one. A replaced classifier, or another replaced plain layer, is among what was done. Older files
     stay where an error is raised.
 
+    What timm builds is built again first, and must give the same output of every module, bit by bit. Of other models the
+    constants of layers and a few numbers of each output are stored, and :func:`load` refuses a model that gives others.
+
     Args:
         model: not wrapped (DDP), not compiled.
         folder: where ``config.json`` and ``model.safetensors`` go.
+        example_input: images (N, C, H, W) that the model takes, where it takes none of its first convolution's channels
+            and 64x64 pixels, or of ``pretrained_cfg['input_size']``.
 
     Raises:
         ArgumentError: the model was changed by hand in a way that cannot be repeated, or is wrapped. It names the layer.
+        EquivalenceError: what timm builds again computes something else: a hook, a replaced forward, an attribute that was
+            changed. It names the first module that differs. Or a model of timm takes none of the inputs.
         OSError: a file cannot be written.
 
     Example:
@@ -78,7 +91,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
         >>> type(rep_plugin.load("saved", model=build())[0]).__name__
         'DBBConv2d'
     """
-    write_folder(folder, _config_of(model), model)
+    write_folder(folder, _config_of(model, example_input), model)
 
 
 @checked
@@ -97,7 +110,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
 
     Raises:
         ArgumentError: ``model`` is needed.
-        CheckpointMismatchError: the folder does not fit ``model``; it names the layer.
+        CheckpointMismatchError: the folder does not fit ``model``, or ``model`` computes something else than the saved one
+            did; it names the layer.
         UnreadableCheckpointError: a file is torn.
         FileNotFoundError: the folder or one of its files does not exist.
 
@@ -119,10 +133,12 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model must be a freshly built torch.nn.Module, got {type(model).__name__}")
     state = read_weights(folder)
-    rehearsed = copy_model(model)
     try:
         steps = _steps_for(model, config)
-        require_fit(rebuild_(rehearsed, steps), state, WEIGHTS)
+        rehearsed = rebuild_(copy_model(model), steps)
+        require_fit(rehearsed, state, WEIGHTS)
+        if PROOF in config:  # not in those written before 0.2
+            check_fingerprint(load_weights_(rehearsed, state), config[PROOF])
     except RepPluginError as error:
         kind = str(config.get("model", arguments.get("base"))).rpartition(".")[2]
         raise CheckpointMismatchError(
@@ -161,7 +177,25 @@ def _needs_model(folder: Path, config: Mapping) -> str:
     )
 
 
-def _config_of(model: nn.Module) -> dict:
+def inputs_for(model: nn.Module, example_input: Tensor | None, history: Sequence[Mapping] = ()) -> Iterator[Tensor]:
+    """Yield images that a model may take, two of each guess: one of an odd size too.
+
+    Args:
+        model: the model.
+        example_input: the only ones, where given.
+        history: its steps; plans of pruning know what was traced.
+
+    Returns:
+        The images.
+    """
+    yield from default_inputs(model, example_input)
+    for step in history if example_input is None else ():
+        shape = step["plan"].get("input_shape", ()) if isinstance(step.get("plan"), Mapping) else ()
+        if len(shape) == 4:
+            yield from default_inputs(model, torch.randn(1, *shape[1:], generator=torch.Generator().manual_seed(0)))
+
+
+def _config_of(model: nn.Module, example_input: Tensor | None) -> dict:
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     require_bare(model)
@@ -170,8 +204,10 @@ def _config_of(model: nn.Module) -> dict:
     why = ""
     for builder in BUILDERS.values():
         try:
-            if (config := builder.describe(model)) is not None:
+            if (config := builder.describe(model, example_input)) is not None:
                 return config
+        except EquivalenceError:
+            raise
         except RepPluginError as error:  # it is then saved as one that the user builds
             why = first_line(error)
     kind = type(model)
@@ -182,6 +218,7 @@ def _config_of(model: nn.Module) -> dict:
         "layers": {name: _stable(layer) for name, layer in start_of(model).items()},
         "model_args": {"base": "", "base_args": {}, "history": history},
         "pretrained_cfg": {},
+        PROOF: fingerprint_of(model, inputs_for(model, example_input, history)),
     }
 
 
@@ -207,7 +244,10 @@ def write_folder(folder: str | Path, config: Mapping, model: nn.Module) -> None:
         config: content of ``config.json``.
         model: the model.
     """
-    contents = {WEIGHTS: safetensors.save(state_of(model)), CONFIG: json.dumps(config, indent=1).encode()}
+    text = json.dumps({key: value for key, value in config.items() if key != PROOF}, indent=1)
+    if PROOF in config:  # long, and for no reader's eyes: one line
+        text = f"{text[:-2]},\n {json.dumps(PROOF)}: {json.dumps(config[PROOF])}\n}}"
+    contents = {WEIGHTS: safetensors.save(state_of(model)), CONFIG: text.encode()}
     write_contents(Path(folder), contents)
 
 

@@ -154,3 +154,56 @@ def test_a_model_that_takes_one_size_alone(tmp_path):
         model, _ = rep_plugin.reparameterize(model, x, merge_linear=True)
         rep_plugin.save(model, tmp_path / step)
         assert torch.equal(rep_plugin.load(tmp_path / step, build()).eval()(x), model(x))
+
+
+def changed_eps(net):
+    net.bn.eps = 0.1
+    return net
+
+
+def clamped(net):
+    net.map.register_forward_hook(lambda module, args, output: output.clamp(max=1))
+    return net
+
+
+def own_forward(net):
+    net.bn.forward = lambda x: x
+    return net
+
+
+class Scaled(Small):
+    """Another function, by what no layer and no weight tells."""
+
+    def forward(self, x):
+        return super().forward(x) * 1.01
+
+
+@pytest.mark.parametrize(
+    ("saved", "fresh", "message"),
+    [
+        (lambda: changed_eps(Small()), Small, "'bn' was BatchNorm2d.16, eps=1e-05. and is BatchNorm2d.16, eps=0.1."),
+        (Small, lambda: changed_eps(Small()), "'bn' was BatchNorm2d.16, eps=0.1. and is BatchNorm2d.16, eps=1e-05."),
+        (lambda: clamped(Small()), Small, "'map' .Conv2d.: in the saved one it has a forward hook"),
+        (Small, lambda: clamped(Small()), "'map' .Conv2d. computes something else than the saved one did"),
+        (lambda: own_forward(Small()), Small, "'bn' .BatchNorm2d.: in the saved one it has a forward of its own"),
+        (Small, Scaled, "the model .Scaled. computes something else than the saved one did"),
+    ],
+)
+def test_a_builder_that_gives_another_function_is_refused(saved, fresh, message, tmp_path):
+    model = calibrate_random_bn_(saved(), X)
+    rep_plugin.save(model, tmp_path)
+    assert torch.equal(rep_plugin.load(tmp_path, saved()).eval()(X), model(X))
+    given = fresh()
+    before = copy.deepcopy(given.state_dict())
+    with pytest.raises(CheckpointMismatchError, match=message):
+        rep_plugin.load(tmp_path, given)
+    assert all(torch.equal(value, before[key]) for key, value in given.state_dict().items())
+
+
+def test_a_folder_without_a_fingerprint_still_loads(folder):
+    """As those written before there was one."""
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("fingerprint")["outputs"]
+    (folder / "config.json").write_text(json.dumps(config))
+    loaded = rep_plugin.load(folder, build())
+    assert torch.equal(loaded.eval()(X), torch.load(folder.parent / "y.pt"))

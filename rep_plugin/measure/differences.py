@@ -66,10 +66,11 @@ def output_paths(output: object) -> list[tuple[tuple[str | int, ...], Tensor]]:
         >>> [path for path, _ in output_paths({"maps": [torch.zeros(1), torch.zeros(2)], "count": 3})]
         [('maps', 0), ('maps', 1)]
     """
-    return [(path, tensor) for path, tensor in _tensor_paths(output) if tensor.is_floating_point()]
+    return [(path, tensor) for path, tensor in tensor_paths(output) if tensor.is_floating_point()]
 
 
-def _tensor_paths(output: object) -> list[tuple[tuple[str | int, ...], Tensor]]:
+def tensor_paths(output: object) -> list[tuple[tuple[str | int, ...], Tensor]]:
+    """Return all tensors of a nested output in order, each with its path, see :func:`output_paths`."""
     items: Iterable[tuple[Any, object]]
     if isinstance(output, Tensor):
         return [((), output)]
@@ -82,7 +83,7 @@ def _tensor_paths(output: object) -> list[tuple[tuple[str | int, ...], Tensor]]:
     else:
         leaves = tree_leaves(output)  # classes that are registered with torch
         items = enumerate(leaf for leaf in leaves if leaf is not output)
-    return [((key, *path), tensor) for key, value in items for path, tensor in _tensor_paths(value)]
+    return [((key, *path), tensor) for key, value in items for path, tensor in tensor_paths(value)]
 
 
 def flatten_outputs(output: object) -> list[Tensor]:
@@ -92,7 +93,7 @@ def flatten_outputs(output: object) -> list[Tensor]:
 
 def shapes_of(output: object) -> list[tuple[int, ...]]:
     """Return the shapes of all tensors of a nested output, in order."""
-    return [tuple(tensor.shape) for _, tensor in _tensor_paths(output)]
+    return [tuple(tensor.shape) for _, tensor in tensor_paths(output)]
 
 
 def _numbers(tensor: Tensor) -> Tensor:
@@ -146,7 +147,7 @@ class Floor:
         if shapes_of(output) != shapes_of(moved):
             self.stable = False
             return
-        ours, theirs = ([tensor for _, tensor in _tensor_paths(one)] for one in (output, moved))
+        ours, theirs = ([tensor for _, tensor in tensor_paths(one)] for one in (output, moved))
         for number, (a, b) in enumerate(zip(map(_numbers, ours), map(_numbers, theirs))):
             if not a.is_floating_point():
                 self.ties[number] = self.ties.get(number, torch.zeros_like(a, dtype=torch.bool)) | (a != b)
@@ -190,8 +191,8 @@ def compare_outputs(
     shapes = shapes_of(reference), shapes_of(candidate)
     if shapes[0] != shapes[1] or not shapes[0]:
         raise EquivalenceError(f"output shapes differ: expected {shapes[0]}, got {shapes[1]}")
-    ours = _tensor_paths(reference)
-    theirs, others = ([tensor for _, tensor in _tensor_paths(one)] for one in (candidate, beside))
+    ours = tensor_paths(reference)
+    theirs, others = ([tensor for _, tensor in tensor_paths(one)] for one in (candidate, beside))
     result = Difference()
     for number, ((path, a), b) in enumerate(zip(ours, theirs)):
         if a.is_floating_point() != b.is_floating_point() or a.is_complex() != b.is_complex():

@@ -138,7 +138,7 @@ def default_inputs(model: nn.Module, example_input: Tensor | None = None) -> lis
     return [first, torch.randn(other, generator=generator).to(device, dtype)]
 
 
-class _FastDepthwise(TorchFunctionMode):
+class FastDepthwise(TorchFunctionMode):
     """Computes float64 depthwise convolutions as sums of shifted maps: on CPU torch loops over the groups, 100x slower."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -197,7 +197,7 @@ def _is_float(output: object) -> bool:
 
 @torch.no_grad()
 def _run(forward: Callable, *args, **kwargs) -> object:
-    with _FastDepthwise(), private_random():  # each run from the same state: noise is the same on both sides
+    with FastDepthwise(), private_random():  # each run from the same state: noise is the same on both sides
         return forward(*args, **kwargs)
 
 

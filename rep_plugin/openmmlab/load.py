@@ -29,9 +29,9 @@ from rep_plugin.errors import (
     did_you_mean,
     first_line,
 )
-from rep_plugin.measure.differences import compare_outputs
-from rep_plugin.measure.forward import run_model
-from rep_plugin.measure.verify import verify_equivalence
+from rep_plugin.measure.randomness import private_random
+from rep_plugin.measure.rebuilt import require_identical
+from rep_plugin.measure.verify import default_inputs
 from rep_plugin.openmmlab.configs import drop_pretrained_, typed_dicts
 from rep_plugin.openmmlab.origin import explain_misfit
 
@@ -253,25 +253,24 @@ def labelled_batches(model: nn.Module, cfg: Config, count: int, batch_size: int 
     return batches
 
 
-def check_rebuilt(cfg: Config, merged: nn.Module, inputs: Tensor) -> None:
-    """Check that what stock code will build from a written config loads a model's weights and computes the same.
+@private_random()
+def check_rebuilt(cfg: Config, model: nn.Module, inputs: Tensor) -> None:
+    """Check that what stock code will build from a written config loads a model's weights and computes the same, bit by bit.
 
     Args:
         cfg: the config to be written.
-        merged: the model whose weights go into the file.
-        inputs: preprocessed images (N, C, H, W).
+        model: the model whose weights go into the file; it is moved to the CPU.
+        inputs: preprocessed images (N, C, H, W); random ones of their size, and of an odd one, are tried as well.
 
     Raises:
         CheckpointMismatchError: the weights do not fit.
-        EquivalenceError: the output differs.
+        EquivalenceError: an output differs; it names the first module.
     """
     rebuilt = build_model(cfg)
-    load_strictly(rebuilt, merged.state_dict(), "what was made of the model")
-    with torch.no_grad():
-        difference = compare_outputs(run_model(merged.cpu(), inputs.cpu()), run_model(rebuilt, inputs.cpu()))
-    if difference.exceeds(1e-6):  # or is it rounding, of weights that lie otherwise in memory?
-        try:
-            verify_equivalence(merged, rebuilt, [inputs.cpu()])
-        except EquivalenceError:
-            text = f"the model built from the written config differs by {difference.max_rel:.2e} relative"
-            raise EquivalenceError(text) from None
+    load_strictly(rebuilt, model.state_dict(), "what was made of the model")
+    images = inputs.cpu()
+    random = torch.randn(1, *images.shape[1:], generator=torch.Generator().manual_seed(0))
+    try:
+        require_identical(model.cpu(), rebuilt, [images, *default_inputs(model, random)])
+    except EquivalenceError as error:
+        raise EquivalenceError(f"the model built from the written config differs: {error}") from None

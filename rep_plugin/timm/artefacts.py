@@ -12,7 +12,7 @@ from typing import Any
 import timm
 from timm.layers import SelectAdaptivePool2d
 from timm.models import generate_default_cfgs, register_model
-from torch import nn
+from torch import Tensor, nn
 
 from rep_plugin.arguments import checked
 from rep_plugin.checkpoints.plain import fits, short
@@ -29,11 +29,15 @@ from rep_plugin.history import (
     replays,
     start_of,
 )
+from rep_plugin.measure.randomness import private_random
+from rep_plugin.measure.rebuilt import require_identical
 from rep_plugin.saving import (
     ARCHITECTURE,
     BUILDERS,
     WEIGHTS,
     Builder,
+    Images,
+    inputs_for,
     load_weights_,
     read_weights,
     state_of,
@@ -60,20 +64,24 @@ replaceable(SelectAdaptivePool2d, "pool_type", "flatten", "input_fmt", read=_rea
 
 
 @checked
-def save_timm(model: nn.Module, folder: str | Path) -> None:
+@private_random()
+def save_timm(model: nn.Module, folder: str | Path, example_input: Images | None = None) -> None:
     """Write an expanded, pruned or merged timm model so that ``timm.create_model('local-dir:FOLDER')`` loads it.
 
-    :func:`rep_plugin.save` does the same, and also takes models that timm does not build. The structure is built again first,
-    so that what is written loads. Where anything fails, older files stay.
+    :func:`rep_plugin.save` does the same, and also takes models that timm does not build. The model is built again first, and
+    must give the same output of every module, bit by bit. Where anything fails, older files stay.
 
     Args:
         model: made by ``timm.create_model``.
         folder: where ``config.json`` and ``model.safetensors`` go.
+        example_input: images (N, C, H, W) to compare on; the default are random ones of ``pretrained_cfg['input_size']``.
 
     Raises:
         ArgumentError: timm did not create the model, JSON does not hold its arguments, or it was changed by hand in a way
             that cannot be repeated.
         CheckpointMismatchError: the model is not what its arguments and its history make.
+        EquivalenceError: what is built again computes something else: a hook, a replaced forward, an attribute that was
+            changed. It names the first module that differs.
         OSError: a file cannot be written.
 
     Example:
@@ -83,7 +91,7 @@ def save_timm(model: nn.Module, folder: str | Path) -> None:
         >>> sorted(os.listdir("saved")), timm.create_model("local-dir:saved").num_classes
         (['config.json', 'model.safetensors'], 2)
     """
-    if (config := describe(model)) is None:
+    if (config := describe(model, example_input)) is None:
         raise ArgumentError(
             f"{type(model).__name__} was not made by timm.create_model, whose arguments the folder holds: use "
             "rep_plugin.save(model, folder) and rep_plugin.load(folder, model=a freshly built one)"
@@ -91,18 +99,19 @@ def save_timm(model: nn.Module, folder: str | Path) -> None:
     write_folder(folder, config, model)
 
 
-def describe(model: Any) -> dict | None:
-    """Return the config of a folder.
+def describe(model: Any, example_input: Tensor | None = None) -> dict | None:
+    """Return the config of a folder, from which the model was built again and found to be the same.
 
     Args:
         model: any model.
+        example_input: as for :func:`save_timm`.
 
     Returns:
         Content of ``config.json``, None for a model that timm did not make.
 
     Raises:
         ArgumentError: as :func:`save_timm`.
-        CheckpointMismatchError: as :func:`save_timm`.
+        CheckpointMismatchError, EquivalenceError: as :func:`save_timm`.
     """
     cfg = getattr(model, "pretrained_cfg", None) or {}
     if not isinstance(cfg, dict) or not cfg.get("architecture") or not hasattr(model, "_model_args"):
@@ -123,6 +132,7 @@ def describe(model: Any) -> dict | None:
         raise CheckpointMismatchError(
             f"{type(model).__name__} is not what its history makes of {base!r}: {differs}; nothing was written"
         )
+    require_identical(model, load_weights_(rebuilt, state_of(model)), inputs_for(model, example_input, history))
     classes = {"num_classes": model.num_classes} if hasattr(model, "num_classes") else {}
     return {
         "architecture": ARCHITECTURE,

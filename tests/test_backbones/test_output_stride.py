@@ -11,7 +11,7 @@ from rep_plugin.backbones.replknet import RepLKNet
 from rep_plugin.backbones.repvgg import RepVGG
 from rep_plugin.backbones.staged import plan_steps
 from rep_plugin.blocks.annealed import set_alpha_
-from rep_plugin.measure.verify import _FastDepthwise
+from rep_plugin.measure.verify import FastDepthwise
 from tests.helpers import randomise_bn_, relative_error
 
 X = torch.randn(1, 3, 75, 66, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -48,7 +48,7 @@ def test_every_other_pixel_is_the_strided_networks(name, limit, form):
     strided, dense = build(kind, options, **changes), build(kind, options, **changes, output_stride=limit)
     dense.load_state_dict(strided.state_dict())
     assert dense.reductions == [min(r, limit) for r in strided.reductions] != strided.reductions
-    with _FastDepthwise():
+    with FastDepthwise():
         for few, many, before, after in zip(strided(X), dense(X), strided.reductions, dense.reductions, strict=True):
             step = before // after
             assert many.shape[2:] == tuple(-(-side // after) for side in X.shape[2:])
@@ -63,7 +63,7 @@ def test_merged_is_what_deploy_builds(name):
     assert report.max_rel_error < 1e-9 and report.sensitivity > 1e-3
     deployed = build(kind, options, output_stride=8, deploy=True)
     deployed.load_state_dict(merged.state_dict())
-    with torch.no_grad(), _FastDepthwise():
+    with torch.no_grad(), FastDepthwise():
         assert relative_error(model(X)[-1], deployed(X)[-1]) < 1e-9
 
 

@@ -17,7 +17,7 @@ from rep_plugin.backbones.warm_start import from_stock, measure_identities_, sto
 from rep_plugin.blocks.annealed import annealed_modules, set_alpha_
 from rep_plugin.checkpoints.strict import describe_mismatch
 from rep_plugin.errors import CheckpointMismatchError
-from rep_plugin.measure.verify import _FastDepthwise
+from rep_plugin.measure.verify import FastDepthwise
 from rep_plugin.openmmlab.backbones import RepMobileNetV2 as MMRepMobileNetV2
 from rep_plugin.testing import calibrate_random_bn_
 from tests.helpers import relative_error
@@ -43,14 +43,14 @@ def build_ours(kind: str, width: float = 0.35, **options) -> nn.Module:
 
 
 def outputs(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad(), _FastDepthwise():
+    with torch.no_grad(), FastDepthwise():
         out = model(x)
     return out[-1] if isinstance(out, tuple) else out
 
 
 def maps(kind: str, model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The last feature map: logits have no border."""
-    with torch.no_grad(), _FastDepthwise():
+    with torch.no_grad(), FastDepthwise():
         if kind == "mmpretrain":
             return model(x)[-1]
         if kind == "torchvision" and hasattr(model, "features"):

@@ -8,6 +8,7 @@ import torch
 from mmengine.config import Config
 from mmengine.runner.checkpoint import load_checkpoint
 from mmpretrain.apis import init_model
+from torch import nn
 
 from rep_plugin import apply_plan, plan_pruning, reparameterize
 from rep_plugin.blocks.annealed import set_alpha_
@@ -245,3 +246,37 @@ def test_pruned_config_is_a_file_that_stock_mmengine_reads(tmp_path):
     (tmp_path / "a.py").write_text(pruned_config(cfg, plan).pretty_text)
     read = Config.fromfile(tmp_path / "a.py")
     assert json.loads(read.model.plan)["scores"] == {} and len((tmp_path / "a.py").read_text()) < 20_000
+
+
+def clamp(module, args, output):
+    return output.clamp(max=1)
+
+
+CHANGES = {
+    r"'backbone.stage_1.0.branch_3x3.norm' .*: eps is 0.1, in its place 1e-05": lambda net: setattr(
+        net.backbone.stage_1[0].branch_3x3.norm, "eps", 0.1
+    ),
+    r"'backbone.stage_2.0.act' .SiLU.*: it is a SiLU, in its place a ReLU": lambda net: setattr(
+        net.backbone.stage_2[0], "act", nn.SiLU()
+    ),
+    r"'head.fc' .*: it has a forward hook .clamp.": lambda net: net.head.fc.register_forward_hook(clamp),
+}
+
+
+@pytest.mark.parametrize("message", CHANGES)
+def test_what_the_config_does_not_build_is_refused(message, tmp_path):
+    cfg = config()
+    model = trained(cfg)
+    CHANGES[message](model)
+    with pytest.raises(EquivalenceError, match=f"the model built from the written config differs: {message}"):
+        write_pruned(model, cfg, plan_pruning(model, X, "l1", 0.3), tmp_path, X)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_deploy_does_not_hold_is_refused(tmp_path):
+    cfg = ours()
+    model = trained(cfg)
+    model.head.fc.register_forward_hook(clamp)
+    with pytest.raises(EquivalenceError, match="'head.fc' .*: it has a forward hook .clamp."):
+        write_deployed(model, cfg, tmp_path, X)
+    assert not list(tmp_path.iterdir())

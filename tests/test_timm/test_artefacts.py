@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import rep_plugin
 from rep_plugin import apply_plan, plan_pruning, reparameterize
-from rep_plugin.errors import ArgumentError, CheckpointMismatchError
+from rep_plugin.errors import ArgumentError, CheckpointMismatchError, EquivalenceError
 from rep_plugin.history import history_of
 from rep_plugin.testing import calibrate_random_bn_
 from rep_plugin.timm.artefacts import save_timm
@@ -236,3 +237,30 @@ def test_without_a_folder():
         for pretrained in (False, True):
             with pytest.raises(ValueError, match="'rep_plugin_rebuilt' is loaded from a folder"):
                 timm.create_model(name, pretrained=pretrained)
+
+
+def clamp(module, args, output):
+    return output.clamp(max=50)
+
+
+def other_blocks(model):
+    model.blocks[0][0].bn1.eps = 0.1  # a BN with its activation, whose parts are layers
+
+
+HIDDEN = {
+    r"'blocks.0.0.bn1' \(BatchNormAct2d\).*: eps is 0.1, in its place 1e-05": other_blocks,
+    "'conv_stem' .*: it has a forward hook .clamp.": lambda model: model.conv_stem.register_forward_hook(clamp),
+    "'bn1' .*: it has a forward of its own": lambda model: setattr(model.bn1, "forward", lambda x: x.clamp(-9, 9)),
+}
+
+
+@pytest.mark.parametrize("message", HIDDEN)
+@pytest.mark.parametrize("step", [lambda model: model, lambda model: prune(model, 0.2)])
+def test_what_a_reload_would_lose_is_refused(message, step, tmp_path):
+    model = step(made("test_efficientnet"))
+    HIDDEN[message](model)
+    with pytest.raises(EquivalenceError, match=message):
+        save_timm(model, tmp_path)
+    with pytest.raises(EquivalenceError, match=message):
+        rep_plugin.save(model, tmp_path)
+    assert not list(tmp_path.iterdir())
