@@ -27,7 +27,11 @@ from rep_plugin.testing import calibrate_random_bn_
 
 def runtime_calls(models: dict[str, nn.Module], x: torch.Tensor) -> dict[str, dict]:
     """Calls of every model in ONNX Runtime and OpenVINO, one thread and float32 each."""
-    graphs = {name: to_onnx(model, x, ["logits"], {INPUT: {}}, OPSET, False) for name, model in models.items()}
+    dims = {INPUT: {}, "logits": {}}
+    graphs = {
+        name: to_onnx(model, x, {"logits": tuple(model(x).shape)}, dims, OPSET, False)[0]
+        for name, model in models.items()
+    }
     calls = {}
     for runtime, title in (("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")):
         sessions = {name: open_model(runtime, graph.SerializeToString(), 1) for name, graph in graphs.items()}

@@ -24,8 +24,8 @@ def _hooks_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield kind, hook
 
 
-def _methods_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Methods of the class that an attribute of the instance hides."""
+def own_methods(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield (name, what stands in its place) of the methods of the class that an attribute of the instance hides."""
     for name, value in list(vars(module).items()):
         if name != "_compiled_call_impl" and callable(value) and callable(getattr(type(module), name, None)):
             yield name, value
@@ -51,7 +51,7 @@ def what_is_attached(module: nn.Module) -> str | None:
     for kind, hook in _hooks_of(module):
         hook = getattr(hook, "func", hook)  # functools.partial
         return f"has {kind} ({getattr(hook, '__name__', type(hook).__name__)})"
-    for name, _ in _methods_of(module):
+    for name, _ in own_methods(module):
         return f"has a {name} of its own"
     for base in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
         if "__call__" in vars(base) and not base.__module__.startswith("torch."):
@@ -65,12 +65,29 @@ def own_forwards(model: nn.Module) -> dict[str, str]:
     return {name: what for name, what in found if what is not None}
 
 
+def own_forwards_inside(module: nn.Module) -> str | None:
+    """Return what makes a module compute something else than its class says, hooks on the module itself left aside.
+
+    Args:
+        module: a module with parts.
+
+    Returns:
+        As ``has a forward of its own`` or ``holds 'bn', which has a forward hook (clamp)``; None for nothing.
+    """
+    for name, _ in own_methods(module):
+        return f"has a {name} of its own"
+    for name, what in own_forwards(module).items():
+        if name and "backward" not in what:
+            return f"holds {name!r}, which {what}"
+    return None
+
+
 def detach_all_(module: nn.Module) -> nn.Module:
     """Take all hooks and replaced methods off a module and those inside it; return it."""
     for part in module.modules():
         for name in (*_HOOKS, *_FLAGS):
             getattr(part, name, {}).clear()
-        for name, _ in list(_methods_of(part)):
+        for name, _ in list(own_methods(part)):
             delattr(part, name)
     return module
 
@@ -110,7 +127,7 @@ def why_no_copy(model: nn.Module) -> str | None:
     names = {id(module): name for name, module in model.named_modules()}
     names |= {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     for name, module in model.named_modules():
-        for kind, function in (*_hooks_of(module), *((f"a {key} of its own", f) for key, f in _methods_of(module))):
+        for kind, function in (*_hooks_of(module), *((f"a {key} of its own", f) for key, f in own_methods(module))):
             for value in _captured(function):
                 if id(value) in names:
                     other = names[id(value)]

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from rep_plugin.export.graph import INPUT, name_outputs, open_dims, output_keys,
 from rep_plugin.export.preprocessing import metadata_of
 from rep_plugin.export.report import ExportReport, RuntimeReport
 from rep_plugin.export.runtimes import RUNTIMES, check_runtimes, compare_runtime, open_model
+from rep_plugin.measure.branches import Branches, Place, find_branches
 from rep_plugin.measure.copies import copy_inputs, copy_model, copy_values
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.differences import flatten_outputs, output_paths, sensitivity_of
@@ -68,7 +69,8 @@ def export_onnx(
 
     A copy is merged first, with the proof of :func:`rep_plugin.reparameterize`; the model is left as it is. The outputs of
     the file are those of ``model(x)``: logits of a classifier, without softmax; one output for each map of a backbone. The
-    file is written when all is proven: until then an older one stays.
+    file is written when all is proven: until then an older one stays. Where the forward decides by a value, the file holds
+    the path of the example alone, and the notes name the line.
 
     Several threads may call this: one writes its graph at a time. Models in other threads run on undisturbed, but one that
     asks ``torch.onnx.is_in_onnx_export()`` is told True meanwhile; with ``dynamo`` torch itself is patched while it writes.
@@ -79,8 +81,10 @@ def export_onnx(
         example_input: preprocessed images (N, C, H, W), best real ones.
         reparameterize: merge first; False writes the model as it is.
         images: more images (M, C, H, W) to compare on.
-        dynamic_batch: leave the number of images open (else N); compared with one and three images too.
-        dynamic_size: leave height and width open; compared at an odd size and at a larger one of another aspect too.
+        dynamic_batch: leave the number of images open (else N); compared with one and three images too, and with others
+            for which the forward takes another path.
+        dynamic_size: leave height and width open; compared at an odd size, at a larger one of another aspect, and at sizes
+            for which the forward takes another path.
         opset: version of the ONNX operators.
         dynamo: use torch's newer exporter, 10 to 1000 times as slow and as exact as the tracing one.
         output_names: names of the outputs; the default is :func:`rep_plugin.export.graph.name_outputs`.
@@ -100,7 +104,8 @@ def export_onnx(
         TrainModeError: a module is in train mode.
         MissingPackageError: a runtime is not installed.
         ExportError: torch cannot write the model, or a runtime cannot run it.
-        EquivalenceError: over the tolerance, or a value is not finite.
+        EquivalenceError: over the tolerance, or a value is not finite; or the forward takes another path for other sizes,
+            which the file does not. It names the line.
         OSError: the file cannot be written.
 
     Example:
@@ -139,8 +144,11 @@ def export_onnx(
     if not tensors[0] or not all(tensor.dim() for tensor in tensors[0]):
         got = [tuple(tensor.shape) for tensor in tensors[0]]
         raise ArgumentError(f"the model must give floating-point tensors (N, ...), got shapes {got}")
-    _refuse_changing_outputs(model, inputs, expected)
-    report.compared = list(dict.fromkeys(tuple(one.shape) for one in inputs))
+    branches = find_branches(written, single, dynamic_size, dynamic_batch)
+    paths = _other_paths(written, branches, single, report)
+    every, results = [*inputs, *(one.x for one in paths)], [*expected, *(one.output for one in paths)]
+    _refuse_changing_outputs(model, every, results)
+    report.compared = list(dict.fromkeys(tuple(one.shape) for one in every))
     proof = Equivalence(sensitivity=_sensitivity(expected))
     proof.warn(stacklevel=4)  # past the decorator
     names = list(output_names or name_outputs(model, expected[0]))
@@ -150,7 +158,11 @@ def export_onnx(
             f"output_names must be {len(tensors[0])} different names (no numbers, not {INPUT!r}), got {names}"
         )
     shapes = {name: tuple(tensor.shape) for name, tensor in zip(names, tensors[0])}
-    proto = to_onnx(written, x, shapes, open_dims(inputs, tensors, names), opset, dynamo)
+    dims = open_dims(every, [flatten_outputs(one) for one in results], names)
+    proto, sizes = to_onnx(written, x, shapes, dims, opset, dynamo)
+    sizes = [line for line in sizes if line not in {place.line for place in branches.values}]
+    if dynamic_size and sizes:
+        report.notes.append(f"the forward decides by sizes in {', '.join(sizes)}: proven at the compared ones")
     report.inputs, report.outputs = shapes_of(proto.graph.input), shapes_of(proto.graph.output)
     report.metadata = metadata_of(model, x.shape[1:], tensors[0], class_names, preprocessing)
     if keys := output_keys(expected[0], names):
@@ -164,6 +176,14 @@ def export_onnx(
     for runtime in track(runtimes, "comparing runtimes"):
         session = open_model(runtime, data, torch.get_num_threads())
         found = compare_runtime(runtime, session, written, inputs, expected, tolerance)
+        for one in paths:
+            try:
+                found.include(compare_runtime(runtime, session, written, [one.x], [one.output], tolerance))
+            except (EquivalenceError, ExportError) as error:
+                raise EquivalenceError(
+                    f"the file holds one path of the forward, which takes another one for such inputs, in {one.place}: "
+                    f"{error}; export with {_fixed(one.x, single)}, or write the forward without that decision"
+                ) from None
         proof.total.include(found)
         report.runtimes.append(RuntimeReport(runtime, version(runtime), found.max_abs, found.max_rel))
         calls[runtime] = lambda session=session: session(single)
@@ -331,6 +351,42 @@ def _other_sizes(model: nn.Module, x: Tensor, report: ExportReport) -> tuple[lis
             report.notes.append(f"compared at multiples of 32 alone: {refused}")
         return batches, found
     raise refused
+
+
+class _Path(NamedTuple):
+    """Images for which a forward takes another path, the model's output for them, and where it decides."""
+
+    x: Tensor
+    output: object
+    place: Place
+
+
+def _other_paths(model: nn.Module, branches: Branches, x: Tensor, report: ExportReport) -> list[_Path]:
+    """Return images on the other sides of decisions by sizes; those that cannot be compared, and decisions by values, are
+    noted.
+    """
+    report.notes = [
+        note for note in report.notes if note not in branches.notes
+    ]  # of the merge; what is written is told
+    report.notes += [note.replace("is proven", "is in the file") for note in branches.notes]
+    found = []
+    for shape, place in branches.sizes.items():
+        try:
+            images = branches.input_of(shape, x)
+            if images is not None:
+                found.append(_Path(images, _reference(model, images), place))
+                continue
+            reason = "they are too large to run"
+        except ArgumentError as error:
+            reason = str(error)
+        report.notes.append(
+            f"for inputs {shape} the forward takes another path in {place}, which is not in the file: {reason}"
+        )
+    return found
+
+
+def _fixed(x: Tensor, single: Tensor) -> str:
+    return "dynamic_size=False" if x.shape[1:] != single.shape[1:] else "dynamic_batch=False"
 
 
 def _reference(model: nn.Module, x: Tensor) -> object:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rep_plugin.arguments import checked
 from rep_plugin.errors import ExportError, first_line
+from rep_plugin.measure.branches import is_quiet, short_path
 from rep_plugin.measure.differences import flatten_outputs, output_paths
 from rep_plugin.measure.progress import working
 from rep_plugin.measure.randomness import private_random
@@ -138,8 +139,8 @@ def to_onnx(
     dims: Mapping[str, Mapping],
     opset: int,
     dynamo: bool,
-) -> Any:
-    """Return the graph (``onnx.ModelProto``) of a model.
+) -> tuple[Any, list[str]]:
+    """Return the graph (``onnx.ModelProto``) of a model, and the lines in which its forward makes a decision.
 
     Args:
         model: a model in eval mode.
@@ -150,7 +151,7 @@ def to_onnx(
         dynamo: use torch's newer exporter.
 
     Returns:
-        The graph, checked by onnx.
+        The graph, checked by onnx; and the lines, as ``net.py:12``, where the tracing exporter saw a size or a value decide.
 
     Raises:
         MissingPackageError: onnx, or onnxscript with ``dynamo``, is not installed.
@@ -164,8 +165,15 @@ def to_onnx(
         x = x.expand(2, *x.shape[1:])  # a 1 would be taken for a constant
     common = {"input_names": [INPUT], "output_names": list(outputs), "opset_version": opset, "verbose": False}
     try:
-        with _EXPORTER, torch.no_grad(), warnings.catch_warnings(), working("writing the graph"):
-            warnings.simplefilter("ignore")  # of shapes that become constants: the comparison finds those that matter
+        with (
+            _EXPORTER,
+            torch.no_grad(),
+            warnings.catch_warnings(record=True) as told,
+            working("writing the graph"),
+        ):
+            warnings.simplefilter("ignore")
+            # Of shapes that become constants the comparison finds those that matter.
+            warnings.filterwarnings("always", "Converting a tensor to a Python boolean", torch.jit.TracerWarning)
             with private_random() as own:
                 output = model(x.clone())
             several = list(output) if isinstance(output, (tuple, list)) else [output]
@@ -189,7 +197,8 @@ def to_onnx(
     found = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
     if found != opset:
         raise ExportError(f"torch wrote opset {found}, not opset (={opset}) as asked")
-    return proto
+    lines = [f"{short_path(one.filename)}:{one.lineno}" for one in told if not is_quiet(one.filename)]
+    return proto, list(dict.fromkeys(lines))
 
 
 def shapes_of(entries: Sequence[Any]) -> dict[str, list[int | str]]:

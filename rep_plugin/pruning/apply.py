@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rep_plugin.arguments import Anything, That, checked
+from rep_plugin.attached import own_forwards
 from rep_plugin.errors import ArgumentError, EquivalenceError, first_line
 from rep_plugin.history import before_step, record_, replays
 from rep_plugin.measure.copies import copy_model
@@ -288,6 +289,13 @@ def proof_inputs(model: nn.Module, shape: Sequence[int], example_input: Tensor |
     return default_inputs(model, example_input)
 
 
+def _attached(model: nn.Module) -> str:
+    """What may be bound to a number of channels, for a message."""
+    found = [f"{name!r} {what}" for name, what in own_forwards(model).items() if "backward" not in what]
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    return f"; {found[0]}{more}: that may be what is bound to the channels" if found else ""
+
+
 def _prove(model: nn.Module, trace: Trace, kept: KeptChannels, inputs: list[Tensor], report: PruneReport) -> None:
     # In float64 from the start: gains of normalised filters change, and would be rounded.
     masked = mask_channels_(copy_model(model).double(), trace, kept)
@@ -297,8 +305,12 @@ def _prove(model: nn.Module, trace: Trace, kept: KeptChannels, inputs: list[Tens
     try:
         proof = verify_equivalence(masked, removed, inputs, tolerance=TOLERANCE, keep=False)
     except EquivalenceError as error:
-        raise EquivalenceError(f"removing channels does not equal setting them to zero: {error}") from error
+        raise EquivalenceError(
+            f"removing channels does not equal setting them to zero: {error}{_attached(model)}"
+        ) from error
     except (RuntimeError, IndexError) as error:  # torch's, of shapes that do not fit
-        raise EquivalenceError(f"the model does not run without the removed channels: {first_line(error)}") from error
+        raise EquivalenceError(
+            f"the model does not run without the removed channels: {first_line(error)}{_attached(model)}"
+        ) from error
     report.add_proof(proof)
     require_castable(removed, model)  # gains of normalised filters change

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from rep_plugin.arguments import Shape, checked
+from rep_plugin.attached import own_forwards_inside
 from rep_plugin.errors import ArgumentError, TraceError, first_line
 from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.costs import MacCounter
@@ -50,7 +51,7 @@ class _Tracer(TorchFunctionMode):
             if isinstance(module, _BatchNorm) and module.momentum is None:
                 module.momentum = 0.1  # else train mode asks how many batches there were
             if (rule := find_module_rule(module)) is not None:
-                module.forward = self._as_one_unit(rule, name, module)
+                module.forward = self._as_one_unit(rule, name, module, own_forwards_inside(module))
 
     def run(self) -> Trace:
         """Trace the forward pass in eval mode; once more in train mode where parameters were not used (auxiliary heads).
@@ -139,11 +140,18 @@ class _Tracer(TorchFunctionMode):
             return value  # a number
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
-    def _as_one_unit(self, rule, name: str, module: nn.Module):
+    def _as_one_unit(self, rule, name: str, module: nn.Module, attached: str | None):
         def forward(*args):
             self.recorder.used_names.update(member(name, key) for key, _ in module.named_parameters())
             with torch._C.DisableTorchFunction():
                 out, marks = rule(self.recorder, name, module, *args)
+                if attached is not None:  # the rule is of the class
+                    why = f"goes through {name!r}, which {attached}: pruning cannot follow that, take it off"
+                    for mark in (
+                        *map(self.recorder.mark_of, filter(self.recorder.is_tracked, tensors_in(args))),
+                        *marks,
+                    ):
+                        self.recorder.channels.freeze(mark.labels, why)
                 for tensor, mark in zip(tensors_in(out), marks, strict=True):
                     self.recorder.set_mark(tensor, mark)
                 return out
