@@ -149,3 +149,25 @@ def test_a_broken_fingerprint_is_refused(change):
     model = made()
     with pytest.raises(ArgumentError, match="the fingerprint"):
         check_fingerprint(model, fingerprint_of(model, [X]) | change)
+
+
+class Watches(Net):
+    """Has hooks of its own, methods of it, as every network that the builder gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn.register_forward_hook(self.limit)
+
+    def limit(self, module, args, output):
+        return output.clamp(max=2)
+
+
+def test_hooks_that_the_builder_registers_are_no_difference():
+    model, fresh = calibrate_random_bn_(Watches(), X), Watches()
+    fresh.load_state_dict(model.state_dict())
+    require_identical(model, fresh, [X])
+    fingerprint = fingerprint_of(model, [X])
+    assert fingerprint["outputs"] and fingerprint["attached"] == {"bn": "has a forward hook (limit)"}
+    check_fingerprint(fresh, fingerprint)
+    with pytest.raises(CheckpointMismatchError, match="'bn' .*: in the saved one it has a forward hook .limit."):
+        check_fingerprint(again(model), fingerprint)
