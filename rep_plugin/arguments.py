@@ -78,15 +78,43 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Dims:
-    """A floating point tensor of these axes: ``Dims("(N, C, H, W)")``."""
+    """A floating point tensor of these axes: ``Dims("(N, C, H, W)")``. One name is one size, in all arguments of a call.
+
+    ``I / groups`` is the size I divided by the argument ``groups``. With ``below``, a tensor of int64 indices below the
+    product of these sizes, or arguments.
+    """
 
     axes: str
+    below: str | None = None
 
     def __contains__(self, value: Any) -> bool:
-        return value.ndim == self.axes.count(",") + (self.axes[-2] != ",") and value.is_floating_point()
+        if value.ndim != len(self.names) or self.below is None:
+            sizes = zip(self.names, value.shape)
+            is_full = all(size or name == "N" for name, size in sizes)  # a batch may be empty
+            return value.ndim == len(self.names) and value.is_floating_point() and is_full
+        return str(value.dtype) == "torch.int64" and not value.is_meta and not bool((value < 0).any())
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        return [axis.strip() for axis in self.axes[1:-1].split(",") if axis.strip()]
+
+    def misfit(self, tensor: Any, sizes: dict[str, Any], given: collections.abc.Mapping[str, Any]) -> str:
+        """Return what does not fit the other arguments, '' for nothing; ``sizes`` gets the axes of new names."""
+        if sizes.setdefault("device", tensor.device) != tensor.device:
+            return f"on {sizes['device']}"
+        for axis, size in zip(self.names, tensor.shape):
+            name, _, divisor = axis.partition(" / ")
+            if (parts := given.get(divisor, 1)) != 1 and tensor.shape[0] % parts:
+                return f"with {self.names[0]} a multiple of {divisor} = {parts}"
+            if not (divisor and divisor not in given) and sizes.setdefault(name, size * parts) != size * parts:
+                return f"with {axis} = {sizes[name] // parts}"
+        factors = [sizes.get(name, given.get(name)) for name in (self.below or "").split()]
+        if factors and None not in factors and tensor.numel() and int(tensor.max()) >= math.prod(factors):
+            return f"none above {math.prod(factors) - 1}"
+        return ""
 
     def __str__(self) -> str:
-        return f"a float tensor {self.axes}"
+        return f"a float tensor {self.axes}" if self.below is None else f"int64 indices {self.axes}, none below 0"
 
 
 @dataclass(frozen=True)
@@ -118,7 +146,7 @@ Positive = Annotated[float, In("(0, inf)")]
 NotNegative = Annotated[float, In("[0, inf)")]
 Strength = Annotated[float, In("[0, 1000]")]  # of a pull on weights: more than that only diverges
 Anything = Annotated[float, In("[-inf, inf]")]  # a result: NaN too
-Name = Annotated[str, That(bool, "a string that is not empty")]
+Name = Annotated[str, That(lambda text: bool(text) and "\0" not in text, "a string that is not empty")]
 
 
 def checked(target: Function) -> Function:
@@ -177,7 +205,8 @@ def check(name: str, value: Any, hint: Any) -> Any:
 def shown(value: Any) -> str:
     """Return a value as a message shows it: one line, and not a long one."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"a {type(value).__name__} of shape {tuple(value.shape)} and {value.dtype}"
+        place = f" on {value.device}" if getattr(value, "is_meta", False) else ""
+        return f"a {type(value).__name__} of shape {tuple(value.shape)} and {value.dtype}{place}"
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if not isinstance(value, (str, bytes, int, float, complex, list, tuple, dict, set, type(None))):
@@ -199,6 +228,7 @@ def _guard(function: Function, name: str) -> Function:
         except TypeError as error:
             made = args[0] if function.__name__ == "__init__" else None
             raise ArgumentTypeError(_misuse(name, signature, kwargs, error, type(made))) from None
+        bound.apply_defaults()
         for argument, value in bound.arguments.items():
             hint = hints.get(argument, Any)
             kind = signature.parameters[argument].kind
@@ -208,9 +238,24 @@ def _guard(function: Function, name: str) -> Function:
                 bound.arguments[argument] = tuple(check(f"{argument}[{i}]", one, hint) for i, one in enumerate(value))
             elif value is not signature.parameters[argument].default:
                 bound.arguments[argument] = check(argument, value, hint)
+        try:
+            _require_one_size(bound.arguments, hints, "{}")
+        except Misfit as misfit:
+            where, wrong, expected, _ = misfit.args
+            raise ArgumentError(f"{where} must be {expected}, got {shown(wrong)}") from None
         return function(*bound.args, **bound.kwargs)
 
     return guarded  # type: ignore[return-value]
+
+
+def _require_one_size(given: collections.abc.Mapping[str, Any], hints: collections.abc.Mapping, where: str) -> None:
+    """Axes of one name are of one size, in all tensors of a call or of a record."""
+    sizes: dict[str, Any] = {}
+    for name, value in given.items():
+        for one in _flat(hints.get(name, Any)) if hasattr(value, "shape") else ():
+            for rule in get_args(one)[1:] if get_origin(one) is Annotated else ():
+                if isinstance(rule, Dims) and value in rule and (wrong := rule.misfit(value, sizes, given)):
+                    raise Misfit(where.format(name), value, f"{rule} {wrong}", True)
 
 
 def _hints(function: Callable) -> dict[str, Any]:
@@ -274,8 +319,10 @@ def _fit(value: Any, hint: Any) -> Any:
         return value
     _require(isinstance(value, kind) or _is_device(value, kind), value, kind)
     if issubclass(kind, tuple) and hasattr(kind, "_fields"):  # a named tuple is a record of arguments
-        for name, inner in get_type_hints(kind, include_extras=True).items():
+        hints = get_type_hints(kind, include_extras=True)
+        for name, inner in hints.items():
             _fit_inner(getattr(value, name), inner, f".{name}")
+        _require_one_size(value._asdict(), hints, ".{}")
     return value
 
 
@@ -350,7 +397,9 @@ def _fit_tuple(value: Any, hint: Any, args: tuple) -> tuple:
     if args[-1] is not Ellipsis:
         if len(value) != len(args):
             raise Misfit("", value, describe(hint), True)
-        return tuple(_fit_inner(one, inner, f"[{i}]") for i, (one, inner) in enumerate(zip(value, args)))
+        fitting = tuple(_fit_inner(one, inner, f"[{i}]") for i, (one, inner) in enumerate(zip(value, args)))
+        _require_one_size(dict(enumerate(fitting)), dict(enumerate(args)), "[{}]")
+        return fitting
     return tuple(_fit_inner(one, args[0], f"[{i}]") for i, one in enumerate(value))
 
 

@@ -20,6 +20,7 @@ STRIDES = (2, 1, 2, 2, 2, 1, 2, 1)
 # three seeds against 81.5 % for plain training. With a 3x3 beside them (one seed each): 82.8 against 84.9, and a step
 # costs a quarter more; an average-pool shortcut at stride 2 did not help either.
 DEFAULT_BRANCHES = ("bottleneck", "identity")
+Activation = Annotated[str, OneOf(ACTIVATIONS)]
 DEFAULT_ACT = "relu6"
 
 
@@ -75,7 +76,7 @@ class RepMobileNetV2(StagedNetwork):
         out_indices: Sequence[int] = (7,),
         in_channels: Channels = 3,
         strides: Strides = STRIDES,
-        act: Annotated[str, OneOf(ACTIVATIONS)] = DEFAULT_ACT,
+        act: Activation = DEFAULT_ACT,
         avg_shortcut: bool = False,
         last_kernel: Literal[1, 3] = 1,
         deploy: bool = False,

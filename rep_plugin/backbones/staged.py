@@ -6,7 +6,7 @@ from typing import Annotated, Any, NamedTuple
 
 from torch import Tensor, nn
 
-from rep_plugin.arguments import In
+from rep_plugin.arguments import In, shown
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.branches import he_normal_
 from rep_plugin.checkpoints.strict import load_whole
@@ -121,13 +121,14 @@ def pick_arch(arch: str | Mapping, table: Mapping[str, Any], network: str) -> An
     if isinstance(arch, str) and arch in table:
         return table[arch]
     if not isinstance(arch, Mapping):
+        hint = did_you_mean(arch, table) if isinstance(arch, str) else ""
         raise ArgumentError(
-            f"unknown arch {arch!r} of {network}, expected one of {', '.join(table)} or a dict{did_you_mean(arch, table)}"
+            f"unknown arch {shown(arch)} of {network}, expected one of {', '.join(table)} or a dict{hint}"
         )
     try:
         return type(next(iter(table.values())))(**arch)
     except ArgumentError as error:
-        raise ArgumentError(f"arch {dict(arch)} of {network}: {error}") from None
+        raise ArgumentError(f"arch {shown(dict(arch))} of {network}: {error}") from None
 
 
 def check_stages(**fields: Sequence) -> None:

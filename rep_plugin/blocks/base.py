@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from rep_plugin.arguments import Channels, Padding, Size, checked
 from rep_plugin.attached import own_forwards
+from rep_plugin.blocks.branches import require_groups
 from rep_plugin.blocks.chain import Chain
 from rep_plugin.blocks.layers import require_eval
 from rep_plugin.blocks.online import gain_of, init_gains_, merge_macs, run_macs, without_bns
@@ -81,9 +82,7 @@ class RepBlock(nn.Module):
     ):
         super().__init__()
         self.online = online
-        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-            if channels % groups:
-                raise ArgumentError(f"{name} (={channels}) must be divisible by groups (={groups})")
+        require_groups(groups, in_channels=in_channels, out_channels=out_channels)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride, self.dilation = pair(kernel_size), pair(stride), pair(dilation)
         same = tuple(d * (k - 1) // 2 for k, d in zip(self.kernel_size, self.dilation))
@@ -95,6 +94,7 @@ class RepBlock(nn.Module):
                 raise ArgumentError(f"a block ({in_channels} -> {out_channels}) needs at least one branch, got none")
             self.branches = nn.ModuleDict({n: without_bns(chain) if online else chain for n, chain in branches.items()})
             for name, chain in self.branches.items():
+                self._require_channels(name, chain)
                 self._padding_of(name, chain)
             if online if post_bn is None else post_bn:
                 self.post_bn = nn.BatchNorm2d(out_channels)
@@ -116,6 +116,14 @@ class RepBlock(nn.Module):
         return nn.Conv2d(
             in_channels, out_channels, self.kernel_size, self.stride, self.padding, self.dilation, groups, bias=True
         )
+
+    def _require_channels(self, name: str, chain: Chain) -> None:
+        convs = [op for op in chain.children() if isinstance(op, nn.Conv2d)]
+        if convs and (convs[0].in_channels, convs[-1].out_channels) != (self.in_channels, self.out_channels):
+            raise ArgumentError(
+                f"branch {name!r} ({convs[0].in_channels} -> {convs[-1].out_channels}) must be "
+                f"in_channels -> out_channels ({self.in_channels} -> {self.out_channels})"
+            )
 
     def _padding_of(self, name: str, chain: Chain) -> tuple[int, int]:
         """Pixels of zeros that centre a chain in the block's window; negative: the map is cropped."""

@@ -46,6 +46,13 @@ def identity_bn(channels: int) -> Chain:
     return Chain({"bn": nn.BatchNorm2d(channels)})
 
 
+def require_groups(groups: int, **channels: int) -> None:
+    """Raise ArgumentError for channels that ``groups`` does not divide."""
+    for name, number in channels.items():
+        if number % groups:
+            raise ArgumentError(f"{name} (={number}) must be divisible by groups (={groups})")
+
+
 def conv_conv_bn(
     in_channels: int,
     out_channels: int,
@@ -70,8 +77,7 @@ def conv_conv_bn(
         ArgumentError: ``groups`` does not divide ``mid_channels``.
     """
     mid = in_channels if mid_channels is None else mid_channels
-    if mid % groups:
-        raise ArgumentError(f"mid_channels (={mid}) must be divisible by groups (={groups})")
+    require_groups(groups, mid_channels=mid)
     return Chain(
         {
             "reduce": nn.Conv2d(in_channels, mid, 1, groups=groups, bias=False),

@@ -7,7 +7,7 @@ from torch import nn
 
 from rep_plugin.arguments import Channels, In, Padding, Size, check, checked
 from rep_plugin.blocks.base import RepBlock
-from rep_plugin.blocks.branches import conv_average_bn, conv_bn, conv_conv_bn, identity_bn
+from rep_plugin.blocks.branches import conv_average_bn, conv_bn, conv_conv_bn, identity_bn, require_groups
 from rep_plugin.blocks.chain import Chain
 from rep_plugin.errors import ArgumentError, ArgumentTypeError, did_you_mean
 from rep_plugin.functional.kernels import pair
@@ -75,6 +75,7 @@ class FamilyBlock(RepBlock):
             )
         hints = get_type_hints(self.chains, include_extras=True)
         options = self.own_options | {name: check(name, value, hints[name]) for name, value in options.items()}
+        require_groups(groups, in_channels=in_channels, out_channels=out_channels)
         size = _odd(self.window if kernel_size is None else kernel_size, type(self).__name__)
         chains = {} if deploy else self.chains(in_channels, out_channels, size, (stride, dilation, groups), **options)
         post_bn = (online and not bn_follows) or options.get("post_bn", False)

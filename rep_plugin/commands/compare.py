@@ -12,6 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from rep_plugin.commands.parser import count
 from rep_plugin.optional import is_missing, require
 
 HELP = "compare the trained and the deployed form of a finished run"
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stock-record", metavar="FILE", help="JSON of benchmarks/demo.py with the stock network's top-1"
     )
-    parser.add_argument("--rounds", type=int, default=100, help="timed calls of each network; default: %(default)s")
+    parser.add_argument("--rounds", type=count, default=100, help="timed calls of each network; default: %(default)s")
 
 
 def run(args: argparse.Namespace) -> None:

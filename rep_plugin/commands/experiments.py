@@ -12,7 +12,7 @@ Finished ones are not repeated, cut off ones go on from their last epoch.
 import argparse
 from pathlib import Path
 
-from rep_plugin.commands.parser import add_cfg_options
+from rep_plugin.commands.parser import add_cfg_options, count
 from rep_plugin.optional import require
 
 HELP = "train a set of configs over several seeds, with a record of every run"
@@ -21,10 +21,10 @@ HELP = "train a set of configs over several seeds, with a record of every run"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the set, how much of it, and where."""
     parser.add_argument("name", nargs="?", metavar="SET", help="name of a shipped set, or a file; none: list them")
-    parser.add_argument("--seeds", type=int, metavar="N", help="seeds of every row; default: as many as the set says")
+    parser.add_argument("--seeds", type=count, metavar="N", help="seeds of every row; default: as many as the set says")
     parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="only these rows, and those they need")
     parser.add_argument("--budget-minutes", type=float, metavar="M", help="end after this time; the rest another time")
-    parser.add_argument("--workers", type=int, metavar="N", help="runs side by side; default: one a core")
+    parser.add_argument("--workers", type=count, metavar="N", help="runs side by side; default: one a core")
     parser.add_argument(
         "--resume", action="store_true", help="go on with what is there, as it always does (for scripts that say so)"
     )
@@ -35,10 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse numbers that mean nothing."""
-    for name in ("seeds", "workers", "budget_minutes"):
-        if (value := getattr(args, name)) is not None and not value > 0:
-            args.parser.error(f"--{name.replace('_', '-')} must be > 0, got {value}")
+    """Refuse a time that means nothing."""
+    if args.budget_minutes is not None and not args.budget_minutes > 0:
+        args.parser.error(f"--budget-minutes must be > 0, got {args.budget_minutes}")
 
 
 def run(args: argparse.Namespace) -> None:

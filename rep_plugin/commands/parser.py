@@ -4,6 +4,8 @@ import argparse
 
 from rep_plugin.errors import did_you_mean
 
+MOST = 1_000_000
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that names the nearest option or choice, and keeps the line breaks of its description."""
@@ -21,6 +23,11 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(left)}{hint}")
         return namespace, left
 
+    def _get_value(self, action, arg_string):
+        if not arg_string and action.nargs != argparse.REMAINDER:  # of a variable of the shell that is not set
+            raise argparse.ArgumentError(action, "expected a value, got ''")
+        return super()._get_value(action, arg_string)
+
     def _check_value(self, action, value) -> None:
         if action.choices is not None and value not in action.choices:
             hint = did_you_mean(str(value), map(str, action.choices))
@@ -29,13 +36,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def count(text: str) -> int:
-    """A whole number >= 1."""
+    """A whole number from 1 to a million: more is a slip, and would take for ever."""
     try:
         number = int(text)
     except ValueError:
         number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text!r}")
+    if not 1 <= number <= MOST:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number {'>= 1' if number < 1 else f'<= {MOST}'}, got {text!r}"
+        )
     return number
 
 

@@ -193,7 +193,9 @@ def to_onnx(
         _declare_shapes(proto, shapes, dims)
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:  # torch, onnxscript and onnx have dozens of kinds
-        raise ExportError(f"{type(model).__name__} cannot be written as ONNX: {first_line(error)}") from error
+        raise ExportError(
+            f"{type(model).__name__} cannot be written as ONNX of opset {opset}: {first_line(error)}"
+        ) from error
     found = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
     if found != opset:
         raise ExportError(f"torch wrote opset {found}, not opset (={opset}) as asked")

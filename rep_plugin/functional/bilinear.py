@@ -27,16 +27,13 @@ NORM_EPS = 1e-12  # torch.nn.functional.normalize's own
 _HALF = (torch.float16, torch.bfloat16)
 
 Map = Annotated[Tensor, Dims("(N, C, L)")]
+SecondMap = Annotated[Tensor, Dims("(N, C2, L)")]
+Square = Annotated[Tensor, Dims("(N, C, C)")]
 Rows = Annotated[Tensor, Dims("(N, D)")]
-Vector = Annotated[Tensor, Dims("(C,)")]
+Floats = Annotated[Tensor, That(torch.is_floating_point, "a float tensor")]
 Steps = Annotated[int, In("[1, 100]")]
-
-
-def _is_index(tensor: Tensor) -> bool:
-    return tensor.dim() == 1 and tensor.dtype == torch.int64 and (not len(tensor) or int(tensor.min()) >= 0)
-
-
-Index = Annotated[Tensor, That(_is_index, "int64 indices (K,), none below 0")]
+Signs = Annotated[Tensor, Dims("(C,)")]
+SecondSigns = Annotated[Tensor, Dims("(C2,)")]
 
 
 def full_precision(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -52,12 +49,16 @@ def full_precision(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-def check_maps(x: Tensor, y: Tensor | None = None) -> None:
+def check_maps(x: Tensor, y: Tensor | None = None, channels: int | None = None) -> Tensor:
     """Raise ArgumentError unless maps are (N, C, L) of equal N and L, L >= 1.
 
     Args:
         x: map.
         y: second map, where there is one.
+        channels: of the second map, where they are known.
+
+    Returns:
+        The second map, which may be the first.
     """
     for z in (x,) if y is None else (x, y):
         if z.dim() != 3 or z.shape[2] < 1:
@@ -66,6 +67,12 @@ def check_maps(x: Tensor, y: Tensor | None = None) -> None:
         raise ArgumentError(
             f"both streams must have the same batch and positions, got {tuple(x.shape)} and {tuple(y.shape)} (N, C, L)"
         )
+    second = x if y is None else y
+    if channels not in (None, second.shape[1]):
+        raise ArgumentError(f"y must be a map (N, C, L) of C = {channels}, got shape {tuple(second.shape)}")
+    if second.dtype != x.dtype:
+        raise ArgumentError(f"y must be of the type of x, {x.dtype}, got {second.dtype}")
+    return second
 
 
 class _SymmetricGram(torch.autograd.Function):
@@ -86,7 +93,7 @@ class _SymmetricGram(torch.autograd.Function):
 
 
 @full_precision
-def gram(x: Map, y: Map | None = None) -> Tensor:
+def gram(x: Map, y: SecondMap | None = None) -> Tensor:
     """Return the mean over positions of the outer products.
 
     Args:
@@ -115,7 +122,7 @@ def gram(x: Map, y: Map | None = None) -> Tensor:
 
 
 @full_precision
-def signed_sqrt(z: Tensor, eps: Positive = SQRT_EPS) -> Tensor:
+def signed_sqrt(z: Floats, eps: Positive = SQRT_EPS) -> Tensor:
     """Return ``sqrt(relu(z) + eps) - sqrt(relu(-z) + eps)``: odd, and exactly 0 at 0, so that dead channels stay dead.
 
     Args:
@@ -167,7 +174,7 @@ class _SignedSqrtL2(torch.autograd.Function):
 
 
 @full_precision
-def signed_sqrt_l2(z: Rows, weight: Vector | None = None) -> Tensor:
+def signed_sqrt_l2(z: Rows, weight: Annotated[Tensor, Dims("(D,)")] | None = None) -> Tensor:
     """Return the signed square root, every row divided by its L2 norm; rows of zeros stay zeros. Differentiable once.
 
     Args:
@@ -267,7 +274,7 @@ def triangle_multiplicity(channels: Channels, device: torch.device | str | None 
 
 
 @full_precision
-def take_triangle(matrix: Map, index: Index) -> Tensor:
+def take_triangle(matrix: Square, index: Annotated[Tensor, Dims("(K,)", below="C C")]) -> Tensor:
     """Return the upper triangles, flattened.
 
     Args:
@@ -318,7 +325,11 @@ def fold_to_triangle(weight: Rows, channels: Channels) -> Tensor:
     return torch.where(rows == cols, folded, folded + mirrored)
 
 
-def full_columns(keep1: Index, keep2: Index, channels2: Channels) -> Tensor:
+def full_columns(
+    keep1: Annotated[Tensor, Dims("(K1,)", below="")],
+    keep2: Annotated[Tensor, Dims("(K2,)", below="channels2")],
+    channels2: Channels,
+) -> Tensor:
     """Return the columns of a full head that stay where channels stay.
 
     Args:
@@ -337,7 +348,7 @@ def full_columns(keep1: Index, keep2: Index, channels2: Channels) -> Tensor:
     return (keep1[:, None] * channels2 + keep2).reshape(-1)
 
 
-def triangle_columns(keep: Index, channels: Channels) -> Tensor:
+def triangle_columns(keep: Annotated[Tensor, Dims("(K,)", below="channels")], channels: Channels) -> Tensor:
     """Return the columns of a triangle head that stay where channels stay.
 
     Args:
@@ -374,7 +385,14 @@ def draw_signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 @full_precision
-def tensor_sketch(matrix: Map, hash1: Index, hash2: Index, sign1: Vector, sign2: Vector, dim: Channels) -> Tensor:
+def tensor_sketch(
+    matrix: Annotated[Tensor, Dims("(N, C, C2)")],
+    hash1: Annotated[Tensor, Dims("(C,)", below="")],
+    hash2: Annotated[Tensor, Dims("(C2,)", below="")],
+    sign1: Signs,
+    sign2: SecondSigns,
+    dim: Channels,
+) -> Tensor:
     """Return sketches of Gram matrices: ``out[(h1_i + h2_j) mod dim] += s1_i s2_j G_ij``.
 
     Equal to the mean over positions of Tensor Sketches (Gao et al., algorithm 2) since pooling is linear, without their FFT
@@ -405,7 +423,9 @@ def tensor_sketch(matrix: Map, hash1: Index, hash2: Index, sign1: Vector, sign2:
 
 
 @full_precision
-def random_maclaurin(x: Map, y: Map | None, signs1: Rows, signs2: Rows) -> Tensor:
+def random_maclaurin(
+    x: Map, y: SecondMap | None, signs1: Annotated[Tensor, Dims("(D, C)")], signs2: Annotated[Tensor, Dims("(D, C2)")]
+) -> Tensor:
     """Return random Maclaurin features ``mean_l (W1 x_l) * (W2 y_l) / sqrt(D)`` (Gao et al., algorithm 1).
 
     Computed through the Gram matrix or the positions, whichever is the smaller; both are exact.
@@ -427,9 +447,8 @@ def random_maclaurin(x: Map, y: Map | None, signs1: Rows, signs2: Rows) -> Tenso
         >>> random_maclaurin(torch.ones(1, 2, 9), None, torch.ones(4, 2), torch.ones(4, 2)).tolist()
         [[2.0, 2.0, 2.0, 2.0]]
     """
-    check_maps(x, y)
+    second = check_maps(x, y, signs2.shape[1])
     signs1, signs2 = signs1.to(x.dtype), signs2.to(x.dtype)
-    second = x if y is None else y
     if second.shape[1] <= x.shape[2]:
         pooled = ((signs1 @ gram(x, y)) * signs2).sum(2)
     else:
@@ -439,7 +458,9 @@ def random_maclaurin(x: Map, y: Map | None, signs1: Rows, signs2: Rows) -> Tenso
 
 
 @full_precision
-def low_rank(x: Map, y: Map | None, factor1: Rows, factor2: Rows) -> Tensor:
+def low_rank(
+    x: Map, y: SecondMap | None, factor1: Annotated[Tensor, Dims("(C, R)")], factor2: Annotated[Tensor, Dims("(C2, R)")]
+) -> Tensor:
     """Return low-rank bilinear pooling ``mean_l (U^T x_l) * (V^T y_l)``: Kim et al., equation 4, without its P.
 
     The factors are learned; the classifier that follows is P. So every class is a bilinear form of rank <= R.
@@ -461,9 +482,8 @@ def low_rank(x: Map, y: Map | None, factor1: Rows, factor2: Rows) -> Tensor:
         >>> low_rank(torch.ones(1, 4, 9), None, torch.ones(4, 2), torch.ones(4, 2)).round().tolist()
         [[16.0, 16.0]]
     """
-    check_maps(x, y)
-    scale = x.shape[2] ** -0.5
-    second = x if y is None else y
+    second = check_maps(x, y, len(factor2))
+    scale, factor1, factor2 = x.shape[2] ** -0.5, factor1.to(x.dtype), factor2.to(x.dtype)
     return ((factor1.t() @ (x * scale)) * (factor2.t() @ (second * scale))).sum(2)
 
 
@@ -494,7 +514,7 @@ def covariance(x: Map) -> Tensor:
 
 
 @full_precision
-def newton_schulz_sqrt(matrix: Map, iterations: Steps = 5) -> Tensor:
+def newton_schulz_sqrt(matrix: Square, iterations: Steps = 5) -> Tensor:
     """Return approximate square roots of symmetric positive matrices, by coupled Newton-Schulz steps.
 
     Divides by the trace first and multiplies by its root after (Li et al., section 3.2). A zero matrix gives zeros.
@@ -528,7 +548,7 @@ def newton_schulz_sqrt(matrix: Map, iterations: Steps = 5) -> Tensor:
 
 
 @full_precision
-def isqrt_cov(x: Map, index: Index, iterations: Steps = 5) -> Tensor:
+def isqrt_cov(x: Map, index: Annotated[Tensor, Dims("(K,)", below="C C")], iterations: Steps = 5) -> Tensor:
     """Return iSQRT-COV: the triangle of the square root of the covariance.
 
     Args:

@@ -10,6 +10,7 @@ from rep_plugin.arguments import Dims, Positive, Side
 from rep_plugin.errors import ArgumentError
 
 Image = Annotated[Tensor, Dims("(N, C, H, W)")]
+OtherImage = Annotated[Tensor, Dims("(N, C2, H2, W2)")]
 Rows = Annotated[Tensor, Dims("(N, classes)")]
 
 
@@ -73,7 +74,7 @@ def attention_map(x: Image, size: tuple[Side, Side] | None = None) -> Tensor:
     return F.normalize(energy.flatten(1), dim=1)
 
 
-def attention_distance(student: Image, teacher: Image) -> Tensor:
+def attention_distance(student: Image, teacher: OtherImage) -> Tensor:
     """Return how far apart two maps look, |a_s - a_t|^2 of their attention maps, mean of the batch.
 
     Channels are summed away, so that a narrow map compares with a wide one without a learned projection. Where rows or

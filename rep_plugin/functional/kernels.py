@@ -20,7 +20,8 @@ from rep_plugin.arguments import Channels, Dims, Side, That
 from rep_plugin.errors import ArgumentError
 
 Kernel = Annotated[Tensor, Dims("(O, I / groups, kh, kw)")]
-Vector = Annotated[Tensor, Dims("(C,)")]
+Bias = Annotated[Tensor, Dims("(O,)")]
+Inputs = Annotated[Tensor, Dims("(I,)")]
 BatchNorm = Annotated[nn.Module, That(lambda module: hasattr(module, "running_mean"), "a batch norm")]
 
 
@@ -42,7 +43,7 @@ class ConvParams(NamedTuple):
     """
 
     kernel: Kernel
-    bias: Vector | None
+    bias: Bias | None
     groups: Channels = 1
     stride: tuple[Side, Side] = (1, 1)
     dilation: tuple[Side, Side] = (1, 1)
@@ -127,7 +128,7 @@ def bn_scale_shift(bn: BatchNorm, dtype: torch.dtype | None = None) -> tuple[Ten
     return scale, shift
 
 
-def fold_bn(kernel: Kernel, bn: BatchNorm, bias: Vector | None = None) -> tuple[Tensor, Tensor]:
+def fold_bn(kernel: Kernel, bn: BatchNorm, bias: Bias | None = None) -> tuple[Tensor, Tensor]:
     """Return the one convolution equal to ``bn(conv(x))`` in eval mode, in the kernel's dtype.
 
     Pass float64 and cast the result: folding in half precision loses 2.3 times more.
@@ -153,6 +154,8 @@ def fold_bn(kernel: Kernel, bn: BatchNorm, bias: Vector | None = None) -> tuple[
     if bn.num_features != kernel.shape[0]:
         raise ArgumentError(f"BN channels (={bn.num_features}) must equal the kernel's outputs (={kernel.shape[0]})")
     scale, shift = bn_scale_shift(bn, kernel.dtype)
+    if scale.device != kernel.device:
+        raise ArgumentError(f"bn must be on the kernel's device, {kernel.device}, got {scale.device}")
     folded = shift if bias is None else shift + bias * scale
     return kernel * scale.view(-1, 1, 1, 1), folded
 
@@ -287,7 +290,7 @@ def regroup_kernel(kernel: Kernel, groups: Channels, new_groups: Channels) -> Te
     return spread.reshape(out_channels, ratio * width, *kernel.shape[2:])
 
 
-def sum_kernel_taps(kernel: Kernel, groups: Channels, value: Vector) -> Tensor:
+def sum_kernel_taps(kernel: Kernel, groups: Channels, value: Inputs) -> Tensor:
     """Return what a convolution answers to a constant map.
 
     Args:
@@ -308,7 +311,7 @@ def sum_kernel_taps(kernel: Kernel, groups: Channels, value: Vector) -> Tensor:
     return (taps * value.view(groups, 1, -1)).sum(-1).reshape(-1)  # not a matmul: autocast would round it to half
 
 
-def scale_kernel_inputs(kernel: Kernel, groups: Channels, scale: Vector) -> Tensor:
+def scale_kernel_inputs(kernel: Kernel, groups: Channels, scale: Inputs) -> Tensor:
     """Return the kernel that sees ``x * scale`` where it is given ``x``.
 
     Args:
@@ -413,6 +416,8 @@ def compose(first: ConvParams, second: ConvParams) -> ConvParams:
             f"outputs of the first convolution (={first.out_channels}) must equal the inputs of the second "
             f"(={second.in_channels})"
         )
+    if first.kernel.dtype != second.kernel.dtype:
+        raise ArgumentError(f"first and second must be of one type, got {first.kernel.dtype} and {second.kernel.dtype}")
     k1, k2 = first.kernel, second.kernel
     d1, d2 = list(first.dilation), [d * s for d, s in zip(second.dilation, first.stride)]
     for axis in (0, 1):  # a side of 1 has no dilation of its own
@@ -508,7 +513,7 @@ def _add_centred(large: Tensor, small: Tensor) -> Tensor:
     return _AddCentred.apply(large, small)
 
 
-def merge_sum(kernels: Iterable[tuple[Kernel, Vector | None]]) -> tuple[Tensor, Tensor | None]:
+def merge_sum(kernels: Iterable[tuple[Kernel, Bias | None]]) -> tuple[Tensor, Tensor | None]:
     """Add parallel convolutions of equal channels, stride and groups: centre-pad to the largest side, add.
 
     Args:

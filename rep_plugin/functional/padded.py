@@ -9,13 +9,16 @@ padding with running statistics (Ding et al., CVPR 2021) as the case in which th
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
+from rep_plugin.arguments import That
 from rep_plugin.errors import ArgumentError
-from rep_plugin.functional.kernels import ConvParams, Kernel, Vector, compose, dilate_kernel, pad_kernel, regroup_kernel
+from rep_plugin.functional.kernels import Bias, ConvParams, Kernel, compose, dilate_kernel, pad_kernel, regroup_kernel
+
+Biased = Annotated[ConvParams, That(lambda conv: conv.bias is not None, "a ConvParams with a bias")]
 
 
 class PaddedConv(NamedTuple):
@@ -34,7 +37,7 @@ class PaddedConv(NamedTuple):
         (3, 3)
     """
 
-    params: ConvParams
+    params: Biased
     padding: tuple[int, int] = (0, 0)
     edge: Kernel | None = None
 
@@ -42,6 +45,13 @@ class PaddedConv(NamedTuple):
     def kernel_size(self) -> tuple[int, int]:
         height, width = self.params.kernel.shape[2:]
         return height, width
+
+
+def _has_own_edge(conv: PaddedConv) -> bool:
+    return conv.edge is None or conv.edge.shape == (conv.params.out_channels, 1, *conv.kernel_size)
+
+
+Padded = Annotated[PaddedConv, That(_has_own_edge, "a PaddedConv with an edge (O, 1, kh, kw), the size of its kernel")]
 
 
 def _constant_edge(conv: PaddedConv, value: Tensor, axes: Sequence[bool]) -> Tensor:
@@ -61,7 +71,7 @@ def _constant_edge(conv: PaddedConv, value: Tensor, axes: Sequence[bool]) -> Ten
     return edge
 
 
-def compose_padded(first: PaddedConv, second: PaddedConv) -> PaddedConv:
+def compose_padded(first: Padded, second: Padded) -> PaddedConv:
     """Return the one padded convolution equal to ``second(first(x))``, each padding zeros for itself.
 
     Args:
@@ -123,7 +133,7 @@ def _written_out(conv: PaddedConv, axis: int) -> PaddedConv:
     return conv._replace(params=conv.params._replace(kernel=kernel, dilation=(rest[0], rest[1])), edge=edge)
 
 
-def add_padded(convs: Sequence[PaddedConv]) -> PaddedConv:
+def add_padded(convs: Sequence[Padded]) -> PaddedConv:
     """Return the one padded convolution equal to the sum of parallel ones, centred on each other by their padding.
 
     Unequal dilations are written out with zeros, unequal groups with fewer groups.
@@ -178,7 +188,7 @@ def add_padded(convs: Sequence[PaddedConv]) -> PaddedConv:
     return PaddedConv(ConvParams(kernel, bias, groups, convs[0].params.stride, tuple(dilation)), padding, edge)
 
 
-def scale_padded(conv: PaddedConv, factor: Vector | float) -> PaddedConv:
+def scale_padded(conv: Padded, factor: Bias | float) -> PaddedConv:
     """Return the convolution whose output is multiplied by a factor.
 
     Args:
@@ -194,7 +204,12 @@ def scale_padded(conv: PaddedConv, factor: Vector | float) -> PaddedConv:
         >>> scale_padded(PaddedConv(ConvParams(torch.ones(1, 1, 1, 1), torch.ones(1))), 3.0).params.bias.tolist()
         [3.0]
     """
-    factor = torch.as_tensor(factor, dtype=conv.params.kernel.dtype, device=conv.params.kernel.device).reshape(-1)
-    each = factor.expand(conv.params.out_channels)
+    outputs, device = conv.params.out_channels, conv.params.kernel.device
+    if isinstance(factor, Tensor) and (factor.numel() not in (1, outputs) or factor.device != device):
+        raise ArgumentError(
+            f"factor must be a number or {outputs} of them on {device}, got shape {tuple(factor.shape)} on {factor.device}"
+        )
+    factor = torch.as_tensor(factor, dtype=conv.params.kernel.dtype, device=device).reshape(-1)
+    each = factor.expand(outputs)
     params = conv.params._replace(kernel=conv.params.kernel * each.view(-1, 1, 1, 1), bias=conv.params.bias * each)
     return conv._replace(params=params, edge=None if conv.edge is None else conv.edge * each.view(-1, 1, 1, 1))

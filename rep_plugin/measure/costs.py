@@ -11,7 +11,7 @@ from torch.utils.flop_counter import flop_registry
 
 from rep_plugin.arguments import checked
 from rep_plugin.measure.copies import copy_inputs, copy_model
-from rep_plugin.measure.forward import first_image, run_model
+from rep_plugin.measure.forward import first_image, of_user, run_model
 from rep_plugin.measure.randomness import private_random
 
 
@@ -85,9 +85,8 @@ def count_macs(model: nn.Module, example_input: torch.Tensor | Sequence | Mappin
     try:
         return _count(model, one)
     except Exception:  # that a model takes batches of some sizes only is said in as many ways as there are models
-        if images == 1:
-            raise
-        return _count(model, example_input) // images
+        with of_user(model, example_input):
+            return _count(model, example_input) // images
 
 
 def _count(model: nn.Module, example: object) -> int:

@@ -1,5 +1,6 @@
 """How a model is run on images alone: ``model(x)``, unless a :class:`Forward` is registered for models of its kind."""
 
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeGuard
@@ -7,8 +8,8 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from rep_plugin.arguments import checked
-from rep_plugin.errors import ArgumentError
+from rep_plugin.arguments import checked, shown
+from rep_plugin.errors import ArgumentError, RepPluginError, first_line
 
 
 class Forward:
@@ -135,6 +136,27 @@ def _batch_of(part: object) -> int | None:
 
 
 @contextmanager
+def of_user(model: nn.Module, example: object, name: str = "example_input") -> Iterator[None]:
+    """Say of whatever a forward raises on an input that the input does not go through the model.
+
+    Args:
+        model: the model.
+        example: the input.
+        name: of the argument.
+
+    Returns:
+        A context manager that raises ArgumentError.
+    """
+    try:
+        yield
+    except RepPluginError:
+        raise
+    except Exception as error:
+        made = first_line(error)
+        raise ArgumentError(f"{name}, {shown(example)}, does not go through {type(model).__name__}: {made}") from error
+
+
+@contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put a model in eval mode; afterwards every module is in the mode that it was in."""
     modes = {module: module.training for module in model.modules()}
@@ -146,14 +168,20 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def require_bare(model: nn.Module) -> None:
+def require_bare(model: nn.Module, data: bool = True) -> None:
     """Refuse a model that is wrapped for several processes or compiled: what is changed inside would not be noticed there.
+
+    Args:
+        model: the model.
+        data: its weights are read, so that they may not be on the meta device.
 
     Raises:
         ArgumentError: it is wrapped (the message says what to pass), or no module.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if data and any(tensor.is_meta for tensor in itertools.chain(model.parameters(), model.buffers())):
+        raise ArgumentError(f"model has no data: a {type(model).__name__} on the meta device, load its weights first")
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise ArgumentError(f"got a {type(model).__name__}: pass its .module, and wrap the model again")
     if isinstance(model, torch._dynamo.OptimizedModule):

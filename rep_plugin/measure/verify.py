@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeGuard
+from typing import Annotated, Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from rep_plugin.arguments import Positive, checked
-from rep_plugin.errors import ArgumentError, EquivalenceError, InconclusiveWarning, first_line
+from rep_plugin.arguments import Positive, That, checked, shown
+from rep_plugin.errors import ArgumentError, EquivalenceError, InconclusiveWarning, did_you_mean, first_line
 from rep_plugin.measure.branches import Branches, find_branches
 from rep_plugin.measure.copies import copy_model, copy_values
 from rep_plugin.measure.differences import (
@@ -25,7 +25,7 @@ from rep_plugin.measure.differences import (
     sensitivity_of,
     shapes_of,
 )
-from rep_plugin.measure.forward import run_model
+from rep_plugin.measure.forward import of_user, run_model
 from rep_plugin.measure.progress import track
 from rep_plugin.measure.randomness import private_random
 
@@ -120,8 +120,8 @@ def default_inputs(model: nn.Module, example_input: Tensor | None = None) -> lis
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if example_input is not None:
         floats = isinstance(example_input, Tensor) and example_input.is_floating_point()
-        if not floats or example_input.dim() < 2:
-            raise ArgumentError(f"example_input must be a float tensor (N, C, ...), got {type(example_input).__name__}")
+        if not floats or example_input.dim() < 2 or example_input.is_meta or not example_input.numel():
+            raise ArgumentError(f"example_input must be a float tensor (N, C, ...), got {shown(example_input)}")
         shape = tuple(example_input.shape)
     else:
         cfg = getattr(model, "pretrained_cfg", None) or {}
@@ -436,7 +436,8 @@ class _Proof:
         batches = [torch.cat([x, *scaled[:count]]) for count in range(len(scales), -1, -1)]
         done = self.compare_first(*batches)
         if done.number is None:
-            raise done.refused
+            with of_user(self.reference, x, "inputs[0]"):
+                raise done.refused
         for scale in scales[len(scales) - done.number :]:
             refused = done.refused
             if not isinstance(refused, EquivalenceError):  # the number of images is the model's: as many at this scale
@@ -488,11 +489,23 @@ class _Proof:
         self.raise_if_off()
 
 
+def _require_modules(argument: str, names: Sequence[str], model: nn.Module) -> None:
+    known = dict(model.named_modules())
+    if unknown := [name for name in names if name not in known]:
+        hint = did_you_mean(unknown[0], known)
+        raise ArgumentError(f"{argument} names {unknown[0]!r}, which the {type(model).__name__} does not have{hint}")
+
+
+Inputs = Annotated[
+    Sequence[Tensor], That(lambda inputs: inputs and min(x.dim() for x in inputs) > 1, "a list of tensors (N, C, ...)")
+]
+
+
 @checked
 def verify_equivalence(
     reference: nn.Module,
     candidate: nn.Module,
-    inputs: Sequence[Tensor],
+    inputs: Inputs,
     block_names: Sequence[str] = (),
     tolerance: Positive = 1e-9,
     parts: Mapping[str, nn.Module] | None = None,
@@ -534,6 +547,9 @@ def verify_equivalence(
         >>> verify_equivalence(conv, conv, [torch.randn(2, 3, 8, 8)]).total.max_rel
         0.0
     """
+    _require_modules("block_names", block_names, reference)
+    _require_modules("block_names", [name for name in block_names if name not in (parts or {})], candidate)
+    _require_modules("run_names", run_names, reference)
     if keep:
         reference, candidate = copy_model(reference), copy_model(candidate)
     parts = {name: copy_model(part).double() for name, part in (parts or {}).items()}

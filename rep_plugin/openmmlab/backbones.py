@@ -8,9 +8,9 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rep_plugin.arguments import In, checked
+from rep_plugin.arguments import In, check, checked, shown
 from rep_plugin.backbones.mobileone import MobileOne as PlainMobileOne
-from rep_plugin.backbones.rep_mobilenet_v2 import DEFAULT_ACT
+from rep_plugin.backbones.rep_mobilenet_v2 import DEFAULT_ACT, Activation
 from rep_plugin.backbones.rep_mobilenet_v2 import RepMobileNetV2 as PlainRepMobileNetV2
 from rep_plugin.backbones.replknet import RepLKNet as PlainRepLKNet
 from rep_plugin.backbones.repvgg import RepVGG as PlainRepVGG
@@ -21,12 +21,11 @@ from rep_plugin.registry import MODELS
 
 def activation_name(act_cfg: dict | str) -> str:
     """Return our name of an mmcv activation: ``dict(type='ReLU6')`` -> ``relu6``. Raises ArgumentError for other keys."""
-    if isinstance(act_cfg, str):
-        return act_cfg.lower()
-    extra = sorted(set(act_cfg) - {"type", "inplace"})
-    if extra or "type" not in act_cfg:
-        raise ArgumentError(f"act_cfg takes 'type' alone, got {dict(act_cfg)}")
-    return {"hswish": "hardswish", "swish": "silu"}.get(act_cfg["type"].lower(), act_cfg["type"].lower())
+    name = act_cfg if isinstance(act_cfg, str) else act_cfg.get("type")
+    if not isinstance(name, str) or (not isinstance(act_cfg, str) and set(act_cfg) - {"type", "inplace"}):
+        raise ArgumentError(f"act_cfg takes 'type' alone, a name, got {shown(act_cfg)}")
+    name = {"hswish": "hardswish", "swish": "silu"}.get(name.lower(), name.lower())
+    return check("act_cfg", name, Activation)
 
 
 @checked

@@ -1,19 +1,18 @@
 """What bilinear CNNs need of mmpretrain: a head that pools and classifies, and a backbone of two streams."""
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Annotated
+from collections.abc import Sequence
 
 from mmengine.model import BaseModule
 from mmpretrain.models.heads import ClsHead
 from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 from torch import Tensor, nn
 
-from rep_plugin.arguments import Channels, Count, Fraction, That, checked
+from rep_plugin.arguments import Channels, Count, Fraction, checked
 from rep_plugin.bilinear.head import BilinearHead
+from rep_plugin.openmmlab.load import Typed, build_part
 from rep_plugin.registry import MODELS
 
-Typed = Annotated[Mapping, That(lambda cfg: "type" in cfg, "a config with a type")]
 CROSS_ENTROPY = dict(type="CrossEntropyLoss", loss_weight=1.0)
 
 
@@ -56,7 +55,7 @@ class BilinearClsHead(BilinearHead, ClsHead):
     ):
         super().__init__(in_channels, num_classes, method, drop_rate, deploy, **pooling)
         self.in_channels, self.topk, self.cal_acc = in_channels, topk, cal_acc
-        self.loss_module = loss if isinstance(loss, nn.Module) else MMPRETRAIN_MODELS.build(loss)
+        self.loss_module = build_part(loss, MMPRETRAIN_MODELS)
         self.init_cfg = copy.deepcopy(init_cfg)
 
 
@@ -76,8 +75,8 @@ class TwoStreamBackbone(BaseModule):
 
     def __init__(self, first: Typed | nn.Module, second: Typed | nn.Module, init_cfg: dict | list | None = None):
         super().__init__(init_cfg=copy.deepcopy(init_cfg))
-        self.first = first if isinstance(first, nn.Module) else MMPRETRAIN_MODELS.build(first)
-        self.second = second if isinstance(second, nn.Module) else MMPRETRAIN_MODELS.build(second)
+        self.first = build_part(first, MMPRETRAIN_MODELS)
+        self.second = build_part(second, MMPRETRAIN_MODELS)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.first(x)[-1], self.second(x)[-1]

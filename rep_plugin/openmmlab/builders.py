@@ -22,13 +22,12 @@ from rep_plugin.blocks.conv_like import CONV_LIKES
 from rep_plugin.checkpoints.strict import refuse_misfits
 from rep_plugin.history import rebuild_
 from rep_plugin.openmmlab.configs import drop_pretrained_, typed_dicts
-from rep_plugin.openmmlab.load import load_strictly, read_state_dict
+from rep_plugin.openmmlab.load import Typed, build_part, config_errors, load_strictly, read_state_dict
 from rep_plugin.pruning import PrunePlan
 from rep_plugin.pruning.planning.plan import as_plan
 from rep_plugin.registry import MODELS
 from rep_plugin.reparam import expand
 
-ModelConfig = Annotated[Mapping, That(lambda config: "type" in config, "the config of a model with a 'type'")]
 Plans = Annotated[
     PrunePlan | Mapping | str | Sequence[PrunePlan | Mapping | str],
     That(lambda plan: True, "a PrunePlan, its data, JSON text or a path, or a list of these"),
@@ -47,7 +46,7 @@ def _rebuilt(
         drop_pretrained_(part)
     if data_preprocessor is not None and not isinstance(data_preprocessor, nn.Module):
         inner.setdefault("data_preprocessor", data_preprocessor)
-    rebuilt = rebuild_(ROOT_MODELS.build(inner), steps)
+    rebuilt = rebuild_(build_part(inner, ROOT_MODELS), steps)
     refuse_misfits(rebuilt)
     return rebuilt
 
@@ -55,7 +54,7 @@ def _rebuilt(
 @MODELS.register_module()
 @checked
 def Pruned(
-    model: ModelConfig,
+    model: Typed,
     plan: Plans,
     data_preprocessor: Mapping | nn.Module | None = None,
     backbone: Mapping | None = None,
@@ -88,7 +87,7 @@ def Pruned(
 @MODELS.register_module()
 @checked
 def Merged(
-    model: ModelConfig,
+    model: Typed,
     fold_bn: bool = False,
     merge_linear: bool = False,
     data_preprocessor: Mapping | nn.Module | None = None,
@@ -117,7 +116,7 @@ def Merged(
 @MODELS.register_module()
 @checked
 def Expanded(
-    model: ModelConfig,
+    model: Typed,
     block: Annotated[str, OneOf(CONV_LIKES)] = "dbb",
     where: str | Sequence[str] | None = None,
     checkpoint: Name | None = None,
@@ -144,9 +143,10 @@ def Expanded(
     stock: Any = copy.deepcopy(model)
     if data_preprocessor is not None:
         stock.setdefault("data_preprocessor", copy.deepcopy(data_preprocessor))
-    net = ROOT_MODELS.build(stock)
+    net = build_part(stock, ROOT_MODELS)
     if hasattr(net, "init_weights"):
-        net.init_weights()
+        with config_errors():
+            net.init_weights()
     if checkpoint is not None:
         load_strictly(net, read_state_dict(checkpoint)[0], str(checkpoint))
     net, report = expand(net, block, inplace=True, where=where, online=online)

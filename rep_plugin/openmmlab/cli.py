@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import torch
 from mmengine.config import Config, DictAction
@@ -32,6 +33,12 @@ from rep_plugin.openmmlab.origin import changed_in_training, explain_misfit, kin
 from rep_plugin.optional import require
 from rep_plugin.shipped import resolve_config as resolve_config
 
+# Launcher -> the program, and what its processes have in their environment.
+LAUNCHERS = {
+    "pytorch": ("torchrun", "RANK"),
+    "slurm": ("srun", "SLURM_PROCID"),
+    "mpi": ("mpirun", "OMPI_COMM_WORLD_LOCAL_RANK"),
+}
 EXTRAS = {"mmpretrain": "openmmlab", "mmdet": "downstream", "mmseg": "downstream"}  # scope and package of a config
 
 
@@ -244,7 +251,10 @@ def use_amp(cfg: Config) -> None:
 
 def require_checkpoint(path: str | os.PathLike | None) -> None:
     """Raise ArgumentError if ``path`` is neither an address, nor a file, nor (deepspeed) a folder."""
-    if path and "://" not in str(path) and not os.path.exists(os.path.expanduser(path)):
+    if path and "://" in str(path):
+        if not (address := urlsplit(str(path))).path.strip("/") or not address.scheme:
+            raise ArgumentError(f"checkpoint {path} is no address of a file, expected as https://host/name.pth")
+    elif path and not os.path.exists(os.path.expanduser(path)):
         raise ArgumentError(f"checkpoint {path} does not exist, expected a file")
 
 
@@ -254,6 +264,11 @@ def build_runner(cfg: Config) -> Runner:
     Raises:
         ArgumentError: the config cannot be built, or connects processes through graphics cards where there are none.
     """
+    starter, variable = LAUNCHERS.get(cfg.launcher, ("", None))
+    if variable and variable not in os.environ:
+        raise ArgumentError(
+            f"--launcher {cfg.launcher} is for what {starter} starts: {variable} is not set, as it sets it"
+        )
     if cfg.launcher == "pytorch" and get_device() == "cpu":
         _connect_on_cpu(cfg)
     scope = cfg.get("default_scope", "mmpretrain")

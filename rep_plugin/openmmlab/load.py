@@ -8,6 +8,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Annotated
 
 import torch
 from mmengine.config import Config
@@ -18,7 +19,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from rep_plugin.arguments import checked
+from rep_plugin.arguments import That, checked, shown
 from rep_plugin.checkpoints.safe_load import load_checkpoint_file
 from rep_plugin.checkpoints.strict import require_fit
 from rep_plugin.errors import (
@@ -35,11 +36,21 @@ from rep_plugin.measure.verify import default_inputs
 from rep_plugin.openmmlab.configs import drop_pretrained_, typed_dicts
 from rep_plugin.openmmlab.origin import explain_misfit
 
+Typed = Annotated[Mapping, That(lambda cfg: isinstance(cfg.get("type") or None, (str, type)), "a config with a type")]
 REAL_IMAGES, REAL_PIXELS = 8, 8 * 384 * 384  # for the proof on real data: float64 is slow
 
 
 # Of what a value of a config raises in code that is not ours. An assertion is mmengine's way to check an argument.
-VALUE_ERRORS = (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, AssertionError)
+VALUE_ERRORS = (
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    IndexError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+)
 
 
 @contextmanager
@@ -57,6 +68,28 @@ def config_errors() -> Iterator[None]:
         built = [kind for frame in frames if (kind := frame.get("obj_cls") or frame.get("scheduler_cls")) is not None]
         where = f" {built[-1].__name__}:" if built else ""
         raise ArgumentError(f"the config cannot be built:{where} {_explain(error, frames, built)}") from error
+
+
+def build_part(cfg: Mapping | nn.Module, registry: Registry) -> nn.Module:
+    """Build a part of a model from its config; a module is the part itself.
+
+    Args:
+        cfg: the config, or the module.
+        registry: finds its type.
+
+    Returns:
+        The part.
+
+    Raises:
+        ArgumentError: it cannot be built.
+    """
+    if isinstance(cfg, nn.Module):
+        return cfg
+    with config_errors():
+        built = registry.build(copy.deepcopy(dict(cfg)))
+    if not isinstance(built, nn.Module):
+        raise ArgumentError(f"the config must be one of a torch.nn.Module, got {shown(dict(cfg))}")
+    return built
 
 
 _BUILDERS = {build_from_cfg.__code__, build_scheduler_from_cfg.__code__}
@@ -268,7 +301,7 @@ def check_rebuilt(cfg: Config, model: nn.Module, inputs: Tensor) -> None:
     """
     rebuilt = build_model(cfg)
     load_strictly(rebuilt, model.state_dict(), "what was made of the model")
-    images = inputs.cpu()
+    images = inputs.to("cpu", next(model.parameters()).dtype)
     random = torch.randn(1, *images.shape[1:], generator=torch.Generator().manual_seed(0))
     try:
         require_identical(model.cpu(), rebuilt, [images, *default_inputs(model, random)])

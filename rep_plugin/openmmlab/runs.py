@@ -49,12 +49,12 @@ def train(args: argparse.Namespace) -> None:
 
 @contextmanager
 def no_empty_folder(work_dir: str) -> Iterator[None]:
-    """Remove a work folder that is new where a training is refused before its first step: a Runner makes it at once."""
+    """Remove a work folder that is new where nothing comes of a run but its config and log: a Runner makes it at once."""
     fresh = not os.path.exists(work_dir)
     try:
         yield
-    except RepPluginError:
-        if fresh and not any(path.suffix in (".pth", ".py") for path in Path(work_dir).rglob("*")):
+    except (RepPluginError, OSError):
+        if fresh and not any(path.suffix in (".pth", ".json") for path in Path(work_dir).rglob("*")):
             shutil.rmtree(work_dir, ignore_errors=True)
         raise
 
@@ -64,11 +64,12 @@ def test(args: argparse.Namespace) -> None:
     cfg = merge_test_args(load_config(args), args)
     require_checkpoint(cfg.load_from)
     check_data(cfg, ("test_dataloader",))
-    runner = build_runner(cfg)
-    require_whole_checkpoint(runner)
-    if args.out and args.out_item != "metrics":
-        runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
-    metrics = runner.test()
+    with no_empty_folder(cfg.work_dir):
+        runner = build_runner(cfg)
+        require_whole_checkpoint(runner)
+        if args.out and args.out_item != "metrics":
+            runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
+        metrics = runner.test()
     if args.out and args.out_item == "metrics":
         mmengine.dump(metrics, args.out)
 

@@ -14,7 +14,7 @@ from timm.layers import SelectAdaptivePool2d
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from rep_plugin.arguments import checked
+from rep_plugin.arguments import Channels, Classes, checked
 from rep_plugin.checkpoints.plain import fits, short
 from rep_plugin.checkpoints.strict import describe_mismatch, require_fit
 from rep_plugin.errors import ArgumentError, CheckpointMismatchError, first_line
@@ -170,6 +170,7 @@ def _build(base: str, base_args: Mapping) -> nn.Module:
 
 
 @register_model
+@checked
 def rep_plugin_rebuilt(
     pretrained: bool = False,
     pretrained_cfg: Mapping | None = None,
@@ -179,8 +180,8 @@ def rep_plugin_rebuilt(
     base: str = "",
     base_args: Mapping | None = None,
     history: Sequence[Mapping] = (),
-    num_classes: int | None = None,
-    in_chans: int | None = None,
+    num_classes: Classes | None = None,
+    in_chans: Channels | None = None,
     global_pool: str | None = None,
     features_only: bool = False,
     weights: bool = True,

@@ -5,10 +5,21 @@
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
+
+from rep_plugin.arguments import Channels, Classes, Fraction, check
+
+# Arguments of all names; a network checks its own.
+OPTIONS = {
+    "num_classes": Classes,
+    "in_chans": Channels,
+    "drop_rate": Fraction,
+    **dict.fromkeys(("deploy", "online", "anneal", "keep_bn", "features_only"), bool),
+}
 
 
 def register(module: str, name: str, create: Callable[..., nn.Module], cfg: dict, description: str) -> None:
@@ -23,7 +34,8 @@ def register(module: str, name: str, create: Callable[..., nn.Module], cfg: dict
     """
 
     def entry(pretrained: bool = False, **kwargs) -> nn.Module:
-        return create(name, pretrained, **kwargs)
+        given = {key: check(key, value, OPTIONS.get(key, Any)) for key, value in kwargs.items()}
+        return create(name, check("pretrained", pretrained, bool), **given)
 
     entry.__name__ = entry.__qualname__ = name
     entry.__module__, entry.__doc__ = module, description

@@ -13,6 +13,7 @@ import io
 import math
 import os
 import pkgutil
+import re
 import types
 import warnings
 from collections import Counter
@@ -25,7 +26,7 @@ import timm
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS, MODELS
+from mmengine.registry import HOOKS, MODELS, DefaultScope
 from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 from torch import Tensor, nn
 
@@ -36,7 +37,7 @@ from rep_plugin.bilinear import BilinearHead, BilinearPooling, fold_bilinear_hea
 from rep_plugin.blocks import Chain, DilatedAvgPool2d, RepBlock, RepInvertedResidual, Scale
 from rep_plugin.checkpoints import load_checkpoint_file, save_checkpoint_file
 from rep_plugin.conversion import convert_file, convert_state_dict
-from rep_plugin.errors import RepPluginError
+from rep_plugin.errors import EquivalenceError, RepPluginError
 from rep_plugin.export import read_metadata
 from rep_plugin.functional import ConvParams, PaddedConv
 from rep_plugin.measure import Forward, Report, count_macs, count_params, register_forward, verify_equivalence
@@ -68,6 +69,7 @@ WRONG: dict[str, Any] = {
     "True": True,
     "0": 0,
     "-1": -1,
+    "7": 7,
     "huge": 2**40,
     "1.5": 1.5,
     "2.0": 2.0,
@@ -89,10 +91,60 @@ WRONG: dict[str, Any] = {
     "tensor": torch.ones(2),
     "whole tensor": torch.ones(1, 3, 8, 8, dtype=torch.int64),
     "scalar": torch.tensor(0.5),
+    "image": torch.ones(1, 3, 8, 8),
+    "meta": torch.ones(2, device="meta"),
     "function": len,
     "path": Path("/dev/null/x"),
     "nested": [[1], [None]],
 }
+
+
+def near(value: Any) -> Iterator[tuple[str, Any]]:
+    """Wrong values that are nearly the valid one: misspelt, one more or less, other axes, another type, no numbers."""
+    if isinstance(value, str) and value:
+        yield "one letter less", value[:-1]
+        yield "upper case", value.swapcase()
+    elif isinstance(value, Tensor):
+        kinds = (torch.int64, torch.float16, torch.float64, torch.complex64, torch.bool)
+        yield from ((f"{kind}", value.to(kind)) for kind in kinds if kind != value.dtype)
+        yield from ((f"axis {i} longer", torch.cat([value, value], i)) for i in range(value.ndim))
+        yield from ((f"axis {i} empty", value.narrow(i, 0, 0)) for i in range(value.ndim))
+        yield from (
+            ("an axis more", value[None]),
+            ("an axis less", value.flatten(0, 1) if value.ndim > 1 else value[0]),
+        )
+        yield "negative", -value if value.dtype != torch.bool else ~value
+        yield "large", value + 1000
+        yield "NaN", value * math.nan if value.is_floating_point() else value.float() * math.nan
+        yield "without data", value.to("meta")
+        yield "requires_grad", value.clone().float().requires_grad_()
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield from (
+            ("one more", value + 1),
+            ("negated", -value),
+            ("sixty more", value + 60),
+            ("text", str(value)),
+        )
+    elif hasattr(value, "_fields"):
+        for field, inner in value._asdict().items():
+            for name, wrong in (*WRONG.items(), *near(inner)):
+                yield f".{field} {name}", value._replace(**{field: wrong})
+    elif isinstance(value, (list, tuple)) and value:
+        kind = type(value) if type(value) in (list, tuple) else list
+        yield from (("one less", kind(value[:-1])), ("one twice", kind([*value, value[-1]])))
+        yield from ((f"the last {name}", kind([*value[:-1], wrong])) for name, wrong in WRONG.items())
+    elif isinstance(value, Mapping) and value:
+        key = next(iter(value))
+        yield from (
+            ("an unknown key", {**value, "unknown": value[key]}),
+            ("a key less", {k: value[k] for k in value if k != key}),
+        )
+        yield from ((f"{key!r} {name}", {**value, key: wrong}) for name, wrong in WRONG.items())
+    elif isinstance(value, nn.Module):
+        yield from (("another module", nn.Conv2d(5, 7, 3)), ("in training", copy.deepcopy(value).train()))
+        yield "on meta", copy.deepcopy(value).to("meta")
+        yield "half", copy.deepcopy(value).half()
+        yield "empty", nn.Sequential()
 
 
 class Call(NamedTuple):
@@ -126,6 +178,13 @@ def conv(outputs: int = 4, inputs: int = 4) -> ConvParams:
     return ConvParams(torch.ones(outputs, inputs, 1, 1), torch.ones(outputs))
 
 
+def use_conv(given: ConvParams) -> None:
+    """A record of tensors is checked where it is used."""
+    params = functional.compose_all([given])
+    identity = functional.identity_kernel(params.in_channels, dtype=params.kernel.dtype, device=params.kernel.device)
+    functional.compose(ConvParams(identity, None), given)
+
+
 def plan() -> rep_plugin.PrunePlan:
     return rep_plugin.plan_pruning(net(), (1, 3, 8, 8), "l1", 0.5, min_channels=1)
 
@@ -142,10 +201,18 @@ def built(cls: type, arguments: dict, *shape: int, pack: Callable = lambda image
     """A module that must run once it is built; its channels may be others than those of the valid call."""
 
     def run(module: nn.Module) -> None:
-        channels = getattr(module, "in_channels", shape[1])
+        first = next((one for one in module.modules() if isinstance(one, nn.Conv2d)), None)
+        sides = [1]
+        for one in module.modules():  # an image that fills every window, with its padding
+            if hasattr(one, "kernel_size") and hasattr(one, "dilation"):
+                padding = getattr(one, "padding", 0)
+                padding = padding if isinstance(padding, (int, tuple)) else 0
+                parts = map(functional.pair, (one.kernel_size, one.dilation, padding))
+                sides += [step * (side - 1) + 1 - 2 * pad for side, step, pad in zip(*parts)]
+        size = [max(side, *sides) for side in shape[2:]]
         module.eval()
         with torch.no_grad():
-            module(pack(torch.ones(shape[0], channels if isinstance(channels, int) else shape[1], *shape[2:])))
+            module(pack(torch.ones(shape[0], first.in_channels if first else shape[1], *size)))
 
     return Call(cls, arguments, run)
 
@@ -265,7 +332,8 @@ def registered(
         kind = MMPRETRAIN_MODELS.get(f"rep_plugin.{name}")
 
         def build(**options: Any) -> nn.Module:
-            return MODELS.build(dict(type=f"rep_plugin.{name}", **options))
+            with DefaultScope.overwrite_default_scope("mmpretrain"):
+                return MODELS.build(dict(type=f"rep_plugin.{name}", **options))
 
         build.__signature__ = inspect.signature(kind)
         return built(build, arguments, *shape, pack=pack) if shape else Call(build, arguments)
@@ -431,10 +499,12 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     ),
     # formulas
     "rep_plugin.functional.ConvParams": lambda f: Call(
-        ConvParams, dict(kernel=torch.ones(4, 4, 1, 1), bias=torch.ones(4)), lambda p: functional.compose(p, p)
+        ConvParams, dict(kernel=torch.ones(4, 4, 1, 1), bias=torch.ones(4)), use_conv
     ),
     "rep_plugin.functional.PaddedConv": lambda f: Call(
-        PaddedConv, dict(params=conv(), padding=(0, 0)), lambda p: functional.compose_padded(p, p)
+        PaddedConv,
+        dict(params=conv(), padding=(0, 0)),
+        lambda p: functional.add_padded([functional.scale_padded(p, 2.0)]),
     ),
     "rep_plugin.functional.add_padded": on_tensors("add_padded", convs=[PaddedConv(conv())]),
     "rep_plugin.functional.attention_distance": on_tensors("attention_distance", student=x(), teacher=x()),
@@ -739,13 +809,15 @@ def words_of(value: Any) -> Iterator[str]:
     elif isinstance(value, Tensor):
         yield from (str(tuple(value.shape)), str(value.dtype))
     elif isinstance(value, Path):
-        yield str(value.parent).replace("_", " ")
-    elif isinstance(value, (list, tuple, dict)) and value:
-        yield from (str(tuple(value)), *(repr(one).replace("_", " ") for one in value))
+        yield str(value.parent)
+    elif isinstance(value, Mapping) and value:
+        yield from (word for pair in value.items() for one in pair for word in words_of(one))
+    elif isinstance(value, (list, tuple)) and value:
+        yield from (str(tuple(value)), *(word for one in value for word in words_of(one)))
     elif isinstance(value, (list, tuple, dict)):
         yield from ("none", "of 0 ")
     else:
-        yield repr(value)
+        yield from (repr(value), str(value))
 
 
 @contextlib.contextmanager
@@ -770,8 +842,11 @@ def attempt(call: Call, name: str, value: Any) -> str:
     except (RepPluginError, OSError) as error:
         text = str(error)
         assert "\n" not in text and text, f"more than a line: {text!r}"
-        named = any(word in text.replace("_", " ") for word in (*given_names(call), *words_of(value)))
-        assert named, f"{type(error).__name__} names neither the argument nor its value: {text}"
+        words = (*given_names(call), *(word.replace("_", " ") for word in words_of(value)))
+        named = any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text.replace("_", " ")) for word in words if word)
+        assert named or isinstance(error, EquivalenceError), (
+            f"{type(error).__name__} names neither the argument nor its value: {text}"
+        )
         given.pop(name)
         rest = {one: kept for one, kept in before.items() if one != name}
         assert same(rest, fingerprint(given)), f"refused ({text}), but something has changed"
@@ -792,7 +867,8 @@ def attack(seed: int, folder: Path) -> Counter:
         call.after(call.function(**copied(call.arguments)))  # the valid call is one
         for argument in arguments_of(call):
             takes_functions = "Callable" in str(inspect.signature(call.function).parameters.get(argument))
-            for what, value in WRONG.items():
+            valid = call.arguments.get(argument)
+            for what, value in (*WRONG.items(), *near(valid)):
                 if takes_functions and callable(value):
                     continue  # what a function of the user raises is his
                 fresh = call._replace(arguments=copied(call.arguments))
@@ -802,7 +878,7 @@ def attack(seed: int, folder: Path) -> Counter:
                     ] += 1
                 except AssertionError as fault:
                     faults.append(f"{argument}={what}: {fault}")
-    assert not faults, f"{name} (seed {seed}): {len(faults)} faults, first: " + " | ".join(faults[:40])
+    assert not faults, f"{name} (seed {seed}): {len(faults)} faults, first: " + " | ".join(faults[:60])
     return counts
 
 

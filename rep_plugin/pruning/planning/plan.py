@@ -208,7 +208,7 @@ class PrunePlan:
             ArgumentError: It is no plan; the message is one line.
         """
         is_text = isinstance(source, str) and source.lstrip().startswith("{")
-        what = "the text" if is_text else str(source)
+        what = "source, a plan as text," if is_text else str(source)
         data = parse_json(source, what) if is_text else read_json(source)
         if isinstance(data, dict) and data.get("version") in range(1, VERSION):
             for version in range(data["version"] + 1, VERSION + 1):

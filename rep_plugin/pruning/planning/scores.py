@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.errors import ArgumentError
 from rep_plugin.measure.copies import copy_inputs, copy_model
+from rep_plugin.measure.forward import require_bare
 from rep_plugin.measure.progress import track
 from rep_plugin.pruning.planning.options import PruneOptions
 from rep_plugin.pruning.tracing.graph import Layer, Trace, named_tensors
@@ -142,6 +143,7 @@ def score_units(
     """
     scores, reduction = options.scores, options.reduction
     roots = trace.channels.roots()
+    require_bare(model, data=isinstance(scores, str) and scores != "random")
     if isinstance(scores, Mapping):
         members = _given_members(trace, scores)
     elif scores == "random":

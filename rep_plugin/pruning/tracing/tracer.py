@@ -207,7 +207,7 @@ def trace_channels(
         >>> {name: len(layer.labels) for name, layer in trace_channels(net, (1, 3, 8, 8)).layers.items()}
         {'0': 8, '1': 4}
     """
-    require_bare(model)
+    require_bare(model, data=False)
     shape = example_input.shape if isinstance(example_input, Tensor) else example_input
     if not isinstance(shape, (list, tuple)) or not all(isinstance(size, int) and size > 0 for size in shape):
         raise ArgumentError(f"example_input must be a tensor (N, C, ...) or its shape, got {example_input!r}")
