@@ -8,6 +8,7 @@ import functools
 import inspect
 import math
 import os
+import reprlib
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -24,7 +25,7 @@ NOUNS = {
     dict: ("a dict", "dicts"),
     type(None): ("None",),
 }
-LONG = 80  # letters of a value in a message
+LONG, MOST_BITS = 80, 1024  # letters of a value in a message; of an integer, bits
 
 
 class Misfit(Exception):
@@ -202,17 +203,57 @@ def check(name: str, value: Any, hint: Any) -> Any:
         raise kind(f"{name}{where} must be {expected}, got {shown(wrong)}{_hint(wrong, hint, where)}") from None
 
 
+class _Shown(reprlib.Repr):
+    """One line of a value, however large it is and however deep it nests; of objects the class."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxlong, self.maxother = 3, LONG, LONG, LONG
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = 20
+
+    def repr_int(self, value: int, level: int) -> str:
+        if value.bit_length() > MOST_BITS:
+            return f"an integer of {value.bit_length():,} bits"
+        return super().repr_int(value, level)
+
+    def repr_instance(self, value: Any, level: int) -> str:
+        if hasattr(value, "shape") and hasattr(value, "dtype"):
+            place = f" on {value.device}" if getattr(value, "is_meta", False) else ""
+            return f"a {type(value).__name__} of shape {tuple(value.shape)} and {value.dtype}{place}"
+        if isinstance(value, type):
+            return f"the class {value.__name__}"
+        if isinstance(value, (str, bytes, bool, float, complex, type(None))):
+            return super().repr_instance(value, level)
+        for kind in (dict, list, tuple, set, int):
+            if isinstance(value, kind):
+                return getattr(self, f"repr_{kind.__name__}")(value, level)
+        return f"a {type(value).__name__}"
+
+
 def shown(value: Any) -> str:
     """Return a value as a message shows it: one line, and not a long one."""
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        place = f" on {value.device}" if getattr(value, "is_meta", False) else ""
-        return f"a {type(value).__name__} of shape {tuple(value.shape)} and {value.dtype}{place}"
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    if not isinstance(value, (str, bytes, int, float, complex, list, tuple, dict, set, type(None))):
-        return f"a {type(value).__name__}"
-    text = " ".join(repr(value).split())
+    text = " ".join(_Shown().repr(value).split())
     return text if len(text) <= LONG else f"{text[:LONG]}..."
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Return whether a value is of an annotation.
+
+    Args:
+        value: the value.
+        hint: the annotation; a bool is no int, an int is a float.
+
+    Returns:
+        Whether it is.
+
+    Example:
+        >>> fits({"conv": [1, 2]}, dict[str, tuple[int, ...]]), fits({"conv": 3}, dict[str, tuple[int, ...]])
+        (True, False)
+    """
+    with suppress(Misfit):
+        _fit(value, hint)
+        return True
+    return False
 
 
 def _guard(function: Function, name: str) -> Function:
@@ -359,6 +400,7 @@ def _fit_number(value: Any, hint: Any) -> Any:
     value = _plain(value)
     kinds = (int,) if hint is int else (int, float)
     _require(isinstance(value, kinds) and not isinstance(value, bool), value, hint)
+    _require(not isinstance(value, int) or hint is float or abs(value) < 2**63, value, hint)
     if hint is float and isinstance(value, int) and abs(value) >= 2**31:  # torch takes no larger whole numbers
         _require(abs(value) < 2**1023, value, hint)
         return float(value)
@@ -406,7 +448,7 @@ def _fit_tuple(value: Any, hint: Any, args: tuple) -> tuple:
 def _fit_mapping(value: Any, hint: Any, args: tuple) -> Any:
     _require(isinstance(value, collections.abc.Mapping), value, hint)
     for key, one in value.items() if args else ():
-        _require(_fits(key, args[0]), value, hint)
+        _require(fits(key, args[0]), value, hint)
         _fit_inner(one, args[1], f"[{key!r}]")
     return value
 
@@ -419,13 +461,6 @@ def _fit_iterable(value: Any, hint: Any, origin: type, args: tuple) -> Any:
     fitting = [_fit_inner(one, args[0], f"[{i}]") for i, one in enumerate(value)]
     is_same = all(one is old for one, old in zip(fitting, value))
     return value if is_same else tuple(fitting) if type(value) is tuple else fitting
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    with suppress(Misfit):
-        _fit(value, hint)
-        return True
-    return False
 
 
 def _is_device(value: Any, kind: type) -> bool:
@@ -473,7 +508,7 @@ def describe(hint: Any, many: bool = False) -> str:
     if origin is tuple and args[-1] is not Ellipsis:
         return f"{len(args)} {describe(args[0], True)}"
     if hint is collections.abc.Mapping or (isinstance(origin, type) and issubclass(origin, collections.abc.Mapping)):
-        return f"a dict of {describe(args[0], True)} and {describe(args[1], True)}" if args else "a dict"
+        return f"a dict of {describe(args[0], True)} and {describe(args[1], True)}" if args else NOUNS[dict][many]
     if isinstance(origin, type) and issubclass(origin, collections.abc.Iterable):
         return f"a list of {describe(args[0], True)}" if args else "a list"
     if origin is collections.abc.Callable or hint is Callable:

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rep_plugin.checkpoints.plain import require_fields, short
+from rep_plugin.arguments import shown
+from rep_plugin.checkpoints.plain import require_fields
 from rep_plugin.errors import ArgumentError, first_line
 
 ATTRIBUTE, LAYERS = "rep_history", "rep_layers"
@@ -205,7 +206,7 @@ def check_history(history: Sequence[Mapping]) -> None:
                 "the model is built, before the first step"
             )
         if not isinstance(step, Mapping) or str(step.get("step")) not in _REPLAYS:
-            what = short(step.get("step") if isinstance(step, Mapping) else step)
+            what = shown(step.get("step") if isinstance(step, Mapping) else step)
             raise ArgumentError(f"unknown step {what} in the history, expected one of {', '.join(sorted(_REPLAYS))}")
         wanted, more, _ = _REPLAYS[step["step"]]
         kinds = wanted | {key: kind for key, kind in (more | {PART: str}).items() if key in step}

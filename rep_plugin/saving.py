@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from rep_plugin import pruning as pruning  # these two register how their steps are repeated
 from rep_plugin import reparam as reparam
-from rep_plugin.arguments import Dims, checked
+from rep_plugin.arguments import Dims, checked, fits, shown
 from rep_plugin.checkpoints.files import write_contents
-from rep_plugin.checkpoints.plain import fits, read_json, short
+from rep_plugin.checkpoints.plain import read_json
 from rep_plugin.checkpoints.safe_load import load_safetensors
 from rep_plugin.checkpoints.strict import require_fit
 from rep_plugin.errors import (
@@ -265,10 +265,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     kinds = {"base": str, "base_args": dict[str, Any], "history": list[dict]}
     for name, kind in kinds.items():
         if not fits(config["model_args"].get(name, kind()), kind):
-            got = short(config["model_args"][name])
+            got = shown(config["model_args"][name])
             raise UnreadableCheckpointError(f"{path}: model_args.{name} is {got}, expected what rep_plugin.save writes")
     if not fits(config.get("layers", {}), dict[str, Any]):
-        raise UnreadableCheckpointError(f"{path}: layers is {short(config['layers'])}, expected a dict")
+        raise UnreadableCheckpointError(f"{path}: layers is {shown(config['layers'])}, expected a dict")
     return config
 
 

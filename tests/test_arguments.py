@@ -1,5 +1,7 @@
 """Values against annotations: what fits comes back as Python's own, what does not is told in one line."""
 
+import re
+import runpy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,8 +14,11 @@ from torch import nn
 from rep_plugin import functional, plan_pruning
 from rep_plugin.arguments import Count, Dims, OneOf, Shape, Share, check, checked
 from rep_plugin.backbones import RepMobileNetV2
+from rep_plugin.commands import COMMANDS
 from rep_plugin.errors import ArgumentError, ArgumentTypeError
+from tests.attack import _commands
 from tests.attack import arguments as attacked
+from tests.helpers import ROOT
 
 SCOPE, MAPS = Annotated[str, OneOf(("global", "layer"))], Annotated[torch.Tensor, Dims("(N, C, H, W)")]
 FITTING = [
@@ -41,7 +46,7 @@ WRONG = [
     (Count, True, "x must be a whole number >= 1, got True"),
     (Count, 2.0, "x must be a whole number >= 1, got 2.0"),
     (Share, float("nan"), r"x must be a number in \(0, 1\), got nan"),
-    (float, 10**400, "x must be a number, got 1000"),
+    (float, 10**400, "x must be a number, got an integer of 1,329 bits"),
     (bool, 1, "x must be True or False, got 1"),
     (SCOPE, "glbal", "x must be one of global, layer, got 'glbal', did you mean 'global'"),
     (SCOPE | None, None.__class__, "x must be one of global, layer or None, got the class NoneType"),
@@ -107,4 +112,29 @@ def test_nothing_is_done_before_all_is_checked():
 
 
 def test_every_public_callable_is_attacked_with_wrong_arguments():
-    assert attacked.public_names() <= attacked.CALLS.keys()
+    assert not attacked.public_names() - attacked.CALLS.keys()
+    assert not _commands.missing()
+
+
+def test_every_timm_name_is_of_a_family_that_is_attacked():
+    families = tuple(name.removeprefix("timm.") for name in attacked.CALLS if name.startswith("timm."))
+    assert len(attacked.timm_names()) >= 40
+    assert not [name for name in attacked.timm_names() if not name.startswith(families)]
+
+
+@pytest.mark.parametrize("tool", sorted(path.name for path in (ROOT / "tools").glob("*.py")))
+def test_every_tool_is_a_command_with_its_options(tool, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [tool, "--no-such-option"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "tools" / tool), run_name="__main__")
+    command = re.search(r"^rep-plugin (\w+): error: ", capsys.readouterr().err, re.M)
+    assert stop.value.code == 2 and command[1] in COMMANDS
+
+
+def test_every_option_is_attacked_with_wrong_words():
+    for name, valid in _commands.VALID.items():
+        actions = {
+            option for action, _, _ in _commands.command_lines(valid) if action for option in action.option_strings
+        }
+        own = {option for action in _commands.parser_of(valid)._actions for option in action.option_strings}
+        assert own - actions == {"-h", "--help"}, name

@@ -1,23 +1,22 @@
 """Data from files of others: JSON of the expected types, and checkpoints whose content can be walked through."""
 
 import json
-import math
 import os
-import types
 import typing
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rep_plugin.arguments import MOST_BITS, fits, shown
 from rep_plugin.errors import ArgumentError, UnreadableCheckpointError, first_line
 
 MOST_BYTES = 2**28  # of JSON
 # References make 2^40 values of a file of 1 KB. Real checkpoints hold up to 10^5, 10 levels deep.
-MOST_VALUES, MOST_LEVELS, MOST_BITS = 10**7, 100, 1024
+MOST_VALUES, MOST_LEVELS = 10**7, 100
 MOST_REPEATED = 10**8  # values of a tensor whose storage is smaller
 
 
@@ -54,56 +53,6 @@ def parse_json(text: str | bytes, source: str) -> Any:
         raise ArgumentError(f"{source} is not JSON: {first_line(error)}") from None
 
 
-def fits(value: object, kind: Any) -> bool:
-    """Return whether plain data is of an annotated type.
-
-    Args:
-        value: the data.
-        kind: an annotation of numbers, texts, sequences, mappings and unions; a bool is no int, an int is a float.
-
-    Returns:
-        Whether it is.
-
-    Example:
-        >>> fits({"conv": [1, 2]}, dict[str, tuple[int, ...]]), fits({"conv": 3}, dict[str, tuple[int, ...]])
-        (True, False)
-    """
-    origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
-    if kind is Any:
-        return True
-    if origin in (types.UnionType, typing.Union):
-        return any(fits(value, one) for one in arguments)
-    if origin in (int, float, types.NoneType):
-        return value is None if origin is types.NoneType else fits_number(value, origin)
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            return False
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return all(fits(one, arguments[0]) for one in value)
-        return len(value) == len(arguments) and all(fits(one, each) for one, each in zip(value, arguments))
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        pair = arguments or (Any, Any)
-        return isinstance(value, Mapping) and all(fits(k, pair[0]) and fits(v, pair[1]) for k, v in value.items())
-    if isinstance(origin, type) and issubclass(origin, Sequence) and origin is not str:
-        return isinstance(value, (list, tuple)) and all(fits(one, (arguments or (Any,))[0]) for one in value)
-    return isinstance(value, origin)
-
-
-def fits_number(value: object, kind: type) -> bool:
-    """Return whether a value is a finite number of 64 bits. A bool is none, an integer is a float.
-
-    Args:
-        value: the value.
-        kind: int or float.
-
-    Returns:
-        Whether it is.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int,) if kind is int else (int, float)):
-        return False
-    return abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
-
-
 def require_fields(data: object, fields: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return data that is a dict of exactly these fields.
 
@@ -128,24 +77,8 @@ def require_fields(data: object, fields: Mapping[str, Any], source: str) -> dict
     for name, kind in fields.items():
         if not fits(data[name], kind):
             expected = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else kind
-            raise ArgumentError(f"{source}: {name} is {short(data[name])}, expected {expected}")
+            raise ArgumentError(f"{source}: {name} is {shown(data[name])}, expected {expected}")
     return data
-
-
-def short(value: object, most: int = 60) -> str:
-    """Return a value for a message, cut; of a large one only its type and size.
-
-    Args:
-        value: the value.
-        most: letters of the text.
-
-    Returns:
-        One line.
-    """
-    if isinstance(value, int) and value.bit_length() > MOST_BITS:
-        return f"an integer of {value.bit_length():,} bits"
-    text = repr(value) if isinstance(value, (str, int, float, bool, types.NoneType)) else type(value).__name__
-    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def require_bounded(content: object, storage_needed: bool = True) -> None:
@@ -169,7 +102,7 @@ def require_bounded(content: object, storage_needed: bool = True) -> None:
             _require_data(node, storage_needed)
             return 1, 0
         if isinstance(node, int) and node.bit_length() > MOST_BITS:
-            raise UnreadableCheckpointError(f"it holds {short(node)}")
+            raise UnreadableCheckpointError(f"it holds {shown(node)}")
         if isinstance(node, dict):
             parts = [*node.keys(), *node.values()]
             if isinstance(node, OrderedDict) and (own := node.__dict__):

@@ -1,6 +1,7 @@
 """argparse with "did you mean", and the arguments that several commands share."""
 
 import argparse
+from collections.abc import Callable
 
 from rep_plugin.errors import did_you_mean
 
@@ -45,6 +46,28 @@ def count(text: str) -> int:
         raise argparse.ArgumentTypeError(
             f"expected a whole number {'>= 1' if number < 1 else f'<= {MOST}'}, got {text!r}"
         )
+    return number
+
+
+def key_value(text: str) -> str:
+    """KEY=VALUE, the key of a config."""
+    key, found, _ = text.partition("=")
+    if not found or not all(part and not set(part) & set(" \t[](){},'\"") for part in key.split(".")):
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
+    return text
+
+
+def number_in(low: float, high: float) -> Callable[[str], float]:
+    """Return what reads a number above ``low`` and up to ``high``."""
+
+    def number(text: str) -> float:
+        try:
+            if low < (value := float(text)) <= high:
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"expected a number in ({low:g}, {high:g}], got {text!r}")
+
     return number
 
 
@@ -102,6 +125,7 @@ def add_cfg_options(parser: argparse.ArgumentParser, name: str = "--cfg-options"
     parser.add_argument(
         name,
         nargs="+",
+        type=key_value,
         action="extend",
         default=[],
         metavar="KEY=VALUE",

@@ -110,7 +110,8 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def read_widths(path: Path) -> dict[str, int]:
     """Return the {layer name: channels kept} of a file. Raises ArgumentError, naming the file, for anything else."""
-    from rep_plugin.checkpoints.plain import fits, read_json
+    from rep_plugin.arguments import fits
+    from rep_plugin.checkpoints.plain import read_json
 
     widths = read_json(path)
     if not isinstance(widths, dict):

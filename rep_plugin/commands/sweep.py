@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rep_plugin.commands.parser import add_cfg_options
+from rep_plugin.commands.parser import add_cfg_options, number_in
 from rep_plugin.commands.written import print_written
 from rep_plugin.optional import require
 
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sparse", metavar="CONFIG", help="config to train that checkpoint with first, in the work folder"
     )
-    parser.add_argument("--strengths", type=float, nargs="+", help="L1 strengths to train --sparse with")
+    parser.add_argument("--strengths", type=number_in(0, 1000), nargs="+", help="L1 strengths to train --sparse with")
     parser.add_argument(
         "--work-dir", metavar="FOLDER", help="folder of all runs; default: work_dirs/sweep_<name of the config>"
     )

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rep_plugin.arguments import shown
 from rep_plugin.attached import what_is_attached
-from rep_plugin.checkpoints.plain import require_fields, short
+from rep_plugin.checkpoints.plain import require_fields
 from rep_plugin.errors import ArgumentError, CheckpointMismatchError, EquivalenceError, first_line
 from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.differences import TINY, tensor_paths
@@ -358,7 +359,7 @@ def check_fingerprint(model: nn.Module, fingerprint: Mapping[str, Any]) -> None:
     require_fields(fingerprint, FINGERPRINT, "the fingerprint")
     shape, outputs = fingerprint["shape"], fingerprint["outputs"]
     if outputs and not (len(shape) > 1 and min(shape) > 0 and math.prod(shape) <= LARGEST):
-        raise ArgumentError(f"the fingerprint's shape is {short(shape)}, expected that of an image")
+        raise ArgumentError(f"the fingerprint's shape is {shown(shape)}, expected that of an image")
     model.eval()
     modules = dict(model.named_modules())
     for name, constants in fingerprint["layers"].items():

@@ -37,9 +37,11 @@ def read_config(path_or_name: str) -> Config:
     path = resolve_config(path_or_name)
     try:
         return Config.fromfile(path)
-    except (RepPluginError, OSError):
+    except RepPluginError:
         raise
     except Exception as error:  # a config is code of the user's, which may raise anything
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         line = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
         text = f"{type(error).__name__}: {first_line(error)}{line}"
         raise ArgumentError(f"config {path_or_name} cannot be read: {text}") from error

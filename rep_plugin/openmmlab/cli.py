@@ -187,7 +187,11 @@ def parse_options(words: Sequence[str]) -> dict:
         raise ArgumentError(f"--cfg-options takes key=value, got {odd[0]!r}")
     space = argparse.Namespace(options=None)
     if words:
-        DictAction([], "options")(argparse.ArgumentParser(), space, list(words))
+        for word in words:
+            try:
+                DictAction([], "options")(argparse.ArgumentParser(), space, [word])
+            except (AssertionError, ValueError, SyntaxError) as error:
+                raise ArgumentError(f"{word!r} is no key=value: {first_line(error)}") from error
     return space.options or {}
 
 

@@ -11,7 +11,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
-from rep_plugin.checkpoints.plain import fits, short
+from rep_plugin.arguments import fits, shown
 from rep_plugin.checkpoints.strict import describe_mismatch
 from rep_plugin.errors import CheckpointMismatchError, UnreadableCheckpointError, first_line
 from rep_plugin.openmmlab.checkpoint import find_latest_checkpoint, load_from_local
@@ -73,7 +73,7 @@ def _require_training(content: Any, path: str) -> Mapping:
         if value is None and name in optional:
             continue
         if not fits(value, kind) or (kind is int and value < 0):
-            got = "is missing" if value is None else f"is {short(value)}"
+            got = "is missing" if value is None else f"is {shown(value)}"
             raise UnreadableCheckpointError(
                 f"checkpoint {path} cannot be resumed from: {name} {got}, expected what training saves; "
                 "load_from takes the weights alone"

@@ -19,6 +19,7 @@ from rep_plugin.measure.plots import accuracy_figure, save_figure
 from rep_plugin.measure.progress import track, working
 from rep_plugin.openmmlab.base_configs import read_config
 from rep_plugin.openmmlab.checkpoint import find_latest_checkpoint
+from rep_plugin.openmmlab.cli import parse_options
 from rep_plugin.openmmlab.configs import type_name
 from rep_plugin.openmmlab.hooks.runner_utils import main_metric
 from rep_plugin.openmmlab.load import load_model
@@ -61,6 +62,12 @@ def sweep(
         ArgumentError: a config or checkpoint does not fit, or a folder holds a training with other options.
         TrainingError: a training failed; the message names its log.
     """
+    for options in (cfg_options, sparse_options):
+        parse_options(options)
+    if parse_options([f"load_from={out}"])["load_from"] != str(out):
+        raise ArgumentError(
+            f"work folder {str(out)!r} cannot be given to a training: no blanks, brackets, quotes or commas"
+        )
     key = _hook_key(config, PRUNING, "prune_fraction")
     starts = {"": _start_of(config, checkpoint)} if not sparse else {}
     for strength in track((strengths or [None]) if sparse else [], "sparse trainings"):
@@ -119,7 +126,7 @@ def _train(config: str, folder: Path, options: list[str], load_from: str | None 
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_text(record, json.dumps(asked, indent=1))
-    words = [sys.executable, "-W", "ignore", "-m", "rep_plugin", "train", config, "--work-dir", str(folder)]
+    words = [sys.executable, "-W", "ignore", "-m", "rep_plugin", "train", config, f"--work-dir={folder}"]
     if (folder / "last_checkpoint").is_file() and find_latest_checkpoint(str(folder)):
         words += ["--resume"]
     elif load_from:

@@ -5,7 +5,7 @@ It is the folder of :func:`rep_plugin.save`. Its ``config.json`` is timm's: the 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,7 @@ from timm.layers import SelectAdaptivePool2d
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from rep_plugin.arguments import Channels, Classes, checked
-from rep_plugin.checkpoints.plain import fits, short
+from rep_plugin.arguments import Channels, Classes, checked, fits, shown
 from rep_plugin.checkpoints.strict import describe_mismatch, require_fit
 from rep_plugin.errors import ArgumentError, CheckpointMismatchError, first_line
 from rep_plugin.history import (
@@ -159,11 +158,11 @@ LOADING = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint
 def _build(base: str, base_args: Mapping) -> nn.Module:
     """Build a network of timm by its plain name and plain arguments, without weights."""
     if not isinstance(base, str) or ":" in base or not timm.is_model(base.partition(".")[0]):
-        raise ArgumentError(f"base must be the name of a network of timm, got {short(base)}")
+        raise ArgumentError(f"base must be the name of a network of timm, got {shown(base)}")
     if base.partition(".")[0] in (ARCHITECTURE, OLD_ARCHITECTURE):
         raise ArgumentError(f"base must be the network before all steps, got {base!r}")
     if not fits(base_args, dict[str, Any]):
-        raise ArgumentError(f"base_args must be a dict of arguments, got {short(base_args)}")
+        raise ArgumentError(f"base_args must be a dict of arguments, got {shown(base_args)}")
     if loading := sorted(LOADING & base_args.keys()):
         raise ArgumentError(f"base_args must build the network alone, got {', '.join(loading)}, which load other files")
     return timm.create_model(base, pretrained=False, **base_args)
@@ -177,9 +176,9 @@ def rep_plugin_rebuilt(
     pretrained_cfg_overlay: Mapping | None = None,
     pretrained_model_args: Mapping | None = None,
     cache_dir: str | Path | None = None,
-    base: str = "",
-    base_args: Mapping | None = None,
-    history: Sequence[Mapping] = (),
+    base: Any = "",  # of the folder, as the next two: checked with its name where they are used
+    base_args: Any = None,
+    history: Any = (),
     num_classes: Classes | None = None,
     in_chans: Channels | None = None,
     global_pool: str | None = None,
@@ -227,7 +226,7 @@ def rep_plugin_rebuilt(
     try:
         model: Any = rebuild_(_build(base, base_args), history)
     except Exception as error:  # what a network does not take it refuses in a way of its own
-        raise ArgumentError(f"{folder}: {short(base)} cannot be built as saved: {first_line(error)}") from error
+        raise ArgumentError(f"{folder}: {shown(base)} cannot be built as saved: {first_line(error)}") from error
     model._rep_base = (base, base_args)
     own = {key: tuple(value) if isinstance(value, list) else value for key, value in pretrained_cfg.items()}
     model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **{k: own[k] for k in KEPT_CFG if k in own}}

@@ -11,8 +11,7 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
-from rep_plugin.arguments import Name, checked
-from rep_plugin.checkpoints.plain import fits
+from rep_plugin.arguments import Name, checked, fits
 from rep_plugin.checkpoints.safe_load import load_checkpoint_file, load_safetensors
 from rep_plugin.checkpoints.strict import require_fit
 from rep_plugin.errors import ArgumentError, CheckpointMismatchError, first_line

@@ -1,4 +1,4 @@
-"""Every option of every command and of every script with wrong words, in this process: one line and nothing written, or it runs.
+"""Every option of every command and of every script with wrong words, here: one line, nothing written, or it runs.
 
 The options are those of the parsers. A word takes the place of an option's valid one, or comes after it.
 """
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -111,9 +111,11 @@ VALID = {
         "sweep", ("prune.py",),
         {"--rates": ("0.5",), "--sparse": ("sparse.py",), "--strengths": ("0.1",), "--work-dir": ("work",)},
     ),
-    "prune": Valid("prune", ("tiny.py", "tiny.pth"), {"--fraction": ("0.3",), **RANDOM, **OUT}),
+    "prune": Valid("prune", ("tiny.py", "tiny.pth"), {"--fraction": ("0.3",), "--scores": ("l1",), **RANDOM, **OUT}),
     "expand": Valid("expand", ("tiny.py", "tiny.pth"), OUT),
-    "expand, timm": Valid("expand", ("resnet18",), {"--where": ("layer4.1.conv2",), "--model-args": ("num_classes=2",), **OUT}),
+    "expand, timm": Valid(
+        "expand", ("resnet18",), {"--where": ("layer4.1.conv2",), "--model-args": ("num_classes=2",), **OUT}
+    ),
     "reparameterize": Valid("reparameterize", ("config.py", "epoch_1.pth"), {"--no-real-data": (), **OUT}),
     "compare": Valid("compare", ("config.py", "run"), {"--rounds": ("1",)}),
     "export": Valid(
@@ -307,8 +309,3 @@ def missing() -> set[str]:
     """Commands and scripts without a valid command line."""
     scripts = {path.name for path in (ROOT / "tools" / "dataset_converters").glob("[!_]*.py")}
     return ({*COMMANDS} | scripts) - {name.partition(",")[0] for name in VALID}
-
-
-def command_of(tool: Path) -> Callable[[], None]:
-    """Return what runs a file of ``tools`` as a program."""
-    return lambda: runpy.run_path(str(tool), run_name="__main__")

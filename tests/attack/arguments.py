@@ -1,7 +1,7 @@
 """Every public argument with wrong values: refused in one line that names it, before anything changes, or it works.
 
-A unit is one callable (its seed is its place in CALLS). Each of its arguments is replaced by each wrong value, the others
-stay valid. What is accepted must also run: a block its forward, a hook a training of one epoch.
+A unit is one callable, or one command line (its seed is its place in UNITS). Each of its arguments is replaced by each wrong
+value, the others stay valid. What is accepted must also run: a block its forward, a hook a training of one epoch.
 """
 
 import contextlib
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 import rep_plugin
 from rep_plugin import functional
+from rep_plugin import registry as registries
 from rep_plugin.backbones import MobileOne, RepLKNet, RepMobileNetV2, RepVGG
 from rep_plugin.bilinear import BilinearHead, BilinearPooling, fold_bilinear_head
 from rep_plugin.blocks import Chain, DilatedAvgPool2d, RepBlock, RepInvertedResidual, Scale
@@ -60,9 +61,8 @@ from rep_plugin.pruning.tracing import KeptChannels, count_costs
 from rep_plugin.pruning.tracing.rules import find_module_rule
 from rep_plugin.reparam import Adapter, adapters, register_adapter
 from rep_plugin.timm import load_timm, save_timm
+from tests.attack import _commands
 from tests.test_openmmlab.test_hooks import tiny
-
-SHORT, LIMIT_S = 120, 600
 
 WRONG: dict[str, Any] = {
     "None": None,
@@ -354,6 +354,18 @@ def timm_name(name: str, size: int, **arguments: Any) -> Callable[[Path], Call]:
         return Call(create, arguments, run)
 
     return make
+
+
+def rebuilt(folder: Path, architecture: str = "rep_plugin_rebuilt") -> Call:
+    """A folder that timm loads, of this version or of an older one."""
+    made = folder / "rebuilt"
+    if not made.exists():
+        model = timm.create_model("rep_mobilenetv2_035", num_classes=2).eval()
+        save_timm(rep_plugin.reparameterize(model, torch.ones(1, 3, 32, 32))[0], made)
+    config = made / "config.json"
+    config.write_text(config.read_text().replace("rep_plugin_rebuilt", architecture))
+    arguments = dict(num_classes=2, in_chans=3, global_pool="avg", features_only=False, weights=True)
+    return timm_name(f"local-dir:{made}", 32, **arguments)(folder)
 
 
 def method(make: Callable[[Path], Any], name: str, **arguments: Any) -> Callable[[Path], Call]:
@@ -669,6 +681,10 @@ CALLS: dict[str, Callable[[Path], Call]] = {
         first=dict(type="rep_plugin.RepVGG", **SMALL),
         second=dict(type="rep_plugin.RepVGG", **SMALL),
     ),
+    "registry.CpuAmpOptimWrapper": lambda f: Call(
+        registries.OPTIM_WRAPPERS.get("CpuAmpOptimWrapper"),
+        dict(optimizer=torch.optim.SGD(net().parameters(), lr=0.1), accumulative_counts=1),
+    ),
     "registry.Expanded": registered("Expanded", None, model=STOCK, block="acb"),
     "registry.Merged": registered("Merged", None, model=mm_config().model.to_dict()),
     "registry.Pruned": lambda f: registered(
@@ -720,8 +736,19 @@ CALLS: dict[str, Callable[[Path], Call]] = {
         iterations=2,
         pretrained_backbone=False,
     ),
-    "timm.dbb": timm_name("dbb_resnet18", 32, num_classes=2, deploy=False, online=False),
+    **{
+        f"timm.{block}": timm_name(
+            f"{block}_resnet18", 32, num_classes=2, in_chans=3, drop_rate=0.1, deploy=False, online=False
+        )
+        for block in ("dbb", "acb")
+    },
+    "timm.rep_plugin_rebuilt": rebuilt,
+    "timm.rep_rebuilt": lambda f: rebuilt(f, "rep_rebuilt"),
 }
+
+
+UNITS = [*sorted(CALLS), *_commands.VALID]
+SHORT, LONG, LIMIT_S = 20, len(UNITS), 1200
 
 
 def merging(function: Callable, **options: Any) -> Call:
@@ -749,12 +776,17 @@ def public_names() -> set[str]:
             if callable(one) and not is_error and not isinstance(one, types.ModuleType) and id(one) not in seen:
                 seen.add(id(one))
                 names.add(f"{room}.{name}")
-    for registry in (MODELS, HOOKS):
-        ours = registry.children.get("rep_plugin") or importlib.import_module("rep_plugin.registry").MODELS
-        if registry is MODELS:
-            ours.import_from_location()
-            names |= {f"registry.{name}" for name in ours.module_dict}
+    for registry in (registries.MODELS, registries.HOOKS, registries.OPTIM_WRAPPERS):
+        registry.import_from_location()
+        names |= {f"registry.{name}" for name, one in registry.module_dict.items() if id(one) not in seen}
     return names
+
+
+def timm_names() -> list[str]:
+    """All names that are ours in timm."""
+    return [
+        name for name in timm.list_models() if timm.models.model_entrypoint(name).__module__.startswith("rep_plugin.")
+    ]
 
 
 def fingerprint(values: Mapping[str, Any]) -> dict[str, list]:
@@ -859,8 +891,10 @@ def attempt(call: Call, name: str, value: Any) -> str:
 
 
 def attack(seed: int, folder: Path) -> Counter:
-    """Try all wrong values of all arguments of one callable."""
-    name = sorted(CALLS)[seed % len(CALLS)]
+    """Try all wrong values of all arguments of one callable, or all wrong words of a command line."""
+    name = UNITS[seed % len(UNITS)]
+    if name in _commands.VALID:
+        return _commands.attack(name, folder)
     counts, faults = Counter(callables=1), []
     with quiet(), inside(folder):
         call = CALLS[name](folder)

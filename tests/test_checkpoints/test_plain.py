@@ -7,7 +7,8 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from rep_plugin.checkpoints.plain import fits, parse_json, read_json, require_fields
+from rep_plugin.arguments import fits
+from rep_plugin.checkpoints.plain import parse_json, read_json, require_fields
 from rep_plugin.checkpoints.safe_load import load_checkpoint_file, load_safetensors
 from rep_plugin.checkpoints.strict import describe_mismatch
 from rep_plugin.errors import ArgumentError, UnreadableCheckpointError, UnsafeCheckpointError
