@@ -25,7 +25,10 @@ class Parser(argparse.ArgumentParser):
         return namespace, left
 
     def _get_value(self, action, arg_string):
-        if not arg_string and action.nargs != argparse.REMAINDER:  # of a variable of the shell that is not set
+        if not arg_string and action.nargs not in (
+            argparse.REMAINDER,
+            argparse.PARSER,
+        ):  # of a variable of the shell that is not set
             raise argparse.ArgumentError(action, "expected a value, got ''")
         return super()._get_value(action, arg_string)
 
