@@ -45,12 +45,16 @@ class Fixed:
         weights: {name: why its tensors cannot be set}.
         reads: forwards that reach into modules.
         blocks: {name of a block: why it is left}.
+        parts: names of blocks that are merged by what their forward computes.
+        borders: whether these may get a bias that depends on the position.
     """
 
     forwards: dict[str, str] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
     reads: list[Read] = field(default_factory=list)
     blocks: dict[str, str] = field(default_factory=dict)
+    parts: list[str] = field(default_factory=list)
+    borders: bool = False
 
     def why_not_folded(self, name: str, traced: Callable[[str], bool], removed: bool) -> str | None:
         """Return why a convolution or BN cannot be folded, None where it can.

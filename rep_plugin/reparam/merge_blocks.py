@@ -1,7 +1,7 @@
-"""Merging every module that has an adapter, and leaving those that compute something else than it says.
+"""Merging every module that has an adapter or is linear by its forward, and leaving those that compute something else.
 
-An adapter recognises a block by its children. Before its merge is accepted, a copy is merged and compared with the block:
-on the block's own input, cut to small maps, at three scales.
+An adapter recognises a block by its children. Before a merge is accepted, a copy is merged and compared with the block: on
+the block's own input, cut to small maps, at three scales.
 """
 
 from collections.abc import Collection, Mapping
@@ -23,6 +23,7 @@ from rep_plugin.measure.report import BlockReport
 from rep_plugin.measure.verify import run_exact
 from rep_plugin.reparam.adapters import find_adapter
 from rep_plugin.reparam.fixed import ADVICE, Fixed
+from rep_plugin.reparam.linear_parts import KIND, LinearPart, find_part, may_hold, merge_part
 
 RECOGNISED = 1e-6  # relative: the proof of the whole model is finer
 SCALES = (1.0, 1e-3, 1e3)
@@ -30,9 +31,14 @@ _SIDES = ((16, 13), (9, 12))
 
 
 def merge_blocks_(
-    model: nn.Module, left: Collection[str] = (), prefix: str = ""
+    model: nn.Module,
+    left: Collection[str] = (),
+    prefix: str = "",
+    parts: Collection[str] | None = None,
+    reasons: dict[str, str] | None = None,
+    borders: bool = True,
 ) -> tuple[nn.Module, list[BlockReport]]:
-    """Merge every module that has an adapter, outermost first, in place.
+    """Merge every module that has an adapter, outermost first, then those that are linear by their forward, in place.
 
     What a merge leaves is looked through as well: a block may be merged in part. A module that stands in several places is
     merged once and stays shared. Look-alikes of convolutions inside a block are merged before it: it reads convolutions.
@@ -41,12 +47,18 @@ def merge_blocks_(
         model: the model, in eval mode.
         left: names of blocks that stay as they are.
         prefix: name of the model, where it is a part of another one.
+        parts: names of the modules whose forward is read; None: all.
+        reasons: is given {name: why} of modules in which branches meet and that cannot be merged.
+        borders: merge those too whose bias depends on the position.
 
     Returns:
         The model (the root may be replaced), and its blocks.
     """
     blocks: list[BlockReport] = []
     done: dict[nn.Module, nn.Module] = {}
+
+    def drop_inside(name: str) -> None:
+        blocks[:] = [block for block in blocks if name and not block.name.startswith(f"{name}.")]
 
     def visit(name: str, module: nn.Module) -> nn.Module:
         if module in done:
@@ -57,7 +69,7 @@ def merge_blocks_(
             for key, part in list(module.named_modules()):
                 if part is not module and isinstance(part, ConvLike):
                     module.set_submodule(key, visit(f"{name}.{key}", part))
-            del blocks[len(blocks) - sum(block.name.startswith(f"{name}.") for block in blocks) :]  # part of this one
+            drop_inside(name)
             try:
                 merged = adapter.merge(module)
             except RepPluginError as error:
@@ -67,29 +79,34 @@ def merge_blocks_(
         for key, child in list(merged._modules.items()):
             if child is not None and (new := visit(f"{name}.{key}" if name else key, child)) is not child:
                 merged._modules[key] = new
+        if adapter is None and name not in left and (parts is None or name in parts) and may_hold(merged):
+            part = find_part(merged, borders, root=not name)
+            if isinstance(part, LinearPart):
+                drop_inside(name)
+                blocks.append(BlockReport(name, f"{type(merged).__name__}, {KIND}"))
+                merged = done[module] = merge_part(part)
+                done[merged] = merged
+            elif part is not None and reasons is not None:
+                reasons[name] = part
         return merged
 
     return visit(prefix, model), blocks
 
 
-def find_left(model: nn.Module, x: Any, fixed: Fixed, branches: Branches) -> dict[str, str]:
-    """Find the blocks of a model that must stay as they are.
+def find_left(model: nn.Module, x: Any, fixed: Fixed, branches: Branches) -> None:
+    """Find the blocks of a model that are merged by their forward, and those that must stay as they are.
 
     Args:
         model: the model, in eval mode. It is not changed.
         x: what it is called with.
-        fixed: what of it must stay as it is.
+        fixed: what of it must stay as it is. Its ``parts`` and ``blocks`` are set.
         branches: where its forward decides by values or sizes.
-
-    Returns:
-        {name: why}.
     """
-    found = {name: module for name, module in model.named_modules() if find_adapter(module) is not None}
-    foreign = [name for name, module in found.items() if not _is_ours(module)]
+    adapted = {name: module for name, module in model.named_modules() if find_adapter(module) is not None}
+    foreign = [name for name, module in adapted.items() if not _is_ours(module)]
     inputs = _inputs_of(model, x, foreign) if foreign else {}
-    left: dict[str, str] = {}
     accepted: list[str] = []
-    for name, module in found.items():
+    for name, module in adapted.items():
         if any(not outer or name.startswith(f"{outer}.") for outer in accepted):
             continue
         why = fixed.why_not_merged(name) or _why_lost(name, module, fixed)
@@ -98,8 +115,25 @@ def find_left(model: nn.Module, x: Any, fixed: Fixed, branches: Branches) -> dic
         if why is None:
             accepted.append(name)
         else:
-            left[name] = why
-    return left
+            fixed.blocks[name] = why
+    while True:  # where one is refused, another may stand inside it
+        reasons: dict[str, str] = {}
+        merged, blocks = merge_blocks_(copy_model(model).double(), fixed.blocks, reasons=reasons, borders=fixed.borders)
+        fixed.parts = [block.name for block in blocks if block.kind.endswith(KIND)]
+        inputs |= _inputs_of(model, x, new) if (new := [name for name in fixed.parts if name not in inputs]) else {}
+        refused = {}
+        for name in fixed.parts:
+            module = model.get_submodule(name)
+            why = fixed.why_not_merged(name) or _why_lost(name, module, fixed) or branches.inside(name)
+            if why is None:
+                whole = merged.get_submodule(name)
+                why = _why_not_recognised(name, module, inputs.get(name), whole)
+            if why is not None:
+                refused[name] = why
+        fixed.blocks |= refused
+        if not refused:
+            fixed.blocks = reasons | fixed.blocks
+            return
 
 
 def _is_ours(module: nn.Module) -> bool:
@@ -115,7 +149,7 @@ def _why_lost(name: str, module: nn.Module, fixed: Fixed) -> str | None:
         return None
     copied = detach_all_(copy_model(module))
     parts = dict(copied.named_modules(remove_duplicate=False))
-    stay = set(merge_blocks_(copied, prefix=name)[0].modules())
+    stay = set(merge_blocks_(copied, prefix=name, parts=fixed.parts, borders=fixed.borders)[0].modules())
     for key, what in attached.items():
         if parts[key] not in stay or (not key and " of its own" in what):
             return f"{(inside + key if key else name) or 'the model'!r} {what}: {ADVICE}"
@@ -145,10 +179,13 @@ def _cut(value: Any) -> Any:
     return value.detach().double() if value.is_floating_point() else value.detach().clone()
 
 
-def _why_not_recognised(name: str, block: nn.Module, call: tuple[tuple, dict] | None) -> str | None:
-    """Compare a block with what its adapter makes of it, both in float64."""
+def _why_not_recognised(
+    name: str, block: nn.Module, call: tuple[tuple, dict] | None, merged: nn.Module | None = None
+) -> str | None:
+    """Compare a block with what its merge makes of it, both in float64."""
     exact = detach_all_(copy_model(block)).double()
-    merged = merge_blocks_(copy_model(exact), prefix=name)[0].double()
+    if merged is None:
+        merged = merge_blocks_(copy_model(exact), prefix=name, parts=())[0].double()
     merged.training = exact.training
     if call is None:  # no input runs it
         conv = next((module for module in merged.modules() if isinstance(module, nn.Conv2d)), None)

@@ -88,7 +88,7 @@ def _convert(
 ) -> _Conversion:
     able, before = _find_self_merging(model), set(model.modules())
     bias_free = [name for name, m in model.named_modules() if name and isinstance(m, ConvLike) and m.bias_free]
-    model, blocks = merge_blocks_(model, fixed.blocks)
+    model, blocks = merge_blocks_(model, fixed.blocks, parts=fixed.parts, borders=merge_linear)
     parts = {block.name: copy_model(model.get_submodule(block.name)) for block in blocks} if keep_parts else {}
     merged_blocks = list(blocks)
     notes = [f"block {name!r} is left as it is: {why}" for name, why in fixed.blocks.items()]
@@ -167,7 +167,8 @@ def reparameterize(
     report = Report("reparameterize", count_params(model), 0, input_shape=tuple(counted.shape))
     report.macs_before = count_macs(model, counted)
     fixed, exact, branches = find_fixed(model), None, find_branches(model, inputs[0])
-    fixed.blocks = find_left(model, inputs[0], fixed, branches)
+    fixed.borders = merge_linear
+    find_left(model, inputs[0], fixed, branches)
     if verify:
         exact = _convert(copy_model(model).double(), fold_bn, merge_linear, fixed, keep_parts=True)
         report.blocks = exact.blocks
@@ -182,16 +183,19 @@ def reparameterize(
             require_rounded(merged, exact.model)
         report.params_after, report.macs_after = count_params(merged), count_macs(merged, counted)
         report.notes += done.notes
-        left = {"left": sorted(fixed.blocks)} if fixed.blocks else {}
-        record_(merged, before, step="reparameterize", fold_bn=fold_bn, merge_linear=merge_linear, **left)
+        names = {"left": sorted(fixed.blocks), "parts": sorted(fixed.parts)}
+        names = {key: value for key, value in names.items() if value}
+        record_(merged, before, step="reparameterize", fold_bn=fold_bn, merge_linear=merge_linear, **names)
     report.seconds = time.perf_counter() - started
     return merged, report
 
 
-@replays("reparameterize", "fold_bn", "merge_linear", optional=("left",))
-def _replay(model: nn.Module, fold_bn: bool, merge_linear: bool, left: Sequence[str] = ()) -> nn.Module:
+@replays("reparameterize", "fold_bn", "merge_linear", optional=("left", "parts"))
+def _replay(
+    model: nn.Module, fold_bn: bool, merge_linear: bool, left: Sequence[str] = (), parts: Sequence[str] = ()
+) -> nn.Module:
     fixed = find_fixed(model)
-    fixed.blocks = dict.fromkeys(left, "")
+    fixed.blocks, fixed.parts = dict.fromkeys(left, ""), list(parts)
     return _convert(model, fold_bn, merge_linear, fixed).model  # not run: nothing says which inputs it takes
 
 

@@ -195,10 +195,17 @@ def _stand_ins(model: nn.Module, tracer: _Tracer) -> dict[int, object]:
     return made
 
 
-def trace(model: nn.Module) -> fx.Graph:
+def trace(model: nn.Module, constants: dict[str, Tensor] | None = None) -> fx.Graph:
     """Return the graph of a model, convolutions and BNs being leaves; arguments that have a default keep it.
 
     Nothing outside of the traced copy is changed, not even while it is traced.
+
+    Args:
+        model: the model.
+        constants: is given {target: tensor} of what the forward computes from buffers alone, which no module holds.
+
+    Returns:
+        The graph.
 
     Raises:
         TraceError: it cannot be traced; the message has the reason.
@@ -210,6 +217,10 @@ def trace(model: nn.Module) -> fx.Graph:
     tracer = _Tracer()
     copied = copy_model(model, _stand_ins(model, tracer))
     try:
-        return tracer.trace(copied, defaults or None)
+        graph = tracer.trace(copied, defaults or None)
+        for node in graph.nodes:
+            if constants is not None and node.op == "get_attr" and node.target.startswith("_tensor_constant"):
+                constants[node.target] = getattr(copied, node.target)
+        return graph
     except Exception as error:  # the traced code raises anything on a proxy
         raise TraceError(f"torch.fx cannot trace {type(model).__name__}: {first_line(error)}") from error

@@ -1,0 +1,291 @@
+"""Blocks of the field, written afresh, and of nobody: merged by what their forward computes, without an adapter."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import rep_plugin
+from rep_plugin.errors import NothingToMergeError
+from rep_plugin.measure.differences import compare_outputs
+from rep_plugin.reparam.adapters import find_adapter
+from rep_plugin.reparam.border_conv import BorderConv2d
+from rep_plugin.reparam.linear_parts import KIND
+from tests.attack.parts import NOT_LINEAR, attack
+
+C = 8
+
+
+def conv_bn(side: int, out: int = C, groups: int = 1, stride: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(C, out, side, stride, side // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out))
+
+
+class RTDetrBlock(nn.Module):
+    """RT-DETR: two branches, named after nothing that is known."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.act = conv_bn(3), conv_bn(1), nn.SiLU()
+
+    def forward(self, x):
+        return self.act(self.conv1(x) + self.conv2(x))
+
+
+class RepConvN(nn.Module):
+    """YOLOv9: an identity that may be absent."""
+
+    def __init__(self, identity: bool = True):
+        super().__init__()
+        self.conv1, self.conv2, self.act = conv_bn(3), conv_bn(1), nn.SiLU()
+        self.bn = nn.BatchNorm2d(C) if identity else None
+
+    def forward(self, x):
+        id_out = 0 if self.bn is None else self.bn(x)
+        return self.act(self.conv1(x) + self.conv2(x) + id_out)
+
+
+class QARepVGGBlock(nn.Module):
+    """YOLO-NAS: a weighted branch without BN, a BN after the sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.branch_a, self.branch_b = conv_bn(3), nn.Conv2d(C, C, 1)
+        self.alpha = nn.Parameter(torch.tensor([0.7]))
+        self.post_bn, self.nonlinearity, self.se = nn.BatchNorm2d(C), nn.ReLU(), nn.Identity()
+
+    def forward(self, x):
+        return self.se(self.nonlinearity(self.post_bn(self.branch_a(x) + self.alpha * self.branch_b(x) + x)))
+
+
+class DepthwiseSum(nn.Module):
+    """RepViT's and YOLOv10's depthwise sum: all of it is linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.narrow = conv_bn(7, groups=C), conv_bn(3, groups=C)
+
+    def forward(self, x):
+        return self.wide(x) + self.narrow(x) + x
+
+
+class FastBlock(nn.Module):
+    """FAST: a horizontal and a vertical kernel beside the square one."""
+
+    def __init__(self):
+        super().__init__()
+        self.main = conv_bn(3)
+        self.ver = nn.Sequential(nn.Conv2d(C, C, (3, 1), padding=(1, 0), bias=False), nn.BatchNorm2d(C))
+        self.hor = nn.Sequential(nn.Conv2d(C, C, (1, 3), padding=(0, 1), bias=False), nn.BatchNorm2d(C))
+
+    def forward(self, x):
+        y = self.main(x)
+        for branch in (self.ver, self.hor):
+            y += branch(x)
+        return F.relu(y)
+
+
+class CollapsibleBlock(nn.Module):
+    """SESR: wide, narrow again, no BN, a residual."""
+
+    def __init__(self):
+        super().__init__()
+        self.expand, self.squeeze = nn.Conv2d(C, 64, 3, padding=1, bias=False), nn.Conv2d(64, C, 1)
+        self.act = nn.PReLU(C)
+
+    def forward(self, x):
+        return self.act(self.squeeze(self.expand(x)) + x)
+
+
+class EdgeBlock(nn.Module):
+    """ECBSR: a fixed edge filter behind a 1x1 layer, its scales learned."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.point = nn.Conv2d(C, C, 3, padding=1), nn.Conv2d(C, C, 1, bias=False)
+        self.scale = nn.Parameter(torch.rand(C, 1, 1, 1))
+        self.register_buffer(
+            "mask", torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]]).expand(C, 1, 3, 3)
+        )
+
+    def forward(self, x):
+        edges = F.conv2d(F.pad(self.point(x), (1, 1, 1, 1)), self.scale * self.mask, groups=C)
+        return F.leaky_relu(self.conv(x) + edges, 0.1)
+
+
+class ComputedKernel(nn.Module):
+    """OREPA: one convolution whose kernel is computed from several in every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.square, self.point = nn.Parameter(torch.randn(C, C, 3, 3)), nn.Parameter(torch.randn(C, C, 1, 1))
+        self.average, self.vector = nn.Parameter(torch.randn(C, C)), nn.Parameter(torch.randn(2, C))
+        self.register_buffer("prior", torch.full((3, 3), 1 / 9))
+        self.bn = nn.BatchNorm2d(C)
+
+    def kernel(self):
+        average = torch.einsum("oi,hw->oihw", self.average, self.prior)
+        square = torch.einsum("oihw,o->oihw", self.square, self.vector[0])
+        return square + F.pad(self.point, (1, 1, 1, 1)) * self.vector[1].view(-1, 1, 1, 1) + average
+
+    def forward(self, x):
+        return F.relu(self.bn(F.conv2d(x, self.kernel(), padding=1)))
+
+
+class Squeeze(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Conv2d(C, C, 1)
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.fc(x.mean((2, 3), keepdim=True)))
+
+
+class GatedSum(nn.Module):
+    """What follows is not one layer after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.branches, self.se = nn.ModuleList([conv_bn(side) for side in (1, 3, 5)]), Squeeze()
+
+    def forward(self, x):
+        y = F.gelu(sum(branch(x) for branch in self.branches))
+        return self.se(y) + y.mean((2, 3), keepdim=True)
+
+
+class Parallel(nn.Module):
+    """Parallel layers side by side, and a difference of halves."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = conv_bn(3, 4), conv_bn(3, 12)
+
+    def forward(self, x):
+        a, b = torch.cat([self.one(x), self.two(x)], 1).chunk(2, 1)
+        return ((a - b) / 2 + a[:, :8]).tanh()
+
+
+BLOCKS = [
+    RTDetrBlock, RepConvN, QARepVGGBlock, DepthwiseSum, FastBlock, CollapsibleBlock, EdgeBlock, ComputedKernel, GatedSum,
+    Parallel,
+]  # fmt: skip
+
+
+def net_of(block: nn.Module, stride: int = 2) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, C, 3, stride, 1), nn.ReLU(), block, nn.AdaptiveAvgPool2d(3), nn.Conv2d(C, 4, 1))
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        if tensor.is_floating_point() and "mask" not in name and "prior" not in name:
+            tensor.data.uniform_(0.5, 1.5) if "running_var" in name else tensor.data.normal_(0, 0.5)
+    return net.double().eval()
+
+
+X = torch.randn(2, 3, 17, 22, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.__name__)
+def test_blocks_of_the_field_merge_without_an_adapter(kind):
+    net = net_of(kind())
+    assert find_adapter(net[2]) is None
+    merged, report = rep_plugin.reparameterize(net, X, fold_bn=False)
+    assert [block.kind for block in report.blocks] == [f"{kind.__name__}, {KIND}"] and not report.notes
+    for shape in ((1, 3, 17, 22), (3, 3, 30, 9), (2, 3, 64, 65)):
+        x = torch.randn(shape, dtype=torch.float64)
+        assert compare_outputs(net(x), merged(x)).max_rel < 1e-12
+    assert len([m for m in merged[2].modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]) == 1
+    assert report.macs_after <= report.macs_before
+    for parameter in merged.parameters():  # what was merged is what runs
+        parameter.data.zero_()
+    assert merged(X).unique().numel() == 1
+
+
+@pytest.mark.parametrize("kind", [RTDetrBlock, GatedSum], ids=["layers in a row", "graph"])
+def test_merged_blocks_are_saved_built_again_trained_and_scripted(kind, tmp_path):
+    net = net_of(kind()).float()
+    merged, _ = rep_plugin.reparameterize(net, X.float())
+    rep_plugin.save(merged, tmp_path / "model")
+    again = rep_plugin.load(tmp_path / "model", net_of(kind()).float())
+    assert torch.equal(again(X.float()), merged(X.float()))
+    torch.jit.script(merged)
+    merged.train()(X.float()).sum().backward()
+    assert all(p.grad is not None for p in merged.parameters())
+
+
+def test_attributes_that_parents_read_are_carried_over():
+    block = RTDetrBlock()
+    block.f, block.i, block.stride_of_neck = -1, 3, [8, 16]
+    merged, _ = rep_plugin.reparameterize(net_of(block), X)
+    assert (merged[2].f, merged[2].i, merged[2].stride_of_neck) == (-1, 3, [8, 16])
+
+
+class Uneven(nn.Module):
+    """A dense 1x1 beside a depthwise 7x7: one convolution would take 49 times as much."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.point = conv_bn(7, groups=C), conv_bn(1)
+
+    def forward(self, x):
+        return self.wide(x) + self.point(x)
+
+
+class Bottleneck(nn.Module):
+    """A bias before a zero padding: exact only with a bias that depends on the position."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(C, 32, 1), nn.Conv2d(32, C, 3, padding=1))
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+class OffCentre(nn.Module):
+    """Two windows that do not lie on each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(C, C, 3), nn.Conv2d(C, C, 1)
+
+    def forward(self, x):
+        return self.a(x) + self.b(x)[..., :-2, :-2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [(Uneven, "would take 3,136 multiply-adds"), (Bottleneck, "merge_linear=True merges it"), (OffCentre, "")],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_sums_that_one_convolution_would_not_serve_are_left_and_named(kind, words):
+    with pytest.raises(NothingToMergeError) as error:
+        rep_plugin.reparameterize(net_of(kind()), X, fold_bn=False)
+    assert any("block '2'" in note and words in note for note in error.value.notes) or not words
+
+
+def test_a_bias_before_the_padding_is_kept_at_the_border():
+    net = net_of(Bottleneck())
+    merged, report = rep_plugin.reparameterize(net, X, merge_linear=True)
+    assert isinstance(merged[2], BorderConv2d) and report.max_rel_error < 1e-12
+
+
+class Whole(nn.Module):
+    """A model whose own forward adds branches and goes on in a way of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, C, 3, padding=1), nn.Conv2d(3, C, 1), nn.Conv2d(C, 4, 1)
+
+    def forward(self, x):
+        y = torch.relu(self.a(x) + self.b(x))
+        return self.head(y) + self.head(y * 0.5)
+
+
+def test_the_class_of_a_whole_model_stays():
+    with pytest.raises(NothingToMergeError, match="Whole") as error:
+        rep_plugin.reparameterize(Whole().double().eval(), X)
+    assert any("put it into a module of its own" in note for note in error.value.notes)
+
+
+@pytest.mark.parametrize("seed", range(2 * len(NOT_LINEAR)))
+def test_random_affine_blocks_merge_and_look_alikes_do_not(seed, tmp_path):
+    assert attack(seed, tmp_path)["look-alikes right"] == 1
