@@ -93,7 +93,7 @@ def merge_blocks_(
     return visit(prefix, model), blocks
 
 
-def find_left(model: nn.Module, x: Any, fixed: Fixed, branches: Branches) -> None:
+def find_left(model: nn.Module, x: Any, fixed: Fixed, branches: Branches) -> tuple[nn.Module, list[BlockReport]]:
     """Find the blocks of a model that are merged by their forward, and those that must stay as they are.
 
     Args:
@@ -101,39 +101,48 @@ def find_left(model: nn.Module, x: Any, fixed: Fixed, branches: Branches) -> Non
         x: what it is called with.
         fixed: what of it must stay as it is. Its ``parts`` and ``blocks`` are set.
         branches: where its forward decides by values or sizes.
+
+    Returns:
+        A copy in float64 that is merged so, and its blocks.
     """
-    adapted = {name: module for name, module in model.named_modules() if find_adapter(module) is not None}
-    foreign = [name for name, module in adapted.items() if not _is_ours(module)]
-    inputs = _inputs_of(model, x, foreign) if foreign else {}
     accepted: list[str] = []
-    for name, module in adapted.items():
-        if any(not outer or name.startswith(f"{outer}.") for outer in accepted):
+    for name, module in model.named_modules():
+        if find_adapter(module) is None or _is_inside(name, accepted):
             continue
         why = fixed.why_not_merged(name) or _why_lost(name, module, fixed)
-        if why is None and name in foreign:
-            why = branches.inside(name) or _why_not_recognised(name, module, inputs.get(name))
+        if why is None and not _is_ours(module):
+            why = branches.inside(name)
         if why is None:
             accepted.append(name)
         else:
             fixed.blocks[name] = why
+    compared: list[str] = []
     while True:  # where one is refused, another may stand inside it
         reasons: dict[str, str] = {}
         merged, blocks = merge_blocks_(copy_model(model).double(), fixed.blocks, reasons=reasons, borders=fixed.borders)
         fixed.parts = [block.name for block in blocks if block.kind.endswith(KIND)]
-        inputs |= _inputs_of(model, x, new) if (new := [name for name in fixed.parts if name not in inputs]) else {}
-        refused = {}
-        for name in fixed.parts:
-            module = model.get_submodule(name)
-            why = fixed.why_not_merged(name) or _why_lost(name, module, fixed) or branches.inside(name)
+        new: list[str] = []
+        for block in blocks:
+            if not _is_inside(block.name, [*compared, *new]) and not _is_ours(model.get_submodule(block.name)):
+                new.append(block.name)
+        inputs, refused = _inputs_of(model, x, new) if new else {}, {}
+        for name in new:
+            module, why = model.get_submodule(name), None
+            if name in fixed.parts:
+                why = fixed.why_not_merged(name) or _why_lost(name, module, fixed) or branches.inside(name)
+            why = why or _why_not_recognised(module, merged.get_submodule(name), inputs.get(name))
             if why is None:
-                whole = merged.get_submodule(name)
-                why = _why_not_recognised(name, module, inputs.get(name), whole)
-            if why is not None:
+                compared.append(name)
+            else:
                 refused[name] = why
         fixed.blocks |= refused
         if not refused:
             fixed.blocks = reasons | fixed.blocks
-            return
+            return merged, blocks
+
+
+def _is_inside(name: str, outer: Collection[str]) -> bool:
+    return any(not one or name == one or name.startswith(f"{one}.") for one in outer)
 
 
 def _is_ours(module: nn.Module) -> bool:
@@ -179,14 +188,9 @@ def _cut(value: Any) -> Any:
     return value.detach().double() if value.is_floating_point() else value.detach().clone()
 
 
-def _why_not_recognised(
-    name: str, block: nn.Module, call: tuple[tuple, dict] | None, merged: nn.Module | None = None
-) -> str | None:
-    """Compare a block with what its merge makes of it, both in float64."""
-    exact = detach_all_(copy_model(block)).double()
-    if merged is None:
-        merged = merge_blocks_(copy_model(exact), prefix=name, parts=())[0].double()
-    merged.training = exact.training
+def _why_not_recognised(block: nn.Module, merged: nn.Module, call: tuple[tuple, dict] | None) -> str | None:
+    """Compare a block with what its merge makes of it, in float64."""
+    exact, merged = detach_all_(copy_model(block)).double(), detach_all_(copy_model(merged))
     if call is None:  # no input runs it
         conv = next((module for module in merged.modules() if isinstance(module, nn.Conv2d)), None)
         if conv is None:

@@ -84,12 +84,18 @@ class _Conversion:
 
 
 def _convert(
-    model: nn.Module, fold_bn: bool, merge_linear: bool, fixed: Fixed, keep_parts: bool = False
+    model: nn.Module,
+    fold_bn: bool,
+    merge_linear: bool,
+    fixed: Fixed,
+    merged: tuple[nn.Module, list[BlockReport]] | None = None,
 ) -> _Conversion:
+    """Merge in place; with ``merged``, a merged copy and its blocks, go on with that copy, and keep its parts for a proof."""
     able, before = _find_self_merging(model), set(model.modules())
     bias_free = [name for name, m in model.named_modules() if name and isinstance(m, ConvLike) and m.bias_free]
-    model, blocks = merge_blocks_(model, fixed.blocks, parts=fixed.parts, borders=merge_linear)
-    parts = {block.name: copy_model(model.get_submodule(block.name)) for block in blocks} if keep_parts else {}
+    given = merge_blocks_(model, fixed.blocks, parts=fixed.parts, borders=merge_linear) if merged is None else merged
+    model, blocks = given[0], list(given[1])
+    parts = {block.name: copy_model(model.get_submodule(block.name)) for block in blocks} if merged is not None else {}
     merged_blocks = list(blocks)
     notes = [f"block {name!r} is left as it is: {why}" for name, why in fixed.blocks.items()]
     bias_free = [name for name in bias_free if name not in fixed.blocks]
@@ -168,9 +174,9 @@ def reparameterize(
     report.macs_before = count_macs(model, counted)
     fixed, exact, branches = find_fixed(model), None, find_branches(model, inputs[0])
     fixed.borders = merge_linear
-    find_left(model, inputs[0], fixed, branches)
+    merged_exactly = find_left(model, inputs[0], fixed, branches)
     if verify:
-        exact = _convert(copy_model(model).double(), fold_bn, merge_linear, fixed, keep_parts=True)
+        exact = _convert(model, fold_bn, merge_linear, fixed, merged_exactly)
         report.blocks = exact.blocks
         report.add_proof(_prove(model, exact, inputs, branches))
     with undone_on_error(*([model] if inplace else [])):
