@@ -184,6 +184,8 @@ def require_bare(model: nn.Module, data: bool = True) -> None:
         raise ArgumentError(f"model has no data: a {type(model).__name__} on the meta device, load its weights first")
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise ArgumentError(f"got a {type(model).__name__}: pass its .module, and wrap the model again")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ArgumentError(f"got a scripted or traced {model.original_name}: pass the model that it was made from")
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise ArgumentError(
             "got a compiled model: pass the model itself (._orig_mod), and compile what comes out again"

@@ -1,7 +1,7 @@
-"""Folding a network's own BNs, found on its graph, into the convolutions before or behind them."""
+"""Folding a network's own BNs, found on its graph, into the layers before them or the convolutions behind them."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rep_plugin.blocks.layers import require_eval
@@ -11,6 +11,33 @@ from rep_plugin.reparam.fixed import Fixed, find_fixed
 from rep_plugin.reparam.fx_parts import Readers, TracedPart, trace_parts
 from rep_plugin.reparam.linear_layers import affine_conv, after_affine, is_plain_bn, is_plain_conv, read_layer
 
+# Layers besides Conv2d that take in a BN behind them.
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_FROZEN = {"weight", "bias", "running_mean", "running_var"}
+
+
+def _takes_bn(layer: nn.Module | None) -> bool:
+    """True for a layer whose output channels can be scaled and shifted by its own weights."""
+    return is_plain_conv(layer) or (type(layer) in _LAYERS and layer is not None and "weight" in layer._parameters)
+
+
+def is_frozen_bn(module: nn.Module) -> bool:
+    """Return whether a module is a FrozenBatchNorm2d: torchvision's, detectron2's or a detector's own."""
+    return type(module).__name__ == "FrozenBatchNorm2d" and module._buffers.keys() == _FROZEN and hasattr(module, "eps")
+
+
+def _thaw_(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Put BNs in the place of frozen ones; return {BN: what it stands for}."""
+    made: dict[nn.Module, nn.Module] = {}
+    for frozen in [module for module in model.modules() if is_frozen_bn(module)]:
+        bn = nn.BatchNorm2d(frozen.running_mean.numel(), frozen.eps, device="meta").eval()
+        for name, tensor in frozen._buffers.items():
+            kept = nn.Parameter(tensor, False) if name in ("weight", "bias") else tensor
+            setattr(bn, name, kept)
+        made[bn] = frozen
+        replace_module_(model, frozen, bn)
+    return made
+
 
 def _is_affine(bn: nn.Module) -> bool:
     """True for a BN that is an affine map in eval mode, whatever it applies afterwards."""
@@ -19,9 +46,9 @@ def _is_affine(bn: nn.Module) -> bool:
 
 
 def find_pairs(model: nn.Module, part: TracedPart) -> list[tuple[str, str, bool]]:
-    """Return the convolutions and BNs of a traced part that can be folded.
+    """Return the layers and BNs of a traced part that can be folded.
 
-    A BN behind a convolution must be its only reader; one in front must have only unpadded convolutions as readers, one pair
+    A BN behind a layer must be its only reader; one in front must have only unpadded convolutions as readers, one pair
     for each. Every module must be called once.
 
     Args:
@@ -37,7 +64,7 @@ def find_pairs(model: nn.Module, part: TracedPart) -> list[tuple[str, str, bool]
         if bn is None or not _is_affine(bn):
             continue
         source = readers.source(node)
-        if source is not None and is_plain_conv(readers.module(source)):
+        if source is not None and _takes_bn(readers.module(source)):
             pairs.append((part.full_name(source.target), part.full_name(node.target), False))
             continue
         behind = readers.readers(node)
@@ -51,7 +78,8 @@ def find_pairs_by_parts(model: nn.Module) -> tuple[list[tuple[str, str]], list[s
     """Return the (conv, bn) names where a BN alone reads the convolution, and what torch.fx could not trace."""
     parts, failures = trace_parts(model)
     pairs = [pair for part in parts for pair in find_pairs(model, part)]
-    return [(conv, bn) for conv, bn, bn_first in pairs if not bn_first], failures
+    convs = [(conv, bn) for conv, bn, bn_first in pairs if not bn_first and is_plain_conv(model.get_submodule(conv))]
+    return convs, failures
 
 
 def _after_bn(bn: _BatchNorm) -> nn.Module:
@@ -76,18 +104,34 @@ def replace_module_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
             setattr(parent, name, new)
 
 
-def _fold_(conv: nn.Conv2d, before: _BatchNorm | None, behind: _BatchNorm | None) -> None:
+def _fold_(conv: nn.Module, before: _BatchNorm | None, behind: _BatchNorm | None) -> None:
+    if not isinstance(conv, nn.Conv2d):
+        return _fold_behind_(conv, *bn_scale_shift(behind, torch.float64))
     folded = read_layer(conv, None, conv.weight.device)
     if before is not None:
         folded = compose_padded(affine_conv(*bn_scale_shift(before, torch.float64)), folded)
     if behind is not None:
         folded = after_affine(folded, *bn_scale_shift(behind, torch.float64))
-    conv.weight.copy_(folded.params.kernel)
-    bias = folded.params.bias.to(conv.weight.dtype)
-    if conv.bias is None:
-        conv.bias = nn.Parameter(bias, conv.weight.requires_grad)
+    _set_(conv, folded.params.kernel, folded.params.bias)
+
+
+def _fold_behind_(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
+    weight = layer.weight.double()
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):  # (I, O / groups, ...), the inputs group by group
+        rows = weight.view(layer.groups, -1, *weight.shape[1:])
+        factor = scale.view(layer.groups, 1, -1, *[1] * (weight.dim() - 2))
+        weight = (rows * factor).view_as(weight)
     else:
-        conv.bias.copy_(bias)
+        weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+    _set_(layer, weight, shift if layer.bias is None else layer.bias.double() * scale + shift)
+
+
+def _set_(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
+    layer.weight.copy_(weight)
+    if layer.bias is None:
+        layer.bias = nn.Parameter(bias.to(layer.weight.dtype), layer.weight.requires_grad)
+    else:
+        layer.bias.copy_(bias)
 
 
 def _leave_fixed(
@@ -111,7 +155,8 @@ def _leave_fixed(
 def fold_conv_bn_(model: nn.Module, fixed: Fixed | None = None) -> tuple[list[tuple[str, str, bool]], list[str]]:
     """Fold every Conv-BN and every BN-Conv (unpadded) pair of an eval-mode model in place, in float64.
 
-    The convolution keeps its place, with a bias; the BN's becomes Identity (or the activation it carried).
+    The convolution keeps its place, with a bias; the BN's becomes Identity (or the activation it carried). Frozen BNs are
+    folded too, and BNs behind Linear, Conv1d, Conv3d and transposed convolutions.
 
     Args:
         model: the model.
@@ -124,6 +169,7 @@ def fold_conv_bn_(model: nn.Module, fixed: Fixed | None = None) -> tuple[list[tu
     Raises:
         TrainModeError: a BN is in train mode. The model is then as it was.
     """
+    thawed = _thaw_(model)
     parts, failures = trace_parts(model)
     pairs = [pair for part in parts for pair in find_pairs(model, part)]
     pairs, notes = _leave_fixed(pairs, parts, find_fixed(model) if fixed is None else fixed)
@@ -136,6 +182,8 @@ def fold_conv_bn_(model: nn.Module, fixed: Fixed | None = None) -> tuple[list[tu
         _fold_(model.get_submodule(conv_name), bns.get(True), bns.get(False))
     for bn_name in dict.fromkeys(bn for _, bn, _ in pairs):
         model.set_submodule(bn_name, _after_bn(model.get_submodule(bn_name)))
+    for bn, frozen in thawed.items():  # those that were not folded
+        replace_module_(model, bn, frozen)
     return pairs, notes + [f"not traced, only the parts inside: {failure}" for failure in failures]
 
 

@@ -28,11 +28,11 @@ class TracedPart:
         return f"{self.name}.{target}" if self.name else target
 
 
-def trace_parts(model: nn.Module) -> tuple[list[TracedPart], list[str]]:
+def trace_parts(model: nn.Module, holding: type[nn.Module] = _BatchNorm) -> tuple[list[TracedPart], list[str]]:
     """Return the model as one part or, where it cannot be traced, the largest of its modules that can be.
 
     Also one line for each class and reason of modules that cannot be traced although all their children can. Modules
-    without a BN are left out.
+    without a layer of the class ``holding`` are left out.
     """
     parts: list[TracedPart] = []
     failures: dict[str, list[str]] = {}
@@ -41,7 +41,7 @@ def trace_parts(model: nn.Module) -> tuple[list[TracedPart], list[str]]:
     def visit(name: str, module: nn.Module) -> bool:
         """Return whether the module, or any inside it, could not be traced."""
         leaf = isinstance(module, (RepBlock, nn.Conv2d, _BatchNorm))
-        if leaf or module in seen or not any(isinstance(m, _BatchNorm) for m in module.modules()):
+        if leaf or module in seen or not any(isinstance(m, holding) for m in module.modules()):
             return False
         seen.add(module)
         reason = None

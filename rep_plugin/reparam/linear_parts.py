@@ -123,7 +123,7 @@ def merge_part(part: LinearPart, name: str = NAME) -> nn.Module:
 
     Returns:
         The convolution, a Sequential of it and the layers behind it or, where the rest is not one layer after the other, a
-        ``torch.fx.GraphModule``. Attributes of the block that its parents may read stand on it too.
+        ``torch.fx.GraphModule``.
     """
     assert part.value.conv is not None
     conv = build_conv(part.value.conv, _sources_of(part))
@@ -138,9 +138,6 @@ def merge_part(part: LinearPart, name: str = NAME) -> nn.Module:
     else:
         merged = conv
     merged.training = part.module.training
-    for key, value in vars(part.module).items():
-        if not key.startswith("_") and not isinstance(value, (nn.Module, torch.Tensor)) and not hasattr(merged, key):
-            setattr(merged, key, value)
     return merged
 
 

@@ -28,6 +28,7 @@ from rep_plugin.reparam.linear_parts import KIND, LinearPart, find_part, may_hol
 RECOGNISED = 1e-6  # relative: the proof of the whole model is finer
 SCALES = (1.0, 1e-3, 1e3)
 _SIDES = ((16, 13), (9, 12))
+_OWN = vars(nn.Module()).keys()  # what torch keeps on a module
 
 
 def merge_blocks_(
@@ -75,6 +76,7 @@ def merge_blocks_(
             except RepPluginError as error:
                 raise type(error)(f"block {name!r} ({adapter.name}): {error}") from error
             blocks.append(BlockReport(name, adapter.name))
+            _carry_over_(module, merged)
         done[module] = done[merged] = merged
         for key, child in list(merged._modules.items()):
             if child is not None and (new := visit(f"{name}.{key}" if name else key, child)) is not child:
@@ -85,12 +87,42 @@ def merge_blocks_(
                 drop_inside(name)
                 blocks.append(BlockReport(name, f"{type(merged).__name__}, {KIND}"))
                 merged = done[module] = merge_part(part)
+                _carry_over_(module, merged)
                 done[merged] = merged
             elif part is not None and reasons is not None:
                 reasons[name] = part
         return merged
 
-    return visit(prefix, model), blocks
+    whole = visit(prefix, model)
+    _repoint_(whole, done)
+    return whole, blocks
+
+
+def _carry_over_(module: nn.Module, merged: nn.Module) -> None:
+    """Keep plain attributes of a block on what takes its place: parents may read them."""
+    for key, value in vars(module).items():
+        if not key.startswith("_") and not isinstance(value, (nn.Module, Tensor)) and not hasattr(merged, key):
+            setattr(merged, key, value)
+
+
+def _repoint_(model: nn.Module, done: Mapping[nn.Module, nn.Module]) -> None:
+    """Let plain lists, dicts and attributes that hold replaced modules hold what took their place."""
+
+    def merged_of(value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            return done.get(value, value)
+        if isinstance(value, list):
+            value[:] = map(merged_of, value)
+        elif isinstance(value, dict):
+            value.update({key: merged_of(one) for key, one in value.items()})
+        elif type(value) is tuple:
+            return tuple(map(merged_of, value))
+        return value
+
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if isinstance(value, (nn.Module, list, dict, tuple)) and key not in _OWN:
+                vars(module)[key] = merged_of(value)
 
 
 def find_left(model: nn.Module, x: Any, fixed: Fixed, branches: Branches) -> tuple[nn.Module, list[BlockReport]]:

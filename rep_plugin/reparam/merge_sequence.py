@@ -176,7 +176,7 @@ def merge_linear_(model: nn.Module, fixed: Fixed | None = None) -> tuple[list[tu
         layers that must stay as they are.
     """
     fixed = find_fixed(model) if fixed is None else fixed
-    parts, merged, notes = trace_parts(model)[0], [], {}
+    parts, merged, notes = trace_parts(model, nn.Conv2d)[0], [], {}
 
     def traced(name: str) -> bool:
         return any(part.holds(name) for part in parts)

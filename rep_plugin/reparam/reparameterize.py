@@ -22,7 +22,7 @@ from rep_plugin.measure.report import BlockReport, Report
 from rep_plugin.measure.undo import undone_on_error
 from rep_plugin.measure.verify import Equivalence, default_inputs, require_rounded, verify_equivalence
 from rep_plugin.reparam.fixed import Fixed, find_fixed
-from rep_plugin.reparam.fold_bn import absorb_biases_, fold_conv_bn_
+from rep_plugin.reparam.fold_bn import absorb_biases_, fold_conv_bn_, is_frozen_bn
 from rep_plugin.reparam.linear_layers import CONV_NORM_CLASSES
 from rep_plugin.reparam.merge_blocks import find_left, merge_blocks_
 from rep_plugin.reparam.merge_sequence import merge_linear_
@@ -106,7 +106,7 @@ def _convert(
         notes += left
         for name, layers in sequences:
             blocks.append(BlockReport(name, f"{SEQUENCE} ({', '.join(layers)})"))
-    if fold_bn and any(isinstance(m, _BatchNorm) for m in model.modules()):
+    if fold_bn and any(isinstance(m, _BatchNorm) or is_frozen_bn(m) for m in model.modules()):
         pairs, left = fold_conv_bn_(model, fixed)
         blocks += [BlockReport(conv, f"{BN_CONV if first else CONV_BN} ({bn})") for conv, bn, first in pairs]
         notes += left

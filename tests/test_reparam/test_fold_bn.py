@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 import rep_plugin
 from rep_plugin.reparam.fold_bn import find_pairs_by_parts, fold_conv_bn_
@@ -112,3 +113,30 @@ class Standardised(nn.Conv2d):
 @pytest.mark.parametrize("conv", [Standardised(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")])
 def test_look_alikes_are_not_folded(conv):
     check(nn.Sequential(conv, nn.BatchNorm2d(4)), set())
+
+
+BEHIND = {
+    "Linear": (nn.Sequential(nn.Flatten(), nn.Linear(8 * 25, 6, bias=False), nn.BatchNorm1d(6)), 2),
+    "Conv1d": (nn.Sequential(nn.Flatten(2), nn.Conv1d(8, 6, 3), nn.BatchNorm1d(6)), 2),
+    "Conv3d": (nn.Sequential(nn.Unflatten(1, (4, 2)), nn.Conv3d(4, 6, (1, 3, 3)), nn.BatchNorm3d(6)), 2),
+    "ConvTranspose2d": (nn.Sequential(nn.Identity(), nn.ConvTranspose2d(8, 6, 3, 2, 1, 1), nn.BatchNorm2d(6)), 2),
+    "grouped": (nn.Sequential(nn.Identity(), nn.ConvTranspose2d(8, 6, 3, groups=2, bias=False), nn.BatchNorm2d(6)), 2),
+    "frozen": (nn.Sequential(nn.Identity(), nn.Conv2d(8, 6, 3), FrozenBatchNorm2d(6)), 2),
+}
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_bns_behind_other_layers_and_frozen_ones_are_folded(name):
+    net, index = BEHIND[name]
+    x = torch.randn(3, 8, 5, 5, dtype=torch.float64)
+    net = net.double().eval()
+    for key, tensor in (*net.named_parameters(), *net.named_buffers()):
+        if tensor.is_floating_point():
+            tensor.data.uniform_(0.5, 1.5) if "running_var" in key else tensor.data.normal_()
+    merged, report = rep_plugin.reparameterize(net, x)
+    assert isinstance(merged[index], nn.Identity) and len(report.blocks) == 1
+    assert torch.allclose(merged(x), net(x), rtol=1e-12, atol=1e-12)
+    if name != "frozen":
+        return
+    kept = nn.Sequential(nn.ReLU(), net[index]).eval()  # nothing before it takes it in: it stays what it was
+    assert fold_conv_bn_(kept)[0] == [] and kept[1] is net[index]

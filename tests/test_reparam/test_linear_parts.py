@@ -6,11 +6,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import rep_plugin
-from rep_plugin.errors import NothingToMergeError
+from rep_plugin.errors import ArgumentError, NothingToMergeError
 from rep_plugin.measure.differences import compare_outputs
 from rep_plugin.reparam.adapters import find_adapter
 from rep_plugin.reparam.border_conv import BorderConv2d
 from rep_plugin.reparam.linear_parts import KIND
+from tests import official_layouts as official
 from tests.attack.parts import NOT_LINEAR, attack
 
 C = 8
@@ -289,3 +290,39 @@ def test_the_class_of_a_whole_model_stays():
 @pytest.mark.parametrize("seed", range(2 * len(NOT_LINEAR)))
 def test_random_affine_blocks_merge_and_look_alikes_do_not(seed, tmp_path):
     assert attack(seed, tmp_path)["look-alikes right"] == 1
+
+
+class Listed(nn.Module):
+    """A neck that calls its blocks from a plain list, as detectors do, and reads an attribute of one."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+        block.f = 2.0
+        self._order = [("first", block)]
+        self.names = {"last": self._order[0]}
+
+    def forward(self, x):
+        return self._order[0][1](x) * self._order[0][1].f + self.names["last"][1](x)
+
+
+@pytest.mark.parametrize("kind", [RTDetrBlock, official.RepVGGBlock], ids=["read", "adapter"])
+def test_what_is_held_in_lists_is_what_was_merged(kind):
+    net = net_of(Listed(kind() if kind is RTDetrBlock else kind(C, C)))
+    merged, report = rep_plugin.reparameterize(net, X)
+    assert compare_outputs(net(X), merged(X)).max_rel < 1e-12 and report.blocks[0].name == "2.block"
+    merged[2].block[0].weight.data.zero_()
+    assert merged[2]._order[0][1] is merged[2].block is merged[2].names["last"][1]
+    assert isinstance(net[2]._order[0][1], kind)  # the given model is as it was
+
+
+def test_sequences_without_a_bn_are_merged():
+    net = nn.Sequential(nn.Conv2d(3, 32, 1, bias=False), nn.Conv2d(32, 3, 3, padding=1), nn.ReLU()).double().eval()
+    merged, report = rep_plugin.reparameterize(net, X, merge_linear=True)
+    assert len(report.blocks) == 1 and isinstance(merged[1], nn.Identity)
+
+
+@pytest.mark.parametrize("wrap", [torch.jit.script, lambda net: torch.jit.trace(net, X)], ids=["scripted", "traced"])
+def test_scripted_models_are_refused_in_a_line(wrap):
+    with pytest.raises(ArgumentError, match="^got a scripted or traced Sequential: pass the model"):
+        rep_plugin.reparameterize(wrap(net_of(RTDetrBlock())), X)
