@@ -192,8 +192,8 @@ def export_onnx(
     if rounds:
         medians = {name: seconds * 1e3 for name, seconds in interleaved_medians(calls, rounds).items()}
         report.pytorch_milliseconds = medians["PyTorch"]
-        for one in report.runtimes:
-            one.milliseconds = medians[one.name]
+        for measured in report.runtimes:
+            measured.milliseconds = medians[measured.name]
     report.seconds = time.perf_counter() - started
     report.notes += notes
     if with_report:

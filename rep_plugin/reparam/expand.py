@@ -7,9 +7,8 @@ is the stock one's up to ``eps * |1 / (running_var + eps) - 1 / (batch_var + eps
 in a BN with gamma 0.
 """
 
-import fnmatch
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import torch
@@ -19,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rep_plugin.arguments import OneOf, checked
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.conv_like import CONV_LIKES, ConvLike, like_conv, look_alike, why_not_replaceable
-from rep_plugin.errors import ArgumentError, ArgumentTypeError
+from rep_plugin.errors import ArgumentError
 from rep_plugin.history import before_step, layer_named, record_, replays
 from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.costs import count_macs, count_params
@@ -30,9 +29,9 @@ from rep_plugin.measure.report import BlockReport, Report
 from rep_plugin.measure.undo import undone_on_error
 from rep_plugin.measure.verify import default_inputs, require_rounded, verify_equivalence
 from rep_plugin.reparam.fold_bn import find_pairs_by_parts, replace_module_
+from rep_plugin.reparam.selection import Where, selector
 
 TOLERANCE = 1e-9  # relative, in float64
-Where = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
 
 def own_convs(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -53,23 +52,6 @@ def own_convs(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modu
             yield name, module
 
 
-def _selector(where: Where, names: Sequence[str]) -> Callable[[str, nn.Module], bool]:
-    """Return ``where`` as a predicate. Raises ValueError for a pattern that fits no name, TypeError for another type."""
-    if where is None:
-        return lambda name, module: True
-    if callable(where):
-        return where
-    patterns = [where] if isinstance(where, str) else list(where)
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise ArgumentTypeError(f"where must be a pattern, a list of patterns or a function, got {pattern!r}")
-        if not fnmatch.filter(names, pattern):
-            raise ArgumentError(
-                f"where={pattern!r} fits none of {len(names)} convolutions (first: {', '.join(names[:3])})"
-            )
-    return lambda name, module: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
 def _choose(model: nn.Module, where: Where, copied: nn.Module) -> tuple[list[tuple[str, str]], list[str]]:
     """Return the (conv, bn) names to expand and notes on what is left out. Raises ValueError where nothing remains.
 
@@ -80,7 +62,7 @@ def _choose(model: nn.Module, where: Where, copied: nn.Module) -> tuple[list[tup
         blocks = sum(isinstance(module, RepBlock) for module in model.modules())
         what = f"consists of {blocks} rep_plugin blocks" if blocks else "has no convolution"
         raise ArgumentError(f"{type(model).__name__} {what}, expected convolutions outside of such blocks to expand")
-    chosen = _selector(where, list(convs))
+    chosen = selector(where, list(convs), "convolutions")
     wanted = [name for name, module in convs.items() if chosen(name, module)]
     pairs, untraced = find_pairs_by_parts(copied)
     bn_of = dict(pairs)

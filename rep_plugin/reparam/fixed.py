@@ -16,6 +16,8 @@ from rep_plugin.measure.branches import short_path
 
 ADVICE = "hooks that only observe cannot be told from others; take it off to merge"
 
+UNSELECTED = "it is not selected"  # by the user, who needs no note
+
 
 class Read(NamedTuple):
     """A forward that reaches past a child into what is inside it: ``self.block.conv(x)``, ``self.conv.weight``.
@@ -47,6 +49,7 @@ class Fixed:
         blocks: {name of a block: why it is left}.
         parts: names of blocks that are merged by what their forward computes.
         borders: whether these may get a bias that depends on the position.
+        only: names of the modules that are to be worked on; None: all.
     """
 
     forwards: dict[str, str] = field(default_factory=dict)
@@ -55,6 +58,11 @@ class Fixed:
     blocks: dict[str, str] = field(default_factory=dict)
     parts: list[str] = field(default_factory=list)
     borders: bool = False
+    only: set[str] | None = None
+
+    def selects(self, name: str) -> bool:
+        """Return whether a module is to be worked on."""
+        return self.only is None or name in self.only
 
     def why_not_folded(self, name: str, traced: Callable[[str], bool], removed: bool) -> str | None:
         """Return why a convolution or BN cannot be folded, None where it can.
@@ -64,6 +72,8 @@ class Fixed:
             traced: whether the forward of a module, by its name, was traced, so that what it calls is known.
             removed: the layer goes, where otherwise its weights are set.
         """
+        if not self.selects(name):
+            return UNSELECTED
         if (what := self.forwards.get(name)) is not None:
             return f"{name!r} {what}: {ADVICE}"
         if not removed and (what := self.weights.get(name)) is not None:
@@ -124,7 +134,7 @@ def _chains_of(kind: type) -> tuple[tuple[str, tuple, str], ...]:
     while todo:
         name = todo.pop()
         function = inspect.unwrap(found) if inspect.isfunction(found := getattr(kind, name, None)) else None
-        if name in done or function is None or function.__module__.startswith("torch."):
+        if name in done or function is None or (function.__module__ or "").startswith("torch."):
             continue
         done.add(name)
         try:

@@ -7,7 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rep_plugin.blocks.layers import require_eval
 from rep_plugin.functional.kernels import bn_scale_shift
 from rep_plugin.functional.padded import compose_padded
-from rep_plugin.reparam.fixed import Fixed, find_fixed
+from rep_plugin.reparam.fixed import UNSELECTED, Fixed, find_fixed
 from rep_plugin.reparam.fx_parts import Readers, TracedPart, trace_parts
 from rep_plugin.reparam.linear_layers import affine_conv, after_affine, is_plain_bn, is_plain_conv, read_layer
 
@@ -146,9 +146,10 @@ def _leave_fixed(
     for conv, bn, _ in pairs:
         why = fixed.why_not_folded(conv, traced, removed=False) or fixed.why_not_folded(bn, traced, removed=True)
         if why is not None:
-            notes[conv, bn] = f"{conv!r} and {bn!r} are not folded: {why}"
+            notes[conv, bn] = why
     left = {bn for _, bn in notes}  # in front of several convolutions a BN goes from all or from none
-    return [pair for pair in pairs if pair[1] not in left], list(notes.values())
+    texts = [f"{conv!r} and {bn!r} are not folded: {why}" for (conv, bn), why in notes.items() if why != UNSELECTED]
+    return [pair for pair in pairs if pair[1] not in left], texts
 
 
 @torch.no_grad()

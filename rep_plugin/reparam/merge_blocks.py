@@ -22,7 +22,7 @@ from rep_plugin.measure.forward import first_image, run_model
 from rep_plugin.measure.report import BlockReport
 from rep_plugin.measure.verify import run_exact
 from rep_plugin.reparam.adapters import find_adapter
-from rep_plugin.reparam.fixed import ADVICE, Fixed
+from rep_plugin.reparam.fixed import ADVICE, UNSELECTED, Fixed
 from rep_plugin.reparam.linear_parts import KIND, LinearPart, find_part, may_hold, merge_part
 
 RECOGNISED = 1e-6  # relative: the proof of the whole model is finer
@@ -139,7 +139,9 @@ def find_left(model: nn.Module, x: Any, fixed: Fixed, branches: Branches) -> tup
     """
     accepted: list[str] = []
     for name, module in model.named_modules():
-        if find_adapter(module) is None or _is_inside(name, accepted):
+        if not fixed.selects(name) and (may_hold(module) or find_adapter(module) is not None):
+            fixed.blocks[name] = UNSELECTED
+        if find_adapter(module) is None or _is_inside(name, accepted) or name in fixed.blocks:
             continue
         why = fixed.why_not_merged(name) or _why_lost(name, module, fixed)
         if why is None and not _is_ours(module):

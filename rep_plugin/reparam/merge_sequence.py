@@ -20,7 +20,7 @@ from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.randomness import private_random
 from rep_plugin.measure.verify import require_rounded, verify_equivalence
 from rep_plugin.reparam.border_conv import build_conv
-from rep_plugin.reparam.fixed import Fixed, find_fixed
+from rep_plugin.reparam.fixed import UNSELECTED, Fixed, find_fixed
 from rep_plugin.reparam.fx_parts import Readers, trace_parts
 from rep_plugin.reparam.linear_layers import flatten_layers, is_plain_bn, is_plain_conv, read_layer
 
@@ -189,9 +189,8 @@ def merge_linear_(model: nn.Module, fixed: Fixed | None = None) -> tuple[list[tu
                 stays[node] = why
         for chain in find_chains(readers):
             if _count_convs([readers.module(node) for node in chain]) > 1:
-                notes |= {
-                    why: f"a linear sequence is not merged at {why}" for node in chain if (why := stays.get(node))
-                }
+                reasons = [stays[node] for node in chain if stays.get(node, UNSELECTED) != UNSELECTED]
+                notes |= {why: f"a linear sequence is not merged at {why}" for why in reasons}
         for chain in find_chains(readers, stays):
             layers = [readers.module(node) for node in chain]
             for start, stop in cheapest_split(layers):

@@ -21,11 +21,12 @@ from rep_plugin.measure.randomness import private_random
 from rep_plugin.measure.report import BlockReport, Report
 from rep_plugin.measure.undo import undone_on_error
 from rep_plugin.measure.verify import Equivalence, default_inputs, require_rounded, verify_equivalence
-from rep_plugin.reparam.fixed import Fixed, find_fixed
+from rep_plugin.reparam.fixed import UNSELECTED, Fixed, find_fixed
 from rep_plugin.reparam.fold_bn import absorb_biases_, fold_conv_bn_, is_frozen_bn
 from rep_plugin.reparam.linear_layers import CONV_NORM_CLASSES
 from rep_plugin.reparam.merge_blocks import find_left, merge_blocks_
 from rep_plugin.reparam.merge_sequence import merge_linear_
+from rep_plugin.reparam.selection import Where, select_modules
 
 TOLERANCE = 1e-9  # relative, in float64
 # These are proven end to end: under the block's own name stands another part of the whole than before.
@@ -97,7 +98,7 @@ def _convert(
     model, blocks = given[0], list(given[1])
     parts = {block.name: copy_model(model.get_submodule(block.name)) for block in blocks} if merged is not None else {}
     merged_blocks = list(blocks)
-    notes = [f"block {name!r} is left as it is: {why}" for name, why in fixed.blocks.items()]
+    notes = [f"block {name!r} is left as it is: {why}" for name, why in fixed.blocks.items() if why != UNSELECTED]
     bias_free = [name for name in bias_free if name not in fixed.blocks]
     if not fold_bn and (biased := absorb_biases_(model, bias_free, fixed)):
         notes.append(f"{len(biased)} convolutions keep a bias, as no BN alone reads them: {', '.join(biased)}")
@@ -128,6 +129,8 @@ def reparameterize(
     verify: bool = True,
     fold_bn: bool = True,
     merge_linear: bool = False,
+    where: Where = None,
+    skip: Where = None,
 ) -> tuple[nn.Module, Report]:
     """Merge all branches of every block into one convolution each; return the merged model and a report.
 
@@ -147,6 +150,9 @@ def reparameterize(
             going into the next BN's running mean, so that the state dict is that of the stock network.
         merge_linear: merge linear sequences that were trained as separate, zero-padded layers too, exact at the border, where
             that costs no more multiply-adds.
+        where: what is merged and folded: a shell pattern on full names (``'stages.0*'``), several, or a function
+            ``(name, module) -> bool``; all inside of what fits is meant. None: everything.
+        skip: what is left as it is, likewise.
 
     Returns:
         The merged model and the report.
@@ -173,7 +179,7 @@ def reparameterize(
     report = Report("reparameterize", count_params(model), 0, input_shape=tuple(counted.shape))
     report.macs_before = count_macs(model, counted)
     fixed, exact, branches = find_fixed(model), None, find_branches(model, inputs[0])
-    fixed.borders = merge_linear
+    fixed.borders, fixed.only = merge_linear, select_modules(model, where, skip)
     merged_exactly = find_left(model, inputs[0], fixed, branches)
     if verify:
         exact = _convert(model, fold_bn, merge_linear, fixed, merged_exactly)
@@ -191,17 +197,23 @@ def reparameterize(
         report.notes += done.notes
         names = {"left": sorted(fixed.blocks), "parts": sorted(fixed.parts)}
         names = {key: value for key, value in names.items() if value}
+        names |= {} if fixed.only is None else {"only": sorted(fixed.only)}
         record_(merged, before, step="reparameterize", fold_bn=fold_bn, merge_linear=merge_linear, **names)
     report.seconds = time.perf_counter() - started
     return merged, report
 
 
-@replays("reparameterize", "fold_bn", "merge_linear", optional=("left", "parts"))
+@replays("reparameterize", "fold_bn", "merge_linear", optional=("left", "parts", "only"))
 def _replay(
-    model: nn.Module, fold_bn: bool, merge_linear: bool, left: Sequence[str] = (), parts: Sequence[str] = ()
+    model: nn.Module,
+    fold_bn: bool,
+    merge_linear: bool,
+    left: Sequence[str] = (),
+    parts: Sequence[str] = (),
+    only: Sequence[str] | None = None,
 ) -> nn.Module:
     fixed = find_fixed(model)
-    fixed.blocks, fixed.parts = dict.fromkeys(left, ""), list(parts)
+    fixed.blocks, fixed.parts, fixed.only = dict.fromkeys(left, ""), list(parts), None if only is None else set(only)
     return _convert(model, fold_bn, merge_linear, fixed).model  # not run: nothing says which inputs it takes
 
 

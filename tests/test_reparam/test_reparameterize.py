@@ -13,7 +13,7 @@ from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.chain import Chain
 from rep_plugin.blocks.families import RepVGGBlock
 from rep_plugin.blocks.inverted_residual import RepInvertedResidual
-from rep_plugin.errors import EquivalenceError, TrainModeError
+from rep_plugin.errors import ArgumentError, EquivalenceError, TrainModeError
 from rep_plugin.measure.randomness import private_random
 from rep_plugin.measure.verify import verify_equivalence
 from rep_plugin.reparam import adapters
@@ -367,3 +367,32 @@ def test_attention_merges_in_a_verb_inside_a_verb():
 
     with private_random():
         assert rep_plugin.reparameterize(Attended().eval(), torch.randn(2, 3, 6, 6))[1].max_rel_error < 1e-9
+
+
+def _three_blocks() -> nn.Module:
+    blocks = [nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU()) for _ in range(2)]
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(RepVGGBlock(4, 4, 3), RepVGGBlock(4, 4, 3)), *blocks)
+    return calibrate_random_bn_(net, torch.randn(4, 3, 9, 9))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "names"),
+    [
+        (dict(where="1"), {"1.0", "1.1"}),
+        (dict(where=["1.0", "3*"]), {"1.0", "3.0"}),
+        (dict(skip="1.1"), {"1.0", "2.0", "3.0"}),
+        (dict(where="1*", skip=lambda name, module: name.endswith(".0")), {"1.1"}),
+        (dict(skip=["1", "2"]), {"3.0"}),
+    ],
+)
+def test_users_say_what_is_merged(chosen, names, tmp_path):
+    net, x = _three_blocks(), torch.randn(2, 3, 9, 9)
+    merged, report = rep_plugin.reparameterize(net, x, **chosen)
+    assert {block.name for block in report.blocks} == names and not report.notes
+    rep_plugin.save(merged, tmp_path / "model")
+    assert torch.equal(rep_plugin.load(tmp_path / "model", _three_blocks())(x), merged(x))
+
+
+def test_patterns_that_fit_nothing_are_refused():
+    with pytest.raises(ArgumentError, match="skip='stage' fits none of .* modules"):
+        rep_plugin.reparameterize(_three_blocks(), skip="stage")
