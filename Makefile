@@ -86,7 +86,7 @@ sequences: $(VENV)/.developers ## 500 random orders of verbs, saved and loaded (
 ATTACK ?= work_dirs/attack
 PARTS ?=
 ATTACK_LONG := --long --jobs $(JOBS) --record $(ATTACK) --summary $(ATTACK)/attack.json
-attack: $(VENV)/.developers ## random networks, malicious files, kills, threads, wrong arguments; LONG=1: 5,000 networks (hours, resumable)
+attack: $(VENV)/.developers ## random networks and blocks, malicious files, kills, threads, wrong arguments; LONG=1: 5,000 networks (hours, resumable)
 	$(ONE_THREAD) $(RUN) -m tests.attack $(PARTS) $(if $(LONG),$(ATTACK_LONG),--jobs $(JOBS))
 
 test-onedl: $(ONEDL_VENV)/.developers fashion-mnist ## the same tests on the maintained fork

@@ -12,7 +12,7 @@ from rep_plugin.reparam.adapters import find_adapter
 from rep_plugin.reparam.border_conv import BorderConv2d
 from rep_plugin.reparam.linear_parts import KIND
 from tests import official_layouts as official
-from tests.attack.parts import NOT_LINEAR, attack
+from tests.attack.blocks import NOT_LINEAR, attack
 
 C = 8
 

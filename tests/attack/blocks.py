@@ -1,6 +1,6 @@
 """Random affine blocks in five coding styles, and look-alikes: the first are merged or named, the second are never merged.
 
-python -m tests.attack.parts 17      # the source of both, and what became of them
+python -m tests.attack.blocks 17      # the source of both, and what became of them
 """
 
 import random
@@ -122,14 +122,14 @@ def build(seed: int, middle: str = "{}") -> tuple[nn.Module, str]:
     rng = random.Random(seed)
     source = Source(rng, "Block").write(middle)
     space = {
-        "__name__": "part",
+        "__name__": "block",
         "nn": nn,
         "F": F,
         "torch": torch,
         "FrozenBatchNorm2d": FrozenBatchNorm2d,
         "Scaled": Scaled,
     }
-    exec(compile(source, f"<part {seed}>", "exec"), space)
+    exec(compile(source, f"<block {seed}>", "exec"), space)
     torch.manual_seed(seed)
     model = (
         nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), space["Block"](), nn.Conv2d(8, 4, 1)).double().eval()
