@@ -61,7 +61,15 @@ def key_value(text: str) -> str:
 
 
 def number_in(low: float, high: float) -> Callable[[str], float]:
-    """Return what reads a number above ``low`` and up to ``high``."""
+    """Return what reads a number of a range.
+
+    Args:
+        low: the number is above it.
+        high: the number is at most this.
+
+    Returns:
+        A type for :mod:`argparse`.
+    """
 
     def number(text: str) -> float:
         try:

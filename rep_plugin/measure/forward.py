@@ -1,14 +1,18 @@
 """How a model is run on images alone: ``model(x)``, unless a :class:`Forward` is registered for models of its kind."""
 
+import inspect
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeGuard
+from contextvars import ContextVar
+from functools import wraps
+from typing import Annotated, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
-from rep_plugin.arguments import checked, shown
+from rep_plugin.arguments import That, checked, shown
 from rep_plugin.errors import ArgumentError, RepPluginError, first_line
 
 
@@ -48,6 +52,18 @@ class Forward:
 _FORWARDS = [Forward()]
 
 
+def _holds_tensor(example: object) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(example))
+
+
+# A tensor, or all that a model is called with: a tuple of positional arguments, or a dict of named ones.
+Example = (
+    Tensor
+    | Annotated[tuple, That(_holds_tensor, "a tuple of arguments")]
+    | Annotated[Mapping, That(_holds_tensor, "a dict of arguments")]
+)
+
+
 @checked
 def register_forward(forward: Forward) -> None:
     """Add how models of one kind are run; later ones are asked first.
@@ -65,7 +81,67 @@ def register_forward(forward: Forward) -> None:
 
 def forward_of(model: nn.Module) -> Forward:
     """Return how a model is run."""
-    return next(forward for forward in _FORWARDS if forward.matches(model))
+    return _CALL.get() or next(forward for forward in _FORWARDS if forward.matches(model))
+
+
+class _Call(Forward):
+    """Runs a model on all arguments of an example, of which its images are replaced."""
+
+    def __init__(self, example: tuple | Mapping, images: Tensor):
+        self.example, self.images = example, images
+
+    def run(self, model: nn.Module, x: Tensor) -> object:
+        """Return the outputs; what counts images is that of the example's first one, as often as there are images."""
+
+        def argument(leaf: object) -> object:
+            if leaf is self.images:
+                return x
+            if not isinstance(leaf, Tensor):
+                return leaf
+            if leaf.dim() and len(leaf) == len(self.images) != len(x):
+                leaf = leaf[:1].expand(len(x), *leaf.shape[1:])
+            return leaf.to(x.device, x.dtype if leaf.is_floating_point() else None, copy=True)
+
+        return run_model(model, tree_map(argument, self.example))
+
+
+_CALL: ContextVar[_Call | None] = ContextVar("call", default=None)
+
+
+def takes_examples(verb: Callable) -> Callable:
+    """Decorate a verb with an ``example_input`` to take a tuple or a dict of all arguments of its model as well.
+
+    The first float tensor of most dimensions stands for the images: the verb is given it, and runs its model on all
+    arguments.
+
+    Args:
+        verb: the function.
+
+    Returns:
+        The function.
+    """
+    signature = inspect.signature(verb)
+
+    @wraps(verb)
+    def run(*args, **kwargs):
+        given = signature.bind(*args, **kwargs)
+        example = given.arguments.get("example_input")
+        if isinstance(example, Tensor) or not _holds_tensor(example):
+            return verb(*args, **kwargs)
+        leaves = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        images = max(leaves, key=Tensor.dim, default=None)
+        if images is None:
+            raise ArgumentError(
+                f"example_input, {shown(example)}, holds no float tensor: its images are what is varied"
+            )
+        given.arguments["example_input"] = images
+        token = _CALL.set(_Call(example, images))
+        try:
+            return verb(*given.args, **given.kwargs)
+        finally:
+            _CALL.reset(token)
+
+    return run
 
 
 def run_model(model: nn.Module, x: object) -> object:

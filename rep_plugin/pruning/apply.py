@@ -14,6 +14,7 @@ from rep_plugin.errors import ArgumentError, EquivalenceError, first_line
 from rep_plugin.history import before_step, record_, replays
 from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.costs import count_macs, count_params
+from rep_plugin.measure.forward import Example, takes_examples
 from rep_plugin.measure.progress import working
 from rep_plugin.measure.randomness import private_random
 from rep_plugin.measure.report import BlockReport, Report
@@ -103,6 +104,7 @@ class PruneReport(Report):
 
 
 @checked
+@takes_examples
 @working("removing channels")
 @private_random()
 def apply_plan(
@@ -112,7 +114,7 @@ def apply_plan(
     *,
     ema: nn.Module | None = None,
     verify: bool = True,
-    example_input: Tensor | None = None,
+    example_input: Example | None = None,
 ) -> PruneReport:
     """Remove the channels that ``plan`` does not keep, in place.
 
@@ -125,7 +127,8 @@ def apply_plan(
         ema: A second copy of the model (or a wrapper with one as ``module``), pruned alike.
         verify: First compare, in float64 and on copies, the model with removed channels set to zero and the one without
             them, at a relative tolerance of 1e-9.
-        example_input: For that, (N, C, H, W); random and of the plan's shape by default. Another size is tried as well.
+        example_input: For that, (N, C, H, W); random and of the plan's shape by default. Another size is tried as well. Or a
+            tuple or a dict of all that the model is called with.
 
     Returns:
         The report.

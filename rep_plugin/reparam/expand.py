@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rep_plugin.arguments import OneOf, checked
@@ -22,7 +22,7 @@ from rep_plugin.errors import ArgumentError
 from rep_plugin.history import before_step, layer_named, record_, replays
 from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.costs import count_macs, count_params
-from rep_plugin.measure.forward import require_bare
+from rep_plugin.measure.forward import Example, require_bare, takes_examples
 from rep_plugin.measure.progress import working
 from rep_plugin.measure.randomness import private_random
 from rep_plugin.measure.report import BlockReport, Report
@@ -149,6 +149,7 @@ def _expand_(model: nn.Module, block: str, pairs: Sequence[tuple[str, str]], onl
 
 
 @checked
+@takes_examples
 @working("expanding")
 @private_random()
 def expand(
@@ -156,7 +157,7 @@ def expand(
     block: Annotated[str, OneOf(CONV_LIKES)] = "dbb",
     inplace: bool = False,
     where: Where = None,
-    example_input: Tensor | None = None,
+    example_input: Example | None = None,
     online: bool = False,
 ) -> tuple[nn.Module, Report]:
     """Turn spatial convolutions into blocks of several branches; return the model, still the same function, and a report.
@@ -177,7 +178,8 @@ def expand(
         inplace: expand the given model, not a copy.
         where: which convolutions: a shell pattern on the full name (``'layer1.*'``), several, or a function
             ``(name, module) -> bool``; None: all.
-        example_input: images (N, C, H, W) for the proof, which also runs random images.
+        example_input: images (N, C, H, W) for the proof, which also runs random images; or a tuple or a dict of all that the
+            model is called with.
         online: merge the branches in every training step, which is several times as fast: norms of filters stand for the
             branches' BNs, and the network's own BN follows their sum.
 

@@ -31,8 +31,12 @@ class TracedPart:
 def trace_parts(model: nn.Module, holding: type[nn.Module] = _BatchNorm) -> tuple[list[TracedPart], list[str]]:
     """Return the model as one part or, where it cannot be traced, the largest of its modules that can be.
 
-    Also one line for each class and reason of modules that cannot be traced although all their children can. Modules
-    without a layer of the class ``holding`` are left out.
+    Args:
+        model: the model.
+        holding: modules without a layer of this class are left out.
+
+    Returns:
+        The parts; and one line for each class and reason of modules that cannot be traced although all their children can.
     """
     parts: list[TracedPart] = []
     failures: dict[str, list[str]] = {}

@@ -15,7 +15,7 @@ from rep_plugin.history import before_step, record_, replays
 from rep_plugin.measure.branches import Branches, find_branches
 from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.costs import count_macs, count_params
-from rep_plugin.measure.forward import require_bare
+from rep_plugin.measure.forward import Example, require_bare, takes_examples
 from rep_plugin.measure.progress import working
 from rep_plugin.measure.randomness import private_random
 from rep_plugin.measure.report import BlockReport, Report
@@ -120,11 +120,12 @@ def _convert(
 
 
 @checked
+@takes_examples
 @working("merging")
 @private_random()
 def reparameterize(
     model: nn.Module,
-    example_input: Tensor | None = None,
+    example_input: Example | None = None,
     inplace: bool = False,
     verify: bool = True,
     fold_bn: bool = True,
@@ -142,7 +143,7 @@ def reparameterize(
 
     Args:
         model: a model in eval mode; it stays as it was where an error is raised.
-        example_input: images (N, C, H, W) for the proof.
+        example_input: images (N, C, H, W) for the proof; or a tuple or a dict of all that the model is called with.
         inplace: merge the given model, not a copy. The root itself may be replaced: use the returned model.
         verify: prove the result.
         fold_bn: fold the network's own Conv-BN pairs too, and BNs in front of unpadded convolutions. False keeps them:

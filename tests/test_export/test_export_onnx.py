@@ -546,7 +546,7 @@ def test_refusals_come_before_any_file(tmp_path):
         (lambda: export(model, path, (3, 16, 16)), ValueError, r"example_input must be .*got \(3, 16, 16\)"),
         (lambda: export(model, path, x[:0]), ValueError, "N >= 1"),
         (lambda: export(model, path, images=x[:, :2]), ValueError, r"images are \(2, 16, 16\), but example_input"),
-        (lambda: export(model, path, opset=99), ExportError, "^Net cannot be written as ONNX: .*99"),
+        (lambda: export(model, path, opset=99), ExportError, "^Net cannot be written as ONNX.*99"),
         (lambda: export(model, path, tolerance=float("nan")), ValueError, "tolerance must be a number > 0, got nan"),
         (lambda: export(model, path, tolerance=1e-12), EquivalenceError, "float32 differs from its float64 by"),
         (

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rep_plugin import apply_plan, expand, plan_pruning, reparameterize
+from rep_plugin.errors import ArgumentError
 from rep_plugin.measure import count_macs
 from rep_plugin.measure.forward import first_image
 from tests.test_pruning.nets import ConvBN, Pooled, Residual, ready
@@ -51,7 +52,7 @@ def test_a_model_that_reads_values_or_takes_batches_of_one_size():
     assert count_macs(Called(of_frames), torch.ones(8, 3, 5, 5)) == MACS
     plan = plan_pruning(nn.Sequential(Called(of_frames), nn.Conv2d(8, 2, 1)), (8, 3, 5, 5), "l1", 0.5)
     assert plan.macs_before == MACS + 25 * 8 * 2 and plan.input_shape == (8, 3, 5, 5)
-    with pytest.raises(RuntimeError, match="invalid for input of size"):
+    with pytest.raises(ArgumentError, match="^example_input.*does not go through Called.*invalid for input of size"):
         count_macs(Called(of_frames), torch.ones(6, 3, 5, 5))
 
 

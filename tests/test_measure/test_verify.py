@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rep_plugin.errors import EquivalenceError, InconclusiveWarning
+from rep_plugin.errors import ArgumentError, EquivalenceError, InconclusiveWarning
 from rep_plugin.measure.differences import compare_outputs
 from rep_plugin.measure.verify import default_inputs, verify_equivalence
 from rep_plugin.testing import calibrate_random_bn_
@@ -179,7 +179,7 @@ def test_an_odd_size_that_the_reference_cannot_take_is_left_out():
     model = EvenOnly()
     found = verify_equivalence(model, copy.deepcopy(model), default_inputs(model), ["conv"])
     assert found.conclusive
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ArgumentError, match=r"^inputs\[0\].*does not go through EvenOnly"):
         verify_equivalence(model, copy.deepcopy(model), default_inputs(model, torch.randn(1, 3, 9, 9)))
 
 

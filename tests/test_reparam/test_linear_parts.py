@@ -8,6 +8,7 @@ from torch import nn
 import rep_plugin
 from rep_plugin.errors import ArgumentError, NothingToMergeError
 from rep_plugin.measure.differences import compare_outputs
+from rep_plugin.measure.forward import run_model
 from rep_plugin.reparam.adapters import find_adapter
 from rep_plugin.reparam.border_conv import BorderConv2d
 from rep_plugin.reparam.linear_parts import KIND
@@ -172,9 +173,14 @@ BLOCKS = [
 ]  # fmt: skip
 
 
-def net_of(block: nn.Module, stride: int = 2) -> nn.Module:
+def net_of(block: nn.Module) -> nn.Module:
+    return randomised(
+        nn.Sequential(nn.Conv2d(3, C, 3, 2, 1), nn.ReLU(), block, nn.AdaptiveAvgPool2d(3), nn.Conv2d(C, 4, 1))
+    )
+
+
+def randomised(net: nn.Module) -> nn.Module:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, C, 3, stride, 1), nn.ReLU(), block, nn.AdaptiveAvgPool2d(3), nn.Conv2d(C, 4, 1))
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
         if tensor.is_floating_point() and "mask" not in name and "prior" not in name:
             tensor.data.uniform_(0.5, 1.5) if "running_var" in name else tensor.data.normal_(0, 0.5)
@@ -326,3 +332,42 @@ def test_sequences_without_a_bn_are_merged():
 def test_scripted_models_are_refused_in_a_line(wrap):
     with pytest.raises(ArgumentError, match="^got a scripted or traced Sequential: pass the model"):
         rep_plugin.reparameterize(wrap(net_of(RTDetrBlock())), X)
+
+
+class Several(nn.Module):
+    """An image, class numbers that choose a shift of the map, and a weight by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(3, C, 3, 2, 1), RTDetrBlock()
+        self.shift, self.head = nn.Embedding(5, C), nn.Conv2d(C, 4, 1)
+
+    def forward(self, image, classes, weight=None):
+        y = self.block(self.stem(image).relu()) + self.shift(classes)[:, :, None, None]
+        return (
+            {"map": self.head(y), "classes": classes} if weight is None else self.head(y) * weight[:, None, None, None]
+        )
+
+
+EXAMPLES = {
+    "tuple": (X, torch.tensor([1, 4])),
+    "dict": {"image": X, "classes": torch.tensor([1, 4]), "weight": torch.rand(2, dtype=torch.float64)},
+}
+
+
+@pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
+def test_models_of_several_inputs_go_through_every_verb(example):
+    net = randomised(Several())
+
+    def run(model):
+        return compare_outputs(run_model(net, example), run_model(model, example)).max_rel
+
+    merged, report = rep_plugin.reparameterize(net, example)
+    assert run(merged) < 1e-12 and [block.name for block in report.blocks] == ["block"]
+    expanded, _ = rep_plugin.expand(net, "acb", example_input=example)
+    assert run(expanded) < 1e-12 and len(expanded.state_dict()) > len(net.state_dict())
+    plan = rep_plugin.plan_pruning(net, example, scores="l1", prune_fraction=0.3)
+    report = rep_plugin.apply_plan(net, plan, example_input=example)
+    assert report.params_after < report.params_before and run_model(net, example) is not None
+    with pytest.raises(ArgumentError, match="holds no float tensor"):
+        rep_plugin.reparameterize(merged, (torch.tensor([1]),))

@@ -10,6 +10,7 @@ from rep_plugin.arguments import Count, Fraction, Positive, Seed, Shape, checked
 from rep_plugin.errors import ArgumentError
 from rep_plugin.history import history_of
 from rep_plugin.measure.copies import copy_inputs
+from rep_plugin.measure.forward import Example, takes_examples
 from rep_plugin.measure.progress import working
 from rep_plugin.pruning.planning.latency_search import to_latency
 from rep_plugin.pruning.planning.latency_table import EagerTimer, Timer
@@ -36,9 +37,10 @@ _FRESH = (
 
 
 @checked
+@takes_examples
 def plan_pruning(
     model: nn.Module,
-    example_input: Tensor | Shape,
+    example_input: Example | Shape,
     scores: Scores = "bn_gamma",
     prune_fraction: Fraction | None = None,
     *,
@@ -67,7 +69,7 @@ def plan_pruning(
 
     Args:
         model: Left as it is.
-        example_input: A tensor (N, C, ...) or its shape.
+        example_input: A tensor (N, C, ...) or its shape; or a tuple or a dict of all that the model is called with.
         scores: ``bn_gamma``, ``l1``, ``l2``, ``fpgm``, ``taylor``, ``random``, or {layer: a number for each channel}.
         prune_fraction: Share of the prunable channels that is removed, in [0, 1); coupled channels count once.
         params: Parameters that may remain: a share as a float (0.5 keeps half), or their number (300_000).
@@ -112,10 +114,11 @@ def plan_pruning(
 
 
 @checked
+@takes_examples
 @working("planning")
 def plan_to_budget(
     model: nn.Module,
-    example_input: Tensor | Shape,
+    example_input: Example | Shape,
     budget: Budget,
     options: PruneOptions | None = None,
     *,
@@ -127,7 +130,7 @@ def plan_to_budget(
 
     Args:
         model: Left as it is.
-        example_input: A tensor (N, C, ...) or its shape.
+        example_input: A tensor (N, C, ...) or its shape; or a tuple or a dict of all that the model is called with.
         budget: How much is removed, or may remain.
         options: How channels are chosen.
         loader: Batches of (inputs, targets), for ``taylor``.

@@ -21,7 +21,7 @@ from rep_plugin.attached import own_forwards_inside
 from rep_plugin.errors import ArgumentError, TraceError, first_line
 from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.costs import MacCounter
-from rep_plugin.measure.forward import forward_of, require_bare
+from rep_plugin.measure.forward import Example, forward_of, require_bare, takes_examples
 from rep_plugin.measure.randomness import private_random
 from rep_plugin.measure.verify import flatten_outputs
 from rep_plugin.pruning.tracing.features import FeatureWatch
@@ -175,9 +175,10 @@ def _on_cpu(values: object) -> object:
 
 
 @checked
+@takes_examples
 def trace_channels(
     model: nn.Module,
-    example_input: Tensor | Shape,
+    example_input: Example | Shape,
     prune_outputs: bool = False,
     makers: Collection[str] | None = None,
 ) -> Trace:
