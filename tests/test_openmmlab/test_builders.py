@@ -169,13 +169,13 @@ def test_an_expanded_model_is_built_without_the_weights_it_was_expanded_from(tmp
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(plan="{"), "the text is not JSON"),
+        (dict(plan="{"), "source, a plan as text, is not JSON"),
         (dict(plan=3), "plan must be a PrunePlan, its data, JSON text or a path, or a list of these, got 3"),
         (dict(plan=["{}", 3]), r"plan\[1\] must be a PrunePlan or a dict or a string, got 3"),
         (dict(plan="none.json"), "none.json"),
         (dict(plan={"kept": {}}), "is not a pruning plan"),
-        (dict(model="resnet"), "model must be the config of a model with a 'type', got 'resnet'"),
-        (dict(model=dict(backbone={})), "model must be the config of a model with a 'type', got .'backbone'"),
+        (dict(model="resnet"), "model must be a config with a type, got 'resnet'"),
+        (dict(model=dict(backbone={})), "model must be a config with a type, got .'backbone'"),
         (dict(pretrained="x.pth"), r"pretrained must be None .it belongs into the inner model's config., got 'x.pth'"),
         (dict(model=ours().model), "the plan is for another model"),
         (dict(plans=[]), "Pruned takes no 'plans', did you mean 'plan'"),
