@@ -169,6 +169,17 @@ class FastDepthwise(TorchFunctionMode):
         return out
 
 
+class _InDouble(TorchFunctionMode):
+    """Keeps a float64 run in float64 where the forward names or makes float32: ``x.float()``, a grid of its own."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        func = Tensor.double if func is Tensor.float else func
+        args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+        kwargs = {key: torch.float64 if arg is torch.float32 else arg for key, arg in (kwargs or {}).items()}
+        out = func(*args, **kwargs)
+        return out.double() if isinstance(out, Tensor) and out.dtype == torch.float32 else out
+
+
 class _Moving(TorchDispatchMode):
     """Moves the results of all operations by a random relative amount, as rounding does by less."""
 
@@ -210,7 +221,8 @@ class Call(NamedTuple):
 
     def run(self, module: nn.Module) -> object:
         args, kwargs = copy_values((self.args, self.kwargs))
-        return _run(self.forward, module, *args, **kwargs)
+        with _InDouble():
+            return _run(self.forward, module, *args, **kwargs)
 
     @torch.no_grad()
     def run_moved(self, module: nn.Module, seed: int, amount: float) -> object:
@@ -297,8 +309,9 @@ def _compare(
 
 
 def run_exact(forward: Callable, *args, **kwargs) -> object:
-    """Return ``forward(*args, **kwargs)``, without gradients; float64 depthwise convolutions take the fast way."""
-    return _run(forward, *args, **kwargs)
+    """Return ``forward(*args, **kwargs)`` in float64, without gradients; depthwise convolutions take the fast way."""
+    with _InDouble():
+        return _run(forward, *args, **kwargs)
 
 
 def rounding_error(model: nn.Module, x: Tensor) -> float:

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import rep_plugin
 from rep_plugin.errors import ArgumentError, EquivalenceError, InconclusiveWarning
 from rep_plugin.measure.differences import compare_outputs
 from rep_plugin.measure.verify import default_inputs, verify_equivalence
 from rep_plugin.testing import calibrate_random_bn_
+from tests.helpers import randomise_bn_
 
 
 def net() -> nn.Sequential:
@@ -211,3 +213,30 @@ def test_calibrated_bn_is_random_fitting_and_in_eval_mode():
     assert not model.training and (bn.weight < 0).any() and bn.momentum == 0.1
     x = model[0](torch.randn(64, 3, 12, 12))
     assert (x.mean((0, 2, 3)) - bn.running_mean).abs().max() < 0.5
+
+
+CASTS = {
+    "float()": lambda conv, x: conv(x.float()),
+    "to": lambda conv, x: conv(x.to(torch.float32)).to(dtype=torch.float32),
+    "grid": lambda conv, x: F.grid_sample(conv(x), F.affine_grid(torch.eye(2, 3)[None].repeat(len(x), 1, 1), x.shape)),
+    "buffer": lambda conv, x: conv(x) * torch.linspace(0, 1, x.shape[-1], dtype=torch.float32),
+    "in the middle": lambda conv, x: torch.sigmoid(conv(x).float()).type(torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", CASTS)
+def test_a_forward_that_casts_to_float32_is_proven_in_float64(name):
+    class Casting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3))
+
+        def forward(self, x):
+            return CASTS[name](self.conv, x)
+
+    model = randomise_bn_(Casting()).eval()
+    merged, report = rep_plugin.reparameterize(model, torch.randn(2, 3, 9, 11))
+    assert 0 < report.max_rel_error < 1e-12 and len(report.blocks) == 1
+    merged.conv[0].bias.data += 1e-3
+    with pytest.raises(EquivalenceError):
+        verify_equivalence(model, merged, [torch.randn(2, 3, 9, 11)])
