@@ -4,7 +4,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +11,11 @@ from torch import Tensor, nn
 from rep_plugin.arguments import checked
 from rep_plugin.backbones import mobileone, replknet, repvgg
 from rep_plugin.checkpoints.files import save_checkpoint_file, write_atomic
-from rep_plugin.checkpoints.safe_load import load_checkpoint_file, load_safetensors
 from rep_plugin.checkpoints.strict import describe_mismatch
+from rep_plugin.checkpoints.tensors import read_tensors
 from rep_plugin.conversion.key_layout import CLASSIFIER
 from rep_plugin.conversion.key_maps import from_own, to_own
-from rep_plugin.errors import KeyMapError, UnreadableCheckpointError
+from rep_plugin.errors import KeyMapError
 
 ARCHS: dict[str, Mapping] = {"repvgg": repvgg.ARCHS, "mobileone": mobileone.ARCHS, "replknet": replknet.ARCHS}
 ANY_ARCH = "any"  # converts what fits none of the published archs
@@ -137,26 +136,6 @@ def convert_state_dict(
     deployed = any(".reparam_conv." in key for key in own)
     classifier = any(key.startswith(CLASSIFIER) for key in own)
     return new, Conversion(layout.family, layout.format, to, found, deployed, len(new), classifier)
-
-
-def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Read a checkpoint's named tensors, safely: ``.safetensors``, or a file of ``torch.save``.
-
-    Looks under ``state_dict`` or ``model`` where there is one, and drops a ``module.`` that all keys start with.
-
-    Raises:
-        UnreadableCheckpointError: the file is torn, or holds no named tensors.
-    """
-    content: Any = load_safetensors(path) if Path(path).suffix == ".safetensors" else load_checkpoint_file(path)
-    for name in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-            content = content[name]
-    if not isinstance(content, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
-    ):
-        raise UnreadableCheckpointError(f"checkpoint {path} holds no state dict, expected names and tensors")
-    prefix = "module." if all(key.startswith("module.") for key in content) else ""
-    return {key[len(prefix) :]: tensor for key, tensor in content.items()}
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:

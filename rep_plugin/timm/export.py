@@ -8,13 +8,12 @@ import timm
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
-from timm.models import clean_state_dict
 from torch import Tensor, nn
 
-from rep_plugin.arguments import Name, checked, fits
-from rep_plugin.checkpoints.safe_load import load_checkpoint_file, load_safetensors
+from rep_plugin.arguments import Name, checked
 from rep_plugin.checkpoints.strict import require_fit
-from rep_plugin.errors import ArgumentError, CheckpointMismatchError, first_line
+from rep_plugin.checkpoints.tensors import read_tensors
+from rep_plugin.errors import ArgumentError, first_line
 from rep_plugin.export.export_onnx import export_images
 from rep_plugin.export.preprocessing import find_images, timm_preprocessing
 from rep_plugin.export.report import ExportReport
@@ -109,26 +108,10 @@ def load_timm(
     except Exception as error:  # what a network does not take it refuses in a way of its own
         raise ArgumentError(f"{name} cannot be built with {dict(model_args or {})}: {first_line(error)}") from error
     if checkpoint is not None:
-        state = read_weights(checkpoint)
+        state = read_tensors(checkpoint)
         require_fit(model, state, str(checkpoint))
         model.load_state_dict(state)
     return model.eval()
-
-
-def read_weights(checkpoint: str | Path) -> dict[str, Tensor]:
-    """Read what timm's train.py, torch.save or safetensors wrote: EMA weights come first.
-
-    Raises:
-        CheckpointMismatchError: it holds no weights.
-        UnreadableCheckpointError: it is torn.
-    """
-    path = Path(checkpoint)
-    content = load_safetensors(path) if path.suffix == ".safetensors" else load_checkpoint_file(path)
-    names = ("state_dict_ema", "model_ema", "state_dict", "model")
-    found = next((content[name] for name in names if isinstance(content, dict) and content.get(name)), content)
-    if not fits(found, dict[str, Tensor]):
-        raise CheckpointMismatchError(f"{checkpoint} holds no weights, expected names and tensors")
-    return clean_state_dict(found)
 
 
 def size_of_timm(model: nn.Module) -> tuple[int, int]:
