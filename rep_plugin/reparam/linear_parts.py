@@ -20,7 +20,7 @@ from rep_plugin.reparam.border_conv import build_conv
 from rep_plugin.reparam.tracer import trace
 
 KIND = "branches read from the forward"
-MOST = 32  # convolutions of a module that is still looked at as one block
+MOST = 32  # convolutions and averages of a module that is still looked at as one block
 NAME = "reparam_conv"
 _ACTIVATIONS: Mapping[Any, type[nn.Module]] = {
     torch.relu: nn.ReLU, torch.nn.functional.relu: nn.ReLU, torch.nn.functional.relu6: nn.ReLU6,
@@ -55,7 +55,7 @@ def may_hold(module: nn.Module) -> bool:
         return False
     if kind.forward in (nn.Module.forward, nn.Sequential.forward) or kind.__module__.startswith("torch."):
         return False
-    convs = sum(isinstance(part, nn.Conv2d) for part in module.modules())
+    convs = sum(isinstance(part, (nn.Conv2d, nn.AvgPool2d)) for part in module.modules())
     own = any(p is not None and p.dim() == 4 for p in module._parameters.values())
     return 0 < convs + own <= MOST
 
@@ -90,10 +90,8 @@ def find_part(module: nn.Module, borders: bool = False, root: bool = False) -> L
             why = why or f"its input, or a value inside, is read beside the sum {node.name!r} too"
             continue
         if (kept := value.conv.params.kernel.numel()) > (cost := sum(value.costs.values())):
-            why = (
-                why
-                or f"one convolution would take {kept:,} multiply-adds for a position, its branches take {cost:,.0f}"
-            )
+            costs = f"one convolution would take {kept:,} multiply-adds for a position, its branches take {cost:,.0f}"
+            why = why or costs
             continue
         if value.conv.edge is not None and not borders:
             why = why or "its bias would depend on the position near the border: merge_linear=True merges it"
