@@ -7,7 +7,7 @@ else is a new source.
 """
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -110,9 +110,15 @@ class _Reader:
 
     def _source(self, node: fx.Node) -> Affine:
         """A value that is nothing but itself; the layers that read it tell how many channels it has."""
-        layers = (self.modules[user.target] for user in node.users if user.op == "call_module")
-        known = (channels_of(layer) for layer in layers if isinstance(layer, (nn.Conv2d, _BatchNorm)))
-        return Affine(node, next((channels[0] for channels in known if channels), None))
+        return Affine(node, next(self._channels_of(node), None))
+
+    def _channels_of(self, node: fx.Node) -> Iterator[int]:
+        for user in node.users:
+            layer = self.modules.get(user.target) if user.op == "call_module" else None
+            if isinstance(layer, (nn.Conv2d, _BatchNorm)) and (channels := channels_of(layer)):
+                yield channels[0]
+            elif isinstance(layer, nn.AvgPool2d):  # keeps them
+                yield from self._channels_of(user)
 
     def _read(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
