@@ -61,7 +61,7 @@ class Source:
         self.depthwise = rng.random() < 0.3
         self.groups = CHANNELS if self.depthwise else rng.choice((1, 1, 2))
 
-    def chain(self) -> list[str]:
+    def chain(self, averages: bool) -> list[str]:
         rng, stride = self.rng, self.stride
         side, dilation = rng.choice((1, 3, 3, 5)), rng.choice((1, 1, 2))
         bias = rng.random() < 0.5
@@ -71,7 +71,7 @@ class Source:
             layers = ["nn.Conv2d(8, 8, 1, bias=False)", *layers]
         elif stride == 1 and rng.random() < 0.15:
             layers = [*layers, "nn.Conv2d(8, 8, 1)"] if not self.depthwise else layers
-        elif rng.random() < 0.15:
+        elif rng.random() < 0.15 and averages:
             layers = [f"nn.AvgPool2d(3, {stride}, 1)"]
         norm = rng.choice(("nn.BatchNorm2d(8)", "nn.BatchNorm2d(8)", "FrozenBatchNorm2d(8)", "Scaled()", None))
         return layers + [norm] * (norm is not None)
@@ -79,7 +79,7 @@ class Source:
     def write(self, middle: str = "{}") -> str:
         """A class whose forward is an activation of ``middle`` of the sum of branches."""
         rng = self.rng
-        chains = [self.chain() for _ in range(rng.randint(2, 4))]
+        chains = [self.chain(averages=index > 0) for index in range(rng.randint(2, 4))]  # one at least is a convolution
         act = rng.choice(ACTIVATIONS)
         skip = " + x" if self.stride == 1 and rng.random() < 0.3 else ""
         factor = rng.choice(("", "", " * 0.5", " * self.gain"))
