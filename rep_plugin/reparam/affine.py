@@ -22,8 +22,6 @@ from rep_plugin.functional.padded import PaddedConv, add_padded, compose_padded,
 from rep_plugin.reparam.linear_layers import affine_conv, after_affine, identity_conv, read_layer
 
 _READABLE = {"IdentityBasedConv1x1", "BNAndPadLayer"}  # of DiverseBranchBlock
-_IDLE_METHODS = {"contiguous", "clone", "detach"}
-_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,20 @@ class Affine:
     costs: Mapping[fx.Node, float] = field(default_factory=dict)
     branches: int = 1
     computed: bool = False
+
+    @property
+    def out_channels(self) -> int | None:
+        """Channels of the value, where they are known."""
+        return self.channels if self.conv is None else self.conv.params.out_channels
+
+    @property
+    def device(self) -> torch.device:
+        """Where the convolution's numbers are."""
+        return torch.device("cpu") if self.conv is None else self.conv.params.kernel.device
+
+    def through(self, node: fx.Node) -> "Affine":
+        """The value as it is, behind a node that changes nothing."""
+        return replace(self, nodes=self.nodes | {node})
 
     def written_out(self, channels: int, device: torch.device) -> PaddedConv:
         """The convolution, also where it is the source itself."""
@@ -174,7 +186,7 @@ class _Reader:
 
     def _call(self, node: fx.Node, layer: nn.Module, value: Affine) -> Affine:
         if is_idle(layer):
-            return replace(value, nodes=value.nodes | {node})
+            return value.through(node)
         if isinstance(layer, nn.ZeroPad2d) and type(layer).forward is nn.ZeroPad2d.forward:
             return _pad(node, value, layer.padding)
         if (
@@ -182,10 +194,8 @@ class _Reader:
             and type(layer).__name__ not in _READABLE
         ):
             raise NotAffineError
-        channels = value.channels if value.conv is None else value.conv.params.out_channels
         tensors = [*layer.parameters(), *layer.buffers()]
-        device = tensors[0].device if tensors else _CPU if value.conv is None else value.conv.params.kernel.device
-        conv = read_layer(layer, channels, device)
+        conv = read_layer(layer, value.out_channels, tensors[0].device if tensors else value.device)
         return value.then(conv, node, layer.weight.numel() if isinstance(layer, nn.Conv2d) else 0.0)
 
 
@@ -229,12 +239,12 @@ def _is_constant(value: Any) -> bool:
 @_rule("add", "iadd", "add_")
 def _add(node: fx.Node, a: Any, b: Any, alpha: float = 1) -> Affine:
     if _is_constant(a):
-        a, b, alpha = (b, a, 1) if alpha == 1 else (b, a * 1.0 / alpha, alpha)
         if alpha != 1:
             raise NotAffineError
+        a, b = b, a
     if _is_constant(b):
         if isinstance(b, (int, float)) and b == 0:  # sum() begins with it
-            return replace(a, nodes=a.nodes | {node})
+            return a.through(node)
         conv = _known_conv(a)
         if (shift := _vector(b, conv.params.out_channels)) is None:
             raise NotAffineError
@@ -252,7 +262,7 @@ def _subtract(node: fx.Node, a: Any, b: Any, alpha: float = 1) -> Affine:
 
 @_rule("neg")
 def _negate(node: fx.Node, a: Affine) -> Affine:
-    return replace(_times(a, -1.0), nodes=a.nodes | {node})
+    return _times(a, -1.0).through(node)
 
 
 @_rule("mul", "imul", "mul_")
@@ -265,7 +275,7 @@ def _multiply(node: fx.Node, a: Any, b: Any) -> Affine:
         if each is None:
             raise NotAffineError
         return value.then(affine_conv(each, torch.zeros_like(each)), node)
-    return replace(_times(value, factor), nodes=value.nodes | {node})
+    return _times(value, factor).through(node)
 
 
 @_rule("truediv", "div", "itruediv", "div_")
@@ -337,7 +347,7 @@ def _sum_of_stack(node: fx.Node, values: Any, dim: Any = None, axis: Any = None)
 def _stack(node: fx.Node, values: Any, dim: int = 0) -> tuple:
     if dim != 0:
         raise NotAffineError
-    return ("stack", tuple(replace(value, nodes=value.nodes | {node}) for value in values))
+    return ("stack", tuple(value.through(node) for value in values))
 
 
 @_rule("cat", "concat", "concatenate")
@@ -375,7 +385,7 @@ def _in_rows(part: Tensor, rows: slice, total: int) -> Tensor:
 @_rule("getitem")
 def _slice(node: fx.Node, value: Any, index: Any) -> Affine:
     if isinstance(value, tuple) and value[:1] == ("chunks",):
-        return replace(value[1][index], nodes=value[1][index].nodes | {node})
+        return value[1][index].through(node)
     if not isinstance(index, tuple) or len(index) < 2 or not isinstance(index[1], slice):
         raise NotAffineError
     if any(part != slice(None) for part in (index[0], *index[2:])):
@@ -430,9 +440,7 @@ def _average(
     count_include_pad: bool = True, divisor_override: int | None = None,
 ) -> Affine:  # fmt: skip
     pool = nn.AvgPool2d(kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override).eval()
-    channels = value.channels if value.conv is None else value.conv.params.out_channels
-    device = _CPU if value.conv is None else value.conv.params.kernel.device
-    return value.then(read_layer(pool, channels, device), node)
+    return value.then(read_layer(pool, value.out_channels, value.device), node)
 
 
 @_rule("pad")
@@ -452,9 +460,9 @@ def _pad(node: fx.Node, inner: Affine, sides: Any, mode: str = "constant", value
 def _dropout(node: fx.Node, value: Affine, p: float = 0.5, training: bool = True, inplace: bool = False) -> Affine:
     if training:
         raise NotAffineError
-    return replace(value, nodes=value.nodes | {node})
+    return value.through(node)
 
 
-@_rule(*_IDLE_METHODS)
+@_rule("contiguous", "clone", "detach")
 def _same(node: fx.Node, value: Affine) -> Affine:
-    return replace(value, nodes=value.nodes | {node})
+    return value.through(node)
