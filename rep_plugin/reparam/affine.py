@@ -86,6 +86,14 @@ class Affine:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Several:
+    """Values that a stack holds, or that a chunk gives."""
+
+    kind: str
+    values: tuple[Affine, ...]
+
+
 class NotAffineError(Exception):
     """A node computes something else than the algebra knows."""
 
@@ -148,11 +156,12 @@ class _Reader:
         except NotAffineError:
             return self._source(node)
         values = _flat((args, kwargs))
-        if not any(isinstance(value, (Affine, tuple)) for value in values):
+        several = any(isinstance(value, _Several) for value in values)
+        if not several and not any(isinstance(value, Affine) for value in values):
             return self._compute(node, args, kwargs)
         name = node.target if node.op == "call_method" else _name_of(node.target)
         rule = RULES.get(str(name))
-        if rule is None:
+        if rule is None or (several and rule not in (_sum_of_stack, _slice)):
             return self._source(node)
         try:
             return rule(node, *args, **kwargs)
@@ -250,6 +259,8 @@ def _add(node: fx.Node, a: Any, b: Any, alpha: float = 1) -> Affine:
             raise NotAffineError
         shift = shift.to(conv.params.kernel.device) * alpha
         return replace(a, conv=after_affine(conv, torch.ones_like(shift), shift), nodes=a.nodes | {node})
+    if not isinstance(a, Affine) or not isinstance(b, Affine):
+        raise NotAffineError
     return _sum(node, a, _times(b, alpha))
 
 
@@ -335,19 +346,19 @@ def _sum(node: fx.Node, a: Affine, b: Affine) -> Affine:
 
 @_rule("sum")
 def _sum_of_stack(node: fx.Node, values: Any, dim: Any = None, axis: Any = None) -> Affine:
-    if not isinstance(values, tuple) or values[:1] != ("stack",) or 0 not in (dim, axis, *(dim or ())[:1]):
+    if not isinstance(values, _Several) or values.kind != "stack" or 0 not in (dim, axis, *(dim or ())[:1]):
         raise NotAffineError
-    whole = values[1][0]
-    for value in values[1][1:]:
+    whole = values.values[0]
+    for value in values.values[1:]:
         whole = _sum(node, whole, value)
     return whole
 
 
 @_rule("stack")
-def _stack(node: fx.Node, values: Any, dim: int = 0) -> tuple:
-    if dim != 0:
+def _stack(node: fx.Node, values: Any, dim: int = 0) -> _Several:
+    if dim != 0 or not all(isinstance(value, Affine) for value in values):
         raise NotAffineError
-    return ("stack", tuple(value.through(node) for value in values))
+    return _Several("stack", tuple(value.through(node) for value in values))
 
 
 @_rule("cat", "concat", "concatenate")
@@ -384,9 +395,14 @@ def _in_rows(part: Tensor, rows: slice, total: int) -> Tensor:
 
 @_rule("getitem")
 def _slice(node: fx.Node, value: Any, index: Any) -> Affine:
-    if isinstance(value, tuple) and value[:1] == ("chunks",):
-        return value[1][index].through(node)
-    if not isinstance(index, tuple) or len(index) < 2 or not isinstance(index[1], slice):
+    if isinstance(value, _Several) and value.kind == "chunks" and isinstance(index, int):
+        return value.values[index].through(node)
+    if (
+        not isinstance(value, Affine)
+        or not isinstance(index, tuple)
+        or len(index) < 2
+        or not isinstance(index[1], slice)
+    ):
         raise NotAffineError
     if any(part != slice(None) for part in (index[0], *index[2:])):
         raise NotAffineError
@@ -402,13 +418,13 @@ def _rows(node: fx.Node, value: Affine, rows: slice) -> Affine:
 
 
 @_rule("chunk")
-def _chunk(node: fx.Node, value: Affine, chunks: int, dim: int = 0) -> tuple:
+def _chunk(node: fx.Node, value: Affine, chunks: int, dim: int = 0) -> _Several:
     if dim not in (1, -3):
         raise NotAffineError
     total = _known_conv(value).params.out_channels
     size = -(-total // chunks)
     parts = (slice(start, start + size) for start in range(0, total, size))
-    return ("chunks", tuple(_rows(node, value, rows) for rows in parts))
+    return _Several("chunks", tuple(_rows(node, value, rows) for rows in parts))
 
 
 @_rule("conv2d")

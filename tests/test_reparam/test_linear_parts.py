@@ -293,6 +293,33 @@ def test_the_class_of_a_whole_model_stays():
     assert any("put it into a module of its own" in note for note in error.value.notes)
 
 
+USES = {
+    "index of a stack": lambda a, b: torch.stack([a, b])[1],
+    "slice of a stack": lambda a, b: torch.stack([a, b])[:, :1].sum(0),
+    "stack as it is": lambda a, b: torch.stack([a, b]).contiguous().sum(0),
+    "stack and a constant": lambda a, b: torch.stack([a, torch.ones_like(a)]).sum(0) + b,
+    "dropout of a stack": lambda a, b: F.dropout(torch.stack([a, b]), 0.5, False).sum(0),
+    "stacks added": lambda a, b: (torch.stack([a, b]) + a).sum(0),
+    "chunks joined": lambda a, b: torch.cat(a.chunk(2, 1), 1) + b,
+    "mask added": lambda a, b: a + torch.ones(C, 1, 1, dtype=torch.bool) + b,
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_other_uses_of_what_is_read_are_no_error(name):
+    class Uses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = conv_bn(3), conv_bn(1)
+
+        def forward(self, x):
+            return USES[name](self.a(x), self.b(x))
+
+    net = net_of(Uses())
+    merged, _ = rep_plugin.reparameterize(net, X)
+    assert compare_outputs(net(X), merged(X)).max_rel < 1e-12
+
+
 @pytest.mark.parametrize("seed", range(2 * len(NOT_LINEAR)))
 def test_random_affine_blocks_merge_and_look_alikes_do_not(seed, tmp_path):
     assert attack(seed, tmp_path)["look-alikes right"] == 1
