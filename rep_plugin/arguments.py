@@ -447,10 +447,12 @@ def _fit_tuple(value: Any, hint: Any, args: tuple) -> tuple:
 
 def _fit_mapping(value: Any, hint: Any, args: tuple) -> Any:
     _require(isinstance(value, collections.abc.Mapping), value, hint)
-    for key, one in value.items() if args else ():
+    if not args:
+        return value
+    for key in value:
         _require(fits(key, args[0]), value, hint)
-        _fit_inner(one, args[1], f"[{key!r}]")
-    return value
+    fitting = {key: _fit_inner(one, args[1], f"[{key!r}]") for key, one in value.items()}
+    return value if all(fitting[key] is one for key, one in value.items()) else fitting
 
 
 def _fit_iterable(value: Any, hint: Any, origin: type, args: tuple) -> Any:

@@ -130,8 +130,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
             raise ArgumentError(_needs_model(folder, config))
         require("timm", "timm", str(folder))
         return BUILDERS["timm"].load(folder)
-    if not isinstance(model, nn.Module):
-        raise ArgumentTypeError(f"model must be a freshly built torch.nn.Module, got {type(model).__name__}")
+    require_bare(model)
     state = read_weights(folder)
     try:
         steps = _steps_for(model, config)

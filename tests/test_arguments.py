@@ -39,6 +39,7 @@ FITTING = [
     (Callable | None, len, len),
     (torch.device | str | None, "cpu", "cpu"),
     (Literal[1, 3], 3, 3),
+    (Mapping[str, float], {"a": torch.tensor(0.5), "b": 1.0}, {"a": 0.5, "b": 1.0}),
     (Shape, torch.Size([1, 3]), (1, 3)),
 ]
 WRONG = [

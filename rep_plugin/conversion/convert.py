@@ -103,7 +103,7 @@ def _check_arch(family: str, arch: str | None, tensors: Mapping[str, Tensor]) ->
         misfits[name] = (same - len(own), mismatch)
     nearest = max(misfits, key=lambda name: misfits[name][0])
     hint = "" if arch else f"; --arch {ANY_ARCH} converts it all the same"
-    raise KeyMapError(f"the checkpoint is no whole {family} {nearest}: {misfits[nearest][1]}{hint}")
+    raise KeyMapError(f"the tensors are no whole {family} {nearest}: {misfits[nearest][1]}{hint}")
 
 
 @checked

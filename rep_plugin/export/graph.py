@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from rep_plugin.arguments import checked
 from rep_plugin.errors import ExportError, first_line
@@ -36,6 +38,13 @@ class _Flat(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return tuple(flatten_outputs(self.model(x)))
+
+
+class _Stable(TorchFunctionMode):
+    """Writes what the exporters take apart into steps that overflow: log(sigmoid(x)) is minus infinity below -104."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return -F.softplus(-args[0]) if func is F.logsigmoid else func(*args, **(kwargs or {}))
 
 
 def name_outputs(model: nn.Module, output: object) -> list[str]:
@@ -170,6 +179,7 @@ def to_onnx(
             torch.no_grad(),
             warnings.catch_warnings(record=True) as told,
             working("writing the graph"),
+            _Stable(),
         ):
             warnings.simplefilter("ignore")
             # Of shapes that become constants the comparison finds those that matter.

@@ -29,7 +29,7 @@ from typing import Any, TextIO
 
 from mmengine.config import Config
 
-from rep_plugin.checkpoints.files import write_text
+from rep_plugin.checkpoints.files import check_writable, write_text
 from rep_plugin.errors import ArgumentError, TrainingError, did_you_mean
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.openmmlab.base_configs import read_config
@@ -512,9 +512,11 @@ def run_experiments(
     Raises:
         ArgumentError: the set, a row or a work folder does not fit.
         TrainingError: trainings failed.
+        OSError: records cannot be written.
     """
     experiments = read_set(name, options)
     runs = runs_of(experiments, work_dir, seeds, rows)
+    check_writable(records)
     for run in runs:  # of goes that ended between the training and the record
         if run.done and not run.row.hidden and not (records / experiments.name / f"{run.folder.name}.json").is_file():
             write_record(run, experiments.name, records)

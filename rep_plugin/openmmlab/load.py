@@ -8,7 +8,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from mmengine.config import Config
@@ -36,8 +36,12 @@ from rep_plugin.measure.verify import default_inputs
 from rep_plugin.openmmlab.configs import drop_pretrained_, typed_dicts
 from rep_plugin.openmmlab.origin import explain_misfit
 
-Typed = Annotated[Mapping, That(lambda cfg: isinstance(cfg.get("type") or None, (str, type)), "a config with a type")]
+Typed = Annotated[Mapping, That(lambda cfg: _is_type(cfg.get("type")), "a config with a type")]
 REAL_IMAGES, REAL_PIXELS = 8, 8 * 384 * 384  # for the proof on real data: float64 is slow
+
+
+def _is_type(kind: Any) -> bool:
+    return isinstance(kind, type) or (isinstance(kind, str) and bool(kind))
 
 
 # Of what a value of a config raises in code that is not ours. An assertion is mmengine's way to check an argument.

@@ -22,7 +22,7 @@ from rep_plugin.openmmlab.checkpoint import find_latest_checkpoint
 from rep_plugin.openmmlab.cli import parse_options
 from rep_plugin.openmmlab.configs import type_name
 from rep_plugin.openmmlab.hooks.runner_utils import main_metric
-from rep_plugin.openmmlab.load import load_model
+from rep_plugin.openmmlab.load import load_model, read_state_dict
 
 PRUNING = ("PruneHook", "SoftPruneHook")
 
@@ -69,8 +69,10 @@ def sweep(
             f"work folder {str(out)!r} cannot be given to a training: no blanks, brackets, quotes or commas"
         )
     key = _hook_key(config, PRUNING, "prune_fraction")
-    starts = {"": _start_of(config, checkpoint)} if not sparse else {}
-    for strength in track((strengths or [None]) if sparse else [], "sparse trainings"):
+    if sparse is not None:
+        read_config(sparse)
+    starts = {"": _start_of(config, checkpoint)} if sparse is None else {}
+    for strength in track((strengths or [None]) if sparse is not None else [], "sparse trainings"):
         label = "" if strength is None else f"L1 {strength:g}"
         folder = out / ("sparse" if strength is None else f"sparse_{strength:g}")
         chosen = [] if strength is None else [f"{_hook_key(sparse, ('SparsityHook',), 'strength')}={strength}"]
@@ -100,6 +102,7 @@ def _start_of(config: str, checkpoint: str | None) -> str:
     path = checkpoint or read_config(config).get("load_from")
     if not path or not Path(path).is_file():
         raise ArgumentError(f"checkpoint {path} does not exist: give --checkpoint, or --sparse to train it")
+    read_state_dict(str(path))
     return str(path)
 
 

@@ -25,7 +25,7 @@ def selector(
         The predicate.
 
     Raises:
-        ArgumentError: a pattern fits no name.
+        ArgumentError: a pattern fits no name, or ``where`` has none.
         ArgumentTypeError: it is something else.
     """
     if where is None:
@@ -33,6 +33,8 @@ def selector(
     if callable(where):
         return where
     patterns = [where] if isinstance(where, str) else list(where)
+    if not patterns and argument == "where":
+        raise ArgumentError(f"{argument} must name something, got an empty list; None is the default")
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise ArgumentTypeError(f"{argument} must be a pattern, a list of patterns or a function, got {pattern!r}")

@@ -28,6 +28,7 @@ from rep_plugin.history import (
     replays,
     start_of,
 )
+from rep_plugin.measure.forward import require_bare
 from rep_plugin.measure.randomness import private_random
 from rep_plugin.measure.rebuilt import require_identical
 from rep_plugin.saving import (
@@ -90,6 +91,7 @@ def save_timm(model: nn.Module, folder: str | Path, example_input: Images | None
         >>> sorted(os.listdir("saved")), timm.create_model("local-dir:saved").num_classes
         (['config.json', 'model.safetensors'], 2)
     """
+    require_bare(model)
     if (config := describe(model, example_input)) is None:
         raise ArgumentError(
             f"{type(model).__name__} was not made by timm.create_model, whose arguments the folder holds: use "

@@ -10,7 +10,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
-from rep_plugin.arguments import Name, checked
+from rep_plugin.arguments import Name, checked, shown
 from rep_plugin.checkpoints.strict import require_fit
 from rep_plugin.checkpoints.tensors import read_tensors
 from rep_plugin.errors import ArgumentError, first_line
@@ -106,7 +106,9 @@ def load_timm(
     try:
         model = timm.create_model(name, pretrained=pretrained or local, **(model_args or {}))
     except Exception as error:  # what a network does not take it refuses in a way of its own
-        raise ArgumentError(f"{name} cannot be built with {dict(model_args or {})}: {first_line(error)}") from error
+        raise ArgumentError(
+            f"{name} cannot be built with {shown(dict(model_args or {}))}: {first_line(error)}"
+        ) from error
     if checkpoint is not None:
         state = read_tensors(checkpoint)
         require_fit(model, state, str(checkpoint))

@@ -153,7 +153,7 @@ def quiet() -> Iterator[tuple[io.StringIO, io.StringIO]]:
         contextlib.redirect_stderr(err),
         mock.patch.object(sys, "argv", ["rep-plugin"]),
         mock.patch.object(sys, "path", list(sys.path)),
-        mock.patch.dict(os.environ),
+        mock.patch.dict(os.environ, PYTHONPATH=str(ROOT)),
         mock.patch.object(mmengine.config.config, "FormatCode", lambda text, **_: (text, True), create=True),
         mock.patch("rep_plugin.openmmlab.sweep.subprocess", SimpleNamespace(run=train, STDOUT=subprocess.STDOUT)),
     ):

@@ -137,7 +137,7 @@ def near(value: Any) -> Iterator[tuple[str, Any]]:
         key = next(iter(value))
         yield from (
             ("an unknown key", {**value, "unknown": value[key]}),
-            ("a key less", {k: value[k] for k in value if k != key}),
+            ("a key less", {k: value[k] for k in value if k is not key}),
         )
         yield from ((f"{key!r} {name}", {**value, key: wrong}) for name, wrong in WRONG.items())
     elif isinstance(value, nn.Module):

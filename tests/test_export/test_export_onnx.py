@@ -314,6 +314,15 @@ def test_as_it_stands(tmp_path):
     assert not report.notes and not report.blocks  # merged already: nothing that a user should know
 
 
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_activations_stay_finite_far_below_zero(dynamo, tmp_path):
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 1), nn.LogSigmoid()).eval(), torch.randn(2, 3, 5, 5)
+    rep_plugin.export_onnx(model, tmp_path / "net.onnx", x, dynamo=dynamo, runtimes=["onnxruntime"], rounds=0)
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    (got,) = session.run(None, {"input": (300 * x).numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), model(300 * x).detach())
+
+
 def test_the_newer_exporter(tmp_path):
     model, path = trained(), tmp_path / "net.onnx"
     report = export(model, path, torch.randn(1, 3, 16, 16), dynamo=True)

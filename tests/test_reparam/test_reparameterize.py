@@ -394,5 +394,7 @@ def test_users_say_what_is_merged(chosen, names, tmp_path):
 
 
 def test_patterns_that_fit_nothing_are_refused():
+    with pytest.raises(ArgumentError, match="where must name something, got an empty list"):
+        rep_plugin.reparameterize(_three_blocks(), where=[])
     with pytest.raises(ArgumentError, match="skip='stage' fits none of .* modules"):
         rep_plugin.reparameterize(_three_blocks(), skip="stage")

@@ -95,3 +95,8 @@ def test_what_does_not_fit_is_refused(tool, files, tmp_path):
     for arguments in (["--rates", "1.5"], ["--strengths", "1"], [*files[1:3], "--checkpoint", "a.pth"]):
         with pytest.raises(SystemExit):
             tool.main([files[0], *arguments])
+    (tmp_path / "torn.pth").write_bytes(b"PK torn")
+    for arguments in (["--sparse", "no.py"], ["--checkpoint", str(tmp_path / "torn.pth")]):
+        with pytest.raises(SystemExit, match="no.py does not exist|torn.pth: refused"):
+            tool.main([files[0], *arguments, "--work-dir", str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()

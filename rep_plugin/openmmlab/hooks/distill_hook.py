@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from rep_plugin.arguments import In, Name, NotNegative, Positive, checked
+from rep_plugin.arguments import In, Name, NotNegative, Positive, That, checked
 from rep_plugin.checkpoints.files import save_checkpoint_file
 from rep_plugin.errors import ArgumentError, HookError, RepPluginError, first_line
 from rep_plugin.functional.distillation import attention_distance, soft_divergence
@@ -37,6 +37,11 @@ from rep_plugin.openmmlab.load import load_model
 from rep_plugin.registry import HOOKS
 
 FILE = "teacher.pth"
+# Types by name: what a hook is given is written with the training's config.
+Network = Annotated[
+    Mapping,
+    That(lambda cfg: "model" in cfg or isinstance(cfg.get("type"), str), "a config with a model, or a model's own"),
+]
 
 
 @checked
@@ -75,7 +80,7 @@ class DistillHook(StatefulHook):
 
     def __init__(
         self,
-        teacher: Name | Mapping | None = None,
+        teacher: Name | Network | None = None,
         checkpoint: Name | None = None,
         temperature: Positive = 4.0,
         weight: Annotated[float, In("[0, 1]")] = 0.9,
@@ -163,7 +168,7 @@ class DistillHook(StatefulHook):
             named = isinstance(self.source, str)
             cfg = read_config(self.source) if named else Config(copy.deepcopy(dict(self.source)))
             if "model" not in cfg:
-                cfg = Config(dict(model=cfg, data_preprocessor=runner.cfg.get("data_preprocessor")))
+                cfg = Config(dict(model=cfg._cfg_dict, data_preprocessor=runner.cfg.get("data_preprocessor")))
             teacher, _ = load_model(cfg, str(self.checkpoint))
         except (OSError, RepPluginError) as error:
             raise HookError(f"DistillHook: the teacher cannot be loaded: {' '.join(str(error).split())}") from error

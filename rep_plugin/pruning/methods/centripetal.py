@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rep_plugin.arguments import In, checked
 from rep_plugin.errors import ArgumentError
 from rep_plugin.measure.copies import copy_model
+from rep_plugin.measure.forward import require_bare
 from rep_plugin.measure.verify import Equivalence, require_castable, require_rounded, verify_equivalence
 from rep_plugin.pruning.apply import TOLERANCE, PruneReport, apply_plan, kept_by, proof_inputs
 from rep_plugin.pruning.methods.clusters import Alignment, Clusters, leads_of
@@ -235,6 +236,7 @@ def snap_clusters_(model: nn.Module, clusters: Clusters) -> dict[str, tuple[floa
         >>> list(snap_clusters_(net, clusters)), bool((net[0].weight == net[0].weight[0]).all())
         (['0'], True)
     """
+    require_bare(model)
     members = Members(model, clusters)
     distances = cluster_distances(model, members)
     for _, tensor, dim, target in _cluster_tensors(model, members):
@@ -274,6 +276,7 @@ def merge_clusters_(
         (True, torch.Size([4, 5, 1, 1]))
     """
     started = time.perf_counter()
+    require_bare(model)
     members = Members(model, clusters)
     for name, tensor, dim, target in _cluster_tensors(model, members):
         if not torch.equal(tensor, tensor.index_select(dim, target)):

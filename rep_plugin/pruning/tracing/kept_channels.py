@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rep_plugin.arguments import checked
+from rep_plugin.arguments import checked, shown
+from rep_plugin.errors import ArgumentError
 from rep_plugin.pruning.tracing.graph import Layer, Trace
 
 
@@ -30,7 +31,10 @@ class KeptChannels:
     def __init__(self, trace: Trace, removed: Sequence[int] | Tensor = ()):
         roots = trace.channels.roots()
         stays = torch.ones(len(roots), dtype=torch.bool)
-        stays[torch.as_tensor(removed, dtype=torch.long)] = False
+        given = torch.as_tensor(removed, dtype=torch.long)
+        if given.is_meta or (given.numel() and not 0 <= int(given.min()) <= int(given.max()) < len(roots)):
+            raise ArgumentError(f"removed must be labels below {len(roots)}, got {shown(removed)}")
+        stays[given] = False
         self.mask = stays[roots]
         for start, first, second in trace.channels.products:
             self.mask[start : start + len(first)] = self.mask[first] & self.mask[second]

@@ -224,6 +224,7 @@ def test_attention_needs_no_equal_channels_or_sizes():
     ("arguments", "message"),
     [
         (dict(teacher="a.py"), "teacher and checkpoint, or neither, got 'a.py' and None"),
+        (dict(teacher=dict(type=torch.nn.ReLU), checkpoint="a.pth"), "teacher must be .* a config with a model"),
         (dict(temperature=0), "temperature must be a number > 0, got 0"),
         (dict(weight=1.5), "weight must be a number in .0, 1., got 1.5"),
         (dict(weight=0), "weight or feature_weight above 0, got 0 for both"),
@@ -240,6 +241,13 @@ def other(teacher: dict, **changes) -> dict:
     cfg = Config.fromfile(teacher["teacher"])
     cfg.merge_from_dict(changes)
     return dict(teacher=dict(model=cfg.model.to_dict(), data_preprocessor=cfg.data_preprocessor.to_dict()))
+
+
+def test_a_models_own_config_is_a_teacher(teacher, tmp_path):
+    model = Config.fromfile(teacher["teacher"]).model.to_dict()
+    hook = dict(type=TYPE, **teacher | dict(teacher=model))
+    run(config(tmp_path, hook))
+    assert "loss_distill" in scalars(tmp_path)[-1]
 
 
 BAD_RUNS = {
