@@ -291,7 +291,7 @@ def _multiply(node: fx.Node, a: Any, b: Any) -> Affine:
 
 @_rule("truediv", "div", "itruediv", "div_")
 def _divide(node: fx.Node, a: Affine, b: Any) -> Affine:
-    if not _is_constant(b):
+    if not _is_constant(b) or (isinstance(b, (int, float)) and b == 0):
         raise NotAffineError
     return _multiply(node, a, 1.0 / b)
 
@@ -461,8 +461,8 @@ def _average(
 
 @_rule("pad")
 def _pad(node: fx.Node, inner: Affine, sides: Any, mode: str = "constant", value: float | None = None) -> Affine:
-    left, right, top, bottom = sides
-    if mode != "constant" or value or left != right or top != bottom:
+    left, right, top, bottom, *others = *sides, *([0] * (4 - len(sides)))
+    if mode != "constant" or value or left != right or top != bottom or any(others):
         raise NotAffineError
     if inner.conv is None:
         padding = inner.padding[0] + top, inner.padding[1] + left

@@ -107,7 +107,7 @@ def load_timm(
         model = timm.create_model(name, pretrained=pretrained or local, **(model_args or {}))
     except Exception as error:  # what a network does not take it refuses in a way of its own
         raise ArgumentError(
-            f"{name} cannot be built with {shown(dict(model_args or {}))}: {first_line(error)}"
+            f"{name} cannot be built with model_args {shown(dict(model_args or {}))}: {first_line(error)}"
         ) from error
     if checkpoint is not None:
         state = read_tensors(checkpoint)

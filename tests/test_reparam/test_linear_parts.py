@@ -301,6 +301,8 @@ USES = {
     "dropout of a stack": lambda a, b: F.dropout(torch.stack([a, b]), 0.5, False).sum(0),
     "stacks added": lambda a, b: (torch.stack([a, b]) + a).sum(0),
     "chunks joined": lambda a, b: torch.cat(a.chunk(2, 1), 1) + b,
+    "two sides padded": lambda a, b: F.pad(a, (1, 0), value=0.3)[..., 1:] + b,
+    "channels padded": lambda a, b: F.pad(a, (0, 0, 0, 0, 1, 0))[:, 1:] + b,
     "mask added": lambda a, b: a + torch.ones(C, 1, 1, dtype=torch.bool) + b,
 }
 
