@@ -17,7 +17,8 @@ from torch import nn
 
 import rep_plugin
 from rep_plugin.export.export_onnx import OPSET
-from rep_plugin.export.graph import INPUT, to_onnx
+from rep_plugin.export.graph import to_onnx
+from rep_plugin.export.inputs import INPUT, feed_of
 from rep_plugin.export.runtimes import open_model
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.latency import eager_calls, interleaved_medians, torch_threads
@@ -29,13 +30,13 @@ def runtime_calls(models: dict[str, nn.Module], x: torch.Tensor) -> dict[str, di
     """Calls of every model in ONNX Runtime and OpenVINO, one thread and float32 each."""
     dims = {INPUT: {}, "logits": {}}
     graphs = {
-        name: to_onnx(model, x, {"logits": tuple(model(x).shape)}, dims, OPSET, False)[0]
+        name: to_onnx(model, feed_of(model, x), {"logits": tuple(model(x).shape)}, dims, OPSET, False).proto
         for name, model in models.items()
     }
     calls = {}
     for runtime, title in (("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")):
         sessions = {name: open_model(runtime, graph.SerializeToString(), 1) for name, graph in graphs.items()}
-        calls[title] = {name: partial(session, x) for name, session in sessions.items()}
+        calls[title] = {name: partial(session, {INPUT: x}) for name, session in sessions.items()}
     return calls
 
 

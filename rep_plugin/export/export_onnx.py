@@ -21,7 +21,8 @@ from rep_plugin.errors import (
     TrainModeError,
     first_line,
 )
-from rep_plugin.export.graph import INPUT, name_outputs, open_dims, output_keys, shapes_of, to_onnx
+from rep_plugin.export.graph import OPSET, name_outputs, opsets, output_keys, shapes_of, to_onnx
+from rep_plugin.export.inputs import Feed, constants_of, feed_of, open_dims, other_values, require_data
 from rep_plugin.export.preprocessing import metadata_of
 from rep_plugin.export.report import ExportReport, RuntimeReport
 from rep_plugin.export.runtimes import RUNTIMES, check_runtimes, compare_runtime, open_model
@@ -29,7 +30,7 @@ from rep_plugin.measure.branches import Branches, Place, find_branches
 from rep_plugin.measure.copies import copy_inputs, copy_model, copy_values
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.differences import flatten_outputs, output_paths, sensitivity_of
-from rep_plugin.measure.forward import require_bare
+from rep_plugin.measure.forward import Example, require_bare, require_numbers, takes_examples
 from rep_plugin.measure.latency import eager_calls, interleaved_medians
 from rep_plugin.measure.progress import track, working
 from rep_plugin.measure.randomness import private_random
@@ -39,16 +40,16 @@ from rep_plugin.reparam.adapters import find_adapter
 from rep_plugin.reparam.reparameterize import reparameterize as merge
 
 TOLERANCE = 1e-4  # relative, in float32
-OPSET = 18
 IMAGES_AT_ONCE = 8
 
 
 @checked
+@takes_examples
 @working("exporting")
 def export_onnx(
     model: nn.Module,
     path: str | Path,
-    example_input: Tensor,
+    example_input: Example,
     *,
     reparameterize: bool = True,
     images: Tensor | None = None,
@@ -78,13 +79,15 @@ def export_onnx(
     Args:
         model: a model in eval mode and float32.
         path: file to write, ending in ``.onnx``.
-        example_input: preprocessed images (N, C, H, W), best real ones.
+        example_input: preprocessed images (N, C, H, W), best real ones; or a tuple or a dict of all that the model is called
+            with. Then each tensor is an input of the file, named as the parameter of the forward (``maps_0``, ``extra_mask``
+            inside of lists and dicts), and all else is a constant. The images are the first float tensor of most dimensions.
         reparameterize: merge first; False writes the model as it is.
         images: more images (M, C, H, W) to compare on.
-        dynamic_batch: leave the number of images open (else N); compared with one and three images too, and with others
-            for which the forward takes another path.
-        dynamic_size: leave height and width open; compared at an odd size, at a larger one of another aspect, and at sizes
-            for which the forward takes another path.
+        dynamic_batch: leave the number of images open (else N), in all inputs that are as long; compared with one and three
+            images too, and with others for which the forward takes another path.
+        dynamic_size: leave height and width open, in other float maps (N, C, H, W) in proportion; compared at an odd size, at
+            a larger one of another aspect, and at sizes for which the forward takes another path.
         opset: version of the ONNX operators.
         dynamo: use torch's newer exporter, 10 to 1000 times as slow and as exact as the tracing one.
         output_names: names of the outputs; the default is :func:`rep_plugin.export.graph.name_outputs`.
@@ -121,13 +124,15 @@ def export_onnx(
     check_runtimes(runtimes)
     for package in ("onnx", *runtimes):
         require(package, "export", "exporting")
-    _check(model, path, example_input, images, dynamic_size)
+    _check(model, path, example_input, images, dynamic_size, opset, dynamo)
     x = copy_inputs(example_input).cpu()
     single = x[:1] if dynamic_batch else x
+    example = feed_of(model, x)
+    require_data(example)
     report = ExportReport("export_onnx", count_params(model), 0, input_shape=tuple(single.shape), path=str(path))
     report.tolerance, report.opset = tolerance, opset
     written = copy_model(model).cpu()
-    _refuse_post_processing(written, single)
+    _refuse_post_processing(written, example.with_images(single))
     report.macs_before = count_macs(written, single)
     if reparameterize:
         written = _merged(written, x[:IMAGES_AT_ONCE], report)
@@ -135,36 +140,45 @@ def export_onnx(
         report.notes.append(f"written as it stands: {len(left)} modules could be merged, first {left[0]!r}")
     report.params_after, report.macs_after = count_params(written), count_macs(written, single)
 
-    inputs = _inputs(x, images, dynamic_batch)
+    inputs = [example.with_images(one) for one in _inputs(x, images, dynamic_batch)]
     expected = [_reference(written, one) for one in track(inputs, "running PyTorch")]
     if dynamic_size:
-        others, outputs = _other_sizes(written, inputs[0][:2] if dynamic_batch else inputs[0], report)
+        first = inputs[0].images
+        others, outputs = _other_sizes(written, example, first[:2] if dynamic_batch else first, report)
         inputs, expected = inputs + others, expected + outputs
     tensors = [flatten_outputs(one) for one in expected]
     if not tensors[0] or not all(tensor.dim() for tensor in tensors[0]):
         got = [tuple(tensor.shape) for tensor in tensors[0]]
         raise ArgumentError(f"the model must give floating-point tensors (N, ...), got shapes {got}")
     branches = find_branches(written, single, dynamic_size, dynamic_batch)
-    paths = _other_paths(written, branches, single, report)
-    every, results = [*inputs, *(one.x for one in paths)], [*expected, *(one.output for one in paths)]
+    paths = _other_paths(written, branches, example.with_images(single), report)
+    every, results = [*inputs, *(one.feed for one in paths)], [*expected, *(one.output for one in paths)]
     _refuse_changing_outputs(model, every, results)
-    report.compared = list(dict.fromkeys(tuple(one.shape) for one in every))
+    report.compared = list(dict.fromkeys(tuple(one.images.shape) for one in every))
     proof = Equivalence(sensitivity=_sensitivity(expected))
-    proof.warn(stacklevel=4)  # past the decorator
-    names = list(output_names or name_outputs(model, expected[0]))
-    invalid = {"", INPUT} & set(names) or any(name.isdigit() for name in names)
+    proof.warn(stacklevel=6)  # past the decorators
+    names = list(output_names or name_outputs(model, expected[0], example.names))
+    invalid = {"", *example.names} & set(names) or any(name.isdigit() for name in names)
     if len(names) != len(tensors[0]) or len(set(names)) != len(names) or invalid:
+        inputs_named = ", ".join(map(repr, example.names))
         raise ArgumentError(
-            f"output_names must be {len(tensors[0])} different names (no numbers, not {INPUT!r}), got {names}"
+            f"output_names must be {len(tensors[0])} different names (no numbers, not {inputs_named}), got {names}"
         )
     shapes = {name: tuple(tensor.shape) for name, tensor in zip(names, tensors[0])}
-    dims = open_dims(every, [flatten_outputs(one) for one in results], names)
-    proto, sizes = to_onnx(written, x, shapes, dims, opset, dynamo)
+    runs = zip(*(flatten_outputs(one) for one in results))
+    dims = open_dims(every, dict(zip(names, runs)))
+    proto, sizes, unread = to_onnx(written, example, shapes, dims, opset, dynamo)
     sizes = [line for line in sizes if line not in {place.line for place in branches.values}]
     if dynamic_size and sizes:
         report.notes.append(f"the forward decides by sizes in {', '.join(sizes)}: proven at the compared ones")
+    if constants := constants_of(example.arguments):
+        report.notes.append(f"constants of the file, as given: {', '.join(constants)}")
+    report.notes += [f"no output depends on the input {name!r}" for name in unread]
     report.inputs, report.outputs = shapes_of(proto.graph.input), shapes_of(proto.graph.output)
+    report.input_types = {name: str(one.dtype).removeprefix("torch.") for name, one in example.tensors.items()}
     report.metadata = metadata_of(model, x.shape[1:], tensors[0], class_names, preprocessing)
+    if "preprocessing" in report.metadata and len(example.names) > 1:
+        report.metadata["preprocessing_input"] = example.image_name
     if keys := output_keys(expected[0], names):
         report.metadata["output_keys"] = keys
     for key, value in report.metadata.items():
@@ -172,21 +186,31 @@ def export_onnx(
     data = proto.SerializeToString()
     report.size_bytes = len(data)
 
-    calls = dict(eager_calls({"PyTorch": written}, single))
+    varied = None if isinstance(example.arguments, Tensor) else _varied(written, inputs[0], report)
+    timed = example.with_images(single)
+    calls = dict(eager_calls({"PyTorch": written}, timed.arguments))
     for runtime in track(runtimes, "comparing runtimes"):
         session = open_model(runtime, data, torch.get_num_threads())
         found = compare_runtime(runtime, session, written, inputs, expected, tolerance)
         for one in paths:
             try:
-                found.include(compare_runtime(runtime, session, written, [one.x], [one.output], tolerance))
+                found.include(compare_runtime(runtime, session, written, [one.feed], [one.output], tolerance))
             except (EquivalenceError, ExportError) as error:
                 raise EquivalenceError(
                     f"the file holds one path of the forward, which takes another one for such inputs, in {one.place}: "
-                    f"{error}; export with {_fixed(one.x, single)}, or write the forward without that decision"
+                    f"{error}; export with {_fixed(one.feed.images, single)}, or write the forward without that decision"
+                ) from None
+        if varied is not None:
+            try:
+                found.include(compare_runtime(runtime, session, written, *varied, tolerance))
+            except (EquivalenceError, ExportError) as error:
+                raise EquivalenceError(
+                    f"with other values of the inputs {error}; what the forward takes for a number, as by int(), is in the "
+                    "file as in the example: give it as a number, or write the forward with tensors alone"
                 ) from None
         proof.total.include(found)
         report.runtimes.append(RuntimeReport(runtime, version(runtime), found.max_abs, found.max_rel))
-        calls[runtime] = lambda session=session: session(single)
+        calls[runtime] = lambda session=session: session(timed.tensors)
     report.add_proof(proof)
     report.border_rel_error = report.interior_rel_error = None  # a report's are in float64
     if rounds:
@@ -244,8 +268,14 @@ def export_images(
     return export_onnx(model, path, images, **options)
 
 
-def _check(model: nn.Module, path: Path, x: Tensor, images: Tensor | None, dynamic_size: bool) -> None:
+def _check(
+    model: nn.Module, path: Path, x: Tensor, images: Tensor | None, dynamic_size: bool, opset: int, dynamo: bool
+) -> None:
     """Refuse what cannot end well before anything costly begins."""
+    oldest, newest = opsets(dynamo)
+    if not oldest <= opset <= newest:
+        how = " with dynamo" if dynamo else ""
+        raise ArgumentError(f"opset must be in [{oldest}, {newest}]{how}, got {opset}")
     if path.suffix != ".onnx" or path.is_dir():
         raise ArgumentError(f"path must be that of a file ending in .onnx, got {path}")
     check_writable(path.parent)
@@ -259,40 +289,41 @@ def _check(model: nn.Module, path: Path, x: Tensor, images: Tensor | None, dynam
         if not isinstance(batch, Tensor) or batch.dtype != torch.float32 or batch.dim() < 2 or not len(batch):
             got = f"{batch.dtype} {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
             raise ArgumentError(f"{name} must be a float32 tensor (N, C, ...), N >= 1, got {got}")
+        require_numbers(name, batch)
     if images is not None and images.shape[1:] != x.shape[1:]:
         raise ArgumentError(f"images are {tuple(images.shape[1:])}, but example_input is {tuple(x.shape[1:])} an image")
     if dynamic_size and x.dim() != 4:
         raise ArgumentError(f"dynamic_size needs an example_input (N, C, H, W), got {tuple(x.shape)}")
 
 
-def _refuse_post_processing(model: nn.Module, x: Tensor) -> None:
+def _refuse_post_processing(model: nn.Module, feed: Feed) -> None:
     """Refuse models that give one result for each image, as detectors do, before anything costly begins.
 
     Raises ExportError, which says what can be exported instead.
     """
 
-    def one_each(images: Tensor) -> str | None:
-        output = _reference(model, images)
-        if not isinstance(output, (list, tuple)) or len(output) != len(images):
+    def one_each(feed: Feed) -> str | None:
+        output = _reference(model, feed)
+        if not isinstance(output, (list, tuple)) or len(output) != len(feed.images):
             return None
         return None if any(isinstance(one, (Tensor, list, tuple)) for one in output) else type(output[0]).__name__
 
-    if (kind := one_each(x)) and one_each(torch.cat((x, x))):
+    if (kind := one_each(feed)) and one_each(feed.with_images(torch.cat((feed.images, feed.images)))):
         raise ExportError(
             f"{type(model).__name__} gives one {kind} for each image: such post-processing has no fixed outputs; "
             f"{_instead(model)}"
         )
 
 
-def _refuse_changing_outputs(model: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[object]) -> None:
+def _refuse_changing_outputs(model: nn.Module, inputs: Sequence[Feed], outputs: Sequence[object]) -> None:
     """Refuse outputs whose number, places or ranks depend on the input. Raises ExportError."""
     kinds = [[(path, tensor.dim()) for path, tensor in output_paths(output)] for output in outputs]
-    for x, kind in zip(inputs, kinds):
+    for feed, kind in zip(inputs, kinds):
         if kind != kinds[0]:
             first, other = (f"{len(found)} of ranks {[rank for _, rank in found]}" for found in (kinds[0], kind))
             raise ExportError(
-                f"{type(model).__name__} gives other outputs for an input of shape {tuple(x.shape)}, {other}, than for "
-                f"{tuple(inputs[0].shape)}, {first}; {_instead(model)}"
+                f"{type(model).__name__} gives other outputs for {feed}, {other}, than for "
+                f"{tuple(inputs[0].images.shape)}, {first}; {_instead(model)}"
             )
 
 
@@ -330,7 +361,7 @@ def _inputs(x: Tensor, images: Tensor | None, dynamic_batch: bool) -> list[Tenso
     return batches
 
 
-def _other_sizes(model: nn.Module, x: Tensor, report: ExportReport) -> tuple[list[Tensor], list]:
+def _other_sizes(model: nn.Module, example: Feed, x: Tensor, report: ExportReport) -> tuple[list[Feed], list]:
     """Return images at two other sizes, odd ones where the model takes them, else multiples of 32, with a note; and the
     model's outputs for them.
 
@@ -341,7 +372,8 @@ def _other_sizes(model: nn.Module, x: Tensor, report: ExportReport) -> tuple[lis
     even = ((height // 32 * 32 + 32, width // 32 * 32 + 32), (height // 32 * 32 + 64, width // 32 * 32 + 32))
     refused: ArgumentError | None = None
     for sizes in (odd, even):
-        batches = [F.interpolate(x, [max(1, side) for side in size], mode="bilinear") for size in sizes]
+        scaled = [F.interpolate(x, [max(1, side) for side in size], mode="bilinear") for size in sizes]
+        batches = [example.with_images(one) for one in scaled]
         try:
             found = [_reference(model, batch) for batch in batches]
         except ArgumentError as error:
@@ -354,15 +386,15 @@ def _other_sizes(model: nn.Module, x: Tensor, report: ExportReport) -> tuple[lis
 
 
 class _Path(NamedTuple):
-    """Images for which a forward takes another path, the model's output for them, and where it decides."""
+    """Inputs for which a forward takes another path, the model's output for them, and where it decides."""
 
-    x: Tensor
+    feed: Feed
     output: object
     place: Place
 
 
-def _other_paths(model: nn.Module, branches: Branches, x: Tensor, report: ExportReport) -> list[_Path]:
-    """Return images on the other sides of decisions by sizes; those that cannot be compared, and decisions by values, are
+def _other_paths(model: nn.Module, branches: Branches, single: Feed, report: ExportReport) -> list[_Path]:
+    """Return inputs on the other sides of decisions by sizes; those that cannot be compared, and decisions by values, are
     noted.
     """
     report.notes = [
@@ -372,9 +404,10 @@ def _other_paths(model: nn.Module, branches: Branches, x: Tensor, report: Export
     found = []
     for shape, place in branches.sizes.items():
         try:
-            images = branches.input_of(shape, x)
+            images = branches.input_of(shape, single.images)
             if images is not None:
-                found.append(_Path(images, _reference(model, images), place))
+                feed = single.with_images(images)
+                found.append(_Path(feed, _reference(model, feed), place))
                 continue
             reason = "they are too large to run"
         except ArgumentError as error:
@@ -385,21 +418,29 @@ def _other_paths(model: nn.Module, branches: Branches, x: Tensor, report: Export
     return found
 
 
+def _varied(model: nn.Module, feed: Feed, report: ExportReport) -> tuple[list[Feed], list] | None:
+    """Return a call with other values, in a list, and the model's output for it; None, with a note, where it takes none."""
+    other = other_values(feed)
+    try:
+        return [other], [_reference(model, other)]
+    except (ArgumentError, EquivalenceError) as error:
+        report.notes.append(f"other values of the inputs are not compared: {error}")
+        return None
+
+
 def _fixed(x: Tensor, single: Tensor) -> str:
     return "dynamic_size=False" if x.shape[1:] != single.shape[1:] else "dynamic_batch=False"
 
 
-def _reference(model: nn.Module, x: Tensor) -> object:
+def _reference(model: nn.Module, feed: Feed) -> object:
     """Return PyTorch's output, copied: some models hand out the tensors they work on."""
     try:
         with torch.no_grad(), private_random():
-            output = copy_values(model(x.clone()))
+            output = copy_values(feed.run(model))
     except Exception as error:  # a size that a network does not take is refused in as many ways as there are networks
-        raise ArgumentError(
-            f"the model does not take an input of shape {tuple(x.shape)}: {first_line(error)}"
-        ) from error
+        raise ArgumentError(f"the model does not take {feed}: {first_line(error)}") from error
     if not all(torch.isfinite(out).all() for out in flatten_outputs(output)):
-        raise EquivalenceError(f"PyTorch's own output for an input of shape {tuple(x.shape)} is not finite")
+        raise EquivalenceError(f"PyTorch's own output for {feed} is not finite")
     return output
 
 

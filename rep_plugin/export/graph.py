@@ -1,15 +1,13 @@
 """A PyTorch model as an ONNX graph in memory, the names of its outputs, and what its metadata tell."""
 
 import json
-import re
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import import_module
 from io import BytesIO
-from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,26 +16,27 @@ from torch.overrides import TorchFunctionMode
 
 from rep_plugin.arguments import checked
 from rep_plugin.errors import ExportError, first_line
+from rep_plugin.export.inputs import INPUT, Feed, call, unique_names, with_tensors
 from rep_plugin.measure.branches import is_quiet, short_path
 from rep_plugin.measure.differences import flatten_outputs, output_paths
 from rep_plugin.measure.progress import working
 from rep_plugin.measure.randomness import private_random
 from rep_plugin.optional import require
 
-INPUT = "input"
+OPSET = 18
 # torch's exporters and the filters of warnings have one state for the process: one thread of ours at a time.
 _EXPORTER = threading.Lock()
 
 
-class _Flat(nn.Module):
-    """A model whose output is a plain tuple of tensors."""
+class _Called(nn.Module):
+    """A model that takes the tensors of a call alone, and gives a plain tuple of them."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, arguments: Any):
         super().__init__()
-        self.model = model
+        self.model, self.arguments = model, arguments
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(flatten_outputs(self.model(x)))
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(flatten_outputs(call(self.model, with_tensors(self.arguments, tensors))))
 
 
 class _Stable(TorchFunctionMode):
@@ -47,20 +46,25 @@ class _Stable(TorchFunctionMode):
         return -F.softplus(-args[0]) if func is F.logsigmoid else func(*args, **(kwargs or {}))
 
 
-def name_outputs(model: nn.Module, output: object) -> list[str]:
+def name_outputs(model: nn.Module, output: object, taken: Collection[str] = (INPUT,)) -> list[str]:
     """Return a name for each tensor of a model's output: valid in ONNX, and none twice.
 
     Args:
         model: the model. Its ``feature_info`` (timm) names maps by stride; a vector is ``features`` with 0 ``num_classes``.
         output: its output. Tensors of dicts, named tuples and dataclasses are named by their keys: ``out``, ``maps_0`` of a
             list in a dict, and ``output_0`` where a key is no name, as ``"0"``.
+        taken: names of the inputs.
 
     Returns:
         Names such as ``stride4`` or ``map0`` of maps, and ``logits`` or ``features`` of one vector an image.
     """
+    return unique_names(_keys(model, output), "output", taken)
+
+
+def _keys(model: nn.Module, output: object) -> list[str]:
     found = output_paths(output)
     if any(isinstance(part, str) for path, _ in found for part in path):
-        return _valid_names(["_".join(map(str, path)) for path, _ in found])
+        return ["_".join(map(str, path)) for path, _ in found]
     tensors = [tensor for _, tensor in found]
     if len(tensors) == 1 and tensors[0].dim() == 2:
         return ["features" if getattr(model, "num_classes", None) == 0 else "logits"]
@@ -70,17 +74,6 @@ def name_outputs(model: nn.Module, output: object) -> list[str]:
         return [f"stride{stride}" for stride in strides]
     kind = "map" if all(tensor.dim() == 4 for tensor in tensors) else "output"
     return [f"{kind}{index}" for index in range(len(tensors))]
-
-
-def _valid_names(keys: Sequence[str]) -> list[str]:
-    """The keys as identifiers; torch refuses numbers, and onnx names that stand twice."""
-    names: list[str] = []
-    for key in keys:
-        name = re.sub(r"\W+", "_", key, flags=re.ASCII)
-        name = name if name[:1].isalpha() else f"output_{name}".rstrip("_")
-        taken = {INPUT, *names}
-        names.append(next(one for one in chain([name], (f"{name}_{n}" for n in count(2))) if one not in taken))
-    return names
 
 
 def output_keys(output: object, names: Sequence[str]) -> dict[str, str]:
@@ -99,39 +92,20 @@ def output_keys(output: object, names: Sequence[str]) -> dict[str, str]:
     return {name: key for name, key in zip(names, keys, strict=True) if name != key}
 
 
-def open_dims(inputs: Sequence[Tensor], outputs: Sequence[Sequence[Tensor]], names: Sequence[str]) -> dict[str, dict]:
-    """Return the dimensions that vary over several runs.
+def _declare(
+    proto: Any, inputs: Mapping[str, Tensor], outputs: Mapping[str, Sequence[int]], dims: Mapping
+) -> list[str]:
+    """Write all inputs and the measured shapes into a graph; return the inputs that no operator reads.
 
-    Args:
-        inputs: the input of each run.
-        outputs: the output tensors of each run, alike in number and rank.
-        names: names of the output tensors.
-
-    Returns:
-        {input or output: {dimension: name}}. A dimension that has in every run the size of one of the input's is named as
-        that: ``batch``, ``height``, ``width``; others ``NAME_dim2``.
+    The exporters guess shapes, and call a 2 the batch because there were two images; the tracing one leaves out what is not
+    read.
     """
-    own = {0: "batch", 2: "height", 3: "width"}
-    found = {INPUT: {dim: own.get(dim, f"{INPUT}_dim{dim}") for dim in _varying(inputs)}}
-    for index, name in enumerate(names):
-        runs = [run[index] for run in outputs]
-        found[name] = {}
-        for dim, sizes in _varying(runs).items():
-            same = [at for at, theirs in _varying(inputs).items() if theirs == sizes]
-            at = dim if dim in same else min(same, default=None)
-            found[name][dim] = f"{name}_dim{dim}" if at is None else found[INPUT][at]
-    return found
-
-
-def _varying(tensors: Sequence[Tensor]) -> dict[int, list[int]]:
-    """Return {dimension: its size in each run} of those that are not always the same."""
-    sizes = {dim: [tensor.shape[dim] for tensor in tensors] for dim in range(tensors[0].dim())}
-    return {dim: found for dim, found in sizes.items() if len(set(found)) > 1}
-
-
-def _declare_shapes(proto: Any, shapes: Mapping[str, Sequence[int]], dims: Mapping[str, Mapping]) -> None:
-    """Write the measured shapes into a graph: the exporters guess, and call a 2 the batch because there were two images."""
-    for entry in (*proto.graph.input, *proto.graph.output):
+    helper, graph = import_module("onnx").helper, proto.graph
+    kinds = {name: helper.np_dtype_to_tensor_dtype(tensor.numpy().dtype) for name, tensor in inputs.items()}
+    del graph.input[:]
+    graph.input.extend(helper.make_tensor_value_info(name, kind, []) for name, kind in kinds.items())
+    shapes = {**{name: tuple(tensor.shape) for name, tensor in inputs.items()}, **outputs}
+    for entry in (*graph.input, *graph.output):
         shape = entry.type.tensor_type.shape
         del shape.dim[:]
         for dim, size in enumerate(shapes[entry.name]):
@@ -139,28 +113,81 @@ def _declare_shapes(proto: Any, shapes: Mapping[str, Sequence[int]], dims: Mappi
                 shape.dim.add(dim_param=dims[entry.name][dim])
             else:
                 shape.dim.add(dim_value=size)
+    read = {entry.name for entry in graph.output} | set(_names_read(graph))
+    return [name for name in inputs if name not in read]
+
+
+def _names_read(graph: Any) -> Iterator[str]:
+    """Names that the operators of a graph read, in their branches and loops too."""
+    for node in graph.node:
+        yield from node.input
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _names_read(inner)
+
+
+class _Silent:
+    """Switches off, while a model is traced, what the tracing exporter prints of its graph where it fails.
+
+    It switches that on itself, for whatever level of detail is asked for.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.handle = model.register_forward_pre_hook(lambda *_: torch._C._jit_set_onnx_log_enabled(False))
+
+    def __enter__(self) -> None:
+        self.before = torch._C._jit_is_onnx_log_enabled()
+
+    def __exit__(self, *_) -> None:
+        self.handle.remove()
+        torch._C._jit_set_onnx_log_enabled(self.before)
+
+
+class Graph(NamedTuple):
+    """What :func:`to_onnx` gives.
+
+    Args:
+        proto: the graph (``onnx.ModelProto``), checked by onnx.
+        lines: as ``net.py:12``, where the tracing exporter saw a size or a value decide.
+        unread: inputs that no operator reads.
+    """
+
+    proto: Any
+    lines: list[str]
+    unread: list[str]
+
+
+def opsets(dynamo: bool) -> tuple[int, int]:
+    """Return the oldest and the newest version of the operators that torch writes here.
+
+    Args:
+        dynamo: with its newer exporter; that writes versions before 18 by chance alone.
+    """
+    known = import_module("torch.onnx._constants")
+    newest = import_module("onnx").defs.onnx_opset_version()
+    return known.ONNX_BASE_OPSET, newest if dynamo else min(newest, known.ONNX_MAX_OPSET)
 
 
 def to_onnx(
     model: nn.Module,
-    x: Tensor,
+    feed: Feed,
     outputs: Mapping[str, Sequence[int]],
     dims: Mapping[str, Mapping],
     opset: int,
     dynamo: bool,
-) -> tuple[Any, list[str]]:
-    """Return the graph (``onnx.ModelProto``) of a model, and the lines in which its forward makes a decision.
+) -> Graph:
+    """Return the graph of a model.
 
     Args:
         model: a model in eval mode.
-        x: images (N, C, H, W) to trace it on.
-        outputs: name -> shape of each output, for the images ``x``.
-        dims: the open dimensions, see :func:`open_dims`.
+        feed: what to trace it on.
+        outputs: name -> shape of each output, for these inputs.
+        dims: the open dimensions, see :func:`~rep_plugin.export.inputs.open_dims`.
         opset: version of the ONNX operators.
         dynamo: use torch's newer exporter.
 
     Returns:
-        The graph, checked by onnx; and the lines, as ``net.py:12``, where the tracing exporter saw a size or a value decide.
+        The graph, and what the exporter said.
 
     Raises:
         MissingPackageError: onnx, or onnxscript with ``dynamo``, is not installed.
@@ -169,10 +196,12 @@ def to_onnx(
     for package in ("onnx", *(["onnxscript"] if dynamo else [])):
         require(package, "export", "exporting")
     onnx = import_module("onnx")
-    shapes = {INPUT: tuple(x.shape), **outputs}
-    if 0 in dims[INPUT] and len(x) == 1:
-        x = x.expand(2, *x.shape[1:])  # a 1 would be taken for a constant
-    common = {"input_names": [INPUT], "output_names": list(outputs), "opset_version": opset, "verbose": False}
+    # A batch of 1 would be taken for a constant.
+    tensors = [
+        one.expand(2, *one.shape[1:]) if 0 in dims[name] and len(one) == 1 else one
+        for name, one in feed.tensors.items()
+    ]
+    common = {"input_names": [*feed.names], "output_names": list(outputs), "opset_version": opset, "verbose": False}
     try:
         with (
             _EXPORTER,
@@ -185,32 +214,39 @@ def to_onnx(
             # Of shapes that become constants the comparison finds those that matter.
             warnings.filterwarnings("always", "Converting a tensor to a Python boolean", torch.jit.TracerWarning)
             with private_random() as own:
-                output = model(x.clone())
+                output = call(model, with_tensors(feed.arguments, [one.clone() for one in tensors]))
             several = list(output) if isinstance(output, (tuple, list)) else [output]
             # What is not floating point is not compared, and so not written.
             plain = all(isinstance(one, Tensor) and one.is_floating_point() for one in several)
-            written = model if plain else _Flat(model)
+            alone = isinstance(feed.arguments, Tensor)
+            written = model if plain and alone else _Called(model, feed.arguments)
             if dynamo:
-                free = {dim: torch.export.Dim.DYNAMIC for dim in dims[INPUT]}
-                program = torch.onnx.export(written, (x,), dynamo=True, dynamic_shapes=(free,), **common)
+                free = tuple(dict.fromkeys(dims[name], torch.export.Dim.DYNAMIC) for name in feed.names)
+                shapes = free if written is model else (free,)
+                program = torch.onnx.export(written, (*tensors,), dynamo=True, dynamic_shapes=shapes, **common)
                 proto = program.model_proto
             else:
                 buffer, state = BytesIO(), torch.get_rng_state()
-                torch.onnx.export(written, (x.clone(),), buffer, dynamo=False, dynamic_axes=dims, **common)
+                given = tuple(one.clone() for one in tensors)
+                with _Silent(written):
+                    torch.onnx.export(written, given, buffer, dynamo=False, dynamic_axes=dims, **common)
                 if own.drew:  # torch's exporter does so with the generators of the process alone
                     torch.set_rng_state(state)
                 proto = onnx.load_from_string(buffer.getvalue())
-        _declare_shapes(proto, shapes, dims)
+        unread = _declare(proto, feed.tensors, outputs, dims)
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:  # torch, onnxscript and onnx have dozens of kinds
+        more = f"; {opsets(dynamo)[0]} to {opsets(dynamo)[1]} can be asked for" if opset != OPSET else ""
         raise ExportError(
-            f"{type(model).__name__} cannot be written as ONNX of opset {opset}: {first_line(error)}"
+            f"{type(model).__name__} cannot be written as ONNX of opset {opset}: {first_line(error)}{more}"
         ) from error
     found = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
     if found != opset:
-        raise ExportError(f"torch wrote opset {found}, not opset (={opset}) as asked")
+        raise ExportError(
+            f"torch wrote opset {found}, not opset (={opset}) as asked: with dynamo take {OPSET} or newer"
+        )
     lines = [f"{short_path(one.filename)}:{one.lineno}" for one in told if not is_quiet(one.filename)]
-    return proto, list(dict.fromkeys(lines))
+    return Graph(proto, list(dict.fromkeys(lines)), unread)
 
 
 def shapes_of(entries: Sequence[Any]) -> dict[str, list[int | str]]:

@@ -33,8 +33,8 @@ class RuntimeReport:
 class ExportReport(Report):
     """The report of an exported file. ``max_*_error`` are the largest over the runtimes, in float32.
 
-    ``params_*`` and ``macs_*`` are of the given model and of the one in the file; ``input_shape`` is that of the call that
-    was counted and timed.
+    ``params_*`` and ``macs_*`` are of the given model and of the one in the file; ``input_shape`` is that of the images of
+    the call that was counted and timed.
 
     Args:
         path: the file.
@@ -42,9 +42,10 @@ class ExportReport(Report):
         opset: version of the ONNX operators.
         tolerance: largest allowed relative error.
         inputs: name -> shape, with names for dimensions that vary.
+        input_types: name -> type of its numbers, as ``float32``.
         outputs: name -> shape, likewise.
         metadata: ``class_names`` and ``preprocessing``, where known.
-        compared: shapes of the inputs that were compared.
+        compared: shapes of the images that were compared.
         runtimes: one report each.
         pytorch_milliseconds: median latency in PyTorch (None: not timed).
         merge_rel_error: the merge's own error, in float64 (None: nothing was merged).
@@ -55,6 +56,7 @@ class ExportReport(Report):
     opset: int = 0
     tolerance: float = 0.0
     inputs: dict[str, list[int | str]] = field(default_factory=dict)
+    input_types: dict[str, str] = field(default_factory=dict)
     outputs: dict[str, list[int | str]] = field(default_factory=dict)
     metadata: dict = field(default_factory=dict)
     compared: list[tuple[int, ...]] = field(default_factory=list)
@@ -67,7 +69,9 @@ class ExportReport(Report):
         table = self._costs(f"{self.action}: {self.path}, {self.size_bytes / 1e6:.1f} MB, opset {self.opset}")
         for kind, entries in (("input", self.inputs), ("output", self.outputs)):
             for name, shape in entries.items():
-                table.add_row(f"{kind} {name}", "", " x ".join(map(str, shape)))
+                words = " x ".join(map(str, shape)) or "one number"
+                kept = self.input_types.get(name, "float32") if kind == "input" else "float32"
+                table.add_row(f"{kind} {name}", "", words if kept == "float32" else f"{words}, {kept}")
         if self.merge_rel_error is not None:
             table.add_row(
                 f"{len(self.blocks)} modules merged, max relative error (float64)", "", f"{self.merge_rel_error:.2e}"

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rep_plugin.measure.copies import copy_inputs, copy_model
-from rep_plugin.measure.forward import run_model
+from rep_plugin.measure.forward import arguments_of, run_model
 from rep_plugin.measure.randomness import private_random
 
 SIDES = (32, 48, 64, 96, 112, 128, 192, 224, 256, 384, 512, 1024)
@@ -307,12 +307,19 @@ class _Watched:
 
     def run(self, x: Any) -> _Watch | None:
         """Run on the meta device; None where the model does not run there, or takes no such shape."""
-        x = tree_map(lambda leaf: torch.empty_like(leaf, device="meta") if isinstance(leaf, Tensor) else leaf, x)
+        x = tree_map(
+            lambda leaf: torch.empty_like(leaf, device="meta") if isinstance(leaf, Tensor) else leaf, _whole(x)
+        )
         return _run(self.copied, x, self.own)
 
     def run_real(self, x: Any) -> _Watch | None:
         """Run on values."""
-        return _run(copy_model(self.model, training=False), copy_inputs(x), {})
+        return _run(copy_model(self.model, training=False), copy_inputs(_whole(x)), {})
+
+
+def _whole(x: Any) -> Any:
+    """All arguments, taken together before a run is watched: the watch is to see what the model does with each."""
+    return arguments_of(x) if isinstance(x, Tensor) else x
 
 
 def _run(copied: nn.Module, x: Any, own: Mapping[int, Tensor]) -> _Watch | None:

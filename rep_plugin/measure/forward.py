@@ -2,7 +2,7 @@
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
@@ -91,7 +91,10 @@ class _Call(Forward):
         self.example, self.images = example, images
 
     def run(self, model: nn.Module, x: Tensor) -> object:
-        """Return the outputs; what counts images is that of the example's first one, as often as there are images."""
+        return run_model(model, self.arguments(x))
+
+    def arguments(self, x: Tensor) -> tuple | Mapping:
+        """Return the example with other images: what counts images is taken in turns, and maps follow in height and width."""
 
         def argument(leaf: object) -> object:
             if leaf is self.images:
@@ -99,13 +102,36 @@ class _Call(Forward):
             if not isinstance(leaf, Tensor):
                 return leaf
             if leaf.dim() and len(leaf) == len(self.images) != len(x):
-                leaf = leaf[:1].expand(len(x), *leaf.shape[1:])
+                leaf = torch.cat([leaf] * -(-len(x) // len(leaf)))[: len(x)]
+            leaf = _resized(leaf, self.images.shape, x.shape)
             return leaf.to(x.device, x.dtype if leaf.is_floating_point() else None, copy=True)
 
-        return run_model(model, tree_map(argument, self.example))
+        return tree_map(argument, self.example)
+
+
+def _resized(leaf: Tensor, given: Sequence[int], wanted: Sequence[int]) -> Tensor:
+    """Maps for images of another size: float ones (N, C, H, W) in proportion, others where they have the images' size."""
+    is_map = leaf.dim() == 4 and leaf.is_floating_point() and min(leaf.shape[2:]) > 1
+    if len(given) != 4 or given[2:] == wanted[2:] or not (is_map or (leaf.dim() > 2 and leaf.shape[-2:] == given[2:])):
+        return leaf
+    for dim in (-2, -1):
+        size = leaf.shape[dim]
+        side = max(1, round(size * wanted[dim] / given[dim]))
+        leaf = leaf.index_select(dim, torch.arange(side, device=leaf.device) * size // side)  # any type, no new values
+    return leaf
 
 
 _CALL: ContextVar[_Call | None] = ContextVar("call", default=None)
+
+
+def arguments_of(x: Tensor) -> Tensor | tuple | Mapping:
+    """Return all that a verb's model is called with for some images: the images alone, unless its example holds more.
+
+    Args:
+        x: images (N, C, H, W).
+    """
+    call = _CALL.get()
+    return x if call is None else call.arguments(x)
 
 
 def takes_examples(verb: Callable) -> Callable:
@@ -134,6 +160,11 @@ def takes_examples(verb: Callable) -> Callable:
             raise ArgumentError(
                 f"example_input, {shown(example)}, holds no float tensor: its images are what is varied"
             )
+        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves(example)):
+            raise ArgumentError(
+                f"example_input, {shown(example)}, holds a tensor on the meta device, which has no data"
+            )
+        _require_fit(given.arguments["model"], example)
         given.arguments["example_input"] = images
         token = _CALL.set(_Call(example, images))
         try:
@@ -142,6 +173,19 @@ def takes_examples(verb: Callable) -> Callable:
             _CALL.reset(token)
 
     return run
+
+
+def _require_fit(model: nn.Module, example: tuple | Mapping) -> None:
+    """Refuse arguments that a forward does not take."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # a scripted one tells nothing
+        return
+    args, kwargs = (example, {}) if isinstance(example, tuple) else ((), example)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ArgumentError(f"example_input does not fit {type(model).__name__}.forward: {error}") from None
 
 
 def run_model(model: nn.Module, x: object) -> object:
@@ -211,6 +255,27 @@ def _batch_of(part: object) -> int | None:
     return next((number for one in parts if (number := _batch_of(one)) is not None), None)
 
 
+def require_numbers(name: str, tensor: Tensor, finite: bool = True) -> None:
+    """Refuse a tensor that holds no numbers to compare with.
+
+    Args:
+        name: of the argument.
+        tensor: floating point or not.
+        finite: refuse infinite values too; a mask may hold them.
+
+    Raises:
+        ArgumentError: it is on the meta device, or holds NaN or infinite values.
+    """
+    if tensor.is_meta:
+        raise ArgumentError(f"{name} has no data: {shown(tensor)}, expected real values")
+    wrong = ~torch.isfinite(tensor) if finite else torch.isnan(tensor)
+    if wrong.any():
+        kind = "finite values" if finite else "numbers"
+        raise ArgumentError(
+            f"{name} must hold {kind}, got {int(wrong.sum())} of {wrong.numel()} that are NaN or infinite"
+        )
+
+
 @contextmanager
 def of_user(model: nn.Module, example: object, name: str = "example_input") -> Iterator[None]:
     """Say of whatever a forward raises on an input that the input does not go through the model.
@@ -229,6 +294,7 @@ def of_user(model: nn.Module, example: object, name: str = "example_input") -> I
         raise
     except Exception as error:
         made = first_line(error)
+        example = arguments_of(example) if isinstance(example, Tensor) else example
         raise ArgumentError(f"{name}, {shown(example)}, does not go through {type(model).__name__}: {made}") from error
 
 

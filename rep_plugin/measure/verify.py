@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from rep_plugin.arguments import Positive, That, checked, shown
 from rep_plugin.errors import ArgumentError, EquivalenceError, InconclusiveWarning, did_you_mean, first_line
 from rep_plugin.measure.branches import Branches, find_branches
-from rep_plugin.measure.copies import copy_model, copy_values
+from rep_plugin.measure.copies import copy_inputs, copy_model, copy_values
 from rep_plugin.measure.differences import (
     Difference,
     Floor,
@@ -25,7 +25,7 @@ from rep_plugin.measure.differences import (
     sensitivity_of,
     shapes_of,
 )
-from rep_plugin.measure.forward import of_user, run_model
+from rep_plugin.measure.forward import of_user, require_numbers, run_model
 from rep_plugin.measure.progress import track
 from rep_plugin.measure.randomness import private_random
 
@@ -110,7 +110,7 @@ def default_inputs(model: nn.Module, example_input: Tensor | None = None) -> lis
         Two new tensors, on the model's device and in its dtype. :func:`verify_equivalence` adds images at other scales.
 
     Raises:
-        ArgumentError: the example is not a float tensor (N, C, ...).
+        ArgumentError: the example is not a float tensor (N, C, ...), or holds values that are not finite.
 
     Example:
         >>> from torch import nn
@@ -122,6 +122,7 @@ def default_inputs(model: nn.Module, example_input: Tensor | None = None) -> lis
         floats = isinstance(example_input, Tensor) and example_input.is_floating_point()
         if not floats or example_input.dim() < 2 or example_input.is_meta or not example_input.numel():
             raise ArgumentError(f"example_input must be a float tensor (N, C, ...), got {shown(example_input)}")
+        require_numbers("example_input", example_input)
         shape = tuple(example_input.shape)
     else:
         cfg = getattr(model, "pretrained_cfg", None) or {}
@@ -314,19 +315,23 @@ def run_exact(forward: Callable, *args, **kwargs) -> object:
         return _run(forward, *args, **kwargs)
 
 
-def rounding_error(model: nn.Module, x: Tensor) -> float:
+def rounding_error(model: nn.Module, x: object) -> float:
     """Return how far a model's own output lies from that of the same model in float64, relative.
 
     Args:
         model: the model, in eval mode.
-        x: images (N, C, H, W).
+        x: images (N, C, H, W), or all arguments, as :func:`~rep_plugin.measure.forward.run_model` takes them.
 
     Returns:
         The largest relative error.
     """
-    return compare_outputs(
-        _run(run_model, copy_model(model).double(), x.double()), _run(run_model, model, x.clone())
-    ).max_rel
+    exact = _run(run_model, copy_model(model).double(), doubled(x))
+    return compare_outputs(exact, _run(run_model, model, copy_inputs(x))).max_rel
+
+
+def doubled(example: Any) -> Any:
+    """Return an example in float64: a tensor, or tuples, lists and dicts of tensors, of which those of integers stay."""
+    return tree_map_only(Tensor, lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, example)
 
 
 class _Recorder:
@@ -442,14 +447,14 @@ class _Proof:
             return _Compared(number, expected, refused)
         return _Compared(None, None, refused)
 
-    def compare_images(self, x: Tensor, scales: Sequence[float]) -> None:
+    def compare_images(self, x: Tensor, scales: Sequence[float], name: str) -> None:
         """Compare on given images, and on the first one, mirrored, at other scales: in one batch where the model takes it."""
         x = x.to(torch.float64, copy=True)
         scaled = [scale * x[:1].flip(-1) for scale in scales]
         batches = [torch.cat([x, *scaled[:count]]) for count in range(len(scales), -1, -1)]
         done = self.compare_first(*batches)
         if done.number is None:
-            with of_user(self.reference, x, "inputs[0]"):
+            with of_user(self.reference, x, name):
                 raise done.refused
         for scale in scales[len(scales) - done.number :]:
             refused = done.refused
@@ -526,6 +531,7 @@ def verify_equivalence(
     run_names: Sequence[str] = (),
     scales: Sequence[float] = SCALES,
     branches: Branches | None = None,
+    name: str = "inputs[0]",
 ) -> Equivalence:
     """Check that two models compute the same function in eval mode, in float64.
 
@@ -546,6 +552,7 @@ def verify_equivalence(
         run_names: modules of the reference that are proven end to end alone, and so only where an input runs them.
         scales: the first batch also holds its first image, mirrored, times each of these, where that stays finite.
         branches: what :func:`~rep_plugin.measure.branches.find_branches` has found in the reference; None: it is called.
+        name: of the first input, for the message that the reference does not take it.
 
     Returns:
         The measurements. InconclusiveWarning is given where another input changes the output by less than 1e-3, and where
@@ -576,7 +583,7 @@ def verify_equivalence(
         reference.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: idle.discard(name))
     for index, x in enumerate(track(inputs, "comparing whole models")):
         if index == 0:
-            proof.compare_images(x, scales)
+            proof.compare_images(x, scales, name)
         else:
             proof.compare_size(x, inputs[0][:1])
     for shape, place in branches.sizes.items():

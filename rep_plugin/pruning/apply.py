@@ -306,7 +306,7 @@ def _prove(model: nn.Module, trace: Trace, kept: KeptChannels, inputs: list[Tens
     if any(kept.changes(labels) for labels in trace.outputs):
         masked = KeptOutputs(masked, trace, kept)
     try:
-        proof = verify_equivalence(masked, removed, inputs, tolerance=TOLERANCE, keep=False)
+        proof = verify_equivalence(masked, removed, inputs, tolerance=TOLERANCE, keep=False, name="example_input")
     except EquivalenceError as error:
         raise EquivalenceError(
             f"removing channels does not equal setting them to zero: {error}{_attached(model)}"

@@ -207,7 +207,7 @@ def expand(
     report = Report("expand", count_params(model), 0, count_macs(model, inputs[0]), input_shape=tuple(inputs[0].shape))
 
     _expand_(exact, block, pairs, online)
-    found = verify_equivalence(model, exact, inputs, [conv for conv, _ in pairs], TOLERANCE)
+    found = verify_equivalence(model, exact, inputs, [conv for conv, _ in pairs], TOLERANCE, name="example_input")
     report.blocks = [BlockReport(name, block) for name, _ in pairs]
     report.notes = notes
     report.add_proof(found)

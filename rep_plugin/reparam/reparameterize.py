@@ -225,5 +225,13 @@ def _prove(model: nn.Module, exact: _Conversion, inputs: list[Tensor], branches:
     own = {name for name, _ in model.named_modules(remove_duplicate=False)}
     folded = [block.name for block in exact.blocks if block.kind.startswith(proven_whole) and block.name in own]
     return verify_equivalence(
-        model, exact.model, inputs, names, TOLERANCE, exact.parts, run_names=folded, branches=branches
+        model,
+        exact.model,
+        inputs,
+        names,
+        TOLERANCE,
+        exact.parts,
+        run_names=folded,
+        branches=branches,
+        name="example_input",
     )

@@ -538,6 +538,27 @@ class Gives(nn.Module):
         return self.output
 
 
+class Cumulative(nn.Conv2d):
+    """An operator that torch's tracing exporter does not know."""
+
+    def __init__(self):
+        super().__init__(3, 4, 1)
+
+    def forward(self, x):
+        return super().forward(x).cumprod(1)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_where_torch_fails_its_graph_is_not_printed(several, tmp_path, capfd):
+    model, x = Cumulative().eval(), torch.randn(2, 3, 16, 16)
+    logs = torch._C._jit_is_onnx_log_enabled()
+    with pytest.raises(
+        ExportError, match="^Cumulative cannot be written as ONNX of opset 18: .*aten::cumprod.*not supported"
+    ):
+        export(model, tmp_path / "net.onnx", (x,) if several else x)
+    assert capfd.readouterr() == ("", "") and torch._C._jit_is_onnx_log_enabled() == logs
+
+
 def test_refusals_come_before_any_file(tmp_path):
     model, path, x = trained(), tmp_path / "net.onnx", torch.randn(2, 3, 16, 16)
     half_trained = trained()
@@ -555,7 +576,25 @@ def test_refusals_come_before_any_file(tmp_path):
         (lambda: export(model, path, (3, 16, 16)), ValueError, r"example_input must be .*got \(3, 16, 16\)"),
         (lambda: export(model, path, x[:0]), ValueError, "N >= 1"),
         (lambda: export(model, path, images=x[:, :2]), ValueError, r"images are \(2, 16, 16\), but example_input"),
-        (lambda: export(model, path, opset=99), ExportError, "^Net cannot be written as ONNX.*99"),
+        (lambda: export(model, path, opset=99), ValueError, r"opset must be in \[9, \d+\], got 99"),
+        (lambda: export(model, path, opset=7), ValueError, r"opset must be in \[9, \d+\], got 7"),
+        (lambda: export(model, path, opset=8, dynamo=True), ValueError, r"in \[9, \d+\] with dynamo, got 8"),
+        (
+            lambda: export(Cumulative().eval(), path, opset=17),
+            ExportError,
+            "^Cumulative .* opset 17: .*cumprod.*; 9 to",
+        ),
+        (
+            lambda: export(model, path, x.where(x > 0, float("nan"))),
+            ValueError,
+            "^example_input must hold finite values",
+        ),
+        (lambda: export(model, path, x.to("meta")), ValueError, "^example_input has no data: a Tensor of .* on meta"),
+        (
+            lambda: export(model, path, images=x / 0),
+            ValueError,
+            "^images must hold finite values, got 1536 of 1536 that",
+        ),
         (lambda: export(model, path, tolerance=float("nan")), ValueError, "tolerance must be a number > 0, got nan"),
         (lambda: export(model, path, tolerance=1e-12), EquivalenceError, "float32 differs from its float64 by"),
         (
@@ -589,8 +628,9 @@ def test_refusals_come_before_any_file(tmp_path):
 def test_what_hardly_depends_on_its_input_is_inconclusive(tmp_path):
     blind = trained()
     blind.head.weight.data.mul_(1e-7)
-    with pytest.warns(InconclusiveWarning):
+    with pytest.warns(InconclusiveWarning) as told:
         report = export(blind, tmp_path / "net.onnx", reparameterize=False)
+    assert [one.filename for one in told] == [__file__]
     assert report.sensitivity < 1e-3 and any("inconclusive" in note for note in report.notes)
 
 

@@ -304,6 +304,44 @@ def test_wrapped_models_and_strange_optimizers_are_refused():
     assert net[0].conv.out_channels == 16
 
 
+@pytest.mark.parametrize(
+    ("example", "told"),
+    [
+        (torch.randn(2, 5, 8, 8), "does not go through Sequential"),
+        ((torch.randn(2, 3, 8, 8), torch.ones(2)), "does not fit Sequential.forward: too many positional arguments"),
+        (torch.full((2, 3, 8, 8), float("nan")), "must hold finite values, got 384 of 384"),
+        (torch.zeros(2, 3, 8, 8, device="meta"), "must be a float tensor .* on meta"),
+    ],
+)
+def test_an_example_that_does_not_fit_is_named_as_the_user_does(example, told):
+    net = net_of()
+    plan = plan_pruning(net, X, "random", 0.4)
+    with pytest.raises(ValueError, match=f"^example_input,? .*{told}"):
+        apply_plan(net, plan, example_input=example)
+    assert net[0].conv.out_channels == 16
+
+
+class Conditioned(nn.Module):
+    """Two maps and an index: the outputs are maps."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.shift = ConvBN(3, 8), ConvBN(8, 6), nn.Embedding(4, 8)
+
+    def forward(self, image, guide, kind):
+        return self.two(self.one(image + guide) * self.shift(kind).mean(1)[:, None, None, None])
+
+
+@pytest.mark.parametrize("prune_outputs", [False, True])
+def test_models_of_several_inputs_are_proven(prune_outputs):
+    net = Conditioned().eval()
+    example = {"image": X, "guide": X.flip(3), "kind": torch.arange(len(X))}
+    plan = plan_pruning(net, example, "random", 0.4, prune_outputs=prune_outputs)
+    report = apply_plan(net, plan, example_input=example)
+    assert report.max_rel_error < 1e-9 and net.one.conv.out_channels < 8
+    assert (net.two.conv.out_channels < 6) == prune_outputs
+
+
 def test_a_failed_proof_leaves_everything_whole(monkeypatch):
     net = net_of()
     plan = plan_pruning(net, X, "random", 0.4)

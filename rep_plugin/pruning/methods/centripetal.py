@@ -299,7 +299,7 @@ def _prove(model: nn.Module, members: Members, inputs: list[Tensor]) -> tuple[nn
     merged = copy_model(model).double()  # from the start: a sum in float32 would be rounded
     _sum_columns_(merged, members)
     remove_channels_(merged, members.trace, members.kept)
-    proof = verify_equivalence(copy_model(model), merged, inputs, tolerance=TOLERANCE, keep=False)
+    proof = verify_equivalence(copy_model(model), merged, inputs, tolerance=TOLERANCE, keep=False, name="example_input")
     require_castable(merged, model)  # before the given one is changed
     return merged, proof
 

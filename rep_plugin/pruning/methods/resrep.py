@@ -229,7 +229,7 @@ class ResRep:
         merge_compactors_(merged, self.sites)
         report = apply_plan(merged, plan, example_input=example_input)
         inputs = proof_inputs(model, plan.input_shape, example_input)
-        proof = verify_equivalence(reference, merged, inputs, tolerance=TOLERANCE, keep=False)
+        proof = verify_equivalence(reference, merged, inputs, tolerance=TOLERANCE, keep=False, name="example_input")
         report.max_abs_error = max(report.max_abs_error, proof.total.max_abs)
         report.max_rel_error = max(report.max_rel_error, proof.total.max_rel)
         require_castable(merged, model)  # before the given one is changed

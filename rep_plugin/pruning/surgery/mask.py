@@ -61,9 +61,11 @@ class KeptOutputs(nn.Module):
         self.model, self.outputs, self.kept = model, trace.outputs, kept
         self.channels = trace.channels
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        maps = []
-        for tensor, labels in zip(flatten_outputs(run_model(self.model, x)), self.outputs, strict=True):
+    def forward(self, *args, **kwargs) -> list[Tensor]:
+        """Take what the model takes: images alone, or all of its arguments."""
+        alone = len(args) == 1 and isinstance(args[0], Tensor) and not kwargs
+        output, maps = run_model(self.model, args[0] if alone else args or kwargs), []
+        for tensor, labels in zip(flatten_outputs(output), self.outputs, strict=True):
             channels = self.channels.along(labels, 1) if labels.dim() == 4 else None
             if channels is not None and self.kept.changes(channels):
                 tensor = tensor.index_select(1, self.kept.index(channels).to(tensor.device))
