@@ -59,7 +59,15 @@ class Feed:
 
 
 def call(model: nn.Module, arguments: Any) -> object:
-    """Return a model's own output, whatever :class:`~rep_plugin.measure.forward.Forward` is registered for its kind."""
+    """Return a model's own output, whatever :class:`~rep_plugin.measure.forward.Forward` is registered for its kind.
+
+    Args:
+        model: the model.
+        arguments: images alone, or a tuple or a dict of what it is called with.
+
+    Returns:
+        The output.
+    """
     return model(arguments) if isinstance(arguments, Tensor) else run_model(model, arguments)
 
 
@@ -131,7 +139,15 @@ def tensors_of(arguments: Any) -> list[Tensor]:
 
 
 def with_tensors(arguments: Any, tensors: Sequence[Tensor]) -> Any:
-    """Return arguments with other tensors, in the order of :func:`tensors_of`."""
+    """Return arguments with other tensors.
+
+    Args:
+        arguments: what a model is called with.
+        tensors: the others, in the order of :func:`tensors_of`.
+
+    Returns:
+        The same structure.
+    """
     left = iter(tensors)
     return tree_map(lambda leaf: next(left) if isinstance(leaf, Tensor) else leaf, arguments)
 
