@@ -34,6 +34,7 @@ class _Called(nn.Module):
     def __init__(self, model: nn.Module, arguments: Any):
         super().__init__()
         self.model, self.arguments = model, arguments
+        self.training = False  # the exporter gives all modules the mode of the outermost one in the end
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(flatten_outputs(call(self.model, with_tensors(self.arguments, tensors))))

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 import rep_plugin
 from rep_plugin.blocks.families import RepVGGBlock
 from rep_plugin.errors import ArgumentError, EquivalenceError
-from rep_plugin.export.graph import read_metadata
+from rep_plugin.export.graph import read_metadata, to_onnx
+from rep_plugin.export.inputs import feed_of
 from rep_plugin.measure.differences import flatten_outputs
 from rep_plugin.measure.forward import run_model
 from rep_plugin.testing import calibrate_random_bn_
@@ -241,6 +242,29 @@ def test_masks_may_be_infinite(tmp_path):
     mask = torch.full((16, 16), float("-inf")).triu(1)
     report = export(Attention(), tmp_path / "net.onnx", (images(2, 4), mask))
     assert report.inputs == {"image": ["batch", 3, 4, 4], "mask": [16, 16]}
+
+
+class Normed(Base):
+    """A BN that no one folds: in train mode it would compute something else, and change."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = calibrate_random_bn_(nn.BatchNorm2d(3), torch.randn(4, 3, 16, 16))
+
+    def forward(self, image, scale=None):
+        y = self.bn(image)
+        return {"map": y if scale is None else y * scale}
+
+
+@pytest.mark.parametrize("example", [images(), (images(), torch.tensor(0.5))], ids=["alone", "several"])
+def test_writing_leaves_the_mode_of_every_module(example, tmp_path):
+    model, path = Normed().eval(), tmp_path / "net.onnx"
+    export(model, path, example, reparameterize=False, runtimes=["onnxruntime"])
+    assert differs(path, model, example) < 1e-5
+    feed = feed_of(model, images())
+    dims = {name: {} for name in ("input", "map")}
+    to_onnx(model, feed, {"map": (2, 3, 16, 16)}, dims, 18, False)
+    assert not any(module.training for module in model.modules())
 
 
 class Limited(Base):
