@@ -1,6 +1,7 @@
 """A PyTorch model as an ONNX graph in memory, the names of its outputs, and what its metadata tell."""
 
 import json
+import sys
 import threading
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -41,9 +42,19 @@ class _Called(nn.Module):
 
 
 class _Stable(TorchFunctionMode):
-    """Writes what the exporters take apart into steps that overflow: log(sigmoid(x)) is minus infinity below -104."""
+    """Writes what the exporters take apart into steps that overflow: log(sigmoid(x)) is minus infinity below -104.
+
+    Notes the lines in which a size or a value of what is traced decides.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: dict[str, None] = {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        frame = sys._getframe(1)
+        if func is Tensor.__bool__ and torch.jit.is_tracing() and not is_quiet(frame.f_code.co_filename):
+            self.lines[f"{short_path(frame.f_code.co_filename)}:{frame.f_lineno}"] = None
         return -F.softplus(-args[0]) if func is F.logsigmoid else func(*args, **(kwargs or {}))
 
 
@@ -207,13 +218,11 @@ def to_onnx(
         with (
             _EXPORTER,
             torch.no_grad(),
-            warnings.catch_warnings(record=True) as told,
+            warnings.catch_warnings(),
             working("writing the graph"),
-            _Stable(),
+            _Stable() as watch,
         ):
-            warnings.simplefilter("ignore")
-            # Of shapes that become constants the comparison finds those that matter.
-            warnings.filterwarnings("always", "Converting a tensor to a Python boolean", torch.jit.TracerWarning)
+            warnings.simplefilter("ignore")  # of shapes that become constants the comparison finds those that matter
             with private_random() as own:
                 output = call(model, with_tensors(feed.arguments, [one.clone() for one in tensors]))
             several = list(output) if isinstance(output, (tuple, list)) else [output]
@@ -246,8 +255,7 @@ def to_onnx(
         raise ExportError(
             f"torch wrote opset {found}, not opset (={opset}) as asked: with dynamo take {OPSET} or newer"
         )
-    lines = [f"{short_path(one.filename)}:{one.lineno}" for one in told if not is_quiet(one.filename)]
-    return Graph(proto, list(dict.fromkeys(lines)), unread)
+    return Graph(proto, list(watch.lines), unread)
 
 
 def shapes_of(entries: Sequence[Any]) -> dict[str, list[int | str]]:
