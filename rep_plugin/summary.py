@@ -12,7 +12,7 @@ from rep_plugin.blocks.base import RepBlock
 from rep_plugin.errors import RepPluginError, first_line
 from rep_plugin.measure.copies import copy_inputs, copy_model
 from rep_plugin.measure.costs import MacCounter, count_macs, count_params
-from rep_plugin.measure.forward import eval_mode, run_model
+from rep_plugin.measure.forward import eval_mode, of_user, run_model
 from rep_plugin.measure.randomness import private_random
 from rep_plugin.pruning import PrunePlan
 from rep_plugin.reparam import reparameterize
@@ -117,6 +117,9 @@ def summarize(model: nn.Module, example_input: Tensor) -> Summary:
     Returns:
         The summary.
 
+    Raises:
+        ArgumentError: the images do not go through the model.
+
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
         >>> found = summarize(net, torch.zeros(1, 3, 8, 8))
@@ -126,10 +129,12 @@ def summarize(model: nn.Module, example_input: Tensor) -> Summary:
     image = copy_inputs(example_input[:1])
     model = copy_model(model)
     model.eval()  # not chained: mmpretrain's return None
+    with of_user(model, image):
+        layers = _layers(model, image)
     return Summary(
         type(model).__name__,
         tuple(image.shape),
-        _layers(model, image),
+        layers,
         count_params(model),
         count_macs(model, image),
         _merge(model, image),

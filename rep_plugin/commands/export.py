@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rep_plugin.commands.models import ANY, add_timm_arguments, is_config, require_packages
-from rep_plugin.commands.parser import add_cfg_options
+from rep_plugin.commands.parser import add_cfg_options, add_size, count, read_size
 from rep_plugin.commands.written import print_written
 
 if TYPE_CHECKING:
@@ -28,10 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=ANY)
     parser.add_argument("files", nargs="+", metavar="FILE", help="[CHECKPOINT, after a config] OUT.onnx")
     parser.add_argument("--images", metavar="FOLDER", help="images to compare on")
-    parser.add_argument("--size", type=int, nargs="+", metavar="N", help="height and width, one number for both")
+    add_size(parser)
     parser.add_argument("--dynamic-size", action="store_true", help="leave height and width open")
     numbers = parser.add_mutually_exclusive_group()
-    numbers.add_argument("--batch", type=int, help="fix the number of images; default: open")
+    numbers.add_argument("--batch", type=count, help="fix the number of images; default: open")
     numbers.add_argument("--dynamic-batch", action="store_true", help="leave the number of images open: the default")
     parser.add_argument("--as-it-stands", action="store_true", help="do not merge or fold anything")
     parser.add_argument("--class-names", metavar="FILE", help="one name a line; default: those of the config or model")
@@ -54,9 +54,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     config = is_config(args.model)
     if len(args.files) != 1 + config:
         args.parser.error(f"expected {'CONFIG CHECKPOINT' if config else 'NAME'} OUT.onnx, got {len(args.files)} files")
-    if args.size is not None and len(args.size) > 2:
-        args.parser.error(f"--size takes one or two numbers, got {args.size}")
-    args.size = tuple(args.size * 2)[:2] if args.size else None
+    read_size(args)
     wrong = ("checkpoint", "pretrained", "model_args") if config else ("no_real_data", "cfg_options")
     for name in wrong:
         if getattr(args, name):

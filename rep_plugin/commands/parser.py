@@ -39,17 +39,42 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"invalid choice: {value!r}{hint} (choose from {known})")
 
 
-def count(text: str) -> int:
+def count(text: str, most: int = MOST) -> int:
     """A whole number from 1 to a million: more is a slip, and would take for ever."""
     try:
         number = int(text)
     except ValueError:
         number = 0
-    if not 1 <= number <= MOST:
+    if not 1 <= number <= most:
         raise argparse.ArgumentTypeError(
-            f"expected a whole number {'>= 1' if number < 1 else f'<= {MOST}'}, got {text!r}"
+            f"expected a whole number {'>= 1' if number < 1 else f'<= {most}'}, got {text!r}"
         )
     return number
+
+
+def side(text: str) -> int:
+    """Height or width of an image: more than 8192 pixels is a slip, and would fill the memory."""
+    return count(text, 8192)
+
+
+def add_size(parser: argparse.ArgumentParser, default: str = "") -> None:
+    """Add ``--size``; :func:`read_size` reads it.
+
+    Args:
+        parser: the parser.
+        default: in words, for the help.
+    """
+    more = f"; default: {default}" if default else ""
+    parser.add_argument(
+        "--size", type=side, nargs="+", metavar="N", help=f"height and width, one number for both{more}"
+    )
+
+
+def read_size(args: argparse.Namespace) -> None:
+    """Make a pair of ``--size``, or None. Of more than two numbers the parser tells."""
+    if args.size is not None and len(args.size) > 2:
+        args.parser.error(f"--size takes one or two numbers, got {args.size}")
+    args.size = tuple(args.size * 2)[:2] if args.size else None
 
 
 def key_value(text: str) -> str:

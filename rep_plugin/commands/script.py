@@ -8,6 +8,7 @@ timm's own train.py and validate.py (in its repository, not in its package) have
 """
 
 import argparse
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Find the script, or refuse it."""
-    if not Path(args.file).is_file():
+    if not os.path.isfile(args.file):
         try:
             args.file = str(find_script(args.file))
         except ArgumentError as error:

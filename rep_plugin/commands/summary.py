@@ -9,6 +9,7 @@ rep-plugin summary work_dirs/mine/pruned.py work_dirs/mine/pruned.pth
 import argparse
 
 from rep_plugin.commands.models import ANY, add_any_model_arguments, is_config, open_model, require_packages
+from rep_plugin.commands.parser import add_size, read_size
 
 HELP = "show layers and costs of a model, and what can be done to it"
 
@@ -17,18 +18,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the model, and how it is shown."""
     parser.add_argument("model", metavar="MODEL", help=ANY)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="its weights; not needed")
-    parser.add_argument(
-        "--size", type=int, nargs="+", metavar="N", help="height and width, one number for both; default: the model's"
-    )
+    add_size(parser, "the model's")
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_any_model_arguments(parser)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Read the size."""
-    if args.size is not None and len(args.size) > 2:
-        args.parser.error(f"--size takes one or two numbers, got {args.size}")
-    args.size = tuple(args.size * 2)[:2] if args.size else None
+    read_size(args)
 
 
 def run(args: argparse.Namespace) -> None:

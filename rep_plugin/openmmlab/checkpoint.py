@@ -139,15 +139,21 @@ def find_latest_checkpoint(path: str) -> str | None:
     is_folder = "\0" not in named and named.endswith(".pth") and os.path.isdir(named)
     if is_folder or "://" in named or ("\0" not in named and is_complete(named)):
         return named
-    complete = [file for file in Path(path).iterdir() if re.fullmatch(r"(epoch|iter)_\d+\.pth", file.name)]
-    complete = sorted((file for file in complete if is_complete(file)), key=lambda file: file.stat().st_mtime_ns)
-    latest = str(complete[-1]) if complete else None
+    latest = latest_complete(path)
     print_log(
         f"{record} names {named!r}, which is no complete checkpoint; resuming from {latest or 'nothing'} instead.",
         logger="current",
         level=logging.WARNING,
     )
     return latest
+
+
+def latest_complete(path: str | os.PathLike) -> str | None:
+    """Return the most recently written complete ``epoch_N.pth`` or ``iter_N.pth`` of a folder, or None."""
+    found = [file for file in Path(path).iterdir() if re.fullmatch(r"(epoch|iter)_\d+\.pth", file.name)]
+    return max(
+        (str(file) for file in found if is_complete(file)), key=lambda file: os.stat(file).st_mtime_ns, default=None
+    )
 
 
 def enable_safe_loading() -> None:

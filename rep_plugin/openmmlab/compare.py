@@ -19,7 +19,7 @@ from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.differences import compare_outputs
 from rep_plugin.measure.latency import eager_calls, interleaved_medians, torch_threads
 from rep_plugin.measure.progress import track
-from rep_plugin.openmmlab.checkpoint import find_latest_checkpoint
+from rep_plugin.openmmlab.checkpoint import find_latest_checkpoint, latest_complete
 from rep_plugin.openmmlab.cli import read_config
 from rep_plugin.openmmlab.data import check_data
 from rep_plugin.openmmlab.load import load_model, real_inputs
@@ -92,7 +92,7 @@ def compare_deployed(
         FileNotFoundError: the folder holds no checkpoint.
         EquivalenceError: a prediction differs.
     """
-    checkpoint = find_latest_checkpoint(work_dir)
+    checkpoint = find_latest_checkpoint(work_dir) or latest_complete(work_dir)
     if checkpoint is None:
         raise FileNotFoundError(f"{work_dir} holds no checkpoint, expected epoch_N.pth")
     cfg, work_dir = read_config(config), Path(work_dir)
