@@ -59,6 +59,7 @@ def test_the_fronts_in_tools_are_the_commands():
         ("export a b.onnx --runtimes onnxruntme", "invalid choice: 'onnxruntme', did you mean 'onnxruntime'?"),
         ("train.py IMAGES --model x", "train.py is no command: to run a script write 'rep-plugin script train.py ...'"),
         ("script nowhere.py --model x", "script nowhere.py does not exist, expected a file"),
+        (f"script {'x' * 300}", "xxx does not exist, expected a file"),
     ],
 )
 def test_did_you_mean(words, message, capsys):

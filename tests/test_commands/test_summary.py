@@ -9,6 +9,7 @@ from torch import nn
 
 import rep_plugin
 from rep_plugin.__main__ import main
+from rep_plugin.errors import ArgumentError
 from rep_plugin.measure.costs import count_macs
 from rep_plugin.openmmlab.load import build_model
 from rep_plugin.summary import summarize
@@ -83,3 +84,22 @@ def test_the_command_takes_names_folders_and_configs(tmp_path, capsys):
     }.items():
         with pytest.raises(SystemExit, match=f"^error: .*{message}"):
             main(["summary", *words.split()])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("0", "--size: expected a whole number >= 1, got '0'"),
+        ("99999", "--size: expected a whole number <= 8192, got '99999'"),
+        ("8 8 8", "--size takes one or two numbers"),
+    ],
+)
+def test_sizes_out_of_range_are_refused(words, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["summary", "resnet18", "--size", *words.split()])
+    assert message in capsys.readouterr().err
+
+
+def test_an_image_that_is_too_small_is_named():
+    with pytest.raises(ArgumentError, match=r"example_input, .*\(1, 3, 2, 2\).* does not go through Sequential"):
+        summarize(nn.Sequential(nn.Conv2d(3, 4, 5)), torch.zeros(1, 3, 2, 2))
