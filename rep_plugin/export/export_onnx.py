@@ -36,7 +36,7 @@ from rep_plugin.measure.progress import track, working
 from rep_plugin.measure.randomness import private_random
 from rep_plugin.measure.verify import Equivalence
 from rep_plugin.optional import require
-from rep_plugin.reparam.adapters import find_adapter
+from rep_plugin.reparam.merge_blocks import find_mergeable
 from rep_plugin.reparam.reparameterize import reparameterize as merge
 
 TOLERANCE = 1e-4  # relative, in float32
@@ -136,7 +136,7 @@ def export_onnx(
     report.macs_before = count_macs(written, single)
     if reparameterize:
         written = _merged(written, x[:IMAGES_AT_ONCE], report)
-    elif left := [name for name, module in written.named_modules() if find_adapter(module) is not None]:
+    elif left := find_mergeable(written):
         report.notes.append(f"written as it stands: {len(left)} modules could be merged, first {left[0]!r}")
     report.params_after, report.macs_after = count_params(written), count_macs(written, single)
 

@@ -22,9 +22,8 @@ from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.differences import TINY, tensor_paths
 from rep_plugin.measure.forward import run_model
 from rep_plugin.measure.randomness import private_random
-from rep_plugin.measure.verify import FastDepthwise
+from rep_plugin.measure.verify import SCALES, FastDepthwise
 
-SCALES = (1.0, 1e-3, 1e3)
 EXACT, SINGLE = 1e-6, 1e-3  # relative: what other machines may change in float64, and where a model computes in float32
 LARGEST = 2**24  # numbers in an input of a fingerprint
 # Constants of torch's layers that say nothing of their function in eval mode: sizes, which the weights tell, and what only
@@ -221,8 +220,8 @@ def _batches(x: Tensor) -> Iterator[list[Tensor]]:
     if not x.is_floating_point():
         yield [x]
         return
-    yield [torch.cat([x[:2], *(scale * x[:1] for scale in SCALES[1:])])]
-    yield [scale * x for scale in SCALES]
+    yield [torch.cat([x[:2], *(scale * x[:1] for scale in SCALES)])]
+    yield [x, *(scale * x for scale in SCALES)]
     yield [x]
 
 
@@ -315,7 +314,7 @@ def _measure(model: nn.Module, shape: Sequence[int]) -> list:
     image = torch.sin(pixels * 1.7).reshape(shape) * 2  # the same on every machine
     try:
         with FastDepthwise(), private_random() as random:
-            calls = _trace(model, torch.cat([scale * image for scale in SCALES]), _numbers)
+            calls = _trace(model, torch.cat([image, *(scale * image for scale in SCALES)]), _numbers)
     except Exception:  # another size, or no float64, refused in as many ways as there are networks
         return []
     found, tolerance = [], EXACT
@@ -330,7 +329,7 @@ def _numbers(output: object) -> tuple[bool, list[float | None]]:
     tensors = [t for _, t in tensor_paths(output) if t.is_floating_point() and t.numel()]
     numbers: list[float | None] = []
     for tensor in tensors:
-        rows = tensor.double().reshape(len(tensor) if tensor.dim() and len(tensor) == len(SCALES) else 1, -1)
+        rows = tensor.double().reshape(len(tensor) if tensor.dim() and len(tensor) == 1 + len(SCALES) else 1, -1)
         weights = torch.cos(torch.arange(rows.shape[1], dtype=torch.float64) * 2.3)
         both = torch.stack([rows.square().mean(1).sqrt(), (rows * weights).mean(1)], 1).flatten()
         numbers += [float(f"{value:.10g}") if math.isfinite(value) else None for value in both.tolist()]

@@ -236,7 +236,7 @@ class Call(NamedTuple):
             return self._replace(args=args, kwargs=kwargs).run(module)
 
 
-class _UnstableError(Exception):
+class UnstableError(Exception):
     """Rounding decides the shapes of an output."""
 
 
@@ -264,7 +264,7 @@ def measure_floor(
             yield floor
 
 
-def _compare(
+def compare_call(
     call: Call,
     reference: nn.Module,
     candidate: nn.Module,
@@ -275,6 +275,21 @@ def _compare(
     """Compare a candidate's output with the expected one of the reference.
 
     A difference over the tolerance is no fault where rounding makes one as large in one of the two models.
+
+    Args:
+        call: what both are run on.
+        reference: the one that is right, in float64.
+        candidate: the other.
+        expected: the output of the reference.
+        tolerance: the relative one that differences are held against.
+        beside: output of the reference for other images.
+
+    Returns:
+        The differences.
+
+    Raises:
+        EquivalenceError: the outputs cannot be compared, or the candidate does not run.
+        UnstableError: rounding decides the shapes of the output.
     """
     try:
         found = call.run(candidate)
@@ -301,7 +316,7 @@ def _compare(
     both = [(reference, expected), (candidate, found)][: 1 + (shapes_of(expected) == shapes_of(found))]
     for floor in measure_floor(call, both, tolerance, min(ROUNDING, tolerance / 1e4)):
         if not floor.stable:
-            raise _UnstableError
+            raise UnstableError
         if passes(judged := judge(found, floor)):
             break
     if isinstance(judged, EquivalenceError):
@@ -355,7 +370,7 @@ class _Recorder:
             handle.remove()
 
 
-def _call_module(module: nn.Module, *args, **kwargs) -> object:
+def call_module(module: nn.Module, *args, **kwargs) -> object:
     return module(*args, **kwargs)
 
 
@@ -393,9 +408,9 @@ class _Proof:
     def compare(self, call: Call, expected: object, calls: Mapping[str, tuple]) -> None:
         """Compare the blocks that ran, then the whole models."""
         for name, (args, kwargs, output) in track(calls.items(), "comparing blocks"):
-            self.compare_block(name, Call(_call_module, args, kwargs), output)
+            self.compare_block(name, Call(call_module, args, kwargs), output)
         self.raise_if_off()
-        total = _compare(call, self.reference, self.candidate, expected, self.tolerance, self.beside)
+        total = compare_call(call, self.reference, self.candidate, expected, self.tolerance, self.beside)
         self.result.total.include(total)
         if total.exceeds(self.tolerance):
             agree = f", although each of {len(calls)} blocks agrees" if calls else ""
@@ -407,7 +422,7 @@ class _Proof:
     def compare_block(self, name: str, call: Call, output: object) -> None:
         block = self.reference.get_submodule(name)
         try:
-            found = _compare(call, block, self.part(name), output, self.tolerance)
+            found = compare_call(call, block, self.part(name), output, self.tolerance)
         except EquivalenceError as error:
             raise EquivalenceError(f"block {name!r}: {error}") from None
         self.result.blocks[name].include(found)
@@ -438,7 +453,7 @@ class _Proof:
                 continue
             try:
                 self.compare(call, expected, calls)
-            except _UnstableError:
+            except UnstableError:
                 refused = EquivalenceError(
                     "rounding decides the shapes of the given model's output, so nothing can be compared"
                 )
@@ -495,7 +510,7 @@ class _Proof:
             x = torch.randn(
                 2, first.in_channels, 15, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
             )
-            call = Call(_call_module, (x.to(first.weight.device),))
+            call = Call(call_module, (x.to(first.weight.device),))
             try:
                 expected = call.run(block)
             except (

@@ -7,21 +7,21 @@ else is a new source.
 """
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rep_plugin.blocks.layers import Scale, channels_of, is_idle
-from rep_plugin.errors import RepPluginError
+from rep_plugin.errors import NotMergeableError, RepPluginError
 from rep_plugin.functional.kernels import ConvParams, pair, regroup_kernel
 from rep_plugin.functional.padded import PaddedConv, add_padded, compose_padded, scale_padded
 from rep_plugin.reparam.linear_layers import affine_conv, after_affine, identity_conv, read_layer
 
-_READABLE = {"IdentityBasedConv1x1", "BNAndPadLayer"}  # of DiverseBranchBlock
+READABLE = {"IdentityBasedConv1x1", "BNAndPadLayer"}  # of DiverseBranchBlock
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,20 @@ class Affine:
             return self.conv
         return scale_padded(identity_conv(channels, device), self.factor)._replace(padding=self.padding)
 
+    def padded(self, padding: tuple[int, int]) -> tuple[int, int]:
+        """The padding of the source and one more of its own round that."""
+        (top, left), (more, wide) = self.padding, padding
+        if (top < 0 < more) or (left < 0 < wide):
+            raise NotAffineError("zeros round a map that was cropped stand where the map has values")
+        return top + more, left + wide
+
     def then(self, conv: PaddedConv, node: fx.Node, cost: float = 0.0, computed: bool = False) -> "Affine":
         """The value behind one more convolution."""
         if self.conv is not None:
             whole = compose_padded(self.conv, conv)
         else:
             scaled = conv.params._replace(kernel=conv.params.kernel * self.factor)
-            padding = tuple(a + b for a, b in zip(self.padding, conv.padding))
-            whole = PaddedConv(scaled, (padding[0], padding[1]), conv.edge)
+            whole = PaddedConv(scaled, self.padded(conv.padding), conv.edge)
         area = conv.params.stride[0] * conv.params.stride[1]
         costs = {one: macs * area for one, macs in self.costs.items()}
         return replace(
@@ -94,35 +100,54 @@ class _Several:
     values: tuple[Affine, ...]
 
 
-class NotAffineError(Exception):
+class NotAffineError(NotMergeableError):
     """A node computes something else than the algebra knows."""
 
 
+class Reading(NamedTuple):
+    """What :func:`read_affine` has found.
+
+    Args:
+        values: {node: what it is}: :class:`Affine`, or a constant in float64. Nodes without an input, and those that are
+            several values, are left out.
+        refused: {node: why it is not a convolution of what it reads}, in order.
+    """
+
+    values: dict[fx.Node, Affine | Tensor | Any]
+    refused: dict[fx.Node, RepPluginError]
+
+
 def read_affine(
-    graph: fx.Graph, module: nn.Module, constants: Mapping[str, Tensor]
-) -> dict[fx.Node, Affine | Tensor | Any]:
+    graph: fx.Graph, module: nn.Module, constants: Mapping[str, Tensor], sources: Collection[fx.Node] = ()
+) -> Reading:
     """Read every node of a graph.
 
     Args:
         graph: of the module's forward.
         module: the module, in eval mode.
         constants: {target: tensor} of what no module holds.
+        sources: values that are not to be read through.
 
     Returns:
-        {node: what it is}: :class:`Affine`, or a constant in float64. Nodes without an input, and those that are several
-        values, are left out.
+        The reading.
     """
-    return _Reader(graph, module, constants).values
+    reader = _Reader(graph, module, constants, sources)
+    return Reading(reader.values, reader.refused)
 
 
 class _Reader:
-    def __init__(self, graph: fx.Graph, module: nn.Module, constants: Mapping[str, Tensor]):
+    def __init__(
+        self, graph: fx.Graph, module: nn.Module, constants: Mapping[str, Tensor], sources: Collection[fx.Node]
+    ):
         self.module, self.constants = module, constants
         self.modules = dict(module.named_modules())
         self.values: dict[fx.Node, Any] = {}
+        self.refused: dict[fx.Node, RepPluginError] = {}
         for node in graph.nodes:
-            if node.op in ("placeholder", "output"):
-                value: Any = self._source(node) if node.op == "placeholder" else None
+            if node.op == "output":
+                continue
+            if node.op == "placeholder" or node in sources:
+                value: Any = self._source(node)
             else:
                 value = self._read(node)
             if value is not None:
@@ -147,8 +172,8 @@ class _Reader:
             value = self._value(node.args[0])
             try:
                 return self._call(node, self.modules[node.target], value) if isinstance(value, Affine) else None
-            except (RepPluginError, NotAffineError):
-                return self._source(node)
+            except RepPluginError as error:
+                return self._refuse(node, error)
         if node.op not in ("call_function", "call_method"):
             return self._source(node)
         try:
@@ -165,8 +190,14 @@ class _Reader:
             return self._source(node)
         try:
             return rule(node, *args, **kwargs)
-        except (RepPluginError, NotAffineError, TypeError):  # called in a way that the rule does not take
+        except RepPluginError as error:
+            return self._refuse(node, error)
+        except TypeError:  # called in a way that the rule does not take
             return self._source(node)
+
+    def _refuse(self, node: fx.Node, why: RepPluginError) -> Affine:
+        self.refused[node] = why if str(why) else NotAffineError(f"{node.name!r} is no convolution of one value")
+        return self._source(node)
 
     def _known(self, value: Any) -> Any:
         return self._value(value) if isinstance(value, fx.Node) else value
@@ -198,11 +229,8 @@ class _Reader:
             return value.through(node)
         if isinstance(layer, nn.ZeroPad2d) and type(layer).forward is nn.ZeroPad2d.forward:
             return _pad(node, value, layer.padding)
-        if (
-            not isinstance(layer, (nn.Conv2d, _BatchNorm, nn.AvgPool2d, Scale))
-            and type(layer).__name__ not in _READABLE
-        ):
-            raise NotAffineError
+        if not isinstance(layer, (nn.Conv2d, _BatchNorm, nn.AvgPool2d, Scale)) and type(layer).__name__ not in READABLE:
+            raise NotAffineError(f"{type(layer).__name__} is not linear")
         tensors = [*layer.parameters(), *layer.buffers()]
         conv = read_layer(layer, value.out_channels, tensors[0].device if tensors else value.device)
         return value.then(conv, node, layer.weight.numel() if isinstance(layer, nn.Conv2d) else 0.0)
@@ -397,16 +425,28 @@ def _in_rows(part: Tensor, rows: slice, total: int) -> Tensor:
 def _slice(node: fx.Node, value: Any, index: Any) -> Affine:
     if isinstance(value, _Several) and value.kind == "chunks" and isinstance(index, int):
         return value.values[index].through(node)
-    if (
-        not isinstance(value, Affine)
-        or not isinstance(index, tuple)
-        or len(index) < 2
-        or not isinstance(index[1], slice)
-    ):
+    if not isinstance(value, Affine) or not isinstance(index, tuple):
         raise NotAffineError
-    if any(part != slice(None) for part in (index[0], *index[2:])):
+    if index[0] is Ellipsis and len(index) == 3:
+        index = (slice(None), slice(None), *index[1:])
+    if not 2 <= len(index) <= 4 or not isinstance(index[1], slice):
         raise NotAffineError
-    return _rows(node, value, index[1])
+    if index[0] != slice(None):
+        raise NotAffineError
+    if index[1] != slice(None):
+        value = _rows(node, value, index[1])
+    rows, columns = (_cropped(part) for part in [*index[2:], slice(None), slice(None)][:2])
+    return _pad(node, value, (-columns, -columns, -rows, -rows)) if rows or columns else value.through(node)
+
+
+def _cropped(part: Any) -> int:
+    """How much ``[c:-c]`` takes off on both sides."""
+    if part == slice(None):
+        return 0
+    crop = part.start if isinstance(part, slice) else None
+    if not isinstance(crop, int) or crop <= 0 or part != slice(crop, -crop):
+        raise NotAffineError
+    return crop
 
 
 def _rows(node: fx.Node, value: Affine, rows: slice) -> Affine:
@@ -465,10 +505,13 @@ def _pad(node: fx.Node, inner: Affine, sides: Any, mode: str = "constant", value
     if mode != "constant" or value or left != right or top != bottom or any(others):
         raise NotAffineError
     if inner.conv is None:
-        padding = inner.padding[0] + top, inner.padding[1] + left
-        return replace(inner, padding=padding, nodes=inner.nodes | {node})
-    channels = inner.conv.params.out_channels
-    eye = identity_conv(channels, inner.conv.params.kernel.device)._replace(padding=(top, left))
+        return replace(inner, padding=inner.padded((top, left)), nodes=inner.nodes | {node})
+    conv, params = inner.conv, inner.conv.params
+    if max(top, left) <= 0:  # what is cropped off is not computed
+        (above, beside), (down, right) = conv.padding, params.stride
+        fewer = conv._replace(padding=(above + top * down, beside + left * right))
+        return replace(inner, conv=fewer, nodes=inner.nodes | {node})
+    eye = identity_conv(params.out_channels, params.kernel.device)._replace(padding=(top, left))
     return inner.then(eye, node)
 
 

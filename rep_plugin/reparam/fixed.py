@@ -47,7 +47,7 @@ class Fixed:
         weights: {name: why its tensors cannot be set}.
         reads: forwards that reach into modules.
         blocks: {name of a block: why it is left}.
-        parts: names of blocks that are merged by what their forward computes.
+        unlisted: names of blocks of no known layout that are merged by what their forward computes.
         borders: whether these may get a bias that depends on the position.
         only: names of the modules that are to be worked on; None: all.
     """
@@ -56,7 +56,7 @@ class Fixed:
     weights: dict[str, str] = field(default_factory=dict)
     reads: list[Read] = field(default_factory=list)
     blocks: dict[str, str] = field(default_factory=dict)
-    parts: list[str] = field(default_factory=list)
+    unlisted: list[str] = field(default_factory=list)
     borders: bool = False
     only: set[str] | None = None
 

@@ -1,27 +1,31 @@
-"""Blocks that are merged by what their forward computes, without an adapter for their class.
+"""Blocks that are merged by what their forward computes, whatever they are called.
 
 A block is taken where a convolution of its own input, in which branches meet or whose weights are computed, is all that the
 rest of its forward reads. See :mod:`rep_plugin.reparam.affine`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.conv_like import ConvLike
 from rep_plugin.blocks.layers import is_idle
-from rep_plugin.errors import TraceError
-from rep_plugin.reparam.affine import Affine, read_affine
+from rep_plugin.errors import NotMergeableError, TraceError
+from rep_plugin.reparam.affine import READABLE, Affine, read_affine
 from rep_plugin.reparam.border_conv import build_conv
-from rep_plugin.reparam.tracer import trace
+from rep_plugin.reparam.layouts import Layout
+from rep_plugin.reparam.linear_layers import CONV_NORM_CLASSES
+from rep_plugin.reparam.tracer import Called, trace
 
 KIND = "branches read from the forward"
 MOST = 32  # convolutions and averages of a module that is still looked at as one block
 NAME = "reparam_conv"
+MERGE_METHODS = ("fuse", "reparameterize", "switch_to_deploy", "merge_kernel", "local_inject", "fuse_convs")
 _ACTIVATIONS: Mapping[Any, type[nn.Module]] = {
     torch.relu: nn.ReLU, torch.nn.functional.relu: nn.ReLU, torch.nn.functional.relu6: nn.ReLU6,
     torch.nn.functional.silu: nn.SiLU, torch.nn.functional.hardswish: nn.Hardswish, torch.sigmoid: nn.Sigmoid,
@@ -39,6 +43,8 @@ class LinearPart:
         sink: the value that the rest of the forward reads.
         value: how it is computed.
         constants: {target: tensor} of the graph's tensors that the block does not hold.
+        called: the modules inside that have a forward of their own.
+        layout: the block's deployed form, where it is known.
     """
 
     module: nn.Module
@@ -46,60 +52,100 @@ class LinearPart:
     sink: fx.Node
     value: Affine
     constants: Mapping[str, torch.Tensor]
+    called: Sequence[Called] = ()
+    layout: Layout | None = None
+
+    @property
+    def conv_name(self) -> str:
+        """Name of the convolution where other layers follow it."""
+        return NAME if self.layout is None else self.layout.conv or NAME
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    kind = type(module)
+    if (not module._modules and not module._parameters) or isinstance(module, (RepBlock, ConvLike, nn.Conv2d)):
+        return True
+    return kind.forward in (nn.Module.forward, nn.Sequential.forward) or kind.__module__.startswith("torch.")
+
+
+def _layers_in(module: nn.Module) -> int:
+    convs = sum(isinstance(part, (nn.Conv2d, nn.AvgPool2d)) for part in module.modules())
+    return convs + any(p is not None and p.dim() == 4 for p in module._parameters.values())
 
 
 def may_hold(module: nn.Module) -> bool:
     """Return whether a module is looked at: one with a forward of its own round layers that are not ours."""
-    kind = type(module)
-    if (not module._modules and not module._parameters) or isinstance(module, (RepBlock, ConvLike, nn.Conv2d)):
-        return False
-    if kind.forward in (nn.Module.forward, nn.Sequential.forward) or kind.__module__.startswith("torch."):
-        return False
-    convs = sum(isinstance(part, (nn.Conv2d, nn.AvgPool2d)) for part in module.modules())
-    own = any(p is not None and p.dim() == 4 for p in module._parameters.values())
-    return 0 < convs + own <= MOST
+    return not _is_leaf(module) and 0 < _layers_in(module) <= MOST
 
 
-def find_part(module: nn.Module, borders: bool = False, root: bool = False) -> LinearPart | str | None:
+def has_branches(module: nn.Module) -> bool:
+    """Return whether a module looks as if branches met in it: several convolutions and a BN, or a method that merges it."""
+    if _is_leaf(module) or type(module).__name__ in CONV_NORM_CLASSES:
+        return False
+    if not any(isinstance(part, _BatchNorm) for part in module.modules()):
+        return False
+    return _layers_in(module) > 1 or can_merge_itself(module)
+
+
+def can_merge_itself(module: nn.Module) -> bool:
+    """Return whether a module has a method by which projects merge their blocks."""
+    return any(callable(getattr(type(module), method, None)) for method in MERGE_METHODS)
+
+
+def find_part(
+    module: nn.Module, borders: bool = False, root: bool = False, layout: Layout | None = None
+) -> LinearPart | str | None:
     """Find what of a block's forward is one convolution of its input.
 
     Args:
         module: the block, in eval mode.
         borders: take those too whose bias depends on the position, near the border.
         root: it is a whole model, whose class should stay.
+        layout: its deployed form, where that is known.
 
     Returns:
-        The part; the reason where branches meet but cannot be merged; None where there is nothing of the kind.
+        The part; the reason where branches meet, or seem to, but cannot be merged; None where there is nothing of the kind.
+
+    Raises:
+        RepPluginError: the children's names say without doubt what the block is, and a layer of it computes something else.
     """
+    known = layout is not None and layout.certain
     try:
-        graph = trace(module, constants := {})
-    except TraceError:
-        return None
+        graph = trace(module, constants := {}, called := [], READABLE)
+    except TraceError as error:
+        inner = any(has_branches(part) for part in module.modules() if part is not module)
+        return str(error) if known or (has_branches(module) and not inner) else None
     inputs = [node for node in graph.nodes if node.op == "placeholder" and node.users]
     if len(inputs) != 1:
         return None
-    values = read_affine(graph, module, constants)
+    values, refused = read_affine(graph, module, constants)
     why = None
     for node in reversed(graph.nodes):
         value = values.get(node)
         if not isinstance(value, Affine) or value.source is not inputs[0] or value.conv is None:
             continue
-        if value.branches < 2 and not value.computed:
+        joined, alone = value.branches > 1 or value.computed, _is_all_that_is_read(inputs[0], node, value)
+        if not joined and not (known and alone):
             continue
-        if not _is_all_that_is_read(inputs[0], node, value):
+        if not alone:
             why = why or f"its input, or a value inside, is read beside the sum {node.name!r} too"
             continue
-        if (kept := value.conv.params.kernel.numel()) > (cost := sum(value.costs.values())):
+        if layout is None and (kept := value.conv.params.kernel.numel()) > (cost := sum(value.costs.values())):
             costs = f"one convolution would take {kept:,} multiply-adds for a position, its branches take {cost:,.0f}"
             why = why or costs
+            continue
+        if min(value.conv.padding) < 0:
+            why = why or f"the sum {node.name!r} is of a map that is cropped"
             continue
         if value.conv.edge is not None and not borders:
             why = why or "its bias would depend on the position near the border: merge_linear=True merges it"
             continue
-        part = LinearPart(module, graph, node, value, constants)
-        if not root or _layers_behind(part) is not None:
+        part = LinearPart(module, graph, node, value, constants, called, layout)
+        if not root or layout is not None or _layers_behind(part) is not None:
             return part
         why = why or f"the sum {node.name!r} stands in the forward of the whole model: put it into a module of its own"
+    if known and refused and why is None:
+        raise next(iter(refused.values()))
     return why
 
 
@@ -112,12 +158,11 @@ def _result_of(graph: fx.Graph) -> Any:
     return next(node for node in graph.nodes if node.op == "output").args[0]
 
 
-def merge_part(part: LinearPart, name: str = NAME) -> nn.Module:
+def merge_part(part: LinearPart) -> nn.Module:
     """Return the module that takes a block's place.
 
     Args:
         part: the part of the block.
-        name: name of the convolution, where other layers follow it.
 
     Returns:
         The convolution, a Sequential of it and the layers behind it or, where the rest is not one layer after the other, a
@@ -127,11 +172,10 @@ def merge_part(part: LinearPart, name: str = NAME) -> nn.Module:
     conv = build_conv(part.value.conv, _sources_of(part))
     rest = _layers_behind(part)
     if rest is None:
-        merged: nn.Module = _graph_module(part, conv, name)
-    elif rest:
+        merged: nn.Module = _graph_module(part, conv)
+    elif rest or (part.layout is not None and part.layout.conv):
         merged = nn.Sequential()
-        merged.add_module(name, conv)
-        for key, layer in rest.items():
+        for key, layer in {part.conv_name: conv, **rest}.items():
             merged.add_module(key, layer)
     else:
         merged = conv
@@ -139,36 +183,86 @@ def merge_part(part: LinearPart, name: str = NAME) -> nn.Module:
     return merged
 
 
+def read_sum(module: nn.Module, children: str) -> LinearPart:
+    """Read what some children of a block compute together, as a convolution of what they are given.
+
+    Args:
+        module: the block, in eval mode.
+        children: their names.
+
+    Returns:
+        The part.
+
+    Raises:
+        NotMergeableError: it is no convolution.
+        TraceError: the forward cannot be traced.
+    """
+    graph, names = trace(module, constants := {}, leaves=READABLE), set(children.split())
+
+    def is_theirs(node: fx.Node) -> bool:
+        return node.op == "call_module" and node.target.split(".")[0] in names
+
+    modules = dict(module.named_modules())
+    theirs = [node for node in graph.nodes if is_theirs(node)]
+    inside: set[fx.Node] = set(theirs)
+    for node in graph.nodes:
+        if node.op in ("call_function", "call_method") and inside & set(node.all_input_nodes):
+            inside.add(node)
+    given = {node for one in theirs for node in one.all_input_nodes if node not in inside}
+    values, refused = read_affine(graph, module, constants, given)
+    for node in reversed(graph.nodes):
+        value = values.get(node)
+        if not isinstance(value, Affine) or value.conv is None or value.source not in given:
+            continue
+        called = [one for one in value.nodes if one.op == "call_module"]
+        alone = all(one.target is not torch.cat for one in value.nodes)  # with nothing beside it
+        if alone and called and all(is_theirs(one) or is_idle(modules[one.target]) for one in called):
+            return LinearPart(module, graph, node, value, constants)
+    raise next(iter(refused.values()), NotMergeableError(f"{children!r} compute no convolution"))
+
+
+def build_sum(part: LinearPart) -> nn.Conv2d:
+    """Return the layer that computes a part."""
+    assert part.value.conv is not None
+    return build_conv(part.value.conv, _sources_of(part))
+
+
 def _sources_of(part: LinearPart) -> list[nn.Module]:
     modules = dict(part.module.named_modules())
-    return [modules[node.target] for node in part.value.nodes if node.op == "call_module"] or [part.module]
+    called = [node for node in part.graph.nodes if node.op == "call_module" and node in part.value.nodes]
+    return [modules[node.target] for node in called] or [part.module]
 
 
 def _layers_behind(part: LinearPart) -> dict[str, nn.Module] | None:
     """The layers that run one after the other behind the part, by name; None where they do not."""
     layers: dict[str, nn.Module] = {}
-    node, modules = part.sink, dict(part.module.named_modules())
-    while (users := list(node.users)) and users[0].op != "output":
-        if len(users) > 1 or [*users[0].all_input_nodes] != [node]:
+    node, result, modules = part.sink, _result_of(part.graph), dict(part.module.named_modules())
+    while node is not result:
+        users = list(node.users)
+        called = next((one for one in reversed(part.called) if one.given is node and one.is_closed()), None)
+        if called is not None:
+            node, layer, name = called.result, modules[called.target], called.target.replace(".", "_")
+        elif len(users) != 1 or [*users[0].all_input_nodes] != [node]:
             return None
-        node = users[0]
-        if node.op == "call_module" and node.args == (users[0].all_input_nodes[0],) and not node.kwargs:
+        elif users[0].op == "call_module" and users[0].args == (node,) and not users[0].kwargs:
+            node = users[0]
             layer, name = modules[node.target], node.target.replace(".", "_")
-        elif node.target in _ACTIVATIONS and len(node.args) == 1:
+        elif users[0].target in _ACTIVATIONS and len(users[0].args) == 1:
+            node = users[0]
             layer = _ACTIVATIONS[node.target]()
             name = "act" if "act" not in layers else f"act{len(layers)}"
         else:
             return None
         if is_idle(layer):
             continue
-        if name in layers or name == NAME:
+        if name in layers or name == part.conv_name:
             return None
         layers[name] = layer
-    return layers if _result_of(part.graph) is node else None
+    return layers
 
 
-def _graph_module(part: LinearPart, conv: nn.Module, name: str) -> nn.Module:
-    graph, copies = fx.Graph(), {}
+def _graph_module(part: LinearPart, conv: nn.Module) -> nn.Module:
+    graph, copies, name = fx.Graph(), {}, part.conv_name
     needed = {node for node in part.graph.nodes if node.op in ("placeholder", "output")} | {part.sink}
     for node in reversed(part.graph.nodes):
         if node in needed and node is not part.sink:

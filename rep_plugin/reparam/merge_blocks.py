@@ -1,11 +1,11 @@
 """Merging every module that has an adapter or is linear by its forward, and leaving those that compute something else.
 
-An adapter recognises a block by its children. Before a merge is accepted, a copy is merged and compared with the block: on
-the block's own input, cut to small maps, at three scales.
+Before a merge is accepted, a copy is merged and compared with the block: on the block's own input, cut to small maps, at
+three scales.
 """
 
-from collections.abc import Collection, Mapping
-from functools import partial
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,32 +13,55 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from rep_plugin.attached import detach_all_
+from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.conv_like import ConvLike
-from rep_plugin.errors import RepPluginError, first_line
+from rep_plugin.errors import EquivalenceError, RepPluginError
 from rep_plugin.measure.branches import Branches
 from rep_plugin.measure.copies import copy_inputs, copy_model
-from rep_plugin.measure.differences import flatten_outputs, shapes_of
+from rep_plugin.measure.differences import flatten_outputs
 from rep_plugin.measure.forward import first_image, run_model
 from rep_plugin.measure.report import BlockReport
-from rep_plugin.measure.verify import run_exact
+from rep_plugin.measure.verify import SCALES, Call, UnstableError, call_module, compare_call
 from rep_plugin.reparam.adapters import find_adapter
 from rep_plugin.reparam.fixed import ADVICE, UNSELECTED, Fixed
+from rep_plugin.reparam.layouts import Layout, find_layout
 from rep_plugin.reparam.linear_parts import KIND, LinearPart, find_part, may_hold, merge_part
 
 RECOGNISED = 1e-6  # relative: the proof of the whole model is finer
-SCALES = (1.0, 1e-3, 1e3)
 _SIDES = ((16, 13), (9, 12))
 _OWN = vars(nn.Module()).keys()  # what torch keeps on a module
+
+
+@dataclass
+class Merged:
+    """A model whose blocks are merged.
+
+    Args:
+        model: the model; its root may be another one than the given one.
+        blocks: what was merged.
+        parts: {name of a block: what of its forward was merged}.
+        reasons: {name: why} of modules in which branches meet and that cannot be merged.
+    """
+
+    model: nn.Module
+    blocks: list[BlockReport] = field(default_factory=list)
+    parts: dict[str, LinearPart] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def unlisted(self) -> list[str]:
+        """Names of the blocks that are merged by their forward alone, their layout being unknown."""
+        return [name for name, part in self.parts.items() if part.layout is None]
 
 
 def merge_blocks_(
     model: nn.Module,
     left: Collection[str] = (),
     prefix: str = "",
-    parts: Collection[str] | None = None,
-    reasons: dict[str, str] | None = None,
+    unlisted: Collection[str] | None = None,
     borders: bool = True,
-) -> tuple[nn.Module, list[BlockReport]]:
+    known: Mapping[str, LinearPart] | None = None,
+) -> Merged:
     """Merge every module that has an adapter, outermost first, then those that are linear by their forward, in place.
 
     What a merge leaves is looked through as well: a block may be merged in part. A module that stands in several places is
@@ -48,54 +71,101 @@ def merge_blocks_(
         model: the model, in eval mode.
         left: names of blocks that stay as they are.
         prefix: name of the model, where it is a part of another one.
-        parts: names of the modules whose forward is read; None: all.
-        reasons: is given {name: why} of modules in which branches meet and that cannot be merged.
+        unlisted: names of the blocks without a known layout whose forward is read; None: all.
         borders: merge those too whose bias depends on the position.
+        known: what another copy of this model was found to hold: nothing else is merged by its forward.
 
     Returns:
-        The model (the root may be replaced), and its blocks.
+        The model, its blocks and what is left.
     """
-    blocks: list[BlockReport] = []
-    done: dict[nn.Module, nn.Module] = {}
+    return _Merger(left, unlisted, borders, known).run(model, prefix)
 
-    def drop_inside(name: str) -> None:
-        blocks[:] = [block for block in blocks if name and not block.name.startswith(f"{name}.")]
 
-    def visit(name: str, module: nn.Module) -> nn.Module:
-        if module in done:
-            return done[module]
-        merged = module
-        adapter = None if name in left else find_adapter(module)
-        if adapter is not None:
+class _Merger:
+    def __init__(
+        self,
+        left: Collection[str],
+        unlisted: Collection[str] | None,
+        borders: bool,
+        known: Mapping[str, LinearPart] | None,
+    ):
+        self.left, self.unlisted, self.borders, self.known = left, unlisted, borders, known
+        self.found = Merged(nn.Identity())
+        self.done: dict[nn.Module, nn.Module] = {}
+
+    def run(self, model: nn.Module, prefix: str) -> Merged:
+        self.found.model = self.visit(prefix, model)
+        _repoint_(self.found.model, self.done)
+        return self.found
+
+    def visit(self, name: str, module: nn.Module) -> nn.Module:
+        if module in self.done:
+            return self.done[module]
+        merged, adapter = module, None if name in self.left else find_adapter(module)
+        layout = None if adapter is not None or name in {*self.left, *(self.unlisted or ())} else find_layout(module)
+        if adapter is not None or layout is not None:
             for key, part in list(module.named_modules()):
                 if part is not module and isinstance(part, ConvLike):
-                    module.set_submodule(key, visit(f"{name}.{key}", part))
-            drop_inside(name)
+                    module.set_submodule(key, self.visit(f"{name}.{key}", part))
+        if adapter is not None:
             try:
                 merged = adapter.merge(module)
             except RepPluginError as error:
                 raise type(error)(f"block {name!r} ({adapter.name}): {error}") from error
-            blocks.append(BlockReport(name, adapter.name))
-            _carry_over_(module, merged)
-        done[module] = done[merged] = merged
+            self.note(name, adapter.name, module, merged)
+        elif layout is not None:
+            merged = self.merge_part(name, module, layout)
+        whole = adapter is None and merged is module
+        self.done[module] = self.done[merged] = merged
         for key, child in list(merged._modules.items()):
-            if child is not None and (new := visit(f"{name}.{key}" if name else key, child)) is not child:
+            if child is not None and (new := self.visit(f"{name}.{key}" if name else key, child)) is not child:
                 merged._modules[key] = new
-        if adapter is None and name not in left and (parts is None or name in parts) and may_hold(merged):
-            part = find_part(merged, borders, root=not name)
-            if isinstance(part, LinearPart):
-                drop_inside(name)
-                blocks.append(BlockReport(name, f"{type(merged).__name__}, {KIND}"))
-                merged = done[module] = merge_part(part)
-                _carry_over_(module, merged)
-                done[merged] = merged
-            elif part is not None and reasons is not None:
-                reasons[name] = part
+        if whole and name not in self.left and (layout is None or (not layout.certain and self.is_in_blocks(name))):
+            merged = self.merge_part(name, module, layout)
         return merged
 
-    whole = visit(prefix, model)
-    _repoint_(whole, done)
-    return whole, blocks
+    def is_in_blocks(self, name: str) -> bool:
+        """Return whether anything in a module was merged."""
+        return any(not name or block.name.startswith(f"{name}.") for block in self.found.blocks)
+
+    def merge_part(self, name: str, module: nn.Module, layout: Layout | None) -> nn.Module:
+        """What takes a block's place; the block itself where its forward is not merged."""
+        part = self.find(name, module, layout)
+        if isinstance(part, LinearPart):
+            merged = merge_part(part)
+            self.note(name, f"{type(module).__name__}, {KIND}" if layout is None else layout.name, module, merged)
+            self.found.parts[name] = part
+            return merged
+        inside = f"{name}." if name else ""
+        if (
+            part is not None
+            and not self.is_in_blocks(name)
+            and not any(r.startswith(inside) for r in self.found.reasons)
+        ):
+            self.found.reasons[name] = part
+        return module
+
+    def find(self, name: str, module: nn.Module, layout: Layout | None) -> LinearPart | str | None:
+        if self.known is not None:
+            part = self.known.get(name)
+            if part is None:
+                return None
+            if not part.constants:
+                return replace(part, module=module)
+        elif layout is None and not (may_hold(module) and (self.unlisted is None or name in self.unlisted)):
+            return None
+        try:
+            return find_part(module, self.borders, not name, layout)
+        except RepPluginError as error:
+            raise type(error)(f"block {name!r} ({layout.name if layout else ''}): {error}") from error
+
+    def note(self, name: str, kind: str, module: nn.Module, merged: nn.Module) -> None:
+        """Note that a block was merged, in the place of what was merged inside it."""
+        self.found.blocks = [one for one in self.found.blocks if not _is_inside(one.name, [name])]
+        self.found.parts = {one: part for one, part in self.found.parts.items() if not _is_inside(one, [name])}
+        self.found.blocks.append(BlockReport(name, kind))
+        _carry_over_(module, merged)
+        self.done[module] = self.done[merged] = merged
 
 
 def _carry_over_(module: nn.Module, merged: nn.Module) -> None:
@@ -125,23 +195,37 @@ def _repoint_(model: nn.Module, done: Mapping[nn.Module, nn.Module]) -> None:
                 vars(module)[key] = merged_of(value)
 
 
-def find_left(model: nn.Module, x: Any, fixed: Fixed, branches: Branches) -> tuple[nn.Module, list[BlockReport]]:
+def _is_known(module: nn.Module) -> bool:
+    return find_adapter(module) is not None or ((layout := find_layout(module)) is not None and layout.certain)
+
+
+def find_mergeable(model: nn.Module) -> list[str]:
+    """Return the names of the modules that :func:`merge_blocks_` would merge, blocks inside of others too."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if _is_known(module) or (may_hold(module) and isinstance(find_part(module, root=not name), LinearPart))
+    ]
+
+
+def find_left(model: nn.Module, x: Any, fixed: Fixed, branches: Branches) -> Merged:
     """Find the blocks of a model that are merged by their forward, and those that must stay as they are.
 
     Args:
         model: the model, in eval mode. It is not changed.
         x: what it is called with.
-        fixed: what of it must stay as it is. Its ``parts`` and ``blocks`` are set.
+        fixed: what of it must stay as it is. Its ``unlisted`` and ``blocks`` are set.
         branches: where its forward decides by values or sizes.
 
     Returns:
-        A copy in float64 that is merged so, and its blocks.
+        A copy in float64 that is merged so.
     """
     accepted: list[str] = []
     for name, module in model.named_modules():
-        if not fixed.selects(name) and (may_hold(module) or find_adapter(module) is not None):
+        known = _is_known(module)
+        if not fixed.selects(name) and (known or may_hold(module)):
             fixed.blocks[name] = UNSELECTED
-        if find_adapter(module) is None or _is_inside(name, accepted) or name in fixed.blocks:
+        if not known or _is_inside(name, accepted) or name in fixed.blocks:
             continue
         why = fixed.why_not_merged(name) or _why_lost(name, module, fixed)
         if why is None and not _is_ours(module):
@@ -152,27 +236,26 @@ def find_left(model: nn.Module, x: Any, fixed: Fixed, branches: Branches) -> tup
             fixed.blocks[name] = why
     compared: list[str] = []
     while True:  # where one is refused, another may stand inside it
-        reasons: dict[str, str] = {}
-        merged, blocks = merge_blocks_(copy_model(model).double(), fixed.blocks, reasons=reasons, borders=fixed.borders)
-        fixed.parts = [block.name for block in blocks if block.kind.endswith(KIND)]
+        merged = merge_blocks_(copy_model(model).double(), fixed.blocks, borders=fixed.borders)
+        fixed.unlisted = merged.unlisted
         new: list[str] = []
-        for block in blocks:
+        for block in merged.blocks:
             if not _is_inside(block.name, [*compared, *new]) and not _is_ours(model.get_submodule(block.name)):
                 new.append(block.name)
         inputs, refused = _inputs_of(model, x, new) if new else {}, {}
         for name in new:
             module, why = model.get_submodule(name), None
-            if name in fixed.parts:
+            if name in merged.parts and name not in accepted:
                 why = fixed.why_not_merged(name) or _why_lost(name, module, fixed) or branches.inside(name)
-            why = why or _why_not_recognised(module, merged.get_submodule(name), inputs.get(name))
+            why = why or _why_not_recognised(module, merged.model.get_submodule(name), inputs.get(name))
             if why is None:
                 compared.append(name)
             else:
                 refused[name] = why
         fixed.blocks |= refused
         if not refused:
-            fixed.blocks = reasons | fixed.blocks
-            return merged, blocks
+            fixed.blocks = merged.reasons | fixed.blocks
+            return merged
 
 
 def _is_inside(name: str, outer: Collection[str]) -> bool:
@@ -180,7 +263,7 @@ def _is_inside(name: str, outer: Collection[str]) -> bool:
 
 
 def _is_ours(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("rep_plugin.")
+    return isinstance(module, (RepBlock, ConvLike)) or type(module).__module__.startswith("rep_plugin.")
 
 
 def _why_lost(name: str, module: nn.Module, fixed: Fixed) -> str | None:
@@ -192,7 +275,8 @@ def _why_lost(name: str, module: nn.Module, fixed: Fixed) -> str | None:
         return None
     copied = detach_all_(copy_model(module))
     parts = dict(copied.named_modules(remove_duplicate=False))
-    stay = set(merge_blocks_(copied, prefix=name, parts=fixed.parts, borders=fixed.borders)[0].modules())
+    merged = merge_blocks_(copied, prefix=name, unlisted=fixed.unlisted, borders=fixed.borders).model
+    stay = set(merged.modules())
     for key, what in attached.items():
         if parts[key] not in stay or (not key and " of its own" in what):
             return f"{(inside + key if key else name) or 'the model'!r} {what}: {ADVICE}"
@@ -222,62 +306,49 @@ def _cut(value: Any) -> Any:
     return value.detach().double() if value.is_floating_point() else value.detach().clone()
 
 
-def _why_not_recognised(block: nn.Module, merged: nn.Module, call: tuple[tuple, dict] | None) -> str | None:
+def _why_not_recognised(block: nn.Module, merged: nn.Module, given: tuple[tuple, dict] | None) -> str | None:
     """Compare a block with what its merge makes of it, in float64."""
     exact, merged = detach_all_(copy_model(block)).double(), detach_all_(copy_model(merged))
-    if call is None:  # no input runs it
+    if given is None:  # no input runs it
         conv = next((module for module in merged.modules() if isinstance(module, nn.Conv2d)), None)
         if conv is None:
             return None
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(2, conv.in_channels, 16, 13, dtype=torch.float64, generator=generator)
-        call = (x.to(conv.weight.device),), {}
-    for args, kwargs in _small_calls(exact, call):
-        for scale in SCALES:
-            if (why := _why_different(exact, merged, *tree_map(partial(_times, scale), (args, kwargs)))) is not None:
-                return f"it is not recognised: {why}"
+        given = (x.to(conv.weight.device),), {}
+    ran = False
+    for call, is_cut in _calls(*given):
+        if ran and not is_cut:
+            break
+        try:
+            expected = call.run(exact)
+        except Exception:  # what a block does not take it refuses in its own way
+            continue
+        ran = True
+        if not all(torch.isfinite(out).all() for out in flatten_outputs(expected)):
+            continue
+        try:
+            off = compare_call(call, exact, merged, expected, RECOGNISED)
+        except UnstableError:
+            continue
+        except EquivalenceError as error:
+            return f"it is not recognised: merged, it does something else: {error}"
+        if off.exceeds(RECOGNISED):
+            return f"it is not recognised: merged, it differs by {off.max_rel:.1e} relative in {off.where}"
     return None
 
 
-def _times(scale: float, leaf: Any) -> Any:
-    return leaf * scale if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+def _calls(args: tuple, kwargs: dict) -> Iterator[tuple[Call, bool]]:
+    """Calls of a block at all scales: of a single map cut to small sides, all in one batch; then of what it was given."""
+    scales = (1.0, *SCALES)
+    if len(args) == 1 and not kwargs and _is_float(args[0]) and args[0].dim() == 4:
+        for height, width in _SIDES:
+            cut = args[0][:, :, :height, :width]
+            yield Call(call_module, (torch.cat([cut * scale for scale in scales]),)), True
+    for scale in scales:
+        scaled = tree_map(lambda leaf, scale=scale: leaf * scale if _is_float(leaf) else leaf, (args, kwargs))
+        yield Call(call_module, *scaled), False
 
 
-def _small_calls(block: nn.Module, call: tuple[tuple, dict]) -> list[tuple[tuple, dict]]:
-    """The call on maps cut to small sides; as it is where there is no single map, or the block takes its size alone."""
-    args, kwargs = call
-    if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or args[0].dim() != 4:
-        return [call]
-    cut = [args[0][:, :, :height, :width] for height, width in _SIDES]
-    calls = [((one,), {}) for one in cut if _try(block, (one,), {}) is not None]
-    return calls or [call]
-
-
-def _try(block: nn.Module, args: tuple, kwargs: Mapping) -> Any:
-    try:
-        return run_exact(block, *copy_inputs(args), **copy_inputs(kwargs))
-    except Exception:  # what a block does not take it refuses in its own way
-        return None
-
-
-def _relative(expected: Tensor, found: Tensor) -> float:
-    if not expected.numel():
-        return 0.0
-    return ((found - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo(torch.float64).tiny)).item()
-
-
-def _why_different(block: nn.Module, merged: nn.Module, args: tuple, kwargs: Mapping) -> str | None:
-    expected = _try(block, args, kwargs)
-    if expected is None or not all(torch.isfinite(out).all() for out in flatten_outputs(expected)):
-        return None
-    try:
-        found = run_exact(merged, *copy_inputs(args), **copy_inputs(kwargs))
-    except Exception as error:  # torch's, of shapes that do not fit
-        return f"merged, it does not run: {first_line(error)}"
-    if shapes_of(expected) != shapes_of(found):
-        return f"merged, its output is {shapes_of(found)} in the place of {shapes_of(expected)}"
-    off = max(map(_relative, flatten_outputs(expected), flatten_outputs(found)), default=0.0)
-    if off <= RECOGNISED:
-        return None
-    largest = max((a.abs().max().item() for a in args if isinstance(a, Tensor) and a.numel()), default=0.0)
-    return f"merged, it differs by {off:.1e} relative at inputs up to {largest:.1e}"
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()

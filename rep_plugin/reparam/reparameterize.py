@@ -1,8 +1,9 @@
 """``reparameterize``: merge every block of a model, prove the result, and say what was done."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -24,18 +25,14 @@ from rep_plugin.measure.verify import Equivalence, default_inputs, require_round
 from rep_plugin.reparam.fixed import UNSELECTED, Fixed, find_fixed
 from rep_plugin.reparam.fold_bn import absorb_biases_, fold_conv_bn_, is_frozen_bn
 from rep_plugin.reparam.linear_layers import CONV_NORM_CLASSES
-from rep_plugin.reparam.merge_blocks import find_left, merge_blocks_
+from rep_plugin.reparam.linear_parts import can_merge_itself
+from rep_plugin.reparam.merge_blocks import Merged, find_left, merge_blocks_
 from rep_plugin.reparam.merge_sequence import merge_linear_
 from rep_plugin.reparam.selection import Where, select_modules
 
 TOLERANCE = 1e-9  # relative, in float64
 # These are proven end to end: under the block's own name stands another part of the whole than before.
 CONV_BN, BN_CONV, SEQUENCE = "Conv-BN", "BN-Conv", "linear sequence"
-MERGE_METHODS = ("fuse", "reparameterize", "switch_to_deploy", "merge_kernel", "local_inject", "fuse_convs")
-
-
-def _can_merge_itself(module: nn.Module) -> bool:
-    return any(callable(getattr(type(module), method, None)) for method in MERGE_METHODS)
 
 
 def _holds_bn(module: nn.Module) -> bool:
@@ -47,7 +44,7 @@ def _find_self_merging(model: nn.Module) -> dict[str, str]:
 
     One convolution and its BN is not meant: that is a matter of ``fold_bn``.
     """
-    able = [name for name, module in model.named_modules() if _can_merge_itself(module)]
+    able = [name for name, module in model.named_modules() if can_merge_itself(module)]
     outer = {name for name in able for other in able if other != name and other.startswith(f"{name}." if name else "")}
     inner = [name for name in able if name not in outer]
     modules = dict(model.named_modules())
@@ -74,6 +71,20 @@ def _note_unknown(model: nn.Module, able: dict[str, str], merged: list[str]) -> 
     ]
 
 
+def _note_left(blocks: Mapping[str, str]) -> list[str]:
+    """One line for each reason."""
+    names: dict[str, list[str]] = {}
+    for name, why in blocks.items():
+        if why != UNSELECTED:
+            names.setdefault(why, []).append(repr(name))
+    return [
+        f"block {same[0]} is left as it is: {why}"
+        if len(same) == 1
+        else f"blocks {', '.join(same[:3])}{f' and {len(same) - 3} more' * (len(same) > 3)} are left as they are: {why}"
+        for why, same in names.items()
+    ]
+
+
 @dataclass
 class _Conversion:
     """``parts``, kept for a proof, are the merged blocks before the network's own BNs were folded or moved."""
@@ -89,16 +100,16 @@ def _convert(
     fold_bn: bool,
     merge_linear: bool,
     fixed: Fixed,
-    merged: tuple[nn.Module, list[BlockReport]] | None = None,
+    merge: Callable[[nn.Module], Merged],
+    keep: bool = False,
 ) -> _Conversion:
-    """Merge in place; with ``merged``, a merged copy and its blocks, go on with that copy, and keep its parts for a proof."""
+    """Merge blocks and fold what is left, in place or in a copy that ``merge`` gives; keep what a proof of that needs."""
     able, before = _find_self_merging(model), set(model.modules())
     bias_free = [name for name, m in model.named_modules() if name and isinstance(m, ConvLike) and m.bias_free]
-    given = merge_blocks_(model, fixed.blocks, parts=fixed.parts, borders=merge_linear) if merged is None else merged
-    model, blocks = given[0], list(given[1])
-    parts = {block.name: copy_model(model.get_submodule(block.name)) for block in blocks} if merged is not None else {}
-    merged_blocks = list(blocks)
-    notes = [f"block {name!r} is left as it is: {why}" for name, why in fixed.blocks.items() if why != UNSELECTED]
+    merged = merge(model)
+    model, blocks = merged.model, list(merged.blocks)
+    parts = {block.name: copy_model(model.get_submodule(block.name)) for block in blocks} if keep else {}
+    notes = _note_left(fixed.blocks)
     bias_free = [name for name in bias_free if name not in fixed.blocks]
     if not fold_bn and (biased := absorb_biases_(model, bias_free, fixed)):
         notes.append(f"{len(biased)} convolutions keep a bias, as no BN alone reads them: {', '.join(biased)}")
@@ -111,7 +122,7 @@ def _convert(
         pairs, left = fold_conv_bn_(model, fixed)
         blocks += [BlockReport(conv, f"{BN_CONV if first else CONV_BN} ({bn})") for conv, bn, first in pairs]
         notes += left
-    notes += _note_unknown(model, able, [*(block.name for block in merged_blocks), *fixed.blocks])
+    notes += _note_unknown(model, able, [*(block.name for block in merged.blocks), *fixed.blocks])
     if not blocks:
         raise NothingToMergeError(f"{type(model).__name__} holds no block that can be merged", notes)
     for module in set(model.modules()) - before:
@@ -136,10 +147,11 @@ def reparameterize(
     """Merge all branches of every block into one convolution each; return the merged model and a report.
 
     The proof compares a merged float64 copy with the original, block by block and end to end, on the example and on random
-    inputs, an odd size among them; relative tolerance 1e-9. Multi-branch blocks of timm, mmpretrain and the official
-    repositories are recognised (:mod:`rep_plugin.reparam.foreign.sums`) by their children, and then by what they compute, on
-    small maps at three scales. ``report.notes`` name what is left as it is: blocks that compute something else, layers with
-    hooks, replaced methods or shared weights, and modules that can merge themselves but are not recognised here.
+    inputs, an odd size among them; relative tolerance 1e-9. Multi-branch blocks are recognised by what their forward
+    computes, whatever they are called. Those of timm, mmpretrain and the official repositories get the names of their own
+    deployed forms (:mod:`rep_plugin.reparam.layouts`). ``report.notes`` name what is left as it is: blocks whose forward
+    cannot be read, layers with hooks, replaced methods or shared weights, and modules that can merge themselves but are not
+    recognised here.
 
     Args:
         model: a model in eval mode; it stays as it was where an error is raised.
@@ -183,11 +195,12 @@ def reparameterize(
     fixed.borders, fixed.only = merge_linear, select_modules(model, where, skip)
     merged_exactly = find_left(model, inputs[0], fixed, branches)
     if verify:
-        exact = _convert(model, fold_bn, merge_linear, fixed, merged_exactly)
+        exact = _convert(model, fold_bn, merge_linear, fixed, lambda _: merged_exactly, keep=True)
         report.blocks = exact.blocks
         report.add_proof(_prove(model, exact, inputs, branches))
     with undone_on_error(*([model] if inplace else [])):
-        done = _convert(model if inplace else copy_model(model), fold_bn, merge_linear, fixed)
+        known = partial(merge_blocks_, left=fixed.blocks, borders=merge_linear, known=merged_exactly.parts)
+        done = _convert(model if inplace else copy_model(model), fold_bn, merge_linear, fixed, known)
         merged = done.model
         if exact is None:
             report.blocks = done.blocks
@@ -196,7 +209,7 @@ def reparameterize(
             require_rounded(merged, exact.model)
         report.params_after, report.macs_after = count_params(merged), count_macs(merged, counted)
         report.notes += done.notes
-        names = {"left": sorted(fixed.blocks), "parts": sorted(fixed.parts)}
+        names = {"left": sorted(fixed.blocks), "parts": sorted(fixed.unlisted)}
         names = {key: value for key, value in names.items() if value}
         names |= {} if fixed.only is None else {"only": sorted(fixed.only)}
         record_(merged, before, step="reparameterize", fold_bn=fold_bn, merge_linear=merge_linear, **names)
@@ -214,8 +227,9 @@ def _replay(
     only: Sequence[str] | None = None,
 ) -> nn.Module:
     fixed = find_fixed(model)
-    fixed.blocks, fixed.parts, fixed.only = dict.fromkeys(left, ""), list(parts), None if only is None else set(only)
-    return _convert(model, fold_bn, merge_linear, fixed).model  # not run: nothing says which inputs it takes
+    fixed.blocks, fixed.only = dict.fromkeys(left, ""), None if only is None else set(only)
+    merge = partial(merge_blocks_, left=fixed.blocks, unlisted=list(parts), borders=merge_linear)
+    return _convert(model, fold_bn, merge_linear, fixed, merge).model  # not run: nothing says which inputs it takes
 
 
 def _prove(model: nn.Module, exact: _Conversion, inputs: list[Tensor], branches: Branches) -> Equivalence:

@@ -10,10 +10,11 @@ import builtins
 import inspect
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import wraps
+from itertools import takewhile
 from types import FunctionType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,6 +26,28 @@ from rep_plugin.errors import TraceError, first_line
 from rep_plugin.measure.copies import copy_model
 
 _MATH = {name: value for name, value in vars(math).items() if callable(value) and not name.startswith("_")}
+
+
+class Called(NamedTuple):
+    """A module with a forward of its own that is called with one value and gives one.
+
+    Args:
+        target: its name.
+        given, result: the values.
+        nodes: all that its forward computes.
+    """
+
+    target: str
+    given: fx.Node
+    result: fx.Node
+    nodes: frozenset[fx.Node]
+
+    def is_closed(self) -> bool:
+        """Whether it reads and gives nothing else, and all that reads its value is in it."""
+        inside = self.nodes | {self.given}
+        return all(user in self.nodes for node in inside - {self.result} for user in node.users) and all(
+            node in inside for one in self.nodes for node in one.all_input_nodes
+        )
 
 
 class _Routed:
@@ -106,14 +129,17 @@ class _Globals:
 class _Tracer(fx.Tracer):
     """Convolutions, BNs and blocks are leaves, beside those that torch.fx knows."""
 
-    def __init__(self) -> None:
+    def __init__(self, called: list[Called] | None, leaves: Collection[str]) -> None:
         super().__init__()
+        self.leaves = leaves
         self._qualname_counter = defaultdict(int)  # torch's is one for the process
         self._globals = _Globals()
         self._proxies: dict[int, fx.Proxy] = {}
+        self.called = called
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return isinstance(module, (RepBlock, nn.Conv2d, _BatchNorm)) or super().is_leaf_module(module, qualified_name)
+        known = isinstance(module, (RepBlock, nn.Conv2d, _BatchNorm)) or type(module).__name__ in self.leaves
+        return known or super().is_leaf_module(module, qualified_name)
 
     def call_module(self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
         name = self.path_of_module(module)
@@ -121,7 +147,13 @@ class _Tracer(fx.Tracer):
             raise TraceError(f"{name!r} is compiled")
         if self.is_leaf_module(module, name):
             return self.create_proxy("call_module", name, args, kwargs)
-        return forward(*args, **kwargs)
+        last = next(iter(reversed(self.graph.nodes)), None)
+        out = forward(*args, **kwargs)
+        one = len(args) == 1 and not kwargs and isinstance(args[0], fx.Proxy) and isinstance(out, fx.Proxy)
+        if self.called is not None and one:
+            made = takewhile(lambda node: node is not last, reversed(self.graph.nodes))
+            self.called.append(Called(name, args[0].node, out.node, frozenset(made)))
+        return out
 
     def create_node(self, kind, target, args, kwargs, name=None, type_expr=None) -> fx.Node:
         # torch's would note for each node in which modules it stands, which takes as long as all else
@@ -195,7 +227,12 @@ def _stand_ins(model: nn.Module, tracer: _Tracer) -> dict[int, object]:
     return made
 
 
-def trace(model: nn.Module, constants: dict[str, Tensor] | None = None) -> fx.Graph:
+def trace(
+    model: nn.Module,
+    constants: dict[str, Tensor] | None = None,
+    called: list[Called] | None = None,
+    leaves: Collection[str] = (),
+) -> fx.Graph:
     """Return the graph of a model, convolutions and BNs being leaves; arguments that have a default keep it.
 
     Nothing outside of the traced copy is changed, not even while it is traced.
@@ -203,6 +240,8 @@ def trace(model: nn.Module, constants: dict[str, Tensor] | None = None) -> fx.Gr
     Args:
         model: the model.
         constants: is given {target: tensor} of what the forward computes from buffers alone, which no module holds.
+        called: is given the modules inside that have a forward of their own, inner ones first.
+        leaves: names of classes that are leaves too.
 
     Returns:
         The graph.
@@ -214,7 +253,7 @@ def trace(model: nn.Module, constants: dict[str, Tensor] | None = None) -> fx.Gr
     defaults = {
         a.name: a.default for a in arguments if a.default is None or isinstance(a.default, (bool, int, float, str))
     }
-    tracer = _Tracer()
+    tracer = _Tracer(called, leaves)
     copied = copy_model(model, _stand_ins(model, tracer))
     try:
         graph = tracer.trace(copied, defaults or None)

@@ -119,6 +119,21 @@ class Clamped(official.RepVGGBlock):
         return super().forward(x).clamp(-50, 50)
 
 
+class Swapped(official.RepVGGBlock):
+    def forward(self, x):
+        return self.rbr_1x1(x) - self.se(self.rbr_dense(x))
+
+
+@pytest.mark.parametrize("kind", [Doubling, Clamped, Swapped])
+def test_another_forward_behind_known_names_is_merged_as_it_computes(kind):
+    model = calibrate_random_bn_(nn.Sequential(kind(8, 8)), torch.randn(4, 8, 9, 9)).double()
+    merged, report = rep_plugin.reparameterize(model, torch.randn(2, 8, 33, 34).double())
+    assert [block.kind for block in report.blocks] == ["RepVGG block"] and report.max_rel_error < 1e-12
+    assert merged[0].rbr_reparam.kernel_size == (3, 3) and len(list(merged.parameters())) == 2
+    x = 100 * torch.randn(1, 8, 9, 9).double()
+    assert relative_error(model(x), merged(x)) < 1e-12
+
+
 class Squashed(official.MobileOneBlock):
     def forward(self, x):
         return super().forward(x) * torch.tanh(10 * x.abs().mean())
@@ -143,9 +158,7 @@ class Loud(official.RepVGGBlock):
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
-        (Doubling, "not recognised: merged, it differs by"),
-        (Clamped, "not recognised: merged, it differs by"),
-        (Squashed, "not recognised: merged, it differs by"),
+        (Squashed, "its input, or a value inside, is read beside the sum"),
         (SmallOnly, "takes another path for an input .2, 3, 112, 112., in '1.*' .test_foreign.py"),
         (ManyOnly, "takes another path for an input .8, 3, .*, in '1.*' .test_foreign.py"),
         (Loud, "decides by a value in '1.*' .test_foreign.py"),
@@ -163,6 +176,41 @@ def test_a_wrong_forward_behind_known_names_is_left_as_it_is(kind, why, verify):
     for shape, scale in [((1, 3, 120, 101), 1.0), ((2, 3, 9, 9), 1e-3), ((2, 3, 9, 9), 1e3), ((9, 3, 9, 9), 1.0)]:
         x = scale * torch.randn(shape).double()
         assert relative_error(model(x), merged(x)) < 1e-12
+
+
+class Untraceable(nn.Module):
+    """A sum that torch.fx cannot trace, of names that nobody knows, without a merge method."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = official.conv_bn(8, 8, 3, 1, 1), official.conv_bn(8, 8, 1)
+
+    def forward(self, x):
+        return self.one(x) + self.two(x) if len([*x]) else x
+
+
+class Nested(nn.Module):
+    """What it holds is named, not it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.pool = Untraceable(), nn.AdaptiveAvgPool2d(3)
+
+    def forward(self, x):
+        return self.pool(self.inner(x)) if len([*x]) else x
+
+
+@pytest.mark.parametrize("kind", [Untraceable, Nested])
+@pytest.mark.parametrize("fold_bn", [True, False])
+def test_a_block_that_cannot_be_traced_is_named(kind, fold_bn):
+    model = nn.Sequential(official.RepVGGBlock(8, 8), kind(), kind())
+    calibrate_random_bn_(model, torch.randn(4, 8, 9, 9))
+    _, report = rep_plugin.reparameterize(model, torch.randn(2, 8, 9, 9), fold_bn=fold_bn)
+    assert report.max_rel_error < 1e-10 and [b.name for b in report.blocks if "Conv-BN" not in b.kind] == ["0"]
+    names = ["1", "2"] if kind is Untraceable else ["1.inner", "2.inner"]
+    notes = [note for note in report.notes if note.startswith("block")]
+    assert len(notes) == 1 and all(repr(name) in notes[0] for name in names)
+    assert "torch.fx cannot trace Untraceable" in notes[0]
 
 
 class Unknown(nn.Module):

@@ -293,6 +293,50 @@ def test_the_class_of_a_whole_model_stays():
     assert any("put it into a module of its own" in note for note in error.value.notes)
 
 
+CROPS = {
+    "a crop of the input": lambda net, x: net.b(x)[:, :, 1:-1, 1:-1] + net.a(x[:, :, 1:-1, 1:-1]),
+    "a crop in one direction": lambda net, x: net.a(x[:, :, 1:-1]) + net.b(x)[:, :, 1:-1],
+    "crops of both": lambda net, x: net.a(x[:, :, 1:-1])[:, :, :, 1:-1] + net.b(x)[..., 1:-1, 1:-1],
+    "a crop of a padded map": lambda net, x: (
+        net.a(F.pad(x, (3, 3, 3, 3))[..., 2:-2, 2:-2]) + net.b(F.pad(x, (1, 1, 1, 1)))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CROPS)
+def test_crops_are_negative_paddings(name):
+    class Cropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(C, C, 3, bias=False), nn.Conv2d(C, C, 5, padding=1)
+
+        def forward(self, x):
+            return CROPS[name](self, x)
+
+    net = net_of(Cropping())
+    try:
+        merged, report = rep_plugin.reparameterize(net, X, fold_bn=False)
+    except NothingToMergeError as error:
+        raise AssertionError(error.notes) from error
+    assert compare_outputs(net(X), merged(X)).max_rel < 1e-12 and len(report.blocks) == 1
+
+
+class CroppedAndPadded(nn.Module):
+    """Zeros stand where the map had values: no crop."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(C, C, 3, padding=1), nn.Conv2d(C, C, 1)
+
+    def forward(self, x):
+        return self.a(x[:, :, 1:-1, 1:-1]) + self.b(x[:, :, 1:-1, 1:-1])
+
+
+def test_a_cropped_and_padded_map_is_no_convolution():
+    with pytest.raises(NothingToMergeError):
+        rep_plugin.reparameterize(net_of(CroppedAndPadded()), X)
+
+
 USES = {
     "index of a stack": lambda a, b: torch.stack([a, b])[1],
     "slice of a stack": lambda a, b: torch.stack([a, b])[:, :1].sum(0),

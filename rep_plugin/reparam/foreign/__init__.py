@@ -1,5 +1,5 @@
-"""Adapters for multi-branch blocks of other projects; importing this room registers them."""
+"""Adapters for blocks of other projects that are no convolution, or only in part; importing this room registers them."""
 
-from rep_plugin.reparam.foreign import composite, linear, mixers, sums
+from rep_plugin.reparam.foreign import composite, linear
 
-__all__ = ["composite", "linear", "mixers", "sums"]
+__all__ = ["composite", "linear"]

@@ -10,8 +10,16 @@ from rep_plugin.functional.padded import PaddedConv, add_padded
 from rep_plugin.measure.copies import copy_model
 from rep_plugin.reparam.adapters import adapts
 from rep_plugin.reparam.border_conv import build_conv
-from rep_plugin.reparam.foreign.parts import delete_children_, has_layout, live_children, plus_identity, pop_branches_
+from rep_plugin.reparam.foreign.parts import delete_children_, has_layout, live_children
 from rep_plugin.reparam.linear_layers import bn_affine, is_plain_bn, read_chain
+from rep_plugin.reparam.linear_parts import build_sum, read_sum
+
+
+def _pop_sum_(module: nn.Module, children: str) -> nn.Conv2d:
+    """Delete children of a block; return the layer that computes what they did together."""
+    conv = build_sum(read_sum(module, children))
+    delete_children_(module, children)
+    return conv
 
 
 @adapts(
@@ -21,10 +29,7 @@ from rep_plugin.reparam.linear_layers import bn_affine, is_plain_bn, read_chain
     ),
 )
 def _merge_repghost(module: nn.Module) -> nn.Module:
-    x_channels = read_chain(module.cheap_operation).params.in_channels
-    branches = [read_chain(module.cheap_operation)]
-    branches += [read_chain([c, b], x_channels) for c, b in zip(module.fusion_conv, module.fusion_bn, strict=True)]
-    module.cheap_operation = build_conv(add_padded(branches), [module.cheap_operation, module.fusion_bn])
+    module.cheap_operation = build_sum(read_sum(module, "cheap_operation fusion_conv fusion_bn"))
     module.fusion_conv, module.fusion_bn = nn.Sequential(), nn.Sequential()
     return module
 
@@ -40,11 +45,14 @@ def _merge_repghost(module: nn.Module) -> nn.Module:
 )
 def _merge_ghost_v3(module: nn.Module) -> nn.Module:
     """Two sums, each followed by its activation; the gated shortcut stays as it is."""
-    for part in ("primary", "cheap"):
-        conv = pop_branches_(module, f"{part}_rpr_conv {part}_rpr_scale {part}_rpr_skip")
-        act = getattr(module, f"{part}_activation")
-        target = "primary_conv" if part == "primary" else "cheap_operation"
+    branches = {
+        target: f"{part}_rpr_conv {part}_rpr_scale {part}_rpr_skip"
+        for part, target in (("primary", "primary_conv"), ("cheap", "cheap_operation"))
+    }
+    convs = {target: build_sum(read_sum(module, children)) for target, children in branches.items()}
+    for (target, conv), act in zip(convs.items(), (module.primary_activation, module.cheap_activation)):
         setattr(module, target, nn.Sequential(conv, act if act is not None else nn.Identity()))
+        delete_children_(module, branches[target])
     module.infer_mode = True
     return module
 
@@ -57,22 +65,15 @@ def _merge_ghost_v3(module: nn.Module) -> nn.Module:
     ),
 )
 def _merge_ghost_v3_depthwise(module: nn.Module) -> nn.Module:
-    module.conv_dw, module.bn_dw = pop_branches_(module, "dw_rpr_conv dw_rpr_scale dw_rpr_skip"), nn.Identity()
+    module.conv_dw, module.bn_dw = _pop_sum_(module, "dw_rpr_conv dw_rpr_scale dw_rpr_skip"), nn.Identity()
     module.infer_mode = True
     return module
 
 
 @adapts("PP-LCNetV2 block", lambda module: has_layout(module, "dw_conv_list", "dw_act se pw_conv"))
 def _merge_lcnet(module: nn.Module) -> nn.Module:
-    module.dw_conv, module.dw_conv_list = pop_branches_(module, "dw_conv_list"), None
+    module.dw_conv, module.dw_conv_list = _pop_sum_(module, "dw_conv_list"), None
     return module
-
-
-def _fold_residual_(layer: nn.Module, gain: torch.Tensor | float, skip: torch.Tensor | float) -> None:
-    """gain * layer(x) + skip * x becomes ``layer.conv``."""
-    conv = read_chain([part for part in (layer.conv, layer.norm, layer.act) if part is not None])
-    layer.conv = build_conv(plus_identity(conv, gain, skip), [layer])
-    layer.norm = None
 
 
 @adapts(
@@ -85,10 +86,9 @@ def _fold_residual_(layer: nn.Module, gain: torch.Tensor | float, skip: torch.Te
 )
 def _merge_efficientvim(module: nn.Module) -> nn.Module:
     """EfficientViM: x + layer(x), and in its blocks x + gate * (layer(x) - x) with a learned gate for each channel."""
-    gates = module.alpha.detach().double().sigmoid() if hasattr(module, "alpha") else None
-    for row, layer in ((0, module.dwconv1), (2, module.dwconv2)):
-        gain, skip = (1.0, 1.0) if gates is None else (gates[row], 1.0 - gates[row])
-        _fold_residual_(layer, gain, skip)
+    for name in ("dwconv1", "dwconv2"):
+        layer, part = getattr(module, name), read_sum(module, name)
+        layer.conv, layer.norm = build_sum(part), None
     module.fused = True
     return module
 

@@ -1,4 +1,4 @@
-"""Normalisation in front of or behind linear layers, and residuals round a linear branch: LeViT, RepViT, NextViT and kin.
+"""Normalisation in front of or behind linear layers: LeViT, RepViT, NextViT and kin.
 
 They are recognised by attributes and class name, as in :mod:`rep_plugin.reparam.foreign.parts`.
 """
@@ -8,12 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from rep_plugin.blocks.layers import is_idle
 from rep_plugin.errors import ArgumentError
 from rep_plugin.reparam.adapters import adapts
 from rep_plugin.reparam.border_conv import build_conv
-from rep_plugin.reparam.foreign.parts import has_layout, in_sequence, live_children, plus_identity
-from rep_plugin.reparam.linear_layers import CONV_NORM_CLASSES, is_plain_bn, read_chain, read_linear
+from rep_plugin.reparam.foreign.parts import has_layout, in_sequence, live_children
+from rep_plugin.reparam.linear_layers import is_plain_bn, read_chain, read_linear
 
 
 def build_linear(weight: torch.Tensor, bias: torch.Tensor, source: nn.Module) -> nn.Linear:
@@ -75,29 +74,6 @@ def _merge_next_transformer(module: nn.Module) -> nn.Module:
     module.mlp.fc1 = _fold_before_(module.mlp.fc1, [module.norm2])
     module.norm1, module.norm2, module.is_fused = nn.Identity(), nn.Identity(), True
     return module
-
-
-# Residuals round one linear branch, which is their only child
-
-
-def _residual_branch(module: nn.Module) -> nn.Module | None:
-    """The branch of ``x + branch(x)`` where it is a depthwise Conv-BN; None: no such residual."""
-    kind, children = type(module).__name__, live_children(module)
-    if kind == "RepCPE" and set(children) == {"cpe"}:
-        return _residual_branch(module.cpe)
-    if kind not in {"Residual", "ResidualDrop"} or any(p is not None for p in module._parameters.values()):
-        return None
-    rest = [child for name, child in children.items() if not is_idle(child)]
-    branch = rest[0] if len(rest) == 1 else None
-    if branch is None or type(branch).__name__ not in CONV_NORM_CLASSES:
-        return None
-    conv = next(iter(branch.modules() if isinstance(branch, nn.Conv2d) else branch.children()))
-    return branch if isinstance(conv, nn.Conv2d) and conv.weight.shape[1] == 1 and conv.groups > 1 else None
-
-
-@adapts("depthwise residual", lambda module: _residual_branch(module) is not None)
-def _merge_residual(module: nn.Module) -> nn.Module:
-    return build_conv(plus_identity(read_chain(_residual_branch(module))), [module])
 
 
 # BN round a linear layer
