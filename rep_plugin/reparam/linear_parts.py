@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.conv_like import ConvLike
 from rep_plugin.blocks.layers import is_idle
-from rep_plugin.errors import NotMergeableError, TraceError
+from rep_plugin.errors import NotMergeableError
 from rep_plugin.reparam.affine import READABLE, Affine, read_affine
 from rep_plugin.reparam.border_conv import build_conv
 from rep_plugin.reparam.layouts import Layout
@@ -78,8 +78,8 @@ def may_hold(module: nn.Module) -> bool:
     return not _is_leaf(module) and 0 < _layers_in(module) <= MOST
 
 
-def has_branches(module: nn.Module) -> bool:
-    """Return whether a module looks as if branches met in it: several convolutions and a BN, or a method that merges it."""
+def looks_branched(module: nn.Module) -> bool:
+    """Return whether branches seem to meet in a module: it has a BN and several convolutions, or a method that merges it."""
     if _is_leaf(module) or type(module).__name__ in CONV_NORM_CLASSES:
         return False
     if not any(isinstance(part, _BatchNorm) for part in module.modules()):
@@ -104,17 +104,14 @@ def find_part(
         layout: its deployed form, where that is known.
 
     Returns:
-        The part; the reason where branches meet, or seem to, but cannot be merged; None where there is nothing of the kind.
+        The part; the reason where branches meet but cannot be merged; None where there is nothing of the kind.
 
     Raises:
+        TraceError: the forward cannot be traced.
         RepPluginError: the children's names say without doubt what the block is, and a layer of it computes something else.
     """
     known = layout is not None and layout.certain
-    try:
-        graph = trace(module, constants := {}, called := [], READABLE)
-    except TraceError as error:
-        inner = any(has_branches(part) for part in module.modules() if part is not module)
-        return str(error) if known or (has_branches(module) and not inner) else None
+    graph = trace(module, constants := {}, called := [], READABLE)
     inputs = [node for node in graph.nodes if node.op == "placeholder" and node.users]
     if len(inputs) != 1:
         return None

@@ -15,17 +15,17 @@ from torch.utils._pytree import tree_map
 from rep_plugin.attached import detach_all_
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.conv_like import ConvLike
-from rep_plugin.errors import EquivalenceError, RepPluginError
+from rep_plugin.errors import EquivalenceError, RepPluginError, TraceError
 from rep_plugin.measure.branches import Branches
 from rep_plugin.measure.copies import copy_inputs, copy_model
 from rep_plugin.measure.differences import flatten_outputs
 from rep_plugin.measure.forward import first_image, run_model
 from rep_plugin.measure.report import BlockReport
-from rep_plugin.measure.verify import SCALES, Call, UnstableError, call_module, compare_call
+from rep_plugin.measure.verify import SCALES, Call, UnstableError, compare_call
 from rep_plugin.reparam.adapters import find_adapter
 from rep_plugin.reparam.fixed import ADVICE, UNSELECTED, Fixed
 from rep_plugin.reparam.layouts import Layout, find_layout
-from rep_plugin.reparam.linear_parts import KIND, LinearPart, find_part, may_hold, merge_part
+from rep_plugin.reparam.linear_parts import KIND, LinearPart, find_part, looks_branched, may_hold, merge_part
 
 RECOGNISED = 1e-6  # relative: the proof of the whole model is finer
 _SIDES = ((16, 13), (9, 12))
@@ -136,12 +136,7 @@ class _Merger:
             self.note(name, f"{type(module).__name__}, {KIND}" if layout is None else layout.name, module, merged)
             self.found.parts[name] = part
             return merged
-        inside = f"{name}." if name else ""
-        if (
-            part is not None
-            and not self.is_in_blocks(name)
-            and not any(r.startswith(inside) for r in self.found.reasons)
-        ):
+        if part is not None:
             self.found.reasons[name] = part
         return module
 
@@ -156,8 +151,17 @@ class _Merger:
             return None
         try:
             return find_part(module, self.borders, not name, layout)
+        except TraceError as error:
+            certain = layout is not None and layout.certain
+            return str(error) if certain or self.is_innermost(name, module) else None
         except RepPluginError as error:
             raise type(error)(f"block {name!r} ({layout.name if layout else ''}): {error}") from error
+
+    def is_innermost(self, name: str, module: nn.Module) -> bool:
+        """Return whether branches seem to meet in a module, and in none of those inside it."""
+        inner = any(looks_branched(part) for part in module.modules() if part is not module)
+        known = self.is_in_blocks(name) or any(not name or one.startswith(f"{name}.") for one in self.found.reasons)
+        return looks_branched(module) and not inner and not known
 
     def note(self, name: str, kind: str, module: nn.Module, merged: nn.Module) -> None:
         """Note that a block was merged, in the place of what was merged inside it."""
@@ -200,12 +204,11 @@ def _is_known(module: nn.Module) -> bool:
 
 
 def find_mergeable(model: nn.Module) -> list[str]:
-    """Return the names of the modules that :func:`merge_blocks_` would merge, blocks inside of others too."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if _is_known(module) or (may_hold(module) and isinstance(find_part(module, root=not name), LinearPart))
-    ]
+    """Return the names of the modules that :func:`merge_blocks_` would merge."""
+    try:
+        return [block.name for block in merge_blocks_(copy_model(model)).blocks]
+    except RepPluginError:  # of a block that is known, but computes something else
+        return [name for name, module in model.named_modules() if _is_known(module)]
 
 
 def find_left(model: nn.Module, x: Any, fixed: Fixed, branches: Branches) -> Merged:
@@ -344,10 +347,10 @@ def _calls(args: tuple, kwargs: dict) -> Iterator[tuple[Call, bool]]:
     if len(args) == 1 and not kwargs and _is_float(args[0]) and args[0].dim() == 4:
         for height, width in _SIDES:
             cut = args[0][:, :, :height, :width]
-            yield Call(call_module, (torch.cat([cut * scale for scale in scales]),)), True
+            yield Call(nn.Module.__call__, (torch.cat([cut * scale for scale in scales]),)), True
     for scale in scales:
         scaled = tree_map(lambda leaf, scale=scale: leaf * scale if _is_float(leaf) else leaf, (args, kwargs))
-        yield Call(call_module, *scaled), False
+        yield Call(nn.Module.__call__, *scaled), False
 
 
 def _is_float(leaf: Any) -> bool:
