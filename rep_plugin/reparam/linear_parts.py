@@ -213,7 +213,8 @@ def read_sum(module: nn.Module, children: str) -> LinearPart:
             continue
         called = [one for one in value.nodes if one.op == "call_module"]
         alone = all(one.target is not torch.cat for one in value.nodes)  # with nothing beside it
-        if alone and called and all(is_theirs(one) or is_idle(modules[one.target]) for one in called):
+        only = all(is_theirs(one) or is_idle(modules[one.target]) for one in called)
+        if alone and only and value.nodes.issuperset(theirs):
             return LinearPart(module, graph, node, value, constants)
     raise next(iter(refused.values()), NotMergeableError(f"{children!r} compute no convolution"))
 

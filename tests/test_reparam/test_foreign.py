@@ -11,6 +11,7 @@ from timm.models.repghost import RepGhostModule
 from torch import nn
 
 import rep_plugin
+from rep_plugin.history import rebuild_
 from rep_plugin.reparam.adapters import find_adapter
 from rep_plugin.testing import calibrate_random_bn_
 from tests import official_layouts as official
@@ -240,6 +241,24 @@ def test_a_foreign_block_in_two_places_stays_shared():
     model = calibrate_random_bn_(nn.Sequential(block, nn.ReLU(), block), torch.randn(4, 4, 8, 8))
     merged, report = rep_plugin.reparameterize(model)
     assert merged[0] is merged[2] and len(report.blocks) == 1 and report.max_rel_error < 1e-12
+
+
+def test_steps_that_older_versions_wrote_are_repeated_with_the_same_names():
+    """They name the blocks that were read from the forward, and none of those that adapters merged."""
+
+    def build():
+        return nn.Sequential(official.RepVGGBlock(4, 4), official.RepMixer(4), official.ACBlock(4, 4)).eval()
+
+    merged, _ = rep_plugin.reparameterize(build(), verify=False, fold_bn=False)
+    step = {"step": "reparameterize", "fold_bn": False, "merge_linear": False}
+    assert rebuild_(build(), [step]).state_dict().keys() == merged.state_dict().keys()
+    assert {key.rpartition(".")[0] for key in merged.state_dict()} == {
+        "0.rbr_reparam",
+        "1.reparam_conv",
+        "2.fused_conv",
+    }
+    keys = rebuild_(build(), [step | {"left": ["1"], "parts": ["0"]}]).state_dict().keys()
+    assert {"0.reparam_conv.weight", "1.layer_scale", "2.fused_conv.bias"} <= keys
 
 
 FAMILIES = {  # name: (size, what cuts it short, kinds of block that must be found)
