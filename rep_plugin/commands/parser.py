@@ -40,7 +40,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def count(text: str, most: int = MOST) -> int:
-    """A whole number from 1 to a million: more is a slip, and would take for ever."""
+    """Read a whole number from 1 to a million: more is a slip, and would take for ever.
+
+    Args:
+        text: the number.
+        most: the largest.
+
+    Returns:
+        The number.
+    """
     try:
         number = int(text)
     except ValueError:

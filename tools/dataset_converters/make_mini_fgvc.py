@@ -49,6 +49,7 @@ MARKER = "mini_fgvc.json"
 DRAWING = 1
 LAYOUTS = ("cub", "cars", "aircraft")
 SIZES = (32, 1024)
+MOST = 100_000  # images a class: more is a slip
 # FGVCAircraft looks names up in its own list: the first n of it stand for the n bird classes.
 _AIRCRAFT = (
     "707-320|727-200|737-200|737-300|737-400|737-500|737-600|737-700|737-800|737-900|747-100|747-200|747-300|747-400|"
@@ -94,15 +95,17 @@ class Params:
         least_train = 2 if self.layout == "aircraft" else 1
         for name, low, high in (
             ("classes", 2, _birds.MAX_CLASSES),
-            ("train_per_class", least_train, None),
-            ("test_per_class", 1, None),
+            ("train_per_class", least_train, MOST),
+            ("test_per_class", 1, MOST),
             ("size", *SIZES),
-            ("seed", 0, None),
+            ("seed", 0, 2**63 - 1),
         ):
-            value = getattr(self, name)
-            if value < low or (high is not None and value > high):
-                limits = f"at least {low}" if high is None else f"{low} to {high} (maximum {high})"
-                raise UsageError(f"{name} is {value}, expected {limits}")
+            _require_in(name, getattr(self, name), low, high)
+
+
+def _require_in(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise UsageError(f"{name} is {value}, expected {low} to {high} (maximum {high})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,10 +239,9 @@ def make(
 
     The files are written to a hidden folder beside ``out`` and renamed at the end, so ``out`` never holds half a set.
     With ``workers`` > 1 the caller's main module must be importable (the usual ``__main__`` guard). Raises UsageError
-    if ``out`` holds anything else or ``workers`` is below 1; ``overwrite`` replaces only sets made by this tool.
+    if ``out`` holds anything else or ``workers`` is out of range; ``overwrite`` replaces only sets made by this tool.
     """
-    if workers < 1:
-        raise UsageError(f"workers is {workers}, expected at least 1")
+    _require_in("workers", workers, 1, 256)
     out = Path(out).resolve()
     if _is_complete(out, params, overwrite):
         return False
@@ -314,8 +316,7 @@ def main(argv: list | None = None) -> int:
         params = Params(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Params) if f.name != "drawing"})
         if args.contact_sheet and args.contact_sheet.suffix.lower() != ".png":
             raise UsageError(f"--contact-sheet is {args.contact_sheet}, expected a name ending in .png")
-        if args.samples < 1:
-            raise UsageError(f"--samples is {args.samples}, expected at least 1")
+        _require_in("--samples", args.samples, 1, 1000)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             made = make(out, params, args.workers, args.overwrite, progress)

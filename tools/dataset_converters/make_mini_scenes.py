@@ -86,9 +86,10 @@ def make(out: Path, train: int = 200, val: int = 40, size: int = 128, seed: int 
     """Make the whole set, or nothing. Raises FileExistsError for a folder that exists, UsageError for bad numbers."""
     if out.exists():
         raise FileExistsError(f"{out} exists, expected a new folder")
-    for name, value, least in (("train", train, 1), ("val", val, 1), ("size", size, 32), ("seed", seed, 0)):
-        if value < least:
-            raise UsageError(f"{name} must be >= {least}, got {value}")
+    limits = {"train": (1, 10**6), "val": (1, 10**6), "size": (32, 4096), "seed": (0, 2**63 - 1)}
+    for (name, (low, high)), value in zip(limits.items(), (train, val, size, seed)):
+        if not low <= value <= high:
+            raise UsageError(f"{name} must be in [{low}, {high}], got {value}")
     work = out.parent / f".{out.name}.{uuid.uuid4().hex}"
     try:
         make_split(work, "train", train, size, seed)
