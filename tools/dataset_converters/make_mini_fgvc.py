@@ -328,7 +328,8 @@ def main(argv: list | None = None) -> int:
             contact_sheet(params, args.samples).save(args.contact_sheet)
             print(f"{args.contact_sheet}: contact sheet, {params.classes} classes x {args.samples} images")
     except (UsageError, OSError, ImportError) as error:
-        print(f"make_mini_fgvc.py: error: {error}", file=sys.stderr)
+        where = f"--out {out}: " if isinstance(error, OSError) else ""
+        print(f"make_mini_fgvc.py: error: {where}{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("make_mini_fgvc.py: interrupted", file=sys.stderr)

@@ -111,7 +111,7 @@ def main() -> None:
     try:
         make(args.out, args.train, args.val, args.size, args.seed)
     except (UsageError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: --out {args.out}: {error}" if isinstance(error, OSError) else f"error: {error}")
     print(f"{args.out}: made {args.train} + {args.val} images of {args.size} pixels, seed {args.seed}")
 
 

@@ -243,7 +243,9 @@ class PrunePlan:
         if (self.latency_before is None) != (self.latency_after is None):
             raise ArgumentError("latency_before and latency_after of a pruning plan must both be given, or none")
         for name, indices in self.kept.items():
-            before, _ = self.widths.get(name, (0, 0))
+            if name not in self.widths:
+                raise ArgumentError(f"widths of a pruning plan must have all layers of kept, {name!r} is missing")
+            before, _ = self.widths[name]
             if not indices or not all(a < b for a, b in pairwise(indices)) or indices[-1] >= before:
                 raise ArgumentError(
                     f"kept channels of {name!r} must ascend within 0..{before - 1}, got {_short(indices)}"
