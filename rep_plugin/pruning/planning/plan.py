@@ -242,6 +242,11 @@ class PrunePlan:
                 raise ArgumentError(f"{name} of a pruning plan must be {expected}, got {_short(value)}")
         if (self.latency_before is None) != (self.latency_after is None):
             raise ArgumentError("latency_before and latency_after of a pruning plan must both be given, or none")
+        for name, (before, after) in self.widths.items():
+            if not 1 <= after <= before:
+                raise ArgumentError(
+                    f"widths of {name!r} must be (before, after), 1 <= after <= before, got {before, after}"
+                )
         for name, indices in self.kept.items():
             if name not in self.widths:
                 raise ArgumentError(f"widths of a pruning plan must have all layers of kept, {name!r} is missing")
@@ -249,11 +254,6 @@ class PrunePlan:
             if not indices or not all(a < b for a, b in pairwise(indices)) or indices[-1] >= before:
                 raise ArgumentError(
                     f"kept channels of {name!r} must ascend within 0..{before - 1}, got {_short(indices)}"
-                )
-        for name, (before, after) in self.widths.items():
-            if not 1 <= after <= before:
-                raise ArgumentError(
-                    f"widths of {name!r} must be (before, after), 1 <= after <= before, got {before, after}"
                 )
 
 
