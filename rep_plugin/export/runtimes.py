@@ -37,10 +37,10 @@ def _open_openvino(model: bytes, threads: int) -> Session:
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
     compiled = core.compile_model(core.read_model(model=model), "CPU", options)
 
-    names = [port.any_name for port in compiled.inputs]  # those that are read
+    ports = [port.names for port in compiled.inputs]  # of those that are read, each under several names
 
     def run(inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        found = compiled(_arrays(inputs, names))
+        found = compiled(_arrays(inputs, [next(name for name in names if name in inputs) for names in ports]))
         return [from_numpy(found[port].copy()) for port in compiled.outputs]  # its buffers are used again
 
     return run
