@@ -27,7 +27,7 @@ SOURCES = {
     "contributing.md": "CONTRIBUTING.md",
     "security.md": "SECURITY.md",
     "configs/index.md": "configs/README.md",
-} | {f"configs/{name}.md": f"configs/{name}/README.md" for name in ("bcnn", "pruning", "downstream")}
+} | {f"configs/{name}.md": f"configs/{name}/README.md" for name in ("bcnn", "pruning", "depth", "downstream")}
 PAGES = {source: page for page, source in SOURCES.items()}
 HELP = """
 import json, sys

@@ -1,6 +1,8 @@
 """The names of the package, as ``import rep_plugin`` gives them; importing them registers ours with timm."""
 
 from rep_plugin.arguments import checked
+from rep_plugin.blocks.annealed import set_alpha_
+from rep_plugin.depth import DepthPlan, linearize, plan_depth
 from rep_plugin.errors import EquivalenceError, InconclusiveWarning
 from rep_plugin.export.export_onnx import export_onnx
 from rep_plugin.measure.report import Report
@@ -12,6 +14,7 @@ from rep_plugin.shipped import list_configs
 from rep_plugin.version import __version__
 
 __all__ = [
+    "DepthPlan",
     "EquivalenceError",
     "InconclusiveWarning",
     "PrunePlan",
@@ -21,12 +24,15 @@ __all__ = [
     "expand",
     "export_onnx",
     "get_config",
+    "linearize",
     "list_configs",
     "load",
     "merge_sequence",
+    "plan_depth",
     "plan_pruning",
     "reparameterize",
     "save",
+    "set_alpha_",
 ]
 
 

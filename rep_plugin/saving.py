@@ -14,7 +14,8 @@ import torch
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 
-from rep_plugin import pruning as pruning  # these two register how their steps are repeated
+from rep_plugin import depth as depth  # these three register how their steps are repeated
+from rep_plugin import pruning as pruning
 from rep_plugin import reparam as reparam
 from rep_plugin.arguments import Dims, checked, fits, shown
 from rep_plugin.checkpoints.files import write_contents

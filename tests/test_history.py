@@ -86,7 +86,7 @@ def test_plans_in_any_form(tmp_path):
         ("prune", "a history must be a list of steps, got str"),
         (
             ["prune"],
-            "unknown step 'prune' in the history, expected one of classifier, expand, features, prune",
+            "unknown step 'prune' in the history, expected one of classifier, expand, features, linearize, prune",
         ),
         ([{"step": "fuse"}], "unknown step 'fuse'"),
         ([{}], "unknown step None"),

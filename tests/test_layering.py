@@ -21,6 +21,7 @@ ROWS = (
     ("registry", "testing", "backbones", "bilinear"),
     ("reparam",),
     ("conversion", "pruning", "export"),
+    ("depth",),
     ("saving", "summary"),
     ("timm", "openmmlab"),
     ("face",),
@@ -29,7 +30,17 @@ ROWS = (
     ("__main__",),
 )
 PRUNING_ROWS = (("tracing",), ("surgery",), ("planning",), ("apply",), ("methods",), ("__init__",))
-TORCH_ONLY = {"functional", "blocks", "backbones", "bilinear", "measure", "checkpoints", "conversion", "reparam"}
+TORCH_ONLY = {
+    "functional",
+    "blocks",
+    "backbones",
+    "bilinear",
+    "measure",
+    "checkpoints",
+    "conversion",
+    "reparam",
+    "depth",
+}
 TORCH_ONLY |= {"arguments", "attached", "pruning", "export", "history", "testing", "shipped", "saving", "summary"}
 # matplotlib draws plots and safetensors reads files where they are installed; scipy is a requirement.
 LIBRARIES = {"torch", "rich", "scipy", "matplotlib", "safetensors", "numpy", "PIL", "onnx", "onnxruntime", "openvino"}

@@ -12,11 +12,13 @@ At 0 the block is stock's, borders included; at 1 it is the chain of :mod:`rep_p
 """
 
 from collections.abc import Iterator
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rep_plugin.arguments import In, checked
 from rep_plugin.blocks.activations import FUNCTIONS, build_activation
 from rep_plugin.blocks.batch_norm import run_bn
 from rep_plugin.blocks.chain import Chain, run_conv
@@ -33,7 +35,10 @@ class Annealed(nn.Module):
         if act not in FUNCTIONS:
             raise ArgumentError(f"activation {act!r} cannot be annealed, expected one of {sorted(FUNCTIONS)}")
         self.act_name = act
-        self.register_buffer(ALPHA, torch.zeros(()))
+        self._begin()
+
+    def _begin(self, device: torch.device | None = None) -> None:
+        self.register_buffer(ALPHA, torch.zeros((), device=device))
         self.linear = False  # alpha == 1, known without asking the device
 
     @property
@@ -134,7 +139,8 @@ def annealed_modules(model: nn.Module) -> Iterator[Annealed]:
     return (module for module in model.modules() if isinstance(module, Annealed))
 
 
-def set_alpha_(model: nn.Module, alpha: float) -> None:
+@checked
+def set_alpha_(model: nn.Module, alpha: Annotated[float, In("[0, 1]")]) -> None:
     """Set every alpha of a model.
 
     Args:
@@ -143,6 +149,14 @@ def set_alpha_(model: nn.Module, alpha: float) -> None:
 
     Raises:
         ArgumentError: any other number.
+
+    Example:
+        >>> import rep_plugin
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+        >>> annealed, _ = rep_plugin.linearize(model, ["1"])
+        >>> rep_plugin.set_alpha_(annealed, 0.5)
+        >>> annealed[1].alpha
+        0.5
     """
     for module in annealed_modules(model):
         module.set_alpha(alpha)

@@ -27,12 +27,15 @@ def torch_threads(count: int):
         torch.set_num_threads(before)
 
 
-def interleaved_medians(contenders: Mapping[Key, Callable[[], object]], rounds: int = 50) -> dict[Key, float]:
+def interleaved_medians(
+    contenders: Mapping[Key, Callable[[], object]], rounds: int = 50, clock: Callable[[], float] = time.perf_counter
+) -> dict[Key, float]:
     """Return the median latency of each call; every round times each contender once, after three rounds of warm-up.
 
     Args:
         contenders: name -> call.
         rounds: number of timed rounds.
+        clock: what is read before and after each call, in seconds.
 
     Returns:
         name -> seconds.
@@ -44,10 +47,10 @@ def interleaved_medians(contenders: Mapping[Key, Callable[[], object]], rounds: 
     times: dict[Key, list[float]] = {name: [] for name in contenders}
     for index in track(range(rounds + 3), "timing"):
         for name, call in contenders.items():
-            started = time.perf_counter()
+            started = clock()
             call()
             if index >= 3:
-                times[name].append(time.perf_counter() - started)
+                times[name].append(clock() - started)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

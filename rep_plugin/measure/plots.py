@@ -181,3 +181,34 @@ def accuracy_figure(
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8)
     return figure
+
+
+def draw_frontier(
+    points: Sequence[tuple[float, float]], here: tuple[float, float] | None, x: str, y: str, title: str, file: BinaryIO
+) -> None:
+    """Write a plot of the best loss for every budget as PNG.
+
+    Args:
+        points: (cost, loss) of each choice.
+        here: the one that was chosen, in red; or None.
+        x: label of the costs.
+        y: label of the losses.
+        title: title of the plot.
+        file: an open binary file.
+
+    Raises:
+        ArgumentError: no points.
+    """
+    if not points:
+        raise ArgumentError("got no choices to draw, expected at least 1")
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*sorted(points)), "o-", color=BLUE, markersize=3)
+    if here is not None:
+        axes.plot(*here, "o", color=RED, label="chosen")
+        axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.set_title(title, fontsize=10)
+    save_figure(figure, file)

@@ -14,6 +14,7 @@ from rep_plugin.blocks.annealed import annealed_modules
 from rep_plugin.checkpoints.files import save_checkpoint_file, write_atomic, write_together
 from rep_plugin.checkpoints.strict import describe_mismatch
 from rep_plugin.errors import ArgumentError
+from rep_plugin.history import history_of
 from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.plots import draw_widths
 from rep_plugin.measure.report import Report
@@ -21,6 +22,7 @@ from rep_plugin.openmmlab.configs import (
     deploy_config,
     expanded_config,
     fine_tune_,
+    linearized_config,
     own_data_,
     plain_data,
     pruned_config,
@@ -102,6 +104,7 @@ def deployed_form(
         RepPluginError: what :func:`rep_plugin.reparameterize` raises.
         ArgumentError: there is no config for the result.
     """
+    cfg = linearized_config(cfg, history_of(model))
     deployed = deploy_config(cfg, as_stock=not fold_bn)
     source = copy_model(model)
     source.eval()

@@ -1,4 +1,4 @@
-"""Pruned, merged and expanded models as config types: built from the stock model's own config and what was done to it.
+"""Pruned, merged, linearized and expanded models as config types: the stock model's own config and what was done to it.
 
 ``dict(type='rep_plugin.Pruned', model=<config>, plan=<plan>)`` in the place of ``model``; they nest, innermost first, so a
 config holds the whole history.
@@ -11,6 +11,7 @@ Stock code reaches into ``model`` as if it were the network's own config: mmdet'
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 from mmengine.logging import print_log
@@ -18,10 +19,14 @@ from mmengine.registry import MODELS as ROOT_MODELS
 from torch import nn
 
 from rep_plugin.arguments import Name, OneOf, That, checked
+from rep_plugin.blocks.activations import FUNCTIONS
 from rep_plugin.blocks.conv_like import CONV_LIKES
 from rep_plugin.checkpoints.strict import refuse_misfits
+from rep_plugin.depth import DepthPlan
+from rep_plugin.depth.plan import as_depth_plan
+from rep_plugin.errors import ArgumentError
 from rep_plugin.history import rebuild_
-from rep_plugin.openmmlab.configs import drop_pretrained_, typed_dicts
+from rep_plugin.openmmlab.configs import drop_pretrained_, plain_data, typed_dicts
 from rep_plugin.openmmlab.load import Typed, build_part, config_errors, load_strictly, read_state_dict
 from rep_plugin.pruning import PrunePlan
 from rep_plugin.pruning.planning.plan import as_plan
@@ -110,6 +115,45 @@ def Merged(
         The model; its weights mean nothing yet.
     """
     step = {"step": "reparameterize", "fold_bn": fold_bn, "merge_linear": merge_linear}
+    return _rebuilt([step], model, data_preprocessor, backbone)
+
+
+@MODELS.register_module()
+@checked
+def Linearized(
+    model: Typed,
+    plan: Path | DepthPlan | Mapping | str | None = None,
+    segments: Sequence[Mapping] | None = None,
+    act_after: Annotated[str, OneOf(FUNCTIONS)] | None = None,
+    data_preprocessor: Mapping | nn.Module | None = None,
+    backbone: Mapping | None = None,
+    pretrained: OfInner = None,
+    train_cfg: OfInner = None,
+) -> nn.Module:
+    """Build a stock model from its config and put annealed activations where a plan says so; stock checkpoints load into it.
+
+    Args:
+        model: config of the stock model.
+        plan: what :func:`rep_plugin.plan_depth` returns, its data, its JSON text or the path of its file; or
+        segments: what :func:`rep_plugin.linearize` notes in the history.
+        act_after: activation behind the segments; the default is the plan's.
+        data_preprocessor: config of the preprocessor, where ``model`` has none.
+        backbone: changes to the config of the network's own backbone.
+        pretrained: None, for stock code that sets it.
+        train_cfg: the same.
+
+    Returns:
+        The model, at alpha 0.
+
+    Raises:
+        ArgumentError: neither or both are given, or they are not for this model.
+    """
+    if (plan is None) == (segments is None):
+        raise ArgumentError("give exactly one of plan and segments")
+    if plan is not None:
+        whole = as_depth_plan(plan)
+        segments, act_after = [one.data for one in whole.chosen_segments], act_after or whole.act_after
+    step = {"step": "linearize", "segments": plain_data(segments), "act_after": act_after}
     return _rebuilt([step], model, data_preprocessor, backbone)
 
 

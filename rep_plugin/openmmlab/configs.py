@@ -20,6 +20,7 @@ NARROWING_HOOKS = (
     "CentripetalHook", "DistillHook", "LinearizeHook", "PruneHook", "ResRepHook", "SoftPruneHook", "SparsityHook",
 )  # fmt: skip
 
+LINEARIZED = "rep_plugin.Linearized"
 FINE_TUNING_LENGTH, FINE_TUNING_RATE = 3, 10  # a third of the epochs, a tenth of the rate
 
 
@@ -41,7 +42,7 @@ def deploy_config(cfg: Config, as_stock: bool = True) -> Config:
     """
     cfg = copy.deepcopy(cfg)
     parts = []
-    if cfg.model.get("type") == "rep_plugin.Pruned" or not as_stock:
+    if cfg.model.get("type") in ("rep_plugin.Pruned", LINEARIZED) or not as_stock:
         cfg.model = dict(type="rep_plugin.Merged", model=cfg.model, backbone=dict())
         replaced = 1
     else:
@@ -75,6 +76,30 @@ def pruned_config(cfg: Config, plan: PrunePlan, linear: bool = True) -> Config:
     text = json.dumps(asdict(replace(plan, scores={})), separators=(",", ":"))
     cfg.model = dict(type="rep_plugin.Pruned", model=cfg.model, plan=text, backbone=dict())
     _finish_(cfg, [name for name in NARROWING_HOOKS if linear or name != "LinearizeHook"])
+    return cfg
+
+
+def linearized_config(cfg: Config, history: Sequence[Mapping]) -> Config:
+    """Make the config of a model that was linearized in training: the same file in all else.
+
+    Args:
+        cfg: the config of the model before.
+        history: of the model, see :func:`rep_plugin.history.history_of`.
+
+    Returns:
+        A changed copy; ``cfg`` itself where nothing was linearized, or where it says so already.
+    """
+    step = next((step for step in history if step["step"] == "linearize" and not step.get("part")), None)
+    if step is None or any(part["type"] == LINEARIZED for part in typed_dicts(cfg.model)):
+        return cfg
+    cfg = copy.deepcopy(cfg)
+    cfg.model = dict(
+        type=LINEARIZED,
+        model=cfg.model,
+        segments=plain_data(step["segments"]),
+        act_after=step["act_after"],
+        backbone=dict(),
+    )
     return cfg
 
 

@@ -19,7 +19,10 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from rep_plugin import depth as depth  # registers how its steps are repeated
 from rep_plugin.arguments import That, checked, shown
+from rep_plugin.blocks.annealed_layers import in_segments
+from rep_plugin.checkpoints.plain import parse_json, require_fields
 from rep_plugin.checkpoints.safe_load import load_checkpoint_file
 from rep_plugin.checkpoints.strict import require_fit
 from rep_plugin.errors import (
@@ -27,15 +30,19 @@ from rep_plugin.errors import (
     CheckpointMismatchError,
     EquivalenceError,
     RepPluginError,
+    UnreadableCheckpointError,
     did_you_mean,
     first_line,
 )
+from rep_plugin.history import rebuild_
 from rep_plugin.measure.randomness import private_random
 from rep_plugin.measure.rebuilt import require_identical
 from rep_plugin.measure.verify import default_inputs
 from rep_plugin.openmmlab.configs import drop_pretrained_, typed_dicts
 from rep_plugin.openmmlab.origin import explain_misfit
 
+LINEARIZE = "rep_linearize"  # in a checkpoint's meta data, as JSON: what LinearizeHook did to the network
+KEPT = {"segments": list[dict[str, Any]], "act_after": str | None}
 Typed = Annotated[Mapping, That(lambda cfg: _is_type(cfg.get("type")), "a config with a type")]
 REAL_IMAGES, REAL_PIXELS = 8, 8 * 384 * 384  # for the proof on real data: float64 is slow
 
@@ -55,6 +62,10 @@ VALUE_ERRORS = (
     AssertionError,
     RuntimeError,
 )
+
+
+def _is_type(kind: object) -> bool:
+    return isinstance(kind, type) or (isinstance(kind, str) and bool(kind))
 
 
 @contextmanager
@@ -191,6 +202,31 @@ def read_state_dict(checkpoint: str | os.PathLike) -> tuple[dict, dict]:
     return state_dict, meta if isinstance(meta, dict) else {}
 
 
+def relinearize(model: nn.Module, meta: Mapping) -> nn.Module:
+    """Give a model the annealed layers that LinearizeHook gave the one in a checkpoint, by the checkpoint's meta data.
+
+    Args:
+        model: what the config builds, changed in place.
+        meta: the meta data.
+
+    Returns:
+        The model.
+
+    Raises:
+        UnreadableCheckpointError: something else stands there.
+        ArgumentError: it is of another model.
+    """
+    if LINEARIZE not in meta or any(True for _ in in_segments(model)):
+        return model
+    try:
+        step = require_fields(parse_json(meta[LINEARIZE], f"meta.{LINEARIZE}"), KEPT, f"meta.{LINEARIZE}")
+    except (ArgumentError, TypeError) as error:
+        raise UnreadableCheckpointError(
+            f"meta.{LINEARIZE} of the checkpoint is not what LinearizeHook keeps: {error}"
+        ) from None
+    return rebuild_(model, [{"step": "linearize", **step}])
+
+
 @checked
 def load_model(cfg: Config, checkpoint: str | os.PathLike) -> tuple[nn.Module, dict]:
     """Build a config's model and load a checkpoint into it strictly.
@@ -223,7 +259,7 @@ def load_model(cfg: Config, checkpoint: str | os.PathLike) -> tuple[nn.Module, d
         if part["type"] == "rep_plugin.Expanded":  # the weights it was expanded from may be gone by now
             for inner in typed_dicts(part):
                 drop_pretrained_(inner)
-    model = build_model(cfg)
+    model = relinearize(build_model(cfg), meta)
     try:
         load_strictly(model, state_dict, str(checkpoint))
     except CheckpointMismatchError as error:

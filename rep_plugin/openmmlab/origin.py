@@ -11,7 +11,12 @@ from rep_plugin.openmmlab.configs import typed_dicts
 
 MADE = "rep_plugin_made"  # in an artefact's meta data: pruned, deployed
 # The outermost type of a network says what was done to it last. What is pruned or merged has a config of its own.
-KINDS = {"rep_plugin.Pruned": "pruned", "rep_plugin.Merged": "deployed", "rep_plugin.Expanded": "expanded"}
+KINDS = {
+    "rep_plugin.Pruned": "pruned",
+    "rep_plugin.Merged": "deployed",
+    "rep_plugin.Expanded": "expanded",
+    "rep_plugin.Linearized": "linearized",
+}
 FILES = {"deployed": "deploy.py", "pruned": "pruned.py", "expanded": "expanded.py"}
 # Hooks change the network while it is trained: only the same config, in training, builds it.
 IN_TRAINING = {"rep_prune": "was pruned in training", "rep_resrep": "was trained with the compactors of ResRepHook"}

@@ -73,14 +73,27 @@ def merge_sequence(layers: nn.Module | Iterable[nn.Module]) -> nn.Conv2d:
 def _merge_flat(flat: list[nn.Module]) -> nn.Conv2d:
     if not any(isinstance(layer, nn.Conv2d) for layer in flat):
         raise ArgumentError(f"a sequence of {len(flat)} layers holds no convolution to merge into")
-    return build_conv(_merge_run(flat), flat)
+    return build_conv(compose_run(flat), flat)
 
 
-def _merge_run(layers: list[nn.Module]) -> PaddedConv:
+def compose_run(layers: list[nn.Module], before: PaddedConv | None = None) -> PaddedConv:
+    """Return linear layers that run one after the other as one padded convolution, in float64.
+
+    Args:
+        layers: as :func:`rep_plugin.reparam.linear_layers.flatten_layers` returns them.
+        before: a convolution in front of them.
+
+    Returns:
+        The convolution.
+
+    Raises:
+        ArgumentError: they are not one convolution at the border.
+        NotMergeableError: a layer is not linear.
+    """
     device = next(p.device for layer in layers for p in layer.parameters())
     first = next(layer for layer in layers if not isinstance(layer, nn.AvgPool2d))
     channels = read_layer(first, None, device).params.in_channels
-    parts = []
+    parts = [] if before is None else [before]
     for layer in layers:
         parts.append(read_layer(layer, channels, device))
         channels = parts[-1].params.out_channels
@@ -153,7 +166,7 @@ def cheapest_split(layers: list[nn.Module]) -> list[tuple[int, int]]:
             cost, area = _cost(run), math.prod(map(_area, run))
             if _count_convs(run) >= 2:
                 try:
-                    merged = _merge_run(run)
+                    merged = compose_run(run)
                 except ArgumentError:
                     continue  # not one convolution at the border
                 cost = merged.params.kernel.numel() + (0 if merged.edge is None else merged.edge.numel())

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rep_plugin.arguments import checked
+from rep_plugin.blocks.annealed_layers import has_segments, require_finished, set_segments_
 from rep_plugin.blocks.conv_like import ConvLike
 from rep_plugin.blocks.layers import require_eval_mode
 from rep_plugin.errors import NothingToMergeError
@@ -27,6 +28,7 @@ from rep_plugin.reparam.fold_bn import absorb_biases_, fold_conv_bn_, is_frozen_
 from rep_plugin.reparam.linear_layers import CONV_NORM_CLASSES
 from rep_plugin.reparam.linear_parts import can_merge_itself
 from rep_plugin.reparam.merge_blocks import Merged, find_left, merge_blocks_
+from rep_plugin.reparam.merge_segments import merge_segments_
 from rep_plugin.reparam.merge_sequence import merge_linear_
 from rep_plugin.reparam.selection import Where, select_modules
 
@@ -101,9 +103,13 @@ def _convert(
     merge_linear: bool,
     fixed: Fixed,
     merge: Callable[[nn.Module], Merged],
+    segments: Sequence[BlockReport] = (),
     keep: bool = False,
 ) -> _Conversion:
-    """Merge blocks and fold what is left, in place or in a copy that ``merge`` gives; keep what a proof of that needs."""
+    """Merge blocks and fold what is left, in place or in a copy that ``merge`` gives; keep what a proof of that needs.
+
+    ``segments`` are merged already.
+    """
     able, before = _find_self_merging(model), set(model.modules())
     bias_free = [name for name, m in model.named_modules() if name and isinstance(m, ConvLike) and m.bias_free]
     merged = merge(model)
@@ -116,18 +122,26 @@ def _convert(
     if merge_linear:
         sequences, left = merge_linear_(model, fixed)
         notes += left
-        for name, layers in sequences:
-            blocks.append(BlockReport(name, f"{SEQUENCE} ({', '.join(layers)})"))
+        blocks += _reports_of(sequences)
     if fold_bn and any(isinstance(m, _BatchNorm) or is_frozen_bn(m) for m in model.modules()):
         pairs, left = fold_conv_bn_(model, fixed)
         blocks += [BlockReport(conv, f"{BN_CONV if first else CONV_BN} ({bn})") for conv, bn, first in pairs]
         notes += left
     notes += _note_unknown(model, able, [*(block.name for block in merged.blocks), *fixed.blocks])
-    if not blocks:
+    if not blocks and not segments:
         raise NothingToMergeError(f"{type(model).__name__} holds no block that can be merged", notes)
     for module in set(model.modules()) - before:
         module.training = False  # nothing was in train mode, and what stands there now must not be
-    return _Conversion(model, blocks, parts, notes)
+    return _Conversion(model, [*segments, *blocks], parts, notes)
+
+
+def _reports_of(sequences: Sequence[tuple[str, Sequence[str]]]) -> list[BlockReport]:
+    return [BlockReport(name, f"{SEQUENCE} ({', '.join(layers)})") for name, layers in sequences]
+
+
+def _merge_segments_(model: nn.Module) -> list[BlockReport]:
+    """Merge what was linearized, whole and first: what is left is merged as in any other model."""
+    return _reports_of(merge_segments_(model)) if has_segments(model) else []
 
 
 @checked
@@ -164,7 +178,8 @@ def reparameterize(
         merge_linear: merge linear sequences that were trained as separate, zero-padded layers too, exact at the border, where
             that costs no more multiply-adds.
         where: what is merged and folded: a shell pattern on full names (``'stages.0*'``), several, or a function
-            ``(name, module) -> bool``; all inside of what fits is meant. None: everything.
+            ``(name, module) -> bool``; all inside of what fits is meant. None: everything. What was linearized is merged in
+            any case.
         skip: what is left as it is, likewise.
 
     Returns:
@@ -175,6 +190,7 @@ def reparameterize(
         NotMergeableError: a layer of a block is not linear.
         NothingToMergeError: the model holds nothing to merge.
         EquivalenceError: the proof fails; it names the first block that is off.
+        AnnealError: what was linearized is not annealed to its end.
 
     Example:
         >>> from rep_plugin.blocks.families import RepVGGBlock
@@ -191,16 +207,23 @@ def reparameterize(
     counted = inputs[0] if example_input is not None else inputs[0][:1]
     report = Report("reparameterize", count_params(model), 0, input_shape=tuple(counted.shape))
     report.macs_before = count_macs(model, counted)
-    fixed, exact, branches = find_fixed(model), None, find_branches(model, inputs[0])
-    fixed.borders, fixed.only = merge_linear, select_modules(model, where, skip)
-    merged_exactly = find_left(model, inputs[0], fixed, branches)
+    start, x, segments = model, inputs[0], []
+    if has_segments(model):
+        require_finished(model)
+        start, x = copy_model(model).double(), inputs[0].double()
+        segments = _merge_segments_(start)
+    fixed, exact, branches = find_fixed(start), None, find_branches(start, x)
+    fixed.borders, fixed.only = merge_linear, select_modules(start, where, skip)
+    merged_exactly = find_left(start, x, fixed, branches)
     if verify:
-        exact = _convert(model, fold_bn, merge_linear, fixed, lambda _: merged_exactly, keep=True)
+        exact = _convert(start, fold_bn, merge_linear, fixed, lambda _: merged_exactly, segments, keep=True)
         report.blocks = exact.blocks
-        report.add_proof(_prove(model, exact, inputs, branches))
+        report.add_proof(_prove(model, exact, inputs, branches if start is model else None))
     with undone_on_error(*([model] if inplace else [])):
         known = partial(merge_blocks_, left=fixed.blocks, borders=merge_linear, known=merged_exactly.parts)
-        done = _convert(model if inplace else copy_model(model), fold_bn, merge_linear, fixed, known)
+        given = model if inplace else copy_model(model)
+        _merge_segments_(given)
+        done = _convert(given, fold_bn, merge_linear, fixed, known, segments)
         merged = done.model
         if exact is None:
             report.blocks = done.blocks
@@ -226,13 +249,15 @@ def _replay(
     parts: Sequence[str] = (),
     only: Sequence[str] | None = None,
 ) -> nn.Module:
-    fixed = find_fixed(model)
+    set_segments_(model, 1.0)  # its weights, the alphas too, are loaded next
+    segments, fixed = _merge_segments_(model), find_fixed(model)
     fixed.blocks, fixed.only = dict.fromkeys(left, ""), None if only is None else set(only)
     merge = partial(merge_blocks_, left=fixed.blocks, unlisted=list(parts), borders=merge_linear)
-    return _convert(model, fold_bn, merge_linear, fixed, merge).model  # not run: nothing says which inputs it takes
+    done = _convert(model, fold_bn, merge_linear, fixed, merge, segments)  # not run: nothing says which inputs it takes
+    return done.model
 
 
-def _prove(model: nn.Module, exact: _Conversion, inputs: list[Tensor], branches: Branches) -> Equivalence:
+def _prove(model: nn.Module, exact: _Conversion, inputs: list[Tensor], branches: Branches | None) -> Equivalence:
     """Compare the merged float64 copy with the model."""
     proven_whole = (CONV_BN, BN_CONV, SEQUENCE)
     names = [block.name for block in exact.blocks if block.name and not block.kind.startswith(proven_whole)]

@@ -31,7 +31,7 @@ from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 from torch import Tensor, nn
 
 import rep_plugin
-from rep_plugin import functional
+from rep_plugin import depth, functional
 from rep_plugin import registry as registries
 from rep_plugin.backbones import MobileOne, RepLKNet, RepMobileNetV2, RepVGG
 from rep_plugin.bilinear import BilinearHead, BilinearPooling, fold_bilinear_head
@@ -187,6 +187,15 @@ def use_conv(given: ConvParams) -> None:
 
 def plan() -> rep_plugin.PrunePlan:
     return rep_plugin.plan_pruning(net(), (1, 3, 8, 8), "l1", 0.5, min_channels=1)
+
+
+def depth_plan() -> rep_plugin.DepthPlan:
+    return rep_plugin.plan_depth(net(), x(), macs=1.0)
+
+
+def table(folder: Path) -> Path:
+    depth.write_latency_table(net(), x(), folder / "given.json")
+    return folder / "given.json"
 
 
 def trace():
@@ -407,6 +416,32 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     "rep_plugin.pruning.PruneReport": lambda f: Call(
         PruneReport, dict(action="prune", params_before=3, params_after=2), lambda r: (str(r), r.to_json())
     ),
+    "rep_plugin.DepthPlan": lambda f: Call(
+        rep_plugin.DepthPlan, vars(depth_plan()), lambda p: rep_plugin.DepthPlan.from_json(p.to_json())
+    ),
+    "rep_plugin.DepthPlan.to_json": method(lambda f: depth_plan(), "to_json", path=lambda f: f / "plan.json"),
+    "rep_plugin.DepthPlan.plot": method(lambda f: depth_plan(), "plot", path=lambda f: f / "plan.png"),
+    "rep_plugin.DepthPlan.from_json": method(
+        lambda f: depth_plan(), "from_json", source=lambda f: depth_plan().to_json()
+    ),
+    "rep_plugin.plan_depth": lambda f: Call(
+        rep_plugin.plan_depth, dict(model=net(), example_input=x(), evaluate=lambda net: 1.0, macs=1.0, calibration=x())
+    ),
+    "rep_plugin.linearize": lambda f: Call(
+        rep_plugin.linearize, dict(model=net(), plan=["2"], act_after="relu", example_input=x())
+    ),
+    "rep_plugin.set_alpha_": lambda f: Call(
+        rep_plugin.set_alpha_, dict(model=rep_plugin.linearize(net(), ["2"], example_input=x())[0], alpha=0.5)
+    ),
+    "rep_plugin.depth.LatencyTable": lambda f: Call(
+        depth.LatencyTable,
+        dict(runtime="eager", threads=1, input_shape=(1, 3, 8, 8), whole=2.0, segments={"a": (1.0, 0.5)}, scale=1.0),
+    ),
+    "rep_plugin.depth.read_latency_table": lambda f: Call(depth.read_latency_table, dict(path=table(f))),
+    "rep_plugin.depth.write_latency_table": lambda f: Call(
+        depth.write_latency_table, dict(model=net(), example_input=x(), path=f / "table.json")
+    ),
+    "rep_plugin.depth.reestimate_bn_": lambda f: Call(depth.reestimate_bn_, dict(model=net(), batches=[x()])),
     "rep_plugin.apply_plan": lambda f: Call(
         rep_plugin.apply_plan, dict(model=net(), plan=plan(), optimizer=None, ema=None)
     ),
@@ -687,6 +722,7 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     ),
     "registry.Expanded": registered("Expanded", None, model=STOCK, block="acb"),
     "registry.Merged": registered("Merged", None, model=mm_config().model.to_dict()),
+    "registry.Linearized": registered("Linearized", None, model=STOCK, segments=[]),
     "registry.Pruned": lambda f: registered(
         "Pruned", None, model=mm_config().model.to_dict(), plan=mm_plan().to_json()
     )(f),

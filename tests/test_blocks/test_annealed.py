@@ -156,7 +156,7 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match=r"activation 'prelu' cannot be annealed, expected one of \['gelu'"):
         annealed((8, 8, 1, 6), act="prelu")
     for alpha in (-0.1, 1.5, float("nan")):
-        with pytest.raises(ValueError, match=r"alpha must lie in 0..1, got"):
+        with pytest.raises(ValueError, match=r"alpha must be a number in \[0, 1\], got"):
             set_alpha_(annealed((8, 8, 1, 6)), alpha)
     with pytest.raises(ValueError, match="stock's BNs inside the branches, which online=True does not have"):
         annealed((8, 8, 1, 6), online=True)

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from rep_plugin.arguments import OneOf
+from rep_plugin.depth import DepthPlan
 from rep_plugin.errors import ArgumentError, HookError, UnreadableCheckpointError, first_line
 from rep_plugin.history import check_history, history_of
 from rep_plugin.measure.copies import copy_model
@@ -49,7 +50,7 @@ META = "rep_prune"  # in a checkpoint's meta data
 # A hook has no loader to take first-order scores from.
 HookScores = Annotated[str, OneOf([name for name in SCORES if name != "taylor"])]
 Planner = Callable[[nn.Module, tuple[int, ...], list[dict]], PrunePlan]
-Planned = TypeVar("Planned", PrunePlan, Clusters)
+Planned = TypeVar("Planned", PrunePlan, Clusters, DepthPlan)
 
 
 def budget_of(

@@ -1,26 +1,57 @@
-"""LinearizeHook: lead annealed blocks from stock MobileNetV2's form to the mergeable one while training."""
+"""LinearizeHook: lead activations from stock's form to the mergeable one while training."""
 
+import json
 import math
-from typing import Annotated
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
 
-from mmengine.hooks import Hook
+from mmengine.dist import is_main_process
 from mmengine.runner import Runner
+from torch import nn
 
 from rep_plugin.arguments import In, NotNegative, OneOf, Positive, checked
 from rep_plugin.backbones.warm_start import measure_identities_
+from rep_plugin.blocks.activations import FUNCTIONS
 from rep_plugin.blocks.annealed import annealed_modules, set_alpha_
-from rep_plugin.errors import AnnealError, ArgumentError, HookError
-from rep_plugin.openmmlab.hooks.runner_utils import ema_models, plain_model
+from rep_plugin.blocks.annealed_layers import has_segments, in_segments
+from rep_plugin.checkpoints.files import write_text
+from rep_plugin.depth import DepthPlan, linearize, plan_depth
+from rep_plugin.depth.plan import as_depth_plan
+from rep_plugin.depth.planner import Share
+from rep_plugin.depth.timing import EAGER, Runtime
+from rep_plugin.errors import AnnealError, ArgumentError, HookError, RepPluginError, first_line
+from rep_plugin.history import history_of, rebuild_
+from rep_plugin.measure.copies import copy_model
+from rep_plugin.openmmlab.hooks.base_pruning_hook import from_main_process
+from rep_plugin.openmmlab.hooks.runner_utils import (
+    ema_models,
+    evaluate,
+    images_of,
+    kept_random_state,
+    main_metric,
+    plain_model,
+    training_batch,
+)
 from rep_plugin.openmmlab.hooks.schedule import Schedule
+from rep_plugin.openmmlab.hooks.stateful_hook import StatefulHook, parse_kept
+from rep_plugin.openmmlab.load import KEPT, LINEARIZE
 from rep_plugin.registry import HOOKS
 
 SCHEDULES = {"linear": lambda share: share, "cosine": lambda share: (1 - math.cos(math.pi * share)) / 2}
+CALIBRATION = 64  # training images, for batch norms of what is judged
+PLAN = "depth_plan.json"
 
 
 @checked
 @HOOKS.register_module()
-class LinearizeHook(Hook):
-    """Anneal every ``alpha`` of a model built with ``anneal=True`` from 0 to exactly 1 between ``begin`` and ``end``.
+class LinearizeHook(StatefulHook):
+    """Anneal every ``alpha`` of a model from 0 to exactly 1 between ``begin`` and ``end``.
+
+    The model is one built with ``anneal=True``; or any stock model, in which ``plan`` or ``latency`` says which activations
+    go: they are replaced once the weights are loaded, as :func:`rep_plugin.linearize` does, and ``ReparamHook`` merges what
+    lay between them. With ``latency`` that is done when ``begin`` has come: the plan is made then, by validation, and written
+    to ``depth_plan.json`` in the work directory.
 
     The last iteration before ``end`` is trained at alpha 1, and all later ones. Leave some epochs after ``end``: statistics
     and weights then settle to the form that is deployed. The alpha follows from the iteration's number alone, so that a
@@ -34,15 +65,21 @@ class LinearizeHook(Hook):
         measure_batches: Training batches that measure the statistics of the identity branches before the first iteration,
             so that in train mode too the network starts as stock, see
             :func:`rep_plugin.backbones.warm_start.measure_identities_`.
+        plan: What :func:`rep_plugin.plan_depth` returns, its data, its JSON text or the path of its file; or
+        latency: Share of the network's own time that may remain, measured on the main process's machine.
+        runtime: Where it is measured: ``eager``, ``onnxruntime`` or ``openvino``.
+        judge_batches: Validation batches that judge each segment; 0: its segments are judged by the outputs alone.
+        act_after: Activation that is annealed in behind each segment that is a block's output; default: the plan's.
 
     Raises:
-        ArgumentError: An argument is out of its range.
+        ArgumentError: An argument is out of its range, or the plan is of another model.
         AnnealError: ``end`` lies behind the training's, or the model has nothing to anneal or is annealed already.
 
     Example:
-        >>> custom_hooks = [dict(type="rep_plugin.LinearizeHook", begin=2, end=20)]
+        >>> custom_hooks = [dict(type="rep_plugin.LinearizeHook", begin=2, end=20, plan="depth_plan.json")]
     """
 
+    meta_key = LINEARIZE
     priority = "LOW"  # after EMAHook, which averages or copies buffers; before checkpoints are written
 
     def __init__(
@@ -52,11 +89,21 @@ class LinearizeHook(Hook):
         by_epoch: bool = True,
         schedule: Annotated[str, OneOf(SCHEDULES)] = "linear",
         measure_batches: Annotated[int, In("[0, inf)")] = 8,
+        plan: DepthPlan | Mapping | str | Path | None = None,
+        latency: Share | None = None,
+        runtime: Runtime = EAGER,
+        judge_batches: Annotated[int, In("[0, inf)")] = 4,
+        act_after: Annotated[str, OneOf(FUNCTIONS)] | None = None,
     ):
         self.schedule = Schedule(begin, end, by_epoch=by_epoch)
         if end is None or begin == end:
             raise ArgumentError(f"LinearizeHook needs 0 <= begin < end, got begin={begin}, end={end}")
+        if plan is not None and latency is not None:
+            raise ArgumentError("give at most one of plan and latency")
         self.measure_batches, self._curve = measure_batches, SCHEDULES[schedule]
+        self.plan = None if plan is None else as_depth_plan(plan)
+        self.latency, self.runtime, self.judge_batches, self.act_after = latency, runtime, judge_batches, act_after
+        self._done: dict | None = None  # the step, once it is made
         self._due = self.schedule  # in iterations, once there is a training
 
     def alpha_at(self, iteration: int) -> float:
@@ -75,15 +122,85 @@ class LinearizeHook(Hook):
         self._due = self.schedule.in_iterations(runner, "LinearizeHook")
         if self._due.begin == self._due.end:
             raise AnnealError(f"between begin={begin} and end={end} {unit} lies no iteration, expected at least 1")
+        if self.plan is not None and self._done is None:
+            self._linearize(runner)
+        if self.pending:
+            if any(True for _ in annealed_modules(runner.model)):
+                raise AnnealError("latency of LinearizeHook is for stock models: this one is annealed already")
+            return
         alphas = {module.alpha for module in annealed_modules(runner.model)}
         if not alphas:
-            raise AnnealError("the model has no annealed block, expected a backbone with anneal=True")
+            raise AnnealError(
+                "the model has no annealed block, expected a backbone with anneal=True, or plan=... or latency=... of "
+                "LinearizeHook"
+            )
         if runner.iter == 0 and alphas != {0.0}:
             raise AnnealError(
                 f"the model starts at alpha {max(alphas):.4g}, expected 0: it is annealed already, drop LinearizeHook"
             )
-        if runner.iter == 0 and self.measure_batches:
+        if runner.iter == 0 and self.measure_batches and not has_segments(runner.model):
             self._measure(runner)
+        for average in ema_models(runner) if runner.iter else ():  # its checkpoint was read before it was linearized
+            set_alpha_(average.module, self.alpha_at(runner.iter - 1))
+
+    @property
+    def pending(self) -> bool:
+        """Whether the plan is still to be made."""
+        return self.latency is not None and self._done is None
+
+    def _linearize(self, runner: Runner) -> None:
+        """Give the model annealed layers, and its averages the same."""
+        model = plain_model(runner)
+        with kept_random_state():
+            plan = self.plan or self._plan(runner, model)
+            try:
+                _, report = linearize(
+                    model, plan, inplace=True, act_after=self.act_after, example_input=images_of(runner, 2)
+                )
+            except ArgumentError as error:
+                raise ArgumentError(f"LinearizeHook: {first_line(error)}") from None
+        self._keep(runner, next(step for step in history_of(model) if step["step"] == "linearize"))
+        runner.logger.info(f"LinearizeHook: {plan}\n{report}")
+
+    def _keep(self, runner: Runner, step: Mapping[str, Any]) -> None:
+        self._done = {key: step[key] for key in KEPT}
+        for average in ema_models(runner):
+            if not any(True for _ in in_segments(average.module)):
+                rebuild_(average.module, [{"step": "linearize", **self._done}])
+
+    def _plan(self, runner: Runner, model: nn.Module) -> DepthPlan:
+        """The plan of the main process, by its own clock and validation."""
+        copied, plan = copy_model(model), DepthPlan(type(model).__name__, (), ())
+        failure = ""
+        if is_main_process():
+            batches = self.judge_batches
+            judge = (
+                None if not batches or runner.val_loop is None else lambda net: _metric(evaluate(runner, net, batches))
+            )
+            images = training_batch(runner, CALIBRATION)["inputs"]
+            try:
+                plan = plan_depth(
+                    copied.cpu(), images_of(runner, 1).cpu(), judge, latency=self.latency, runtime=self.runtime,
+                    calibration=images.cpu(), act_after=self.act_after,
+                )  # fmt: skip
+            except RepPluginError as error:
+                failure = first_line(error)
+            else:
+                write_text(Path(runner.work_dir) / PLAN, plan.to_json())
+        plan = from_main_process(plan)
+        if failure:
+            raise AnnealError(f"LinearizeHook cannot plan: {failure}")
+        return plan
+
+    def state(self) -> str | None:
+        return None if self._done is None else json.dumps(self._done)
+
+    def load_structure(self, runner: Runner, state: object) -> None:
+        step = parse_kept(state, LINEARIZE, KEPT)
+        model = plain_model(runner)
+        if not any(True for _ in in_segments(model)):
+            rebuild_(model, [{"step": "linearize", **step}])
+        self._keep(runner, step)
 
     def _measure(self, runner: Runner) -> None:
         model = plain_model(runner)
@@ -94,6 +211,8 @@ class LinearizeHook(Hook):
         )
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
+        if self.pending and runner.iter >= self._due.begin:
+            self._linearize(runner)
         alpha = self.alpha_at(runner.iter)
         set_alpha_(runner.model, alpha)
         runner.message_hub.update_scalar("train/linear_alpha", alpha)
@@ -103,3 +222,10 @@ class LinearizeHook(Hook):
     ) -> None:
         for average in ema_models(runner):
             set_alpha_(average.module, self.alpha_at(runner.iter))
+
+
+def _metric(metrics: dict[str, float]) -> float:
+    """The first metric that is high for good models."""
+    if (name := main_metric(metrics)) is None:
+        raise HookError(f"LinearizeHook needs a metric that is high for good models, validation has {sorted(metrics)}")
+    return metrics[name]

@@ -65,6 +65,8 @@ class ReparamHook(Hook):
             )
         log_advice(runner)
         check_out_dir(runner, self.out_dir)
+        if any(isinstance(hook, LinearizeHook) and hook.pending for hook in runner.hooks):
+            return  # what will be merged is not known yet
         model = copy_model(plain_model(runner))
         set_alpha_(model, 1.0)
         with rehearsal("ReparamHook"):
