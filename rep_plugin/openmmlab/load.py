@@ -64,10 +64,6 @@ VALUE_ERRORS = (
 )
 
 
-def _is_type(kind: object) -> bool:
-    return isinstance(kind, type) or (isinstance(kind, str) and bool(kind))
-
-
 @contextmanager
 def config_errors() -> Iterator[None]:
     """Turn what the values of a config raise when mmengine builds them into an ArgumentError that names the type.
