@@ -195,7 +195,6 @@ def test_errors_are_one_line_and_write_nothing(folder, tried):
         "none.txt does not exist": [*named, "--class-names", "none.txt"],
         "f.pt": ["config.py", "epoch_1.pth", "f.pt"],
         "tolerance 1e-14": [*mm, "--tolerance", 1e-14],
-        "batch must be >= 1, got 0": [*mm, "--batch", 0],
         "timm has no model 'rep_repvgg_a9', expected one as rep_repvgg_a": ["rep_repvgg_a9", "f.onnx"],
         "cannot write into short.txt: Not a directory": [*named[:1], "short.txt/f.onnx", *named[2:]],
         "text.pth is not readable": [*named, "--checkpoint", "text.pth"],
@@ -218,6 +217,7 @@ def test_wrong_words_are_refused_by_name(tried, capsys):
         "--cfg-options does not go with test_byobnet": ["test_byobnet", "f.onnx", "--cfg-options", "a=1"],
         "--checkpoint does not go with config.py": ["config.py", "epoch_1.pth", "f.onnx", "--checkpoint", "x"],
         "expected KEY=VALUE, got 'nonsense'": ["test_byobnet", "f.onnx", "--model-args", "nonsense"],
+        "--batch: expected a whole number >= 1, got '0'": ["test_byobnet", "f.onnx", "--batch", 0],
         "--size takes one or two numbers": ["test_byobnet", "f.onnx", "--size", 1, 2, 3],
         "not allowed with argument": ["test_byobnet", "f.onnx", "--batch", 1, "--dynamic-batch"],
     }
