@@ -101,7 +101,6 @@ class RingConv2d(_InSegment):
     """
 
     ring: tuple[int, int]
-    stock_padding: Any
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.linear:

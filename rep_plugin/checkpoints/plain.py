@@ -53,6 +53,31 @@ def parse_json(text: str | bytes, source: str) -> Any:
         raise ArgumentError(f"{source} is not JSON: {first_line(error)}") from None
 
 
+def read_json_source(source: str | Path) -> tuple[Any, str]:
+    """Read JSON that is given as its text, an object in braces, or as the path of its file.
+
+    Args:
+        source: the text or the path.
+
+    Returns:
+        The data, and what holds it, for messages.
+
+    Raises:
+        ArgumentError: it is no JSON.
+        FileNotFoundError: there is no such file.
+    """
+    is_text = isinstance(source, str) and source.lstrip().startswith("{")
+    what = "source, a plan as text," if is_text else str(source)
+    return parse_json(source, what) if is_text else read_json(source), what
+
+
+def tuples_of(value: Any) -> Any:
+    """Return data of JSON with tuples in the place of its lists."""
+    if isinstance(value, dict):
+        return {key: tuples_of(item) for key, item in value.items()}
+    return tuple(map(tuples_of, value)) if isinstance(value, list) else value
+
+
 def require_fields(data: object, fields: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return data that is a dict of exactly these fields.
 

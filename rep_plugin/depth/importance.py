@@ -1,7 +1,6 @@
 """What it costs to take activations away: by a user's metric, by what becomes of the outputs, or by batch norms alone."""
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
 from typing import Annotated
 
 import torch
@@ -58,9 +57,10 @@ def reestimate_bn_(model: nn.Module, batches: Iterable[Images]) -> nn.Module:
     return model
 
 
-@contextmanager
-def linear_copy(model: nn.Module, segments: Sequence[Segment], act_after: str | None, batches: Sequence[Tensor]):
-    """Give a copy in eval mode with segments linear, its BNs estimated anew where there are images.
+def linear_copy(
+    model: nn.Module, segments: Sequence[Segment], act_after: str | None, batches: Sequence[Tensor]
+) -> nn.Module:
+    """Return a copy in eval mode with segments linear, its BNs estimated anew where there are images.
 
     Args:
         model: the model.
@@ -68,13 +68,13 @@ def linear_copy(model: nn.Module, segments: Sequence[Segment], act_after: str | 
         act_after: name of the activation behind them, or None.
         batches: images (N, C, H, W) each; none: the BNs stay.
 
-    Yields:
+    Returns:
         The copy.
     """
     copied = copy_model(model, training=False)
     linearize_(copied, [segment.data for segment in segments], act_after)
     set_segments_(copied, 1.0)
-    yield reestimate_bn_(copied, batches) if batches else copied
+    return reestimate_bn_(copied, batches) if batches else copied
 
 
 def score_of(evaluate: Evaluate, model: nn.Module) -> float:

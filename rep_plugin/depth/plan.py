@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rep_plugin.arguments import checked
 from rep_plugin.checkpoints.files import write_text
-from rep_plugin.checkpoints.plain import parse_json, read_json
+from rep_plugin.checkpoints.plain import read_json_source, tuples_of
 from rep_plugin.depth.segments import Segment
 from rep_plugin.errors import ArgumentError
 
@@ -209,9 +209,7 @@ class DepthPlan:
         Raises:
             ArgumentError: it is no depth plan; the message is one line.
         """
-        is_text = isinstance(source, str) and source.lstrip().startswith("{")
-        what = "source, a plan as text," if is_text else str(source)
-        data = parse_json(source, what) if is_text else read_json(source)
+        data, what = read_json_source(source)
         if not isinstance(data, dict) or data.get("version") != VERSION:
             got = data.get("version") if isinstance(data, dict) else type(data).__name__
             raise ArgumentError(f"{what} is no depth plan of version {VERSION}, got {got!r}")
@@ -229,19 +227,12 @@ def _built(kind: Any, data: Any) -> Any:
         odd = sorted(set(data) ^ names) if isinstance(data, Mapping) else type(data).__name__
         raise ArgumentError(f"missing or unknown {odd} of a {kind.__name__}")
     parts = {"segments": Candidate, "frontier": Point} if kind is DepthPlan else {}
-    values = {name: _plain(value) for name, value in data.items()}
+    values = {name: tuples_of(value) for name, value in data.items()}
     for name, part in parts.items():
         if not isinstance(values[name], tuple):
             raise ArgumentError(f"{name} must be a list, got {type(data[name]).__name__}")
         values[name] = tuple(_built(part, one) for one in values[name])
     return kind(**values)
-
-
-def _plain(value: Any) -> Any:
-    """JSON's lists are tuples."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return tuple(map(_plain, value)) if isinstance(value, list) else value
 
 
 def _number(value: float | None) -> str:

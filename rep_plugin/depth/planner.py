@@ -1,7 +1,7 @@
 """``plan_depth``: which runs of a network become one convolution, under a budget of measured latency or of multiply-adds."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -29,13 +29,11 @@ from rep_plugin.depth.timing import (
     LatencyTable,
     Runtime,
     Threads,
-    call_of,
-    deployed,
     input_sizes,
     read_latency_table,
     signature,
-    time_in_turns,
     time_segments,
+    time_whole,
 )
 from rep_plugin.errors import AnnealError, ArgumentError
 from rep_plugin.measure.copies import copy_inputs, copy_model
@@ -128,7 +126,7 @@ def plan_depth(
         candidates = [costs.candidate(segment) for segment in found]
         paying = [one for one in candidates if one.pays]
         losses = {one.name: search.loss(one) for one in track(paying, "judging segments")}
-    candidates = [_with_loss(one, losses.get(one.name)) for one in candidates]
+    candidates = [replace(one, loss=losses.get(one.name)) for one in candidates]
     # What seems to gain is noise, or a network that is not trained yet: it is no reason to take away more than was asked.
     items = [
         Item(one, costs.saving(one), max(0.0, one.loss)) for one in candidates if one.pays and one.loss is not None
@@ -210,7 +208,7 @@ class _Costs:
             pays = before is not None and after is not None and after < FASTER * before
         else:
             pays = segment.macs_after < segment.macs_before
-        return Candidate(**_fields(segment), ms_before=before, ms_after=after, pays=pays)
+        return Candidate(**vars(segment), ms_before=before, ms_after=after, pays=pays)
 
     def saving(self, segment: Segment) -> float:
         if self.table:
@@ -241,14 +239,6 @@ class _Costs:
         return self.total - sum(item.segment.macs_before - item.segment.macs_after for item in choice.items)
 
 
-def _fields(segment: Segment) -> dict:
-    return {name: getattr(segment, name) for name in Segment.__dataclass_fields__}
-
-
-def _with_loss(candidate: Candidate, loss: float | None) -> Candidate:
-    return Candidate(**{**asdict(candidate), **_fields(candidate), "loss": loss})
-
-
 class _Search:
     """Judges segments, one by one and together."""
 
@@ -263,11 +253,11 @@ class _Search:
         """The score with these segments linear, or minus what becomes of the outputs."""
         key = tuple(segment.name for segment in segments)
         if key not in self.known:
-            with linear_copy(self.model, segments, self.act_after, self.batches) as linear:
-                if self.evaluate is not None:
-                    self.known[key] = score_of(self.evaluate, linear)
-                else:
-                    self.known[key] = -output_change(self.outputs, outputs_of(linear, self.batches))
+            linear = linear_copy(self.model, segments, self.act_after, self.batches)
+            if self.evaluate is not None:
+                self.known[key] = score_of(self.evaluate, linear)
+            else:
+                self.known[key] = -output_change(self.outputs, outputs_of(linear, self.batches))
         return self.known[key]
 
     def loss(self, segment: Segment) -> float:
@@ -288,12 +278,9 @@ class _Search:
 def _measure(model: nn.Module, x: Tensor, choice: Choice, table: LatencyTable | None) -> float:
     """Milliseconds of the whole network, merged, in the share that it takes of the network before, in turns."""
     assert table is not None
-    with linear_copy(model, [item.segment for item in choice.items], None, ()) as linear:
-        merged = deployed(linear, x).float()
-    calls = {name: call_of(table.runtime, net, x.float(), table.threads) for name, net in
-             (("before", deployed(model, x).float()), ("after", merged))}  # fmt: skip
-    times = time_in_turns(calls, table.threads)
-    return table.whole * times["after"] / times["before"]
+    segments = [item.segment for item in choice.items]
+    before, after = time_whole(model, x.float(), segments, table.runtime, table.threads)
+    return table.whole * after / before
 
 
 def _compare(predicted: float, measured: float) -> list[str]:

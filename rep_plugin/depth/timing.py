@@ -290,21 +290,38 @@ def time_segments(model: nn.Module, x: Tensor, segments: Sequence[Segment], runt
     table = {key: (times[key, 0], times[key, 1]) for key in keys}
     pairs = [(one, *table[key]) for one, key in zip(worth, names)]
     items = [Item(one, before - after, 0.0) for one, before, after in pairs if after < FASTER * before]
-    whole, scale = _time_whole(model, x, items, runtime, threads)
+    whole, scale = _scale_whole(model, x, items, runtime, threads)
     return LatencyTable(runtime, threads, tuple(x.shape), whole, table, scale)
 
 
-def _time_whole(model: nn.Module, x: Tensor, items: Sequence[Item], runtime: str, threads: int) -> tuple[float, float]:
+def _scale_whole(model: nn.Module, x: Tensor, items: Sequence[Item], runtime: str, threads: int) -> tuple[float, float]:
     """Milliseconds of the network, and the scale of what segments save: by the network with all merged that pays."""
-    calls = {"before": call_of(runtime, deployed(model, x).float(), x, threads)}
     most = most_saving(best_choices(items)) if items else None
-    if most is not None:
-        with linear_copy(model, [item.segment for item in most.items], None, ()) as linear:
-            calls["after"] = call_of(runtime, deployed(linear, x).float(), x, threads)
+    before, after = time_whole(model, x, [item.segment for item in most.items] if most else [], runtime, threads)
+    return before, 1.0 if most is None or after >= before else (before - after) / most.saving
+
+
+def time_whole(
+    model: nn.Module, x: Tensor, segments: Sequence[Segment], runtime: str, threads: int
+) -> tuple[float, float]:
+    """Time a network and the same with segments merged, in turns.
+
+    Args:
+        model: the model, on the CPU.
+        x: images (N, C, H, W), float32.
+        segments: of the model; none: it is timed alone.
+        runtime: where.
+        threads: inside an operator.
+
+    Returns:
+        Milliseconds of both.
+    """
+    networks = {"before": model}
+    if segments:
+        networks["after"] = linear_copy(model, segments, None, ())
+    calls = {name: call_of(runtime, deployed(net, x).float(), x, threads) for name, net in networks.items()}
     times = time_in_turns(calls, threads)
-    if most is None or times["after"] >= times["before"]:
-        return times["before"], 1.0
-    return times["before"], (times["before"] - times["after"]) / most.saving
+    return times["before"], times.get("after", times["before"])
 
 
 @checked

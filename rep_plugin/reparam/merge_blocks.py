@@ -168,12 +168,17 @@ class _Merger:
         self.found.blocks = [one for one in self.found.blocks if not _is_inside(one.name, [name])]
         self.found.parts = {one: part for one, part in self.found.parts.items() if not _is_inside(one, [name])}
         self.found.blocks.append(BlockReport(name, kind))
-        _carry_over_(module, merged)
+        carry_over_(module, merged)
         self.done[module] = self.done[merged] = merged
 
 
-def _carry_over_(module: nn.Module, merged: nn.Module) -> None:
-    """Keep plain attributes of a block on what takes its place: parents may read them."""
+def carry_over_(module: nn.Module, merged: nn.Module) -> None:
+    """Keep plain attributes of a block on what takes its place: parents may read them.
+
+    Args:
+        module: the block.
+        merged: what takes its place, changed in place.
+    """
     for key, value in vars(module).items():
         if not key.startswith("_") and not isinstance(value, (nn.Module, Tensor)) and not hasattr(merged, key):
             setattr(merged, key, value)

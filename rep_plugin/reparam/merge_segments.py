@@ -13,6 +13,7 @@ from rep_plugin.reparam.border_conv import build_conv
 from rep_plugin.reparam.fx_parts import TracedPart, trace_parts
 from rep_plugin.reparam.linear_layers import flatten_layers
 from rep_plugin.reparam.linear_parts import LinearPart, merge_part
+from rep_plugin.reparam.merge_blocks import carry_over_
 from rep_plugin.reparam.runs import (
     ACT,
     BN,
@@ -127,9 +128,7 @@ def _merge_block_(model: nn.Module, elements: list[Element]) -> str:
     value = Affine(run.source, conv=compose_elements(elements))
     value = replace(value, nodes=frozenset(e.node for e in run.elements if e.node.op == "call_module"))
     new = merge_part(LinearPart(part.module, part.graph, sink, value, constants))
-    for key, kept in vars(part.module).items():
-        if not key.startswith("_") and not isinstance(kept, (nn.Module, Tensor)) and not hasattr(new, key):
-            setattr(new, key, kept)
+    carry_over_(part.module, new)
     model.set_submodule(name, new)
     return name
 

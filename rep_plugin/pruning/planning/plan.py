@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rep_plugin.arguments import Seed, Shape, checked
 from rep_plugin.checkpoints.files import write_atomic, write_text
-from rep_plugin.checkpoints.plain import parse_json, read_json
+from rep_plugin.checkpoints.plain import read_json_source, tuples_of
 from rep_plugin.errors import ArgumentError
 from rep_plugin.measure.costs import count_params
 from rep_plugin.pruning.planning.options import PruneOptions, Scores, Widths
@@ -207,9 +207,7 @@ class PrunePlan:
         Raises:
             ArgumentError: It is no plan; the message is one line.
         """
-        is_text = isinstance(source, str) and source.lstrip().startswith("{")
-        what = "source, a plan as text," if is_text else str(source)
-        data = parse_json(source, what) if is_text else read_json(source)
+        data, what = read_json_source(source)
         if isinstance(data, dict) and data.get("version") in range(1, VERSION):
             for version in range(data["version"] + 1, VERSION + 1):
                 data = _LATER[version] | data
@@ -222,7 +220,7 @@ class PrunePlan:
         if data["version"] != VERSION:
             raise ArgumentError(f"{what} is a plan of version {data['version']}, expected {VERSION}")
         try:
-            plan = cls(**{name: _plain(value) for name, value in data.items()})
+            plan = cls(**{name: tuples_of(value) for name, value in data.items()})
         except ArgumentError as error:
             raise ArgumentError(f"{what} is not a pruning plan: {error}") from None
         for name, indices in plan.kept.items():
@@ -263,13 +261,6 @@ def _count_one_image_(data: dict) -> None:
     for name in ("macs_before", "macs_after"):
         if isinstance(shape, list) and shape and _is_count(shape[0], 1) and _is_count(data.get(name)):
             data[name] //= shape[0]
-
-
-def _plain(value: Any) -> Any:
-    """JSON's lists are a plan's tuples."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return tuple(map(_plain, value)) if isinstance(value, list) else value
 
 
 def _is_count(value: object, least: int = 0) -> bool:
