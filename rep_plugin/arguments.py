@@ -451,7 +451,7 @@ def _fit_mapping(value: Any, hint: Any, args: tuple) -> Any:
         return value
     for key in value:
         _require(fits(key, args[0]), value, hint)
-    fitting = {key: _fit_inner(one, args[1], f"[{key!r}]") for key, one in value.items()}
+    fitting = {key: _fit_inner(one, args[1], f"[{shown(key)}]") for key, one in value.items()}
     return value if all(fitting[key] is one for key, one in value.items()) else fitting
 
 

@@ -40,6 +40,7 @@ from rep_plugin.measure.verify import default_inputs
 from rep_plugin.optional import require
 
 CONFIG, WEIGHTS, ARCHITECTURE, PROOF = "config.json", "model.safetensors", "rep_plugin_rebuilt", "fingerprint"
+OLD_ARCHITECTURE = "rep_rebuilt"  # of folders written before 0.2
 Images = Annotated[Tensor, Dims("(N, C, H, W)")]
 
 
@@ -262,6 +263,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UnreadableCheckpointError(str(error)) from None
     if not isinstance(config, dict) or not isinstance(config.get("model_args"), dict):
         raise UnreadableCheckpointError(f"{path} has no model_args, expected what rep_plugin.save writes")
+    if (architecture := config.get("architecture")) not in (ARCHITECTURE, OLD_ARCHITECTURE):
+        raise UnreadableCheckpointError(f"{path}: architecture is {shown(architecture)}, expected {ARCHITECTURE!r}")
+    if not fits(config.get("pretrained_cfg", {}), dict[str, Any]):
+        raise UnreadableCheckpointError(f"{path}: pretrained_cfg is {shown(config['pretrained_cfg'])}, expected a dict")
     kinds = {"base": str, "base_args": dict[str, Any], "history": list[dict]}
     for name, kind in kinds.items():
         if not fits(config["model_args"].get(name, kind()), kind):

@@ -56,6 +56,7 @@ WRONG = [
     (Iterable[nn.Module], torch.ones(2), r"x must be a list of torch.nn.Modules, got a Tensor of shape \(2,\)"),
     (tuple[int, int], (1,), r"x must be 2 whole numbers, got \(1,\)"),
     (Mapping[str, float], {"a": None}, r"x\['a'\] must be a number, got None"),
+    (Mapping[torch.Tensor, float], {torch.ones(2, 1): None}, r"x\[a Tensor of shape .*\] must be a number, got None"),
     (Mapping[str, float], {3: 1.0}, "x must be a dict of strings and numbers, got {3: 1.0}"),
     (str | Path, "", "x must be a path, got ''"),
     (str | Path, "a\0b", "x must be a path, got"),

@@ -57,6 +57,16 @@ def test_what_does_not_fit(folder):
         rep_plugin.load(folder, build())
 
 
+@pytest.mark.parametrize("entry", [{"architecture": 1.5}, {"architecture": "resnet18"}, {"pretrained_cfg": [1]}])
+def test_a_config_with_other_entries_than_those_written(entry, folder):
+    path, [(key, value)] = folder / "config.json", entry.items()
+    path.write_text(json.dumps(json.loads(path.read_text()) | entry))
+    for model in (None, build()):
+        with pytest.raises(UnreadableCheckpointError, match=f"config.json: {key} is ") as caught:
+            rep_plugin.load(folder, model)
+        assert repr(value) in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_a_step_on_a_part_and_doubles(tmp_path):
     model = build().double().eval()
     model = nn.Sequential(model[:2], model[2:5], model[5])

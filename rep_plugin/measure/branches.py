@@ -165,12 +165,16 @@ _KEEP_SHAPE = {
     "batch_norm", "relu", "relu_", "relu6", "hardtanh", "hardswish", "hardsigmoid", "silu", "sigmoid", "gelu", "mish",
     "leaky_relu", "prelu", "dropout", "layer_norm",
 }  # fmt: skip
+_BROADCAST = {"add", "sub", "mul"}
 
 
 def _shape_only(name: str, *args, **kwargs) -> Tensor | None:
     """The output of the commonest operations on the meta device, for which torch takes up to 7 ms; None for others."""
     if name in _KEEP_SHAPE and isinstance(args[0], Tensor):
         return torch.empty_like(args[0])
+    if name in _BROADCAST and len(args) == 2 and not kwargs and all(isinstance(a, Tensor) and a.is_meta for a in args):
+        a, b = args
+        return a.new_empty(torch.broadcast_shapes(a.shape, b.shape)) if a.dtype == b.dtype else None
     if name != "conv2d" or len(args) != 7 or kwargs or args[0].dim() != 4 or isinstance(args[4], str):
         return None
     x, weight, _, stride, padding, dilation, _ = args

@@ -34,6 +34,7 @@ from rep_plugin.measure.rebuilt import require_identical
 from rep_plugin.saving import (
     ARCHITECTURE,
     BUILDERS,
+    OLD_ARCHITECTURE,
     WEIGHTS,
     Builder,
     Images,
@@ -45,7 +46,6 @@ from rep_plugin.saving import (
 )
 from rep_plugin.timm.features import as_features
 
-OLD_ARCHITECTURE = "rep_rebuilt"  # of folders written before 0.2
 # The part of a pretrained_cfg that describes the input; where its first weights came from does not hold any more.
 KEPT_CFG = (
     "input_size", "min_input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std",
