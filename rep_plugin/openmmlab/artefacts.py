@@ -16,6 +16,7 @@ from rep_plugin.checkpoints.strict import describe_mismatch
 from rep_plugin.errors import ArgumentError
 from rep_plugin.history import history_of
 from rep_plugin.measure.copies import copy_model
+from rep_plugin.measure.forward import require_numbers
 from rep_plugin.measure.plots import draw_widths
 from rep_plugin.measure.report import Report
 from rep_plugin.openmmlab.configs import (
@@ -75,6 +76,8 @@ def write_deployed(
         >>> len(report.blocks), Config.fromfile("out/deploy.py").model.backbone.deploy
         (19, True)
     """
+    if inputs is not None:
+        require_numbers("inputs", inputs)
     merged, deployed, report = deployed_form(model, cfg, inputs, fold_bn=fold_bn)
     check_rebuilt(deployed, merged, inputs if inputs is not None else torch.zeros(report.input_shape))
 

@@ -229,7 +229,8 @@ class _Reader:
             return value.through(node)
         if isinstance(layer, nn.ZeroPad2d) and type(layer).forward is nn.ZeroPad2d.forward:
             return _pad(node, value, layer.padding)
-        if not isinstance(layer, (nn.Conv2d, _BatchNorm, nn.AvgPool2d, Scale)) and type(layer).__name__ not in READABLE:
+        known = isinstance(layer, (nn.Conv2d, _BatchNorm, nn.AvgPool2d, Scale)) or type(layer).__name__ in READABLE
+        if not known or isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm3d)):
             raise NotAffineError(f"{type(layer).__name__} is not linear")
         tensors = [*layer.parameters(), *layer.buffers()]
         conv = read_layer(layer, value.out_channels, tensors[0].device if tensors else value.device)

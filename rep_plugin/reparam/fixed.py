@@ -25,7 +25,7 @@ class Read(NamedTuple):
     Args:
         reader: name of the module whose forward it is.
         target: name of the module that is read.
-        weights: a tensor of ``target`` is read, where the module would be called.
+        weights: a tensor or a method of ``target`` is read, where the module would be called.
         line: file and line.
     """
 
@@ -35,7 +35,7 @@ class Read(NamedTuple):
     line: str
 
     def __str__(self) -> str:
-        return f"is read by the forward of {self.reader or 'the model'!r} ({self.line})"
+        return f"is read by the forward of {repr(self.reader) if self.reader else 'the model'} ({self.line})"
 
 
 @dataclass
@@ -110,6 +110,8 @@ def _reads(model: nn.Module) -> Iterator[Read]:
                 for inner, part in module.named_modules():
                     if "." in inner and inner.rpartition(".")[2] == parts[-1]:
                         yield Read(name, names[id(part)], False, line)
+                    elif inner and not hasattr(Tensor, parts[-1]) and _is_own_method(part, parts[-1]):
+                        yield Read(name, names[id(part)], True, line)
 
 
 def _resolve(module: nn.Module, name: str, parts: tuple, line: str, names: dict[int, str]) -> Iterator[Read]:
@@ -121,9 +123,16 @@ def _resolve(module: nn.Module, name: str, parts: tuple, line: str, names: dict[
             return
         if isinstance(inner, Tensor) and isinstance(value, nn.Module) and value is not module and id(value) in names:
             yield Read(name, names[id(value)], True, line)
+        if isinstance(part, str) and value is not module and id(value) in names and _is_own_method(value, part):
+            yield Read(name, names[id(value)], True, line)
         if isinstance(inner, nn.Module) and depth == len(parts) - 1 and depth and id(inner) in names:
             yield Read(name, names[id(inner)], False, line)
         value = inner
+
+
+def _is_own_method(module: nn.Module, name: str) -> bool:
+    method = getattr(type(module), name, None)
+    return inspect.isfunction(method) and not method.__module__.startswith("torch.") and not hasattr(nn.Module, name)
 
 
 @lru_cache(maxsize=1000)

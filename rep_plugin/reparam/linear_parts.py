@@ -1,7 +1,7 @@
 """Blocks that are merged by what their forward computes, whatever they are called.
 
-A block is taken where a convolution of its own input, in which branches meet or whose weights are computed, is all that the
-rest of its forward reads. See :mod:`rep_plugin.reparam.affine`.
+What is taken of a block are values that are one convolution of another, in which branches meet or whose weights are computed,
+where the rest of the forward reads nothing between the two. See :mod:`rep_plugin.reparam.affine`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from rep_plugin.reparam.affine import READABLE, Affine, read_affine
 from rep_plugin.reparam.border_conv import build_conv
 from rep_plugin.reparam.layouts import Layout
 from rep_plugin.reparam.linear_layers import CONV_NORM_CLASSES
-from rep_plugin.reparam.tracer import Called, trace
+from rep_plugin.reparam.tracer import CALLS, Called, trace
 
 KIND = "branches read from the forward"
 MOST = 32  # convolutions and averages of a module that is still looked at as one block
@@ -35,25 +35,30 @@ _ACTIVATIONS: Mapping[Any, type[nn.Module]] = {
 
 @dataclass
 class LinearPart:
-    """What of a block's forward is one convolution of its input.
+    """What of a block's forward is convolutions.
 
     Args:
         module: the block.
         graph: its forward.
-        sink: the value that the rest of the forward reads.
-        value: how it is computed.
+        sums: {value that the rest of the forward reads: how it is computed}, in the order of the forward.
         constants: {target: tensor} of the graph's tensors that the block does not hold.
         called: the modules inside that have a forward of their own.
         layout: the block's deployed form, where it is known.
+        left: why other sums are left.
     """
 
     module: nn.Module
     graph: fx.Graph
-    sink: fx.Node
-    value: Affine
+    sums: dict[fx.Node, Affine]
     constants: Mapping[str, torch.Tensor]
     called: Sequence[Called] = ()
     layout: Layout | None = None
+    left: str | None = None
+
+    @property
+    def value(self) -> Affine:
+        """How the first of the sums is computed."""
+        return next(iter(self.sums.values()))
 
     @property
     def conv_name(self) -> str:
@@ -63,6 +68,8 @@ class LinearPart:
 
 def _is_leaf(module: nn.Module) -> bool:
     kind = type(module)
+    if isinstance(module, fx.GraphModule):
+        return False
     if (not module._modules and not module._parameters) or isinstance(module, (RepBlock, ConvLike, nn.Conv2d)):
         return True
     return kind.forward in (nn.Module.forward, nn.Sequential.forward) or kind.__module__.startswith("torch.")
@@ -95,13 +102,13 @@ def can_merge_itself(module: nn.Module) -> bool:
 def find_part(
     module: nn.Module, borders: bool = False, root: bool = False, layout: Layout | None = None
 ) -> LinearPart | str | None:
-    """Find what of a block's forward is one convolution of its input.
+    """Find what of a block's forward is convolutions.
 
     Args:
         module: the block, in eval mode.
         borders: take those too whose bias depends on the position, near the border.
         root: it is a whole model, whose class should stay.
-        layout: its deployed form, where that is known.
+        layout: its deployed form, where that is known: then one convolution of its input is looked for.
 
     Returns:
         The part; the reason where branches meet but cannot be merged; None where there is nothing of the kind.
@@ -110,45 +117,81 @@ def find_part(
         TraceError: the forward cannot be traced.
         RepPluginError: the children's names say without doubt what the block is, and a layer of it computes something else.
     """
-    known = layout is not None and layout.certain
+    found = _find(module, borders, root, layout)
+    if layout is None or isinstance(found, LinearPart):
+        return found
+    other = _find(module, borders, root, None)  # the names promise what the forward does not do
+    return other if isinstance(other, LinearPart) else found or other
+
+
+def _find(module: nn.Module, borders: bool, root: bool, layout: Layout | None) -> LinearPart | str | None:
     graph = trace(module, constants := {}, called := [], READABLE)
-    inputs = [node for node in graph.nodes if node.op == "placeholder" and node.users]
-    if len(inputs) != 1:
-        return None
     values, refused = read_affine(graph, module, constants)
-    why = None
+    part = LinearPart(module, graph, {}, constants, called, layout)
+    known, why, sums = layout is not None and layout.certain, None, {}
+    inputs = [node for node in graph.nodes if node.op == "placeholder" and node.users]
+    if layout is None:
+        forks = {node for node, v in values.items() if isinstance(v, Affine) and len(node.users) > 1}
+        nearer = read_affine(graph, module, constants, forks).values
+    elif len(inputs) != 1:
+        return None
     for node in reversed(graph.nodes):
-        value = values.get(node)
-        if not isinstance(value, Affine) or value.source is not inputs[0] or value.conv is None:
+        if any(node in taken.nodes for taken in sums.values()):
             continue
-        joined, alone = value.branches > 1 or value.computed, _is_all_that_is_read(inputs[0], node, value)
-        if not joined and not (known and alone):
-            continue
-        if not alone:
-            why = why or f"its input, or a value inside, is read beside the sum {node.name!r} too"
-            continue
-        if layout is None and (kept := value.conv.params.kernel.numel()) > (cost := sum(value.costs.values())):
-            costs = f"one convolution would take {kept:,} multiply-adds for a position, its branches take {cost:,.0f}"
-            why = why or costs
-            continue
-        if min(value.conv.padding) < 0:
-            why = why or f"the sum {node.name!r} is of a map that is cropped"
-            continue
-        if value.conv.edge is not None and not borders:
-            why = why or "its bias would depend on the position near the border: merge_linear=True merges it"
-            continue
-        part = LinearPart(module, graph, node, value, constants, called, layout)
-        if not root or layout is not None or _layers_behind(part) is not None:
-            return part
-        why = why or f"the sum {node.name!r} stands in the forward of the whole model: put it into a module of its own"
+        if layout is not None:
+            options = [] if sums else [value for value in [values.get(node)] if _is_of(value, inputs[0], known)]
+        else:
+            options = [value for value in (values.get(node), nearer.get(node)) if _is_joined(value)]
+            if options and _is_of_one_call(options[-1]):
+                options = []
+        reasons = [_why_not_taken(node, value, borders, layout is not None) for value in options]
+        if None in reasons:
+            sums[node] = options[reasons.index(None)]
+        elif reasons:
+            why = why or reasons[0]
+    part.sums, part.left = dict(reversed(sums.items())), why
+    stays = root and layout is None and not isinstance(module, fx.GraphModule)
+    if sums and not (stays and _layers_behind(part) is None):
+        return part
+    if sums and why is None:
+        sink = next(reversed(part.sums))
+        why = f"the sum {sink.name!r} stands in the forward of the whole model: put it into a module of its own"
     if known and refused and why is None:
         raise next(iter(refused.values()))
     return why
 
 
-def _is_all_that_is_read(source: fx.Node, sink: fx.Node, value: Affine) -> bool:
-    inside = value.nodes - {sink}
-    return all(user in value.nodes for node in (source, *inside) for user in node.users)
+def _is_joined(value: Any) -> bool:
+    return isinstance(value, Affine) and value.conv is not None and (value.branches > 1 or value.computed)
+
+
+def _is_of(value: Any, source: fx.Node, known: bool) -> bool:
+    """Whether a value is what a known block computes: a sum or, where its names leave no doubt, a single branch."""
+    if not isinstance(value, Affine) or value.conv is None or value.source is not source:
+        return False
+    return _is_joined(value) or (known and all(user in value.nodes for user in source.users))
+
+
+def _is_of_one_call(value: Affine) -> bool:
+    """Whether branches meet in the forward of one module inside, which is looked at for itself."""
+    inside = {value.source, *value.nodes}
+    joints = [node for node in value.nodes if len(inside & {*node.all_input_nodes}) > 1] or [*value.nodes]
+    calls = {node.meta[CALLS][:1] for node in joints}
+    return len(calls) == 1 and calls != {()}
+
+
+def _why_not_taken(node: fx.Node, value: Affine, borders: bool, known: bool) -> str | None:
+    assert value.conv is not None
+    inside = value.nodes - {node} | ({value.source} if known else set())
+    if any(user not in value.nodes for one in inside for user in one.users):
+        return f"{'its input, or ' if known else ''}a value inside the sum {node.name!r} is read beside it too"
+    if not known and (kept := value.conv.params.kernel.numel()) > (cost := sum(value.costs.values())):
+        return f"one convolution would take {kept:,} multiply-adds for a position, its branches take {cost:,.0f}"
+    if min(value.conv.padding) < 0:
+        return f"the sum {node.name!r} is of a map that is cropped"
+    if value.conv.edge is not None and not borders:
+        return "its bias would depend on the position near the border: merge_linear=True merges it"
+    return None
 
 
 def _result_of(graph: fx.Graph) -> Any:
@@ -165,11 +208,10 @@ def merge_part(part: LinearPart) -> nn.Module:
         The convolution, a Sequential of it and the layers behind it or, where the rest is not one layer after the other, a
         ``torch.fx.GraphModule``.
     """
-    assert part.value.conv is not None
-    conv = build_conv(part.value.conv, _sources_of(part))
-    rest = _layers_behind(part)
+    convs = build_sums(part)
+    conv, rest = convs[0], _layers_behind(part)
     if rest is None:
-        merged: nn.Module = _graph_module(part, conv)
+        merged: nn.Module = _graph_module(part, convs)
     elif rest or (part.layout is not None and part.layout.conv):
         merged = nn.Sequential()
         for key, layer in {part.conv_name: conv, **rest}.items():
@@ -215,26 +257,28 @@ def read_sum(module: nn.Module, children: str) -> LinearPart:
         alone = all(one.target is not torch.cat for one in value.nodes)  # with nothing beside it
         only = all(is_theirs(one) or is_idle(modules[one.target]) for one in called)
         if alone and only and value.nodes.issuperset(theirs):
-            return LinearPart(module, graph, node, value, constants)
+            return LinearPart(module, graph, {node: value}, constants)
     raise next(iter(refused.values()), NotMergeableError(f"{children!r} compute no convolution"))
 
 
-def build_sum(part: LinearPart) -> nn.Conv2d:
-    """Return the layer that computes a part."""
-    assert part.value.conv is not None
-    return build_conv(part.value.conv, _sources_of(part))
-
-
-def _sources_of(part: LinearPart) -> list[nn.Module]:
+def build_sums(part: LinearPart) -> list[nn.Conv2d]:
+    """Return the layers that compute the sums of a part."""
     modules = dict(part.module.named_modules())
-    called = [node for node in part.graph.nodes if node.op == "call_module" and node in part.value.nodes]
-    return [modules[node.target] for node in called] or [part.module]
+    convs = []
+    for value in part.sums.values():
+        assert value.conv is not None
+        called = [node for node in part.graph.nodes if node.op == "call_module" and node in value.nodes]
+        convs.append(build_conv(value.conv, [modules[node.target] for node in called] or [part.module]))
+    return convs
 
 
 def _layers_behind(part: LinearPart) -> dict[str, nn.Module] | None:
     """The layers that run one after the other behind the part, by name; None where they do not."""
+    (node, value), *others = part.sums.items()
+    if others or value.source.op != "placeholder":
+        return None
     layers: dict[str, nn.Module] = {}
-    node, result, modules = part.sink, _result_of(part.graph), dict(part.module.named_modules())
+    result, modules = _result_of(part.graph), dict(part.module.named_modules())
     while node is not result:
         users = list(node.users)
         called = next((one for one in reversed(part.called) if one.given is node and one.is_closed()), None)
@@ -259,21 +303,24 @@ def _layers_behind(part: LinearPart) -> dict[str, nn.Module] | None:
     return layers
 
 
-def _graph_module(part: LinearPart, conv: nn.Module) -> nn.Module:
-    graph, copies, name = fx.Graph(), {}, part.conv_name
-    needed = {node for node in part.graph.nodes if node.op in ("placeholder", "output")} | {part.sink}
+def _graph_module(part: LinearPart, convs: Sequence[nn.Module]) -> nn.Module:
+    graph, copies = fx.Graph(), {}
+    names = [part.conv_name + (str(index) if index else "") for index in range(len(convs))]
+    sinks = dict(zip(part.sums, names))
+    needed = {node for node in part.graph.nodes if node.op in ("placeholder", "output")}
     for node in reversed(part.graph.nodes):
-        if node in needed and node is not part.sink:
-            needed.update(node.all_input_nodes)
+        if node in needed:
+            needed.update([part.sums[node].source] if node in sinks else node.all_input_nodes)
     for node in part.graph.nodes:
-        if node is part.sink:
-            copies[node] = graph.call_module(name, (copies[part.value.source],))
+        if node in sinks and node in needed:
+            copies[node] = graph.call_module(sinks[node], (copies[part.sums[node].source],))
         elif node in needed:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     used = {node.target for node in graph.nodes if node.op in ("call_module", "get_attr")}
     root = nn.Module()
-    setattr(root, name, conv)
-    for target in used - {name}:
+    for name, conv in zip(names, convs):
+        setattr(root, name, conv)
+    for target in used - {*names}:
         _set(root, target, part.constants[target] if target in part.constants else _get(part.module, target))
     return fx.GraphModule(root, graph, type(part.module).__name__)
 

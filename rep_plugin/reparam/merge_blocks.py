@@ -133,7 +133,8 @@ class _Merger:
         part = self.find(name, module, layout)
         if isinstance(part, LinearPart):
             merged = merge_part(part)
-            self.note(name, f"{type(module).__name__}, {KIND}" if layout is None else layout.name, module, merged)
+            kind = f"{type(module).__name__}, {KIND}" if part.layout is None else part.layout.name
+            self.note(name, kind, module, merged)
             self.found.parts[name] = part
             return merged
         if part is not None:

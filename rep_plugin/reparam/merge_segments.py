@@ -127,7 +127,7 @@ def _merge_block_(model: nn.Module, elements: list[Element]) -> str:
     run, sink = sum_of(part, inner_names(name, elements))
     value = Affine(run.source, conv=compose_elements(elements))
     value = replace(value, nodes=frozenset(e.node for e in run.elements if e.node.op == "call_module"))
-    new = merge_part(LinearPart(part.module, part.graph, sink, value, constants))
+    new = merge_part(LinearPart(part.module, part.graph, {sink: value}, constants))
     carry_over_(part.module, new)
     model.set_submodule(name, new)
     return name

@@ -78,9 +78,9 @@ def _note_left(blocks: Mapping[str, str]) -> list[str]:
     names: dict[str, list[str]] = {}
     for name, why in blocks.items():
         if why != UNSELECTED:
-            names.setdefault(why, []).append(repr(name))
+            names.setdefault(why, []).append(repr(name) if name else "the model")
     return [
-        f"block {same[0]} is left as it is: {why}"
+        f"{'' if same[0] == 'the model' else 'block '}{same[0]} is left as it is: {why}"
         if len(same) == 1
         else f"blocks {', '.join(same[:3])}{f' and {len(same) - 3} more' * (len(same) > 3)} are left as they are: {why}"
         for why, same in names.items()
@@ -232,6 +232,7 @@ def reparameterize(
             require_rounded(merged, exact.model)
         report.params_after, report.macs_after = count_params(merged), count_macs(merged, counted)
         report.notes += done.notes
+        report.notes += [f"block {n!r} is merged in part: {p.left}" for n, p in merged_exactly.parts.items() if p.left]
         names = {"left": sorted(fixed.blocks), "parts": sorted(fixed.unlisted)}
         names = {key: value for key, value in names.items() if value}
         names |= {} if fixed.only is None else {"only": sorted(fixed.only)}

@@ -25,6 +25,7 @@ from rep_plugin.blocks.base import RepBlock
 from rep_plugin.errors import TraceError, first_line
 from rep_plugin.measure.copies import copy_model
 
+CALLS = "calls"  # of nodes: the modules in whose forward they are computed, outer ones first, a number for each call
 _MATH = {name: value for name, value in vars(math).items() if callable(value) and not name.startswith("_")}
 
 
@@ -136,6 +137,8 @@ class _Tracer(fx.Tracer):
         self._globals = _Globals()
         self._proxies: dict[int, fx.Proxy] = {}
         self.called = called
+        self._calls: list[int] = []  # that are running, each with a number of its own
+        self._count = 0
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         known = isinstance(module, (RepBlock, nn.Conv2d, _BatchNorm)) or type(module).__name__ in self.leaves
@@ -148,7 +151,10 @@ class _Tracer(fx.Tracer):
         if self.is_leaf_module(module, name):
             return self.create_proxy("call_module", name, args, kwargs)
         last = next(iter(reversed(self.graph.nodes)), None)
+        self._count += 1
+        self._calls.append(self._count)
         out = forward(*args, **kwargs)
+        self._calls.pop()
         one = len(args) == 1 and not kwargs and isinstance(args[0], fx.Proxy) and isinstance(out, fx.Proxy)
         if self.called is not None and one:
             made = takewhile(lambda node: node is not last, reversed(self.graph.nodes))
@@ -157,7 +163,9 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, kind, target, args, kwargs, name=None, type_expr=None) -> fx.Node:
         # torch's would note for each node in which modules it stands, which takes as long as all else
-        return self.graph.create_node(kind, target, args, kwargs, name, type_expr)
+        node = self.graph.create_node(kind, target, args, kwargs, name, type_expr)
+        node.meta[CALLS] = tuple(self._calls)
+        return node
 
     def proxy_of(self, value: Any) -> Any:
         """The proxy of a parameter that the forward reads; anything else as it is."""

@@ -21,6 +21,12 @@ from tests.attack._oracle import Reference
 
 SHORT, LONG = 10, 2000
 CHANNELS = 8
+BEFORE = (
+    "x = F.relu(x)",
+    "x = torch.tanh(x) * self.gain",
+    "x = F.pad(x, (0, 1, 0, 1))",
+    "x = self.act(self.before(x))",
+)
 ACTIVATIONS = ("self.act({})", "F.relu({})", "{}.relu()", "F.silu({})", "F.hardswish({})", "{}")
 NOT_LINEAR = (
     "({0} + 30.0).relu() - 30.0",
@@ -112,7 +118,11 @@ class Source:
                 body = [f"y = torch.stack([{', '.join(terms)}]).sum(0){factor}{skip}"]
             else:
                 body = [f"y = ({' + '.join(terms)}){factor}{skip}"]
-        body += [f"y = {middle.format('y')}", f"return {act.format('y')}"]
+        if rng.random() < 0.4:
+            init.append("self.before = nn.Conv2d(8, 8, 1)")
+            body.insert(0, rng.choice(BEFORE))
+        around = " + x" if self.stride == 1 and rng.random() < 0.2 else ""
+        body += [f"y = {middle.format('y')}", f"return {act.format('y')}{around}"]
         init, body = ("".join(f"        {line}\n" for line in lines) for lines in (init, body))
         return f"{before}class {self.name}({base}):\n    def __init__(self):\n{init}\n    def forward(self, x):\n{body}"
 

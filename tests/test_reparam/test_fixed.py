@@ -217,7 +217,7 @@ def test_what_is_read_on_another_path_is_not_folded(read):
         merged, report = rep_plugin.reparameterize(model, X, verify=verify)
         assert [block.name for block in report.blocks] == ["tail.0"]
         note = next(note for note in report.notes if "'block.0' and 'block.1' are not folded" in note)
-        assert "is read by the forward of 'the model' (test_fixed.py:" in note
+        assert "is read by the forward of the model (test_fixed.py:" in note
         for x in (X, 1e3 * X, torch.randn(1, 3, 70, 70).double(), X[:1].expand(7, -1, -1, -1)):
             assert relative_error(model(x), merged(x)) < 1e-12
 

@@ -293,6 +293,142 @@ def test_the_class_of_a_whole_model_stays():
     assert any("put it into a module of its own" in note for note in error.value.notes)
 
 
+class Forward(nn.Module):
+    """Branches ``p`` and ``q``, a layer ``r`` and a factor, used as a function says."""
+
+    def __init__(self, forward, width: int = C):
+        super().__init__()
+        self.p, self.q, self.r = conv_bn(3, width, 1), conv_bn(1, width), conv_bn(3)
+        if width != C:
+            self.p, self.q = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 1)
+        self.gain = nn.Parameter(torch.rand(C, 1, 1) + 0.5)
+        self.function = forward
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def two_sums(net, x):
+    y = F.relu(net.r(x) + x * net.gain)
+    return F.silu(net.p(y) + net.q(y)) + x
+
+
+def twice(net, x):
+    y = F.relu(net.p(x) + net.q(x))
+    return F.relu(net.p(y) + net.q(y))
+
+
+def half(net, x):
+    a, b = x.chunk(2, 1)
+    return torch.cat([a, F.relu(net.p(b) + net.q(b))], 1)
+
+
+def in_a_dict(net, x):
+    given = {"map": x.relu(), "factor": 2}
+    return {"map": net.p(given["map"]) + net.q(given["map"])}["map"] * given["factor"]
+
+
+def behind_a_bias(net, x):
+    y = net.r(x)  # with its bias, the padding of p and q would not be zeros of x
+    return F.relu(net.p(y) + net.q(y))
+
+
+def read_twice(net, x):
+    y = net.r(x)
+    return F.relu(net.p(y) + net.q(y)) + y
+
+
+INNER = {  # how many convolutions are left; r counts where it is called
+    "behind an activation": (lambda net, x: (lambda y: F.relu(net.p(y) + net.q(y)))(F.relu(net.r(x))), 2),
+    "under a shortcut": (lambda net, x: x + F.relu(net.p(x) + net.q(x)), 1),
+    "two sums": (two_sums, 2),
+    "layers called twice": (twice, 2),
+    "of half the channels": (half, 1),
+    "in a dict": (in_a_dict, 1),
+    "behind a padding on one side": (lambda net, x: (lambda y: net.p(y) + net.q(y))(F.pad(x, (0, 1, 0, 1))), 1),
+    "behind a bias": (behind_a_bias, 2),
+    "of a map that is read elsewhere": (read_twice, 2),
+}
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_sums_inside_of_a_forward_are_merged(name):
+    forward, convs = INNER[name]
+    net = net_of(Forward(forward, C // 2 if forward is half else C))
+    merged, report = rep_plugin.reparameterize(net, X)
+    assert [block.kind for block in report.blocks if block.name == "2"] == [f"Forward, {KIND}"] and not report.notes
+    assert report.max_rel_error < 1e-12
+    assert sum(isinstance(layer, nn.Conv2d) for layer in merged[2].modules()) == convs
+
+
+def test_what_is_left_of_a_merged_block_is_named():
+    def forward(net, x):
+        y = F.relu(net.p(x) + net.q(x))
+        return net.wide(y) + net.tall(y)
+
+    block = Forward(forward)
+    block.wide, block.tall = nn.Conv2d(C, C, (1, 5), padding=(0, 2)), nn.Conv2d(C, C, (5, 1), padding=(2, 0))
+    _, report = rep_plugin.reparameterize(net_of(block), X)
+    assert [block.name for block in report.blocks if block.kind.endswith(KIND)] == ["2"]
+    (note,) = report.notes
+    assert note.startswith("block '2' is merged in part: one convolution would take 1,600 multiply-adds")
+
+
+class Outer(nn.Module):
+    """A block in a block, whose own forward adds nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.inner = conv_bn(1), RTDetrBlock()
+
+    def forward(self, x):
+        return self.inner(self.first(x))
+
+
+def test_what_is_skipped_is_not_merged_by_what_holds_it():
+    merged, report = rep_plugin.reparameterize(net_of(Outer()), X, skip="2.inner")
+    assert type(merged[2]) is Outer and type(merged[2].inner) is RTDetrBlock
+    assert [block.name for block in report.blocks if block.name.startswith("2")] == ["2.first.0"]
+
+
+class Caller(nn.Module):
+    """A parent that calls another method of its block."""
+
+    def __init__(self, directly: bool):
+        super().__init__()
+        self.blocks, self.directly = nn.ModuleList([Doubling()]), directly
+
+    def forward(self, x):
+        if self.directly:
+            return self.blocks[0].double_up(self.blocks[0](x))
+        for block in self.blocks:
+            x = block.double_up(block(x))
+        return x
+
+
+class Doubling(RTDetrBlock):
+    def double_up(self, x):
+        return 2 * x
+
+
+@pytest.mark.parametrize("directly", [True, False])
+def test_a_block_of_which_another_method_is_called_stays(directly):
+    merged, report = rep_plugin.reparameterize(net_of(Caller(directly)), X)
+    assert type(merged[2].blocks[0]) is Doubling
+    assert any("'2.blocks.0' is read by the forward of '2' (test_linear_parts.py:" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_traced_models_are_looked_at_too(whole):
+    net = net_of(Forward(INNER["under a shortcut"][0]))
+    if whole:
+        net = torch.fx.symbolic_trace(net)
+    else:
+        net[2] = torch.fx.symbolic_trace(net[2])
+    merged, report = rep_plugin.reparameterize(net, X)
+    assert [b.kind for b in report.blocks if b.name == ("" if whole else "2")] == [f"GraphModule, {KIND}"]
+
+
 CROPS = {
     "a crop of the input": lambda net, x: net.b(x)[:, :, 1:-1, 1:-1] + net.a(x[:, :, 1:-1, 1:-1]),
     "a crop in one direction": lambda net, x: net.a(x[:, :, 1:-1]) + net.b(x)[:, :, 1:-1],
