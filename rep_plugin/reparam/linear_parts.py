@@ -126,15 +126,19 @@ def find_part(
 
 def _find(module: nn.Module, borders: bool, root: bool, layout: Layout | None) -> LinearPart | str | None:
     graph = trace(module, constants := {}, called := [], READABLE)
+    joints = [node for node in graph.nodes if len(node.all_input_nodes) > 1 and node.op != "output"]
+    if layout is None and not joints:
+        return None
     values, refused = read_affine(graph, module, constants)
     part = LinearPart(module, graph, {}, constants, called, layout)
     known, why, sums = layout is not None and layout.certain, None, {}
     inputs = [node for node in graph.nodes if node.op == "placeholder" and node.users]
-    if layout is None:
-        forks = {node for node, v in values.items() if isinstance(v, Affine) and len(node.users) > 1}
-        nearer = read_affine(graph, module, constants, forks).values
-    elif len(inputs) != 1:
+    if layout is not None and len(inputs) != 1:
         return None
+    forks = {node for node, value in values.items() if isinstance(value, Affine) and len(node.users) > 1}
+    nearer: dict[fx.Node, Any] = {}
+    if layout is None and any(_why_not(node, values.get(node), borders) for node in joints):
+        nearer = read_affine(graph, module, constants, forks).values
     for node in reversed(graph.nodes):
         if any(node in taken.nodes for taken in sums.values()):
             continue
@@ -144,7 +148,7 @@ def _find(module: nn.Module, borders: bool, root: bool, layout: Layout | None) -
             options = [value for value in (values.get(node), nearer.get(node)) if _is_joined(value)]
             if options and _is_of_one_call(options[-1]):
                 options = []
-        reasons = [_why_not_taken(node, value, borders, layout is not None) for value in options]
+        reasons = [_why_not(node, value, borders, layout is not None) for value in options]
         if None in reasons:
             sums[node] = options[reasons.index(None)]
         elif reasons:
@@ -180,8 +184,10 @@ def _is_of_one_call(value: Affine) -> bool:
     return len(calls) == 1 and calls != {()}
 
 
-def _why_not_taken(node: fx.Node, value: Affine, borders: bool, known: bool) -> str | None:
-    assert value.conv is not None
+def _why_not(node: fx.Node, value: Any, borders: bool, known: bool = False) -> str | None:
+    """Why a value is not taken as one convolution, None where it is."""
+    if not isinstance(value, Affine) or value.conv is None:
+        return f"{node.name!r} is no convolution of one value"
     inside = value.nodes - {node} | ({value.source} if known else set())
     if any(user not in value.nodes for one in inside for user in one.users):
         return f"{'its input, or ' if known else ''}a value inside the sum {node.name!r} is read beside it too"
