@@ -60,6 +60,11 @@ class Affine:
         """Where the convolution's numbers are."""
         return torch.device("cpu") if self.conv is None else self.conv.params.kernel.device
 
+    @property
+    def is_joined(self) -> bool:
+        """Whether branches meet in it, or a weight is computed: one convolution in its place is less."""
+        return self.conv is not None and (self.branches > 1 or self.computed)
+
     def through(self, node: fx.Node) -> "Affine":
         """The value as it is, behind a node that changes nothing."""
         return replace(self, nodes=self.nodes | {node})
@@ -118,7 +123,11 @@ class Reading(NamedTuple):
 
 
 def read_affine(
-    graph: fx.Graph, module: nn.Module, constants: Mapping[str, Tensor], sources: Collection[fx.Node] = ()
+    graph: fx.Graph,
+    module: nn.Module,
+    constants: Mapping[str, Tensor],
+    sources: Collection[fx.Node] = (),
+    joints: Collection[fx.Node] | None = None,
 ) -> Reading:
     """Read every node of a graph.
 
@@ -127,31 +136,59 @@ def read_affine(
         module: the module, in eval mode.
         constants: {target: tensor} of what no module holds.
         sources: values that are not to be read through.
+        joints: where branches may meet; what leads to none of these is not read, as a dense kernel of a depthwise window and
+            what widens its channels is large. None: all is read.
 
     Returns:
         The reading.
     """
-    reader = _Reader(graph, module, constants, sources)
+    reader = _Reader(graph, module, constants, sources, joints)
     return Reading(reader.values, reader.refused)
 
 
 class _Reader:
     def __init__(
-        self, graph: fx.Graph, module: nn.Module, constants: Mapping[str, Tensor], sources: Collection[fx.Node]
+        self,
+        graph: fx.Graph,
+        module: nn.Module,
+        constants: Mapping[str, Tensor],
+        sources: Collection[fx.Node],
+        joints: Collection[fx.Node] | None,
     ):
         self.module, self.constants = module, constants
         self.modules = dict(module.named_modules())
         self.values: dict[fx.Node, Any] = {}
         self.refused: dict[fx.Node, RepPluginError] = {}
+        wanted = None if joints is None else self._leading_to(graph, joints)
         for node in graph.nodes:
             if node.op == "output":
                 continue
-            if node.op == "placeholder" or node in sources:
+            if node.op == "placeholder" or node in sources or (wanted and self._is_useless(node, wanted)):
                 value: Any = self._source(node)
             else:
                 value = self._read(node)
             if value is not None:
                 self.values[node] = value
+
+    def _leading_to(self, graph: fx.Graph, joints: Collection[fx.Node]) -> set[fx.Node]:
+        """The nodes from which linear ones lead to one of these."""
+        found: set[fx.Node] = set()
+        for node in reversed(graph.nodes):
+            if node in joints or any(user in found and self._may_be_linear(user) for user in node.users):
+                found.add(node)
+        return found
+
+    def _may_be_linear(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            layer = self.modules[node.target]
+            return is_idle(layer) or isinstance(layer, nn.ZeroPad2d) or _is_linear(layer)
+        return str(node.target if node.op == "call_method" else _name_of(node.target)) in RULES
+
+    def _is_useless(self, node: fx.Node, wanted: set[fx.Node]) -> bool:
+        """Whether a node reads maps of which none is a sum, and leads to none."""
+        given = [self.values.get(one) for one in node.all_input_nodes]
+        joined = any(isinstance(one, _Several) or (isinstance(one, Affine) and one.is_joined) for one in given)
+        return node not in wanted and not joined and any(isinstance(one, Affine) for one in given)
 
     def _source(self, node: fx.Node) -> Affine:
         """A value that is nothing but itself; the layers that read it tell how many channels it has."""
@@ -196,6 +233,7 @@ class _Reader:
             return self._source(node)
 
     def _refuse(self, node: fx.Node, why: RepPluginError) -> Affine:
+        why.__traceback__ = why.__context__ = None  # whose frames hold all kernels that were composed
         self.refused[node] = why if str(why) else NotAffineError(f"{node.name!r} is no convolution of one value")
         return self._source(node)
 
@@ -229,12 +267,16 @@ class _Reader:
             return value.through(node)
         if isinstance(layer, nn.ZeroPad2d) and type(layer).forward is nn.ZeroPad2d.forward:
             return _pad(node, value, layer.padding)
-        known = isinstance(layer, (nn.Conv2d, _BatchNorm, nn.AvgPool2d, Scale)) or type(layer).__name__ in READABLE
-        if not known or isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm3d)):
+        if not _is_linear(layer):
             raise NotAffineError(f"{type(layer).__name__} is not linear")
         tensors = [*layer.parameters(), *layer.buffers()]
         conv = read_layer(layer, value.out_channels, tensors[0].device if tensors else value.device)
         return value.then(conv, node, layer.weight.numel() if isinstance(layer, nn.Conv2d) else 0.0)
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    known = isinstance(layer, (nn.Conv2d, _BatchNorm, nn.AvgPool2d, Scale)) or type(layer).__name__ in READABLE
+    return known and not isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm3d))
 
 
 def _name_of(function: Any) -> str | None:

@@ -4,7 +4,7 @@ What is taken of a block are values that are one convolution of another, in whic
 where the rest of the forward reads nothing between the two. See :mod:`rep_plugin.reparam.affine`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +100,11 @@ def can_merge_itself(module: nn.Module) -> bool:
 
 
 def find_part(
-    module: nn.Module, borders: bool = False, root: bool = False, layout: Layout | None = None
+    module: nn.Module,
+    borders: bool = False,
+    root: bool = False,
+    layout: Layout | None = None,
+    kept: Collection[str] = (),
 ) -> LinearPart | str | None:
     """Find what of a block's forward is convolutions.
 
@@ -109,6 +113,7 @@ def find_part(
         borders: take those too whose bias depends on the position, near the border.
         root: it is a whole model, whose class should stay.
         layout: its deployed form, where that is known: then one convolution of its input is looked for.
+        kept: names of modules inside that are not looked into.
 
     Returns:
         The part; the reason where branches meet but cannot be merged; None where there is nothing of the kind.
@@ -117,19 +122,11 @@ def find_part(
         TraceError: the forward cannot be traced.
         RepPluginError: the children's names say without doubt what the block is, and a layer of it computes something else.
     """
-    found = _find(module, borders, root, layout)
-    if layout is None or isinstance(found, LinearPart):
-        return found
-    other = _find(module, borders, root, None)  # the names promise what the forward does not do
-    return other if isinstance(other, LinearPart) else found or other
-
-
-def _find(module: nn.Module, borders: bool, root: bool, layout: Layout | None) -> LinearPart | str | None:
-    graph = trace(module, constants := {}, called := [], READABLE)
+    graph = trace(module, constants := {}, called := [], READABLE, kept)
     joints = [node for node in graph.nodes if len(node.all_input_nodes) > 1 and node.op != "output"]
     if layout is None and not joints:
         return None
-    values, refused = read_affine(graph, module, constants)
+    values, refused = read_affine(graph, module, constants, joints=joints if layout is None else None)
     part = LinearPart(module, graph, {}, constants, called, layout)
     known, why, sums = layout is not None and layout.certain, None, {}
     inputs = [node for node in graph.nodes if node.op == "placeholder" and node.users]
@@ -138,14 +135,14 @@ def _find(module: nn.Module, borders: bool, root: bool, layout: Layout | None) -
     forks = {node for node, value in values.items() if isinstance(value, Affine) and len(node.users) > 1}
     nearer: dict[fx.Node, Any] = {}
     if layout is None and any(_why_not(node, values.get(node), borders) for node in joints):
-        nearer = read_affine(graph, module, constants, forks).values
+        nearer = read_affine(graph, module, constants, forks, joints).values
     for node in reversed(graph.nodes):
         if any(node in taken.nodes for taken in sums.values()):
             continue
         if layout is not None:
             options = [] if sums else [value for value in [values.get(node)] if _is_of(value, inputs[0], known)]
         else:
-            options = [value for value in (values.get(node), nearer.get(node)) if _is_joined(value)]
+            options = [value for value in (values.get(node), nearer.get(node)) if getattr(value, "is_joined", False)]
             if options and _is_of_one_call(options[-1]):
                 options = []
         reasons = [_why_not(node, value, borders, layout is not None) for value in options]
@@ -165,15 +162,11 @@ def _find(module: nn.Module, borders: bool, root: bool, layout: Layout | None) -
     return why
 
 
-def _is_joined(value: Any) -> bool:
-    return isinstance(value, Affine) and value.conv is not None and (value.branches > 1 or value.computed)
-
-
 def _is_of(value: Any, source: fx.Node, known: bool) -> bool:
     """Whether a value is what a known block computes: a sum or, where its names leave no doubt, a single branch."""
     if not isinstance(value, Affine) or value.conv is None or value.source is not source:
         return False
-    return _is_joined(value) or (known and all(user in value.nodes for user in source.users))
+    return value.is_joined or (known and all(user in value.nodes for user in source.users))
 
 
 def _is_of_one_call(value: Affine) -> bool:

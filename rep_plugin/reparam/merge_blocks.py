@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from rep_plugin.attached import detach_all_
@@ -92,6 +92,7 @@ class _Merger:
         self.left, self.unlisted, self.borders, self.known = left, unlisted, borders, known
         self.found = Merged(nn.Identity())
         self.done: dict[nn.Module, nn.Module] = {}
+        self.made: dict[str, nn.Module] = {}
 
     def run(self, model: nn.Module, prefix: str) -> Merged:
         self.found.model = self.visit(prefix, model)
@@ -120,8 +121,11 @@ class _Merger:
         for key, child in list(merged._modules.items()):
             if child is not None and (new := self.visit(f"{name}.{key}" if name else key, child)) is not child:
                 merged._modules[key] = new
-        if whole and name not in self.left and (layout is None or (not layout.certain and self.is_in_blocks(name))):
-            merged = self.merge_part(name, module, layout)
+        if whole and name not in self.left:
+            if layout is not None and not layout.certain and self.is_in_blocks(name):
+                merged = self.merge_part(name, module, layout)
+            if merged is module:  # its forward is not what its names promise, or they promise nothing
+                merged = self.merge_part(name, module, None)
         return merged
 
     def is_in_blocks(self, name: str) -> bool:
@@ -135,10 +139,11 @@ class _Merger:
             merged = merge_part(part)
             kind = f"{type(module).__name__}, {KIND}" if part.layout is None else part.layout.name
             self.note(name, kind, module, merged)
-            self.found.parts[name] = part
+            self.found.parts[name] = replace(part, module=merged)  # what it was is not held
+            self.found.reasons.pop(name, None)
             return merged
         if part is not None:
-            self.found.reasons[name] = part
+            self.found.reasons.setdefault(name, part)
         return module
 
     def find(self, name: str, module: nn.Module, layout: Layout | None) -> LinearPart | str | None:
@@ -150,8 +155,10 @@ class _Merger:
                 return replace(part, module=module)
         elif layout is None and not (may_hold(module) and (self.unlisted is None or name in self.unlisted)):
             return None
+        several = [one for one in self.made.values() if isinstance(one, fx.GraphModule) or _count_layers(one) > 1]
+        kept = [key for key, one in module.named_modules() if one in several and one is not module]
         try:
-            return find_part(module, self.borders, not name, layout)
+            return find_part(module, self.borders, not name, layout, kept)
         except TraceError as error:
             certain = layout is not None and layout.certain
             return str(error) if certain or self.is_innermost(name, module) else None
@@ -165,12 +172,19 @@ class _Merger:
         return looks_branched(module) and not inner and not known
 
     def note(self, name: str, kind: str, module: nn.Module, merged: nn.Module) -> None:
-        """Note that a block was merged, in the place of what was merged inside it."""
-        self.found.blocks = [one for one in self.found.blocks if not _is_inside(one.name, [name])]
-        self.found.parts = {one: part for one, part in self.found.parts.items() if not _is_inside(one, [name])}
+        """Note that a block was merged, in the place of what was merged inside it and is not there any more."""
+        stay = set(merged.modules())
+        gone = {one for one, made in self.made.items() if _is_inside(one, [name]) and made not in stay}
+        self.found.blocks = [one for one in self.found.blocks if one.name not in gone]
+        self.found.parts = {one: part for one, part in self.found.parts.items() if one not in gone}
+        self.made[name] = merged
         self.found.blocks.append(BlockReport(name, kind))
         carry_over_(module, merged)
         self.done[module] = self.done[merged] = merged
+
+
+def _count_layers(merged: nn.Module) -> int:
+    return len(merged) if type(merged) is nn.Sequential else 1
 
 
 def carry_over_(module: nn.Module, merged: nn.Module) -> None:

@@ -219,6 +219,7 @@ def reparameterize(
         exact = _convert(start, fold_bn, merge_linear, fixed, lambda _: merged_exactly, segments, keep=True)
         report.blocks = exact.blocks
         report.add_proof(_prove(model, exact, inputs, branches if start is model else None))
+        exact.parts.clear()
     with undone_on_error(*([model] if inplace else [])):
         known = partial(merge_blocks_, left=fixed.blocks, borders=merge_linear, known=merged_exactly.parts)
         given = model if inplace else copy_model(model)

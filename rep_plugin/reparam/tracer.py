@@ -130,9 +130,9 @@ class _Globals:
 class _Tracer(fx.Tracer):
     """Convolutions, BNs and blocks are leaves, beside those that torch.fx knows."""
 
-    def __init__(self, called: list[Called] | None, leaves: Collection[str]) -> None:
+    def __init__(self, called: list[Called] | None, leaves: Collection[str], kept: Collection[str]) -> None:
         super().__init__()
-        self.leaves = leaves
+        self.leaves, self.kept = leaves, kept
         self._qualname_counter = defaultdict(int)  # torch's is one for the process
         self._globals = _Globals()
         self._proxies: dict[int, fx.Proxy] = {}
@@ -142,7 +142,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         known = isinstance(module, (RepBlock, nn.Conv2d, _BatchNorm)) or type(module).__name__ in self.leaves
-        return known or super().is_leaf_module(module, qualified_name)
+        return known or qualified_name in self.kept or super().is_leaf_module(module, qualified_name)
 
     def call_module(self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
         name = self.path_of_module(module)
@@ -240,6 +240,7 @@ def trace(
     constants: dict[str, Tensor] | None = None,
     called: list[Called] | None = None,
     leaves: Collection[str] = (),
+    kept: Collection[str] = (),
 ) -> fx.Graph:
     """Return the graph of a model, convolutions and BNs being leaves; arguments that have a default keep it.
 
@@ -250,6 +251,7 @@ def trace(
         constants: is given {target: tensor} of what the forward computes from buffers alone, which no module holds.
         called: is given the modules inside that have a forward of their own, inner ones first.
         leaves: names of classes that are leaves too.
+        kept: names of modules that are.
 
     Returns:
         The graph.
@@ -261,7 +263,7 @@ def trace(
     defaults = {
         a.name: a.default for a in arguments if a.default is None or isinstance(a.default, (bool, int, float, str))
     }
-    tracer = _Tracer(called, leaves)
+    tracer = _Tracer(called, leaves, kept)
     copied = copy_model(model, _stand_ins(model, tracer))
     try:
         graph = tracer.trace(copied, defaults or None)

@@ -929,7 +929,7 @@ class Network:
             width = convs[-1].out_channels if convs else width
         codes.insert(0, f"nn.Conv2d({first}, {first}, 1)") if not any("Conv2d" in code for code in codes) else None
         layers = eval(f"nn.Sequential({', '.join(codes)})", self.space)
-        calibrate_random_bn_(layers, torch.randn(4, first, 15, 15, generator=torch.Generator().manual_seed(self.seed)))
+        calibrate_random_bn_(layers, torch.randn(4, first, 64, 64, generator=torch.Generator().manual_seed(self.seed)))
         if self.traps and rng.random() < 0.2:
             rng.choice(list(layers)).register_forward_hook(lambda module, args, output: output.clamp(-3, 3))
         return layers.to(self.dtype)
