@@ -7,9 +7,11 @@ and the maps inside are as much larger: round each lies the ring that stock does
     inside     (1 - alpha) * act(x) + alpha * x
     the ring   alpha * x, where a convolution that padded zeros reads it
 
-At 0 the segment is stock's, borders included; at 1 it is one zero-padded convolution. A BN in train mode takes its statistics
-without the ring, as stock does. The modules stay the same objects with the same parameters and keys: only their class is a
-subclass of their own, and an ``alpha`` is added.
+    a branch   (1 - alpha) * f(x), of a residual block ``x + f(x)`` that is skipped whole
+
+At 0 the segment is stock's, borders included; at 1 it is one zero-padded convolution, or nothing. A BN in train mode takes
+its statistics without the ring, as stock does. The modules stay the same objects with the same parameters and keys: only
+their class is a subclass of their own, and an ``alpha`` is added.
 """
 
 import copy
@@ -128,6 +130,14 @@ class RingNorm:
         return x
 
 
+class Gate(_InSegment):
+    """Mixin of the last layer of a residual branch that is annealed away: its output is multiplied by ``1 - alpha``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return self._mix(y, torch.zeros_like(y))
+
+
 class Activated:
     """Mixin of a block whose output goes through an activation that is annealed in."""
 
@@ -135,7 +145,7 @@ class Activated:
         return self.act_after(super().forward(x))  # type: ignore[misc]
 
 
-MIXINS = (RingConv2d, RingNorm, Activated)
+MIXINS = (RingConv2d, RingNorm, Gate, Activated)
 
 
 @lru_cache(None)
@@ -184,6 +194,17 @@ def anneal_norm_(bn: _BatchNorm, ring: tuple[int, int]) -> None:
     bn.ring = ring  # type: ignore[assignment]
 
 
+def anneal_out_(layer: nn.Module, device: torch.device) -> None:
+    """Let the last layer of a residual branch be annealed away, and the branch with it.
+
+    Args:
+        layer: the layer, changed in place.
+        device: of its alpha.
+    """
+    layer.__class__ = _subclass(Gate, type(layer))
+    layer._begin(device)  # type: ignore[operator]
+
+
 def anneal_in_(block: nn.Module, act: str, device: torch.device) -> None:
     """Let a block's output go through an activation that is annealed in, under the name ``act_after``.
 
@@ -203,8 +224,9 @@ def in_segments(model: nn.Module) -> Iterator[tuple[str, Annealed]]:
 
 
 def has_segments(model: nn.Module) -> bool:
-    """Return whether convolutions of a model are annealed to one."""
-    return any(hasattr(module, "segment") for module in model.modules() if isinstance(module, nn.Conv2d))
+    """Return whether convolutions of a model are annealed to one, or branches to none."""
+    modules = list(model.modules())
+    return any(isinstance(m, Gate) or (isinstance(m, nn.Conv2d) and hasattr(m, "segment")) for m in modules)
 
 
 def set_segments_(model: nn.Module, alpha: float) -> None:
@@ -231,6 +253,6 @@ def finish_(model: nn.Module) -> None:
             model.set_submodule(name, nn.Identity())
         elif isinstance(module, AddedActivation):
             model.set_submodule(name, module.finished())
-        elif type(module).__bases__[0] in (RingConv2d, RingNorm):
+        elif type(module).__bases__[0] in (RingConv2d, RingNorm, Gate):
             module.__class__ = stock_class(module)
             module._buffers.pop(ALPHA, None)

@@ -133,7 +133,7 @@ def curvature(model: nn.Module, segment: Segment) -> float:
     """Return how far a segment's activations are from the identity, summed up; no data is needed.
 
     Of each activation it is the mean over channels of ``E[(act(z) - z)^2] / E[z^2]``, where z is normal with the mean and
-    deviation that the BN in front of it gives (beta, gamma), or 0 and 1 without one.
+    deviation that the BN in front of it gives (beta, gamma), or 0 and 1 without one. A branch that is skipped counts 1 more.
 
     Args:
         model: the model.
@@ -143,7 +143,7 @@ def curvature(model: nn.Module, segment: Segment) -> float:
         The sum, >= 0.
     """
     quantiles = torch.special.ndtri((torch.arange(QUANTILES, dtype=torch.float64) + 0.5) / QUANTILES)
-    total, bn = 0.0, None
+    total, bn = float(segment.skip), None
     for name in segment.layers:
         module = model.get_submodule(name)
         if isinstance(module, _BatchNorm):

@@ -16,6 +16,7 @@ from rep_plugin.blocks.annealed_layers import (
     anneal_conv_,
     anneal_in_,
     anneal_norm_,
+    anneal_out_,
     in_segments,
     why_not_annealed,
 )
@@ -34,7 +35,7 @@ from rep_plugin.measure.undo import undone_on_error
 from rep_plugin.measure.verify import default_inputs, require_rounded, verify_equivalence
 
 TOLERANCE = 1e-9  # relative, in float64
-KIND = "annealed to one convolution"
+KIND, SKIPPED = "annealed to one convolution", "annealed away, the shortcut stays"
 Plan = Annotated[
     DepthPlan | Mapping | str | Sequence[str],
     That(lambda plan: True, "a DepthPlan, its data, JSON text or a path, or a list of names of activations"),
@@ -104,8 +105,8 @@ def linearize(
     exact.eval()  # not chained: mmpretrain's return None
     linearize_(exact, steps, act_after)
     report.add_proof(verify_equivalence(model, exact, inputs, (), TOLERANCE))
-    report.blocks = [BlockReport(segment.name, KIND) for segment in segments]
-    if act_after and (without := [segment.name for segment in segments if not segment.block]):
+    report.blocks = [BlockReport(segment.name, SKIPPED if segment.skip else KIND) for segment in segments]
+    if act_after and (without := [segment.name for segment in segments if not (segment.block or segment.skip)]):
         report.notes.append(f"no activation after {len(without)} segments, first {without[0]!r}: no module's output")
     with undone_on_error(*([model] if inplace else [])):
         done = linearize_(model if inplace else copy_model(model), steps, act_after)
@@ -129,7 +130,7 @@ def chosen_segments(model: nn.Module, plan: Any) -> tuple[list[Segment], str | N
     Raises:
         ArgumentError: as for :func:`linearize`.
     """
-    found, notes = find_segments(model)
+    found, notes = find_segments(model, skip=True)
     if isinstance(plan, Sequence) and not isinstance(plan, str):
         return by_activations(model, plan, found, notes), None
     plan = as_depth_plan(plan)
@@ -172,7 +173,7 @@ def by_activations(
             raise ArgumentError(f"the {type(model).__name__} has no activation {name!r}{did_you_mean(name, modules)}")
         if (why := why_not_annealed(modules[name])) is not None:
             raise ArgumentError(f"{name!r} {why}: it cannot be annealed away")
-    usable = [segment for segment in found if set(segment.activations) <= set(names)]
+    usable = [segment for segment in found if segment.activations and set(segment.activations) <= set(names)]
     taken: list[Segment] = []
     for segment in sorted(usable, key=lambda s: (-len(s.activations), len(s.shapes))):
         if not any(segment.overlaps(other) for other in taken):
@@ -199,6 +200,9 @@ def linearize_(model: nn.Module, segments: Sequence[Mapping], act_after: str | N
     """
     for segment in segments:
         layers = [(name, layer_named(model, name)) for name in segment["layers"]]
+        if segment.get("skip"):
+            anneal_out_(layers[-1][1], next(layers[-1][1].parameters()).device)
+            continue
         convs = [layer for _, layer in layers if isinstance(layer, nn.Conv2d)]
         if len(convs) < 2 or layers[0][1] is not convs[0]:
             raise ArgumentError(f"the history is of another model: {segment['layers'][0]!r} is no convolution")
@@ -227,7 +231,9 @@ def linearize_(model: nn.Module, segments: Sequence[Mapping], act_after: str | N
 @replays("linearize", "segments", "act_after")
 def _replay(model: nn.Module, segments: Sequence[Mapping], act_after: str | None) -> nn.Module:
     for segment in segments:
-        kinds = {"layers": (list, tuple), "shortcut": bool, "block": str}
+        kinds = {"layers": (list, tuple), "shortcut": bool, "block": str} | (
+            {"skip": bool} if "skip" in segment else {}
+        )
         if segment.keys() != kinds.keys() or not all(isinstance(segment[k], kind) for k, kind in kinds.items()):
             raise ArgumentError(f"a segment of the history must have {', '.join(kinds)}, got {dict(segment)}")
     return linearize_(model, segments, act_after)

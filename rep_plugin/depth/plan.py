@@ -29,12 +29,14 @@ class Candidate(Segment):
         ms_after: milliseconds of the one convolution.
         loss: what it is expected to cost, in the units of ``DepthPlan.importance``; None: not estimated.
         pays: one convolution is cheaper, in what the budget counts.
+        loss_untrained: the same before the training steps, where there were some.
     """
 
     ms_before: float | None = None
     ms_after: float | None = None
     loss: float | None = None
     pays: bool = False
+    loss_untrained: float | None = None
 
 
 @checked
@@ -69,7 +71,8 @@ class DepthPlan:
         segments: all that were looked at, in the order of the forward.
         chosen: names of those that are merged.
         runtime: where times were measured.
-        importance: what ``loss`` is: ``evaluate``, ``calibration`` or ``batch norms``.
+        importance: what ``loss`` is: ``training`` (by ``evaluate``, after training steps), ``evaluate``, ``calibration`` or
+            ``batch norms``.
         why: what was asked for.
         latency_before: milliseconds of the whole network with its BNs folded, None where none were measured.
         latency_after: milliseconds that the segments' own times predict.
@@ -82,6 +85,7 @@ class DepthPlan:
         frontier: the best choice for every budget.
         notes: what a user should know, one sentence each.
         version: of the format.
+        correlation: Spearman's, of the losses before training steps with those after, where there were some.
 
     Example:
         >>> import torch
@@ -110,6 +114,7 @@ class DepthPlan:
     frontier: tuple[Point, ...] = ()
     notes: tuple[str, ...] = ()
     version: int = VERSION
+    correlation: float | None = None
 
     def __post_init__(self):
         names = [segment.name for segment in self.segments]
@@ -142,7 +147,10 @@ class DepthPlan:
         )
 
     def __str__(self) -> str:
-        return "\n".join([repr(self), *(f"note: {note}" for note in self.notes)])
+        notes = [f"note: {note}" for note in self.notes]
+        if self.correlation is not None:
+            notes.append(f"rank correlation of losses before and after training: {self.correlation:.2f}")
+        return "\n".join([repr(self), *notes])
 
     def table(self) -> "Table":
         """Return a rich table of all segments."""
@@ -155,6 +163,7 @@ class DepthPlan:
         for one in self.segments:
             outputs, inputs, height, width = one.merged
             becomes = f"{height}x{width}, {inputs * one.groups} -> {outputs}" + (", sum" if one.shortcut else "")
+            becomes = "its shortcut" if one.skip else becomes
             say = "merged" if one.name in self.chosen else "" if one.pays else "costs more merged"
             table.add_row(
                 Text(one.name), becomes, _number(one.ms_before), _number(one.ms_after), f"{one.macs_before:,}",
@@ -223,7 +232,8 @@ class DepthPlan:
 def _built(kind: Any, data: Any) -> Any:
     """A dataclass from JSON's dict."""
     names = {field.name for field in fields(kind)}
-    if not isinstance(data, Mapping) or set(data) != names:
+    later = {"skip", "loss_untrained", "correlation"}  # than the first plans
+    if not isinstance(data, Mapping) or (set(data) ^ names) - later:
         odd = sorted(set(data) ^ names) if isinstance(data, Mapping) else type(data).__name__
         raise ArgumentError(f"missing or unknown {odd} of a {kind.__name__}")
     parts = {"segments": Candidate, "frontier": Point} if kind is DepthPlan else {}

@@ -1,6 +1,8 @@
 """``plan_depth``: which runs of a network become one convolution, under a budget of measured latency or of multiply-adds."""
 
-from collections.abc import Iterable, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 from rep_plugin.arguments import In, OneOf, Positive, That, checked
 from rep_plugin.blocks.activations import FUNCTIONS
 from rep_plugin.blocks.annealed_layers import in_segments
+from rep_plugin.checkpoints.files import write_text
+from rep_plugin.checkpoints.plain import read_json, require_fields
 from rep_plugin.depth.importance import (
     Evaluate,
     Images,
@@ -46,6 +50,7 @@ Share = Annotated[float, In("(0, 1]")]
 Macs = Annotated[float, In("(0, inf)")]
 Batches = Annotated[Tensor | Iterable, That(lambda value: True, "images (N, C, H, W), or batches of them")]
 Metric = Annotated[Evaluate, That(callable, "a function (model) -> float, higher is better")]
+Trainer = Annotated[Callable[[nn.Module], object], That(callable, "a function (model) that trains a model in place")]
 
 
 @checked
@@ -63,6 +68,9 @@ def plan_depth(
     latency_table: str | Path | LatencyTable | None = None,
     threads: Threads = 1,
     measure: bool = True,
+    skip: bool = False,
+    train: Trainer | None = None,
+    record: str | Path | None = None,
 ) -> DepthPlan:
     """Choose which activations go, so that what lies between them becomes one convolution; the model stays as it is.
 
@@ -71,8 +79,9 @@ def plan_depth(
     in accuracy, its loss, is what ``evaluate`` loses with that segment linear, after its BNs were estimated anew on
     ``calibration``. Without ``evaluate`` it is how far the outputs on ``calibration`` move, relative; without both, how far
     the activations are from the identity for what the batch norms give them. These are losses before any training: they rank
-    segments. The choice is exact, by dynamic programming over segments that share no layer; as losses need not add up, the
-    five best are compared by ``evaluate`` whole.
+    segments. ``train`` gives each a few steps first, and the network as it is as many; ``plan.correlation`` is then how well
+    the ranks before training foretell those after it. The choice is exact, by dynamic programming over segments that share no
+    layer; as losses need not add up, the five best are compared by ``evaluate`` whole.
 
     Where one convolution is slower everywhere, the plan chooses nothing and says so: ``plan.print()`` has the table.
 
@@ -89,13 +98,18 @@ def plan_depth(
         latency_table: what :func:`rep_plugin.depth.write_latency_table` measured on another machine.
         threads: inside an operator.
         measure: time the chosen network whole, too.
+        skip: residual blocks may be skipped whole, too: their shortcut is left.
+        train: ``(model) -> anything``, a few training steps in place; given copies in train mode. Needs ``evaluate``. Each
+            run begins at the same random state.
+        record: JSON file that keeps the scores, each as soon as it is there: planning goes on from it where it was ended.
+            It is of one model and one pair of functions, of which it can check the model alone.
 
     Returns:
         The plan.
 
     Raises:
-        ArgumentError: none or several budgets, one that cannot be met (it says what can), a table without these layers, or a
-            score that is no finite number.
+        ArgumentError: none or several budgets, one that cannot be met (it says what can), a table without these layers, a
+            score that is no finite number, a record of another model, or ``train`` or ``record`` without ``evaluate``.
         AnnealError: the model is linearized already.
         MissingPackageError: the runtime is not installed.
         TraceError: the model cannot be traced.
@@ -110,6 +124,9 @@ def plan_depth(
     given = [name for name, value in budgets.items() if value is not None]
     if len(given) != 1:
         raise ArgumentError(f"give exactly one of latency, latency_ms and macs, got {given or 'none'}")
+    for name, value in (("train", train), ("record", record)):
+        if value is not None and evaluate is None:
+            raise ArgumentError(f"{name} goes with evaluate, which judges what was trained: give it too")
     require_bare(model)
     if any(True for _ in in_segments(model)):
         raise AnnealError("the model is linearized already: plan before that")
@@ -117,16 +134,16 @@ def plan_depth(
     with eval_mode(model):
         with of_user(model, example_input):
             run_model(copy_model(model), copy_inputs(example_input))
-        found, notes = find_segments(model, example_input)
+        found, notes = find_segments(model, example_input, skip)
         total = count_macs(model, example_input)
         timed = macs is None
         table = _table(model, example_input, found, runtime, threads, latency_table) if timed else None
         costs = _Costs(model, example_input, found, table, total)
-        search = _Search(model, evaluate, batches, act_after)
+        search = _Search(model, evaluate, batches, act_after, train, record)
         candidates = [costs.candidate(segment) for segment in found]
         paying = [one for one in candidates if one.pays]
         losses = {one.name: search.loss(one) for one in track(paying, "judging segments")}
-    candidates = [replace(one, loss=losses.get(one.name)) for one in candidates]
+    candidates = [replace(one, loss=losses.get(one.name), loss_untrained=search.untrained(one)) for one in candidates]
     # What seems to gain is noise, or a network that is not trained yet: it is no reason to take away more than was asked.
     items = [
         Item(one, costs.saving(one), max(0.0, one.loss)) for one in candidates if one.pays and one.loss is not None
@@ -155,7 +172,7 @@ def plan_depth(
         search.kind, asked, *costs.latencies(best), measured, total, costs.macs(best), search.before,
         search.score(best) if chosen else search.before, act_after,
         tuple(costs.point(choice) for choice in frontier(state)),
-        tuple(notes),
+        tuple(notes), correlation=_correlation(candidates),
     )  # fmt: skip
 
 
@@ -242,28 +259,57 @@ class _Costs:
 class _Search:
     """Judges segments, one by one and together."""
 
-    def __init__(self, model: nn.Module, evaluate: Evaluate | None, batches: Sequence[Tensor], act_after: str | None):
+    def __init__(
+        self,
+        model: nn.Module,
+        evaluate: Evaluate | None,
+        batches: Sequence[Tensor],
+        act_after: str | None,
+        train: Callable[[nn.Module], object] | None,
+        record: str | Path | None,
+    ):
         self.model, self.evaluate, self.batches, self.act_after = model, evaluate, batches, act_after
-        self.kind = "evaluate" if evaluate else "calibration" if batches else "batch norms"
-        self.before = None if evaluate is None else score_of(evaluate, copy_model(model, training=False))
+        self.train = train
+        self.kind = "training" if train else "evaluate" if evaluate else "calibration" if batches else "batch norms"
+        self.record = None if record is None else _Record(Path(record), model, act_after, self.kind)
+        self.known: dict[str, list[float]] = {} if self.record is None else self.record.scores
+        self.before = None if evaluate is None else self._judge(())
         self.outputs = outputs_of(model, batches) if self.kind == "calibration" else []
-        self.known: dict[tuple[str, ...], float] = {}
+
+    def _scores(self, segments: Sequence[Segment]) -> list[float]:
+        """The score with these segments linear, or minus what becomes of the outputs; and the score after training."""
+        key = " + ".join(segment.name for segment in segments)
+        if key not in self.known:
+            if segments:
+                linear = linear_copy(self.model, segments, self.act_after, self.batches)
+            else:
+                linear = copy_model(self.model, training=False)
+            if self.evaluate is None:
+                self.known[key] = [-output_change(self.outputs, outputs_of(linear, self.batches))]
+            else:
+                self.known[key] = [score_of(self.evaluate, linear)]
+            if self.train is not None and self.evaluate is not None:
+                with torch.enable_grad(), torch.random.fork_rng():  # each from the same state
+                    self.train(linear.train())
+                linear.eval()
+                self.known[key].append(score_of(self.evaluate, linear))
+            if self.record is not None:
+                self.record.write()
+        return self.known[key]
 
     def _judge(self, segments: Sequence[Segment]) -> float:
-        """The score with these segments linear, or minus what becomes of the outputs."""
-        key = tuple(segment.name for segment in segments)
-        if key not in self.known:
-            linear = linear_copy(self.model, segments, self.act_after, self.batches)
-            if self.evaluate is not None:
-                self.known[key] = score_of(self.evaluate, linear)
-            else:
-                self.known[key] = -output_change(self.outputs, outputs_of(linear, self.batches))
-        return self.known[key]
+        return self._scores(segments)[-1]
 
     def loss(self, segment: Segment) -> float:
         if self.kind == "batch norms":
             return curvature(self.model, segment)
         return (self.before or 0.0) - self._judge([segment])
+
+    def untrained(self, segment: Segment) -> float | None:
+        """What a segment cost before the training steps, None where there were none."""
+        if self.train is None or segment.name not in self.known:
+            return None
+        return self._scores(())[0] - self._scores([segment])[0]
 
     def best_of(self, options: Sequence[Choice]) -> Choice:
         if self.kind == "batch norms" or len(options) == 1:
@@ -272,6 +318,42 @@ class _Search:
 
     def score(self, choice: Choice) -> float | None:
         return None if self.evaluate is None else self._judge([item.segment for item in choice.items])
+
+
+class _Record:
+    """Scores in a file, and of which model they are."""
+
+    def __init__(self, path: Path, model: nn.Module, act_after: str | None, kind: str):
+        digest = hashlib.blake2b(digest_size=16)
+        for name, tensor in model.state_dict().items():
+            digest.update(
+                name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            )
+        own = {"model": type(model).__name__, "weights": digest.hexdigest(), "act_after": act_after or "", "kind": kind}
+        self.path, self.own, self.scores = path, own, {}
+        if path.exists():
+            hints = {**dict.fromkeys(own, str), "scores": dict[str, list[float]]}
+            data = require_fields(read_json(path), hints, str(path))
+            for key, value in own.items():
+                if data[key] != value:
+                    raise ArgumentError(f"record {path} is of another planning: {key} is {data[key]!r}, here {value!r}")
+            self.scores = data["scores"]
+            count = 2 if kind == "training" else 1
+            if odd := [key for key, scores in self.scores.items() if len(scores) != count]:
+                raise ArgumentError(f"record {path} must hold {count} scores of each, got others of {odd[0]!r}")
+
+    def write(self) -> None:
+        write_text(self.path, json.dumps(self.own | {"scores": self.scores}, indent=1))
+
+
+def _correlation(candidates: Sequence[Candidate]) -> float | None:
+    """Spearman's rank correlation of the losses before training with those after it; None where there are too few."""
+    from scipy import stats  # takes a while to import
+
+    both = [(one.loss_untrained, one.loss) for one in candidates if one.loss_untrained is not None]
+    if len({before for before, _ in both}) < 2 or len({after for _, after in both}) < 2:
+        return None
+    return float(stats.spearmanr(*zip(*both)).statistic)
 
 
 @torch.no_grad()

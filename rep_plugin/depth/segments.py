@@ -27,10 +27,10 @@ Geometry = tuple[Shape, int, tuple[int, int], tuple[int, int]]  # shape, groups,
 
 @dataclass(frozen=True)
 class Segment:
-    """Layers that become one convolution where their activations go, as plain data.
+    """Layers that become one convolution where their activations go, or none, as plain data.
 
     Args:
-        name: ``first convolution..last convolution``.
+        name: ``first convolution..last convolution``, with `` skipped`` behind it where they become none.
         layers: names of its layers in order: convolutions, BNs, activations.
         activations: names of those that go.
         shapes: (O, I / groups, kh, kw) of each convolution.
@@ -44,6 +44,7 @@ class Segment:
         macs_before: multiply-adds for one image of the layers as they are; 0 where no image was given.
         macs_after: of the one convolution.
         span: (number of the run, first, last place in it): segments of one run that overlap exclude each other.
+        skip: the branch of a residual block goes, and the shortcut stays.
     """
 
     name: str
@@ -60,15 +61,17 @@ class Segment:
     macs_before: int = 0
     macs_after: int = 0
     span: tuple[int, int, int] = (0, 0, 0)
+    skip: bool = False
 
     @property
     def data(self) -> dict:
         """What it takes to linearize it."""
-        return {"layers": list(self.layers), "shortcut": self.shortcut, "block": self.block}
+        data = {"layers": list(self.layers), "shortcut": self.shortcut, "block": self.block}
+        return data | ({"skip": True} if self.skip else {})
 
     def is_same(self, other: "Segment") -> bool:
         """Return whether two segments, of two models, are the same layers."""
-        mine, theirs = ((s.layers, s.shapes, s.shortcut, s.merged, s.stride, s.padding) for s in (self, other))
+        mine, theirs = ((s.layers, s.shapes, s.shortcut, s.merged, s.stride, s.padding, s.skip) for s in (self, other))
         return mine == theirs
 
     def overlaps(self, other: "Segment") -> bool:
@@ -155,12 +158,13 @@ def _sizes(model: nn.Module, x: object) -> dict[str, int]:
 
 
 @private_random()
-def find_segments(model: nn.Module, x: Tensor | None = None) -> tuple[list[Segment], list[str]]:
+def find_segments(model: nn.Module, x: Tensor | None = None, skip: bool = False) -> tuple[list[Segment], list[str]]:
     """Find what becomes one convolution where activations go.
 
     Args:
         model: the model; it stays as it is.
         x: images (N, C, H, W), to count multiply-adds.
+        skip: residual blocks of which the shortcut alone may be left, too.
 
     Returns:
         The segments, in the order of the forward, and notes on activations that must stay.
@@ -174,7 +178,7 @@ def find_segments(model: nn.Module, x: Tensor | None = None) -> tuple[list[Segme
         for part in parts:
             for run in find_runs(copied, part):
                 number += 1
-                found += _segments_of(run, number, sizes, copied)
+                found += _segments_of(run, number, sizes, copied, skip)
         notes = [f"not traced, only the parts inside: {failure}" for failure in untraced]
         return found, notes + _notes_on_calls(copied, parts)
 
@@ -217,9 +221,11 @@ def _ends(name: str, part: TracedPart, elements: list[Element]) -> bool:
     return isinstance(node, fx.Node) and node.target == inner_names(name, elements)[-1]
 
 
-def _segments_of(run: Run, number: int, sizes: dict[str, int], model: nn.Module) -> Iterator[Segment]:
+def _segments_of(run: Run, number: int, sizes: dict[str, int], model: nn.Module, skip: bool) -> Iterator[Segment]:
     elements = run.elements
     convs = [index for index, element in enumerate(elements) if element.kind == CONV]
+    if skip and (skipped := _make_skipped(elements, number, sizes, model)) is not None:
+        yield skipped
     for place, first in enumerate(convs):
         whole = _one(elements[first].module)
         for last in convs[place + 1 : place + MOST_CONVS]:
@@ -238,6 +244,34 @@ def _segments_of(run: Run, number: int, sizes: dict[str, int], model: nn.Module)
                     break
                 stop += 1
             yield _make(elements, first, stop, whole, number, sizes, model)
+
+
+def _make_skipped(elements: list[Element], number: int, sizes: dict[str, int], model: nn.Module) -> Segment | None:
+    """A residual block of which the shortcut alone is left."""
+    stop = next((index for index, element in enumerate(elements) if element.kind == SUM), None)
+    if stop is None or elements[stop].shortcut or elements[stop - 1].kind not in (CONV, BN):
+        return None
+    if (found := find_block(model, elements[: stop + 1])) is None:
+        return None
+    convs = [element for element in elements[:stop] if element.kind == CONV]
+    channels = shape_of(convs[-1].module)[0]
+    return Segment(
+        f"{convs[0].name}..{convs[-1].name} skipped",
+        tuple(e.name for e in elements[:stop]),
+        (),
+        tuple(shape_of(e.module) for e in convs),
+        True,
+        (),
+        found[0] if _ends(*found[:2], elements[: stop + 1]) else "",
+        (channels, 1, 1, 1),
+        channels,
+        (1, 1),
+        (0, 0),
+        sum(e.module.weight.numel() * sizes.get(e.name, 0) for e in convs),
+        0,
+        (number, 0, stop),
+        True,
+    )
 
 
 def _make(

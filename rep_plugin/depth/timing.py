@@ -35,6 +35,7 @@ from rep_plugin.measure.copies import copy_inputs, copy_model
 from rep_plugin.measure.forward import eval_mode, of_user, require_bare, run_model
 from rep_plugin.measure.latency import interleaved_medians, torch_threads
 from rep_plugin.measure.progress import track, working
+from rep_plugin.measure.randomness import private_random
 from rep_plugin.optional import require
 from rep_plugin.reparam.reparameterize import reparameterize
 
@@ -101,8 +102,9 @@ def _plain(conv: nn.Module) -> nn.Conv2d:
     )
 
 
+@private_random()
 def both_forms(model: nn.Module, segment: Segment) -> tuple[nn.Module, nn.Module]:
-    """Return a segment's layers as a network of its own, and the one convolution; their weights mean nothing.
+    """Return a segment's layers as a network of its own, and what they become; the weights mean nothing.
 
     Args:
         model: the model.
@@ -120,6 +122,8 @@ def both_forms(model: nn.Module, segment: Segment) -> tuple[nn.Module, nn.Module
             layers.append(module)
     others = [model.get_submodule(name) for name in segment.shortcut_layers]
     shortcut = [_plain(conv) for conv in others if isinstance(conv, nn.Conv2d)] if segment.shortcut else None
+    if segment.skip:
+        return Separate(layers, shortcut).eval(), nn.Identity()
     outputs, inputs, height, width = segment.merged
     merged = nn.Conv2d(
         inputs * segment.groups, outputs, (height, width), segment.stride, segment.padding, 1, segment.groups

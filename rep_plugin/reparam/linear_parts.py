@@ -40,7 +40,8 @@ class LinearPart:
     Args:
         module: the block.
         graph: its forward.
-        sums: {value that the rest of the forward reads: how it is computed}, in the order of the forward.
+        sums: {value that the rest of the forward reads: how it is computed}, in the order of the forward; one without a
+            convolution is its source.
         constants: {target: tensor} of the graph's tensors that the block does not hold.
         called: the modules inside that have a forward of their own.
         layout: the block's deployed form, where it is known.
@@ -213,10 +214,10 @@ def merge_part(part: LinearPart) -> nn.Module:
         merged: nn.Module = _graph_module(part, convs)
     elif rest or (part.layout is not None and part.layout.conv):
         merged = nn.Sequential()
-        for key, layer in {part.conv_name: conv, **rest}.items():
+        for key, layer in (({} if conv is None else {part.conv_name: conv}) | rest).items():
             merged.add_module(key, layer)
     else:
-        merged = conv
+        merged = nn.Identity() if conv is None else conv
     merged.training = part.module.training
     return merged
 
@@ -260,12 +261,21 @@ def read_sum(module: nn.Module, children: str) -> LinearPart:
     raise next(iter(refused.values()), NotMergeableError(f"{children!r} compute no convolution"))
 
 
-def build_sums(part: LinearPart) -> list[nn.Conv2d]:
-    """Return the layers that compute the sums of a part."""
+def build_sum(part: LinearPart) -> nn.Conv2d:
+    """Return the layer that computes the one sum of a part."""
+    (conv,) = build_sums(part)
+    assert conv is not None
+    return conv
+
+
+def build_sums(part: LinearPart) -> list[nn.Conv2d | None]:
+    """Return the layers that compute the sums of a part, None for what is its source."""
     modules = dict(part.module.named_modules())
-    convs = []
+    convs: list[nn.Conv2d | None] = []
     for value in part.sums.values():
-        assert value.conv is not None
+        if value.conv is None:
+            convs.append(None)
+            continue
         called = [node for node in part.graph.nodes if node.op == "call_module" and node in value.nodes]
         convs.append(build_conv(value.conv, [modules[node.target] for node in called] or [part.module]))
     return convs
@@ -302,23 +312,25 @@ def _layers_behind(part: LinearPart) -> dict[str, nn.Module] | None:
     return layers
 
 
-def _graph_module(part: LinearPart, convs: Sequence[nn.Module]) -> nn.Module:
+def _graph_module(part: LinearPart, convs: Sequence[nn.Module | None]) -> nn.Module:
     graph, copies = fx.Graph(), {}
     names = [part.conv_name + (str(index) if index else "") for index in range(len(convs))]
-    sinks = dict(zip(part.sums, names))
+    sinks = {sink: name if conv is not None else None for sink, name, conv in zip(part.sums, names, convs)}
     needed = {node for node in part.graph.nodes if node.op in ("placeholder", "output")}
     for node in reversed(part.graph.nodes):
         if node in needed:
             needed.update([part.sums[node].source] if node in sinks else node.all_input_nodes)
     for node in part.graph.nodes:
         if node in sinks and node in needed:
-            copies[node] = graph.call_module(sinks[node], (copies[part.sums[node].source],))
+            source = copies[part.sums[node].source]
+            copies[node] = source if sinks[node] is None else graph.call_module(sinks[node], (source,))
         elif node in needed:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     used = {node.target for node in graph.nodes if node.op in ("call_module", "get_attr")}
     root = nn.Module()
     for name, conv in zip(names, convs):
-        setattr(root, name, conv)
+        if conv is not None:
+            setattr(root, name, conv)
     for target in used - {*names}:
         _set(root, target, part.constants[target] if target in part.constants else _get(part.module, target))
     return fx.GraphModule(root, graph, type(part.module).__name__)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx, nn
 
-from rep_plugin.blocks.annealed_layers import Place, finish_, require_finished
+from rep_plugin.blocks.annealed_layers import Gate, Place, finish_, require_finished
 from rep_plugin.errors import NotMergeableError, TraceError
 from rep_plugin.reparam.affine import Affine
 from rep_plugin.reparam.border_conv import build_conv
@@ -70,7 +70,7 @@ def _holds_act(run: Run, index: int) -> bool:
 
 @torch.no_grad()
 def merge_segments_(model: nn.Module) -> list[tuple[str, list[str]]]:
-    """Merge each finished segment of an eval-mode model into one convolution, in place.
+    """Merge each finished segment of an eval-mode model into one convolution, or take it away, in place.
 
     A segment that ends in a sum takes the place of the block whose forward adds: its class becomes a convolution, or a
     Sequential of that and what follows.
@@ -86,15 +86,20 @@ def merge_segments_(model: nn.Module) -> list[tuple[str, list[str]]]:
         NotMergeableError: the layers of a segment do not run one after the other any more.
     """
     require_finished(model)
+    gates = [name for name, module in model.named_modules() if isinstance(module, Gate)]
     finish_(model)
     left: dict[str, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d) and hasattr(module, "segment"):
             left[module.segment.segment].append(name)  # type: ignore[union-attr]
+    left |= {name: [name] for name in gates}
     merged: list[tuple[str, list[str]]] = []
     found: dict[str, list[Element]] = {}
     for part in trace_parts(model, nn.Conv2d)[0] if left else ():
         for run in find_runs(model, part):
+            for stop, element in enumerate(run.elements):
+                if element.kind == SUM and (name := run.elements[stop - 1].name) in gates:
+                    found[name] = run.elements[: stop + 1]
             for name in {place.segment for e in run.elements if (place := place_of(e)) is not None}:
                 if (elements := cut_out(run, name)) is not None:
                     found[name] = elements
@@ -103,10 +108,10 @@ def merge_segments_(model: nn.Module) -> list[tuple[str, list[str]]]:
             f"the segment of {', '.join(map(repr, left[lost[0]]))} does not run as it did when it was linearized: its layers "
             "were changed or are read from elsewhere"
         )
-    for elements in found.values():
+    for key, elements in found.items():
         names = names_of(elements)
         if elements[-1].kind == SUM:
-            merged.append((_merge_block_(model, elements), names))
+            merged.append((_merge_block_(model, elements, skip=key in gates), names))
             continue
         conv = build_conv(
             compose_elements(elements), flatten_layers([e.module for e in elements if e.module is not None])
@@ -118,14 +123,14 @@ def merge_segments_(model: nn.Module) -> list[tuple[str, list[str]]]:
     return merged
 
 
-def _merge_block_(model: nn.Module, elements: list[Element]) -> str:
-    """Merge the block whose forward adds; return its name."""
+def _merge_block_(model: nn.Module, elements: list[Element], skip: bool) -> str:
+    """Merge the block whose forward adds, or leave its shortcut alone; return its name."""
     found = find_block(model, elements)
     if found is None:
         raise NotMergeableError(f"no module's forward holds the sum behind {elements[-2].name!r}")
     name, part, constants = found
     run, sink = sum_of(part, inner_names(name, elements))
-    value = Affine(run.source, conv=compose_elements(elements))
+    value = Affine(run.source, conv=None if skip else compose_elements(elements))
     value = replace(value, nodes=frozenset(e.node for e in run.elements if e.node.op == "call_module"))
     new = merge_part(LinearPart(part.module, part.graph, {sink: value}, constants))
     carry_over_(part.module, new)

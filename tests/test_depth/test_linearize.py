@@ -34,6 +34,37 @@ def test_networks_are_exact_at_both_ends(name):
     assert len(segments) > 1 and convs(annealed) == before and convs(merged) == before - others
 
 
+@pytest.mark.parametrize("name", ["mobilenetv2", "mnasnet", "resnet50"])
+def test_residual_blocks_are_skipped_whole(name, tmp_path):
+    model = build(name)
+    skipped = [s for s in find_segments(model, skip=True)[0] if s.skip]
+    assert skipped and all(s.macs_after == 0 and s.name.endswith(" skipped") for s in skipped)
+    annealed, merged = require_exact(model, skipped, X, torch.randn(1, 3, 41, 38))
+    assert convs(merged) == convs(model) - sum(len(s.shapes) for s in skipped)
+    assert annealed.state_dict().keys() - model.state_dict().keys() == {f"{s.layers[-1]}.anneal_alpha" for s in skipped}
+    rep_plugin.save(merged, tmp_path)
+    assert torch.equal(rep_plugin.load(tmp_path, build(name)).eval()(X.double()), merged(X.double()))
+
+
+def test_a_skipped_branch_fades_and_beside_it_others_become_one_convolution():
+    model = calibrate_random_bn_(build("mobilenetv2").eval(), X)
+    found = find_segments(model, skip=True)[0]
+    skipped = next(s for s in found if s.skip)
+    other = next(s for s in found if not s.skip and s.block and not s.overlaps(skipped))
+    annealed, _ = rep_plugin.linearize(model.double(), plan_of(model, [skipped, other]))
+    block = annealed.get_submodule(skipped.block)
+    x = torch.randn(1, 8, 9, 9, dtype=torch.float64)
+    branch = block(x) - x
+    rep_plugin.set_alpha_(annealed, 0.25)
+    assert relative_error(block(x) - x, 0.75 * branch) < 1e-12
+    with pytest.raises(AnnealError):
+        rep_plugin.reparameterize(annealed)
+    rep_plugin.set_alpha_(annealed, 1.0)
+    merged, report = rep_plugin.reparameterize(annealed, X)
+    assert type(merged.get_submodule(skipped.block)) is nn.Identity and report.max_rel_error < 1e-9
+    assert isinstance(merged.get_submodule(other.layers[0]), nn.Conv2d) or other.shortcut
+
+
 @pytest.mark.parametrize("name", ["mobilenetv2", "resnet50"])
 def test_an_activation_after_the_sum_is_annealed_in(name):
     model = build(name)

@@ -123,6 +123,71 @@ def test_without_a_metric_outputs_or_batch_norms_rank(net):
     assert by_norms.importance == "batch norms" and by_norms.chosen == ("block1.0..block1.3",)
 
 
+def trained(model: nn.Module) -> None:
+    """Steps that win back what block1 lost, and draw random numbers."""
+    assert model.training and torch.is_grad_enabled()
+    model.seen = torch.rand(1).item()
+    model.gain = 3.0 if getattr(model.block1[2], "linear", False) else 0.0
+
+
+def test_importance_after_training_steps(net):
+    def judge(model):
+        seen.append(getattr(model, "seen", None))
+        return score(model) + getattr(model, "gain", 0.0)
+
+    seen: list = []
+    state = torch.get_rng_state()
+    plan = plan_depth(net, X, judge, latency=0.9, latency_table=table_of(net), train=trained)
+    assert torch.equal(torch.get_rng_state(), state) and len({one for one in seen if one is not None}) == 1
+    assert plan.importance == "training" and plan.chosen == ("block1.0..block1.3",)
+    assert [one.loss_untrained for one in plan.segments] == [*Net.losses]
+    assert [one.loss for one in plan.segments] == [1.0, 0.0, 0.5, 2.0]
+    assert plan.correlation == pytest.approx(-0.2) and "rank correlation" in str(plan)
+    assert rep_plugin.DepthPlan.from_json(plan.to_json()) == plan
+
+
+def test_planning_goes_on_from_its_record(net, tmp_path):
+    count = [0]
+
+    def judge(model):
+        count[0] += 1
+        if count[0] == 6:
+            raise KeyboardInterrupt
+        return score(model)
+
+    arguments = dict(latency=0.8, latency_table=table_of(net), train=lambda model: None)
+    with pytest.raises(KeyboardInterrupt):
+        plan_depth(net, X, judge, record=tmp_path / "scores.json", **arguments)
+    kept = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    assert list(kept) == ["", "block0.0..block0.3"]
+    whole = plan_depth(net, X, judge, record=tmp_path / "scores.json", **arguments)
+    assert whole == plan_depth(net, X, score, **arguments)
+    with torch.no_grad():
+        net.fc.bias += 1
+    with pytest.raises(ArgumentError, match=r"scores.json is of another planning: weights is .*, here "):
+        plan_depth(net, X, judge, record=tmp_path / "scores.json", **arguments)
+    for name in ("train", "record"):
+        value = trained if name == "train" else tmp_path / "new.json"
+        with pytest.raises(ArgumentError, match=f"^{name} goes with evaluate"):
+            plan_depth(net, X, macs=0.9, **{name: value})
+    assert not (tmp_path / "new.json").exists()
+
+
+def test_blocks_are_skipped_where_asked(tmp_path):
+    model = calibrate_random_bn_(build("mobilenetv2").eval(), IMAGES)
+    plan = plan_depth(model, X, macs=0.6, calibration=IMAGES, skip=True)
+    assert any(one.skip for one in plan.segments) and "its shortcut" in str([*plan.table().columns[1].cells])
+    assert not any(one.skip for one in plan_depth(model, X, macs=0.9).segments)
+    gone = {one.name for one in plan.chosen_segments if one.skip}
+    _, report = rep_plugin.linearize(model, plan)
+    assert {block.name for block in report.blocks if "shortcut stays" in block.kind} == gone
+    old = json.loads(plan_depth(model, X, macs=0.9).to_json())
+    for segment in old["segments"]:
+        del segment["skip"], segment["loss_untrained"]
+    del old["correlation"]
+    assert rep_plugin.DepthPlan.from_json(json.dumps(old)).chosen
+
+
 def test_a_plan_is_plain_data(net, tmp_path):
     plan = plan_depth(net, X, score, latency=0.8, latency_table=table_of(net), act_after="relu")
     again = rep_plugin.DepthPlan.from_json(plan.to_json(tmp_path / "plan.json"))

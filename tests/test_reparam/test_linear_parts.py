@@ -425,7 +425,7 @@ def test_traced_models_are_looked_at_too(whole):
         net = torch.fx.symbolic_trace(net)
     else:
         net[2] = torch.fx.symbolic_trace(net[2])
-    merged, report = rep_plugin.reparameterize(net, X)
+    _, report = rep_plugin.reparameterize(net, X)
     assert [b.kind for b in report.blocks if b.name == ("" if whole else "2")] == [f"GraphModule, {KIND}"]
 
 

@@ -12,12 +12,12 @@ from rep_plugin.reparam.adapters import adapts
 from rep_plugin.reparam.border_conv import build_conv
 from rep_plugin.reparam.foreign.parts import delete_children_, has_layout, live_children
 from rep_plugin.reparam.linear_layers import bn_affine, is_plain_bn, read_chain
-from rep_plugin.reparam.linear_parts import build_sums, read_sum
+from rep_plugin.reparam.linear_parts import build_sum, read_sum
 
 
 def _pop_sum_(module: nn.Module, children: str) -> nn.Conv2d:
     """Delete children of a block; return the layer that computes what they did together."""
-    conv = build_sums(read_sum(module, children))[0]
+    conv = build_sum(read_sum(module, children))
     delete_children_(module, children)
     return conv
 
@@ -29,7 +29,7 @@ def _pop_sum_(module: nn.Module, children: str) -> nn.Conv2d:
     ),
 )
 def _merge_repghost(module: nn.Module) -> nn.Module:
-    module.cheap_operation = build_sums(read_sum(module, "cheap_operation fusion_conv fusion_bn"))[0]
+    module.cheap_operation = build_sum(read_sum(module, "cheap_operation fusion_conv fusion_bn"))
     module.fusion_conv, module.fusion_bn = nn.Sequential(), nn.Sequential()
     return module
 
@@ -49,7 +49,7 @@ def _merge_ghost_v3(module: nn.Module) -> nn.Module:
         target: f"{part}_rpr_conv {part}_rpr_scale {part}_rpr_skip"
         for part, target in (("primary", "primary_conv"), ("cheap", "cheap_operation"))
     }
-    convs = {target: build_sums(read_sum(module, children))[0] for target, children in branches.items()}
+    convs = {target: build_sum(read_sum(module, children)) for target, children in branches.items()}
     for (target, conv), act in zip(convs.items(), (module.primary_activation, module.cheap_activation)):
         setattr(module, target, nn.Sequential(conv, act if act is not None else nn.Identity()))
         delete_children_(module, branches[target])
@@ -88,7 +88,7 @@ def _merge_efficientvim(module: nn.Module) -> nn.Module:
     """EfficientViM: x + layer(x), and in its blocks x + gate * (layer(x) - x) with a learned gate for each channel."""
     for name in ("dwconv1", "dwconv2"):
         layer, part = getattr(module, name), read_sum(module, name)
-        layer.conv, layer.norm = build_sums(part)[0], None
+        layer.conv, layer.norm = build_sum(part), None
     module.fused = True
     return module
 
