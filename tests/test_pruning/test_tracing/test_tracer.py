@@ -346,3 +346,22 @@ def test_tracing_changes_nothing():
 def test_wrapped_models_are_refused():
     with pytest.raises(ValueError, match="got a DataParallel: pass its .module"):
         trace_channels(nn.DataParallel(ConvBN(3, 4)), SHAPE)
+
+
+class Pointwise(nn.Module):
+    """A function of each value by itself."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize("function", [nn.LogSigmoid(), torch.sinh, torch.erfc, torch.floor, torch.cosh, nn.Softplus()])
+def test_pointwise_functions_are_followed(function):
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), Pointwise(function), nn.Conv2d(16, 4, 1)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    report = apply_plan(net, plan_pruning(net, x, "l1", 0.5))
+    assert net[0].out_channels == 8 and report.max_rel_error < 1e-9

@@ -17,7 +17,9 @@ UNARY = (
     "selu", "celu", "leaky_relu", "softplus", "softsign", "hardshrink", "softshrink", "tanhshrink", "threshold",
     "exp", "expm1", "log1p", "sqrt", "rsqrt", "abs", "neg", "square", "erf", "sin", "cos", "dropout", "dropout1d",
     "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "rrelu", "clamp", "clip", "clamp_min",
-    "clamp_max", "pow", "__pow__", "__neg__", "nan_to_num", "sign", "reciprocal",
+    "clamp_max", "pow", "__pow__", "__neg__", "nan_to_num", "sign", "reciprocal", "log_sigmoid", "logsigmoid", "log",
+    "log2", "log10", "exp2", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "erfc", "sinc",
+    "floor", "ceil", "round", "trunc", "frac",
 )
 SAME = (
     "to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "detach", "data",
