@@ -5,6 +5,7 @@ from rep_plugin.blocks.annealed import set_alpha_
 from rep_plugin.depth import DepthPlan, linearize, plan_depth
 from rep_plugin.errors import EquivalenceError, InconclusiveWarning
 from rep_plugin.export.export_onnx import export_onnx
+from rep_plugin.export.int8 import export_int8
 from rep_plugin.measure.report import Report
 from rep_plugin.optional import is_missing
 from rep_plugin.pruning import PrunePlan, apply_plan, plan_pruning
@@ -22,6 +23,7 @@ __all__ = [
     "__version__",
     "apply_plan",
     "expand",
+    "export_int8",
     "export_onnx",
     "get_config",
     "linearize",

@@ -3,6 +3,7 @@
 rep-plugin export CONFIG CHECKPOINT OUT.onnx                   # also deploy.py deploy.pth, pruned.py pruned.pth
 rep-plugin export rep_repvgg_a0 OUT.onnx --checkpoint last.pth.tar --images FOLDER
 rep-plugin export local-dir:FOLDER OUT.onnx --images FOLDER    # what save_timm wrote
+rep-plugin export CONFIG CHECKPOINT OUT.onnx --int8            # quantised, judged on images that it has not seen
 
 Branches are merged first, and the outputs are logits, without softmax. A config's validation images are compared, or
 those of --images; a timm model without --images is compared on random ones. The report is written to OUT.onnx.json as well.
@@ -17,7 +18,7 @@ from rep_plugin.commands.parser import add_cfg_options, add_size, count, read_si
 from rep_plugin.commands.written import print_written
 
 if TYPE_CHECKING:
-    from rep_plugin.export.report import ExportReport
+    from rep_plugin.measure.report import Report
 
 HELP = "write a trained model as ONNX, compared in its runtimes first"
 OPSET, TOLERANCE, RUNTIMES = 18, 1e-4, ("onnxruntime", "openvino")
@@ -41,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="relative, default: %(default)s")
     parser.add_argument("--rounds", type=int, default=20, help="timed calls, 0: none; default: %(default)s")
+    int8 = parser.add_argument_group("int8")
+    int8.add_argument("--int8", action="store_true", help="quantise, by the config's validation images or --images")
+    int8.add_argument("--int8-images", type=count, default=256, metavar="N", help="at most; default: %(default)s")
+    int8.add_argument(
+        "--keep-float", type=count, default=0, metavar="K", help="the K layers that cost most stay in float"
+    )
     mm = parser.add_argument_group("with a config")
     mm.add_argument("--no-real-data", action="store_true", help="compare on random images; needs --size")
     add_cfg_options(mm)
@@ -55,6 +62,15 @@ def check_arguments(args: argparse.Namespace) -> None:
     if len(args.files) != 1 + config:
         args.parser.error(f"expected {'CONFIG CHECKPOINT' if config else 'NAME'} OUT.onnx, got {len(args.files)} files")
     read_size(args)
+    if args.int8:
+        if not config and args.images is None:
+            args.parser.error("--int8 needs --images FOLDER, to calibrate with")
+        default = args.parser.get_default
+        for name in ("dynamic_size", "batch", "as_it_stands", "no_real_data", "opset", "tolerance", "runtimes"):
+            if getattr(args, name) != default(name):
+                args.parser.error(f"--{name.replace('_', '-')} does not go with --int8")
+    elif args.keep_float:
+        args.parser.error("--keep-float goes with --int8")
     wrong = ("checkpoint", "pretrained", "model_args") if config else ("no_real_data", "cfg_options")
     for name in wrong:
         if getattr(args, name):
@@ -62,33 +78,40 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def options_of(args: argparse.Namespace) -> dict:
-    """Return the options of export_onnx, whatever the model."""
-    options = {name: getattr(args, name) for name in ("dynamic_size", "opset", "runtimes", "tolerance", "rounds")}
+    """Return the options of export_onnx or export_int8, whatever the model."""
+    from rep_plugin.export.int8 import int8_images
+
+    names = ("keep_float", "rounds") if args.int8 else ("dynamic_size", "opset", "runtimes", "tolerance", "rounds")
+    options = {name: getattr(args, name) for name in names}
     if args.class_names:
         if not Path(args.class_names).is_file():
             raise FileNotFoundError(f"{args.class_names} does not exist, expected a file of names")
         options["class_names"] = Path(args.class_names).read_text().splitlines()
-    return options | {
-        "reparameterize": not args.as_it_stands,
-        "batch": args.batch,
-        "size": args.size,
-        "with_report": True,
-    }
+    options |= {"size": args.size, "with_report": True}
+    if args.int8:
+        return options | {"write": int8_images}
+    return options | {"reparameterize": not args.as_it_stands, "batch": args.batch}
 
 
-def from_config(args: argparse.Namespace) -> "ExportReport":
+def from_config(args: argparse.Namespace) -> "Report":
     """Export the model of a config."""
+    import torch
+
     from rep_plugin.openmmlab.cli import open_trained
     from rep_plugin.openmmlab.export import read_images, write_onnx
+    from rep_plugin.openmmlab.load import labelled_batches
 
     options, real_data = options_of(args), not args.no_real_data and args.images is None
     cfg, model, inputs, dataset_meta, _ = open_trained(args.model, args.files[0], args.cfg_options, real_data)
     if args.images is not None:
-        inputs = read_images(model, cfg, args.images)
+        inputs = read_images(model, cfg, args.images, *([args.int8_images] if args.int8 else []))
+    elif args.int8:
+        images, labels = zip(*labelled_batches(model, cfg, args.int8_images))
+        inputs, options["labels"] = torch.cat(images), torch.cat(labels)
     return write_onnx(model, cfg, args.files[-1], inputs, dataset_meta, **options)
 
 
-def from_timm(args: argparse.Namespace) -> "ExportReport":
+def from_timm(args: argparse.Namespace) -> "Report":
     """Export the model of a timm name."""
     from rep_plugin.timm.export import export_timm
 
@@ -99,6 +122,7 @@ def from_timm(args: argparse.Namespace) -> "ExportReport":
         pretrained=args.pretrained,
         model_args=dict(args.model_args),
         folder=args.images,
+        **({"count": args.int8_images} if args.int8 else {}),
         **options_of(args),
     )
 

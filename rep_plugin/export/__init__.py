@@ -2,5 +2,6 @@
 
 from rep_plugin.export.export_onnx import export_onnx
 from rep_plugin.export.graph import read_metadata
+from rep_plugin.export.int8 import export_int8
 
-__all__ = ["export_onnx", "read_metadata"]
+__all__ = ["export_int8", "export_onnx", "read_metadata"]

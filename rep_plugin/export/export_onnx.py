@@ -276,9 +276,7 @@ def _check(
     if not oldest <= opset <= newest:
         how = " with dynamo" if dynamo else ""
         raise ArgumentError(f"opset must be in [{oldest}, {newest}]{how}, got {opset}")
-    if path.suffix != ".onnx" or path.is_dir():
-        raise ArgumentError(f"path must be that of a file ending in .onnx, got {path}")
-    check_writable(path.parent)
+    check_path(path)
     for name, module in model.named_modules():
         if module.training:
             raise TrainModeError(f"{name or type(module).__name__!r} is in train mode: call model.eval() first")
@@ -294,6 +292,13 @@ def _check(
         raise ArgumentError(f"images are {tuple(images.shape[1:])}, but example_input is {tuple(x.shape[1:])} an image")
     if dynamic_size and x.dim() != 4:
         raise ArgumentError(f"dynamic_size needs an example_input (N, C, H, W), got {tuple(x.shape)}")
+
+
+def check_path(path: Path) -> None:
+    """Refuse a path that is none of an ONNX file, or that cannot be written."""
+    if path.suffix != ".onnx" or path.is_dir():
+        raise ArgumentError(f"path must be that of a file ending in .onnx, got {path}")
+    check_writable(path.parent)
 
 
 def _refuse_post_processing(model: nn.Module, feed: Feed) -> None:

@@ -106,5 +106,132 @@ class ExportReport(Report):
             console.print(f"note: {note}", markup=False)
 
 
+@dataclass
+class Int8Trial:
+    """One way to quantise, judged on the held-out images.
+
+    Args:
+        method: how activations were calibrated.
+        per_channel: weights have a scale for each channel.
+        agreement: share of images with the same largest logit as in float; None: no logits.
+        sqnr: signal-to-noise ratio of the outputs, in dB.
+        top1: share of images that are classified right; None: no labels.
+    """
+
+    method: str
+    per_channel: bool
+    agreement: float | None
+    sqnr: float
+    top1: float | None = None
+
+    @property
+    def rank(self) -> tuple[float, float, float]:
+        """What is compared: the larger, the better."""
+        return self.top1 or 0.0, self.agreement or 0.0, self.sqnr
+
+
+@dataclass
+class Int8Layer:
+    """What a layer has to do with the error.
+
+    Args:
+        name: of its node in the file.
+        largest: its largest weight, merged.
+        spread: how much wider its widest channel is than its narrowest.
+        gain: dB that the outputs gain where it alone stays in float.
+    """
+
+    name: str
+    largest: float
+    spread: float
+    gain: float
+
+
+@dataclass
+class Int8Report(Report):
+    """The report of a quantised file.
+
+    Args:
+        path: the file.
+        runtime: where it was run.
+        size_bytes: its size.
+        size_float: size of the float file.
+        images: number of images that calibrated.
+        held_out: number of images that it was judged on.
+        method: how activations were calibrated.
+        per_channel: weights have a scale for each channel.
+        kept_float: nodes that stay in float.
+        agreement: share of the held-out images with the same largest logit as in float; None: no logits.
+        sqnr: signal-to-noise ratio of the outputs, in dB.
+        top1_float: top-1 of the float file on the held-out images, None without labels.
+        top1: top-1 of the int8 file.
+        milliseconds_float: for one image on one thread, None where it was not timed.
+        milliseconds: the same in int8.
+        trials: all that was tried.
+        layers: what each layer costs, in the order of the forward.
+    """
+
+    path: str = ""
+    runtime: str = ""
+    size_bytes: int = 0
+    size_float: int = 0
+    images: int = 0
+    held_out: int = 0
+    method: str = ""
+    per_channel: bool = False
+    kept_float: list[str] = field(default_factory=list)
+    agreement: float | None = None
+    sqnr: float = 0.0
+    top1_float: float | None = None
+    top1: float | None = None
+    milliseconds_float: float | None = None
+    milliseconds: float | None = None
+    trials: list[Int8Trial] = field(default_factory=list)
+    layers: list[Int8Layer] = field(default_factory=list)
+
+    def table(self) -> "Table":
+        """Return float against int8 as a rich table."""
+        from rich.table import Table
+
+        scales = "each channel" if self.per_channel else "each layer"
+        title = f"{self.action}: {self.path}, {self.method}, a scale for {scales}, {self.images} images"
+        table = Table(title=title)
+        for column in ("metric", "float", "int8"):
+            table.add_column(column, justify="left" if column == "metric" else "right")
+        table.add_row("MB", f"{self.size_float / 1e6:.2f}", f"{self.size_bytes / 1e6:.2f}")
+        if self.milliseconds is not None:
+            times = _milliseconds(self.milliseconds_float), _milliseconds(self.milliseconds)
+            table.add_row(f"ms in {self.runtime}, one thread", *times)
+        if self.agreement is not None:
+            table.add_row(f"same class as float, {self.held_out} held-out images", "", f"{self.agreement:.1%}")
+        if self.top1 is not None:
+            table.add_row("top-1 on these", f"{self.top1_float:.1%}", f"{self.top1:.1%}")
+        table.add_row("signal-to-noise ratio of the outputs", "", f"{self.sqnr:.1f} dB")
+        return table
+
+    def layers_table(self, most: int = 10) -> "Table":
+        """Return the layers that cost most as a rich table."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title="what the outputs gain where one layer stays in float")
+        for column in ("layer", "dB", "largest weight", "widest / narrowest channel"):
+            table.add_column(column, justify="left" if column == "layer" else "right")
+        for layer in sorted(self.layers, key=lambda one: -one.gain)[:most]:
+            table.add_row(Text(layer.name), f"{layer.gain:+.2f}", f"{layer.largest:.3g}", f"{layer.spread:.3g}")
+        return table
+
+    def print(self, console: "Console | None" = None) -> None:
+        """Print the tables and the notes."""
+        from rich.console import Console
+
+        console = console or Console()
+        console.print(self.table())
+        if self.layers:
+            console.print(self.layers_table())
+        for note in self.notes:
+            console.print(f"note: {note}", markup=False)
+
+
 def _milliseconds(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"

@@ -1,6 +1,6 @@
 """mmpretrain models written as ONNX: images come through the config's own pipeline, which is written as metadata."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rep_plugin.errors import ArgumentError
 from rep_plugin.export.export_onnx import export_images
 from rep_plugin.export.preprocessing import find_images
-from rep_plugin.export.report import ExportReport
+from rep_plugin.measure.report import Report
 from rep_plugin.measure.verify import default_inputs
 from rep_plugin.openmmlab.artefacts import why_not_class_names
 from rep_plugin.openmmlab.configs import plain_data, type_name
@@ -29,8 +29,9 @@ def write_onnx(
     dataset_meta: Mapping | None = None,
     batch: int | None = None,
     size: Sequence[int] | None = None,
+    write: Callable[..., Report] = export_images,
     **options,
-) -> ExportReport:
+) -> Report:
     """Write the model that ``cfg.model`` builds, in eval mode, as :func:`rep_plugin.export_onnx` does: logits, no softmax.
 
     Args:
@@ -41,6 +42,7 @@ def write_onnx(
         dataset_meta: meta data of the data set, for the class names.
         batch: the number of images to fix; None leaves it open.
         size: (H, W) of the input; None for that of the images.
+        write: what writes the file: another function of the same arguments, as for int8.
         **options: as in :func:`rep_plugin.export_onnx`.
 
     Returns:
@@ -62,7 +64,7 @@ def write_onnx(
     if names and reason is None and hasattr(getattr(model, "head", None), "num_classes"):
         metadata["class_names"] = list(names)
     notes = [reason] if reason and "class_names" not in options else []
-    return export_images(model, path, inputs, shape, batch, size, **({"notes": notes} | metadata | options))
+    return write(model, path, inputs, shape, batch, size, **({"notes": notes} | metadata | options))
 
 
 def read_images(model: nn.Module, cfg: Config, folder: str | Path, count: int = REAL_IMAGES) -> Tensor:

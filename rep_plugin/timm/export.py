@@ -1,7 +1,7 @@
 """timm models by name, with a checkpoint and images as timm itself reads them, written as ONNX."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import timm
@@ -16,7 +16,7 @@ from rep_plugin.checkpoints.tensors import read_tensors
 from rep_plugin.errors import ArgumentError, first_line
 from rep_plugin.export.export_onnx import export_images
 from rep_plugin.export.preprocessing import find_images, timm_preprocessing
-from rep_plugin.export.report import ExportReport
+from rep_plugin.measure.report import Report
 
 IMAGES = 8
 
@@ -31,8 +31,10 @@ def export_timm(
     folder: str | Path | None = None,
     size: Sequence[int] | None = None,
     batch: int | None = None,
+    count: int = IMAGES,
+    write: Callable[..., Report] = export_images,
     **options,
-) -> ExportReport:
+) -> Report:
     """Build ``timm.create_model(name)``, load it, and write it as :func:`rep_plugin.export_onnx` does.
 
     Args:
@@ -44,6 +46,8 @@ def export_timm(
         folder: images to compare on, preprocessed by timm's evaluation transform; None for random ones.
         size: (H, W) of the input; None for the model's own.
         batch: the number of images to fix; None leaves it open.
+        count: how many images are read at most.
+        write: what writes the file: another function of the same arguments, as for int8.
         **options: as in :func:`rep_plugin.export_onnx`.
 
     Returns:
@@ -63,10 +67,10 @@ def export_timm(
     known = len(cfg["mean"]) == shape[0]
     if folder is not None and not known:
         raise ArgumentError(f"{name} takes {shape[0]} channels, but its pretrained_cfg has {len(cfg['mean'])} means")
-    images = None if folder is None else read_images(folder, cfg | {"input_size": shape})
+    images = None if folder is None else read_images(folder, cfg | {"input_size": shape}, count)
     if known:
         options = {"preprocessing": timm_preprocessing(cfg, shape)} | options
-    return export_images(model, path, images, shape, batch, **options)
+    return write(model, path, images, shape, batch, **options)
 
 
 @checked

@@ -450,6 +450,18 @@ CALLS: dict[str, Callable[[Path], Call]] = {
         rep_plugin.export_onnx,
         dict(model=net(), path=f / "net.onnx", example_input=x(), runtimes=["onnxruntime"], rounds=0),
     ),
+    "rep_plugin.export_int8": lambda f: Call(
+        rep_plugin.export_int8,
+        dict(
+            model=net(),
+            path=f / "net.onnx",
+            calibration=torch.cat([x()] * 5),
+            methods=["MinMax"],
+            layers=False,
+            rounds=0,
+            min_agreement=0.0,
+        ),
+    ),
     "rep_plugin.get_config": lambda f: Call(rep_plugin.get_config, dict(name="rep_mbv2_mini_cub")),
     "rep_plugin.list_configs": lambda f: Call(rep_plugin.list_configs, dict(filter="rep_mbv2*")),
     "rep_plugin.load": lambda f: Call(rep_plugin.load, dict(folder=saved(f), model=net())),

@@ -223,3 +223,48 @@ def test_wrong_words_are_refused_by_name(tried, capsys):
     }
     for message, words in cases.items():
         assert tried(*words) == 2 and message in capsys.readouterr().err
+
+
+@pytest.fixture
+def many(folder):
+    """Twelve images."""
+    place, generator = folder / "many", np.random.default_rng(1)
+    place.mkdir(exist_ok=True)
+    for index in range(12):
+        Image.fromarray(generator.integers(0, 256, (40, 48, 3), np.uint8)).save(place / f"{index}.png")
+    return "many"
+
+
+def test_int8_of_a_config_and_of_a_timm_model(tried, folder, many, capsys):
+    assert tried("config.py", "epoch_1.pth", "bird8.onnx", "--int8", "--images", many, "--keep-float", 1) is None
+    out = capsys.readouterr().out
+    assert "bird8.onnx.json" in out and "held-out images" in out
+    report = json.loads((folder / "bird8.onnx.json").read_text())
+    assert (report["images"], report["held_out"], len(report["kept_float"])) == (10, 2, 1)
+    assert read_metadata(folder / "bird8.onnx")["preprocessing"]["crop"] == [32, 36]
+    words = ("test_byobnet", "timm8.onnx", "--checkpoint", "last.pth.tar", "--model-args", "num_classes=4", "--int8")
+    assert tried(*words, "--images", many, "--size", 64, "--int8-images", 11) is None
+    assert json.loads((folder / "timm8.onnx.json").read_text())["images"] == 9
+    session = onnxruntime.InferenceSession(str(folder / "timm8.onnx"))
+    assert session.run(None, {"input": np.zeros((3, 3, 64, 64), np.float32)})[0].shape == (3, 4)
+
+
+INT8_REFUSED = {
+    "calibration must be 10 images or more, best some hundred, got 6": (
+        "config.py",
+        "epoch_1.pth",
+        "no.onnx",
+        "--int8",
+    ),
+    "--int8 needs --images FOLDER": ("test_byobnet", "no.onnx", "--int8"),
+    "--keep-float goes with --int8": ("config.py", "epoch_1.pth", "no.onnx", "--keep-float", 2),
+    "--dynamic-size does not go with --int8": ("config.py", "epoch_1.pth", "no.onnx", "--int8", "--dynamic-size"),
+    "--batch does not go with --int8": ("config.py", "epoch_1.pth", "no.onnx", "--int8", "--batch", 2),
+}
+
+
+@pytest.mark.parametrize("message", INT8_REFUSED)
+def test_int8_is_refused_in_one_line(message, tried, folder, capsys):
+    code = tried(*INT8_REFUSED[message])
+    said = f"{code} {capsys.readouterr().err}"
+    assert message in said and "Traceback" not in said and not (folder / "no.onnx").exists()

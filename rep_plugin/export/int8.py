@@ -1,0 +1,370 @@
+"""``export_int8``: a model as a quantised ONNX file, whose agreement with float was measured on images that it has not seen.
+
+The quantiser is ONNX Runtime's, static, in the QDQ format: stock operators, between which stand pairs of QuantizeLinear and
+DequantizeLinear. What is added here is the choice and the check: how activations are calibrated, and whether weights have
+one scale or one for each channel, is tried and compared on images that were held out.
+"""
+
+import io
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rep_plugin.arguments import In, OneOf, That, checked
+from rep_plugin.checkpoints.files import write_atomic, write_contents
+from rep_plugin.errors import ArgumentError, EquivalenceError
+from rep_plugin.export.export_onnx import IMAGES_AT_ONCE, check_path, export_onnx
+from rep_plugin.export.inputs import INPUT
+from rep_plugin.export.report import Int8Layer, Int8Report, Int8Trial
+from rep_plugin.export.runtimes import RUNTIMES, Session, open_model
+from rep_plugin.measure.forward import require_numbers
+from rep_plugin.measure.latency import interleaved_medians
+from rep_plugin.measure.progress import track, working
+from rep_plugin.optional import require
+
+METHODS = ("MinMax", "Percentile", "Entropy")  # names of onnxruntime's CalibrationMethod
+LEAST = 10  # images: eight to calibrate with and two held out
+EVERY = 5  # one image of as many is held out
+QUANTISED = {"Conv", "Gemm", "MatMul", "ConvTranspose"}  # layers with weights
+Calibration = Annotated[Tensor | Iterable, That(lambda value: True, "images (N, C, H, W), or batches of them")]
+
+
+@checked
+@working("quantizing")
+def export_int8(
+    model: nn.Module,
+    path: str | Path,
+    calibration: Calibration,
+    labels: Tensor | Sequence[int] | None = None,
+    *,
+    runtime: Annotated[str, OneOf(RUNTIMES)] = "onnxruntime",
+    methods: Sequence[Annotated[str, OneOf(METHODS)]] = METHODS,
+    min_agreement: Annotated[float, In("[0, 1]")] = 0.9,
+    keep_float: Annotated[int, In("[0, 10000]")] = 0,
+    layers: bool = True,
+    rounds: Annotated[int, In("[0, 10000]")] = 50,
+    class_names: Sequence[str] | None = None,
+    preprocessing: Mapping | None = None,
+    with_report: bool = False,
+    notes: Sequence[str] = (),
+) -> Int8Report:
+    """Write a model as an int8 ONNX file, once it agrees with float on images that were held out; return a report.
+
+    A copy is merged and written as float first, with the proofs of :func:`rep_plugin.export_onnx`. Of the images every fifth
+    is held out, the others calibrate. Each method of calibration is tried with one scale for a layer's weights and with one
+    for each channel. The best on the held-out images is kept: by top-1 where there are labels, by agreement with float
+    otherwise, then by the signal-to-noise ratio of the outputs. The file is written when all is measured: until then an older
+    one stays.
+
+    Activations and weights have 8 bits (uint8 and int8), biases 32. How fast that is depends on the processor's
+    instructions; what it computes may differ in the last bit between runtimes.
+
+    Args:
+        model: a classifier or backbone in eval mode and float32; it stays as it is.
+        path: file to write, ending in ``.onnx``.
+        calibration: preprocessed images (N, C, H, W) like those of training, 10 or more, best some hundred; or an iterable of
+            such batches.
+        labels: class of each image (N,), for top-1 on those held out; None: not measured.
+        runtime: where the file is run, compared and timed: ``onnxruntime`` or ``openvino``.
+        methods: how activations are calibrated, of ``MinMax``, ``Percentile`` and ``Entropy``.
+        min_agreement: share of the held-out images that must have the same largest logit as in float. For outputs that are
+            not logits (N, classes) nothing is refused.
+        keep_float: as many layers stay in float: those which cost most.
+        layers: measure for each layer what the outputs gain where it alone stays in float.
+        rounds: how often a call on one image is timed, on one thread; 0: not timed.
+        class_names, preprocessing: as for :func:`rep_plugin.export_onnx`.
+        with_report: write the report to ``path`` + ``.json`` as well, both files together or none.
+        notes: sentences for the report, after its own.
+
+    Returns:
+        The report: what was tried, what agrees, what each layer costs, sizes and times.
+
+    Raises:
+        ArgumentError: too few images or labels, or others than images.
+        EquivalenceError: less than ``min_agreement``.
+        MissingPackageError: a runtime is not installed.
+        ExportError, TrainModeError: as :func:`rep_plugin.export_onnx`.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU()).eval()
+        >>> report = export_int8(model, "int8.onnx", torch.randn(10, 3, 8, 8), methods=["MinMax"], rounds=0)
+        >>> report.sqnr > 20, report.size_bytes < report.size_float
+        (True, False)
+    """
+    started = time.perf_counter()
+    for package in ("onnx", "onnxruntime", runtime):
+        require(package, "export", "quantizing")
+    if not methods:
+        raise ArgumentError(f"methods must name some of {', '.join(METHODS)}, got none")
+    path = Path(path)
+    check_path(path)
+    images = _images_of(calibration)
+    truth = _labels_of(labels, len(images))
+    held = torch.arange(len(images)) % EVERY == EVERY - 1
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / "float.onnx"
+        exported = export_onnx(
+            model, plain, images[:2], runtimes=list(dict.fromkeys(("onnxruntime", runtime))), rounds=0,
+            class_names=class_names, preprocessing=preprocessing,
+        )  # fmt: skip
+        quantiser = _Quantiser(plain, Path(folder), images[~held])
+        judge = _Judge(runtime, plain.read_bytes(), images[held], None if truth is None else truth[held])
+        trials = [
+            judge.judge(quantiser.quantise(method, each), method, each)
+            for method, each in track([*product(methods, (False, True))], "trying calibrations")
+        ]
+        best = max(trials, key=lambda trial: trial.rank)
+        found: list[Int8Layer] = []
+        if layers or keep_float:
+            for node in track(quantiser.nodes, "judging layers"):
+                without = judge.judge(quantiser.quantise(best.method, best.per_channel, [node]), "", False)
+                found.append(Int8Layer(node, *quantiser.ranges(node), without.sqnr - best.sqnr))
+        worst = sorted(found, key=lambda layer: -layer.gain)[:keep_float]
+        data = quantiser.quantise(best.method, best.per_channel, [layer.name for layer in worst])
+        final = judge.judge(data, best.method, best.per_channel)
+        report = Int8Report("export_int8", exported.params_before, exported.params_after, exported.macs_before)
+        report.macs_after, report.input_shape, report.blocks = (
+            exported.macs_after,
+            tuple(images[:1].shape),
+            exported.blocks,
+        )
+        report.path, report.runtime, report.size_bytes, report.size_float = (
+            str(path),
+            runtime,
+            len(data),
+            exported.size_bytes,
+        )
+        report.images, report.held_out = int((~held).sum()), int(held.sum())
+        report.method, report.per_channel, report.kept_float = (
+            best.method,
+            best.per_channel,
+            [one.name for one in worst],
+        )
+        report.agreement, report.sqnr = final.agreement, final.sqnr
+        report.top1_float, report.top1 = judge.top1_float, final.top1
+        report.trials, report.layers = trials, found
+        report.notes = [*exported.notes, *notes]
+        if final.agreement is not None and final.agreement < min_agreement:
+            raise EquivalenceError(
+                f"int8 agrees with float on {final.agreement:.1%} of {report.held_out} held-out images, expected "
+                f"min_agreement={min_agreement:g}; {_advice(found, keep_float)}"
+            )
+        if rounds:
+            report.milliseconds_float, report.milliseconds = judge.time(data, rounds)
+    report.seconds = time.perf_counter() - started
+    if with_report:
+        write_contents(path.parent, {path.name: data, f"{path.name}.json": f"{report.to_json()}\n".encode()})
+    else:
+        write_atomic(path, lambda file: file.write(data))
+    return report
+
+
+def _images_of(calibration: Any) -> Tensor:
+    batches = [calibration] if isinstance(calibration, Tensor) else list(calibration)
+    wrong = next((b for b in batches if not isinstance(b, Tensor) or b.dim() != 4 or b.dtype != torch.float32), None)
+    if wrong is not None or not batches or len({tuple(batch.shape[1:]) for batch in batches}) > 1:
+        got = "none" if not batches else "several sizes" if wrong is None else type(wrong).__name__
+        if isinstance(wrong, Tensor):
+            got = f"{wrong.dtype} {tuple(wrong.shape)}"
+        raise ArgumentError(
+            f"calibration must be float32 images (N, C, H, W) of one size, or batches of them, got {got}"
+        )
+    images = torch.cat(batches).detach().cpu()
+    if len(images) < LEAST:
+        raise ArgumentError(f"calibration must be {LEAST} images or more, best some hundred, got {len(images)}")
+    require_numbers("calibration", images)
+    return images
+
+
+def _labels_of(labels: Any, count: int) -> Tensor | None:
+    if labels is None:
+        return None
+    found = torch.as_tensor(labels).cpu()
+    if found.dim() != 1 or len(found) != count or found.is_floating_point():
+        raise ArgumentError(f"labels must be the classes of {count} images, got {found.dtype} {tuple(found.shape)}")
+    return found
+
+
+def _advice(layers: Sequence[Int8Layer], kept: int) -> str:
+    dearest = sorted(layers, key=lambda layer: -layer.gain)[:3]
+    words = (
+        f"the dearest layers are {', '.join(layer.name for layer in dearest)}: keep_float={kept + 3}, "
+        if layers
+        else ""
+    )
+    return f"{words}more images of training, or training with it in mind (QARepVGG's blocks)"
+
+
+def int8_images(
+    model: nn.Module,
+    path: str | Path,
+    images: Tensor | None,
+    shape: Sequence[int],
+    batch: int | None = None,
+    size: Sequence[int] | None = None,
+    **options,
+) -> Int8Report:
+    """Call :func:`export_int8`, as :func:`rep_plugin.export.export_onnx.export_images` calls its function.
+
+    Args:
+        model: as for :func:`export_int8`, as is ``path``.
+        path: file to write.
+        images: preprocessed images (N, C, H, W).
+        shape: not used: images are needed.
+        batch: must be None, as the number of images stays open.
+        size: (H, W) to scale the images to.
+        options: the others of :func:`export_int8`.
+
+    Returns:
+        The report.
+
+    Raises:
+        ArgumentError: no images, or a fixed number; and what :func:`export_int8` raises.
+    """
+    if images is None:
+        raise ArgumentError("int8 needs images to calibrate with, got none")
+    if batch is not None:
+        raise ArgumentError(f"int8 leaves the number of images open, got batch={batch}")
+    if size is not None and tuple(size) != tuple(images.shape[2:]):
+        images = F.interpolate(images, tuple(size), mode="bilinear", antialias=True)
+    return export_int8(model, path, images, **options)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The quantiser prints, and logs on the root logger, what is no user's business."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        root.setLevel(level)
+
+
+class _Quantiser:
+    """ONNX Runtime's static quantiser on one float file; each method calibrates once."""
+
+    def __init__(self, plain: Path, folder: Path, images: Tensor):
+        import onnx
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        self.folder, self.images = folder, images
+        self.prepared = folder / "prepared.onnx"
+        with _quiet():
+            quant_pre_process(str(plain), str(self.prepared), skip_symbolic_shape=True)
+        self.metadata = onnx.load(plain).metadata_props
+        self.graph = onnx.load(self.prepared).graph
+        self.weights = {one.name: one for one in self.graph.initializer}
+        self.nodes = [
+            node.name for node in self.graph.node
+            if node.op_type in QUANTISED and any(name in self.weights for name in node.input)
+        ]  # fmt: skip
+
+    def _reader(self) -> Any:
+        from onnxruntime.quantization import CalibrationDataReader
+
+        class Reader(CalibrationDataReader):
+            def __init__(self, images: Tensor):
+                size = math.ceil(len(images) / math.ceil(len(images) / IMAGES_AT_ONCE))
+                whole = torch.arange(math.ceil(len(images) / size) * size) % len(images)
+                self.batches = iter(images[whole].split(size))  # of one size, as the histograms want them
+
+            def get_next(self) -> dict | None:
+                batch = next(self.batches, None)
+                return None if batch is None else {INPUT: batch.numpy()}
+
+        return Reader(self.images)
+
+    def quantise(self, method: str, per_channel: bool, leave: Sequence[str] = ()) -> bytes:
+        """Return the quantised file; ``leave`` are nodes that stay in float."""
+        import onnx
+        from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+
+        written = self.folder / "int8.onnx"
+        with _quiet():
+            quantize_static(
+                str(self.prepared), str(written), self._reader(), quant_format=QuantFormat.QDQ, per_channel=per_channel,
+                activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=list(leave),
+                calibrate_method=CalibrationMethod[method], calibration_cache_path=str(self.folder / f"{method}.cache"),
+            )  # fmt: skip
+        proto = onnx.load(written)
+        del proto.metadata_props[:]
+        proto.metadata_props.extend(self.metadata)
+        return proto.SerializeToString()
+
+    def ranges(self, node: str) -> tuple[float, float]:
+        """The largest weight of a layer, and how much larger its widest channel is than its narrowest."""
+        from onnx import numpy_helper
+
+        found = next(one for one in self.graph.node if one.name == node)
+        weight = torch.tensor(numpy_helper.to_array(self.weights[next(n for n in found.input if n in self.weights)]))
+        each = weight.flatten(1).abs().amax(1)
+        return weight.abs().max().item(), (each.max() / each.clamp_min(1e-12).min()).item()
+
+
+@dataclass
+class _Judge:
+    """Compares quantised files with the float one on the held-out images."""
+
+    runtime: str
+    plain: bytes
+    images: Tensor
+    labels: Tensor | None
+    expected: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.expected = self._run(self._open(self.plain))
+
+    def _open(self, data: bytes) -> Session:
+        return open_model(self.runtime, data, 1)
+
+    def _run(self, session: Session) -> list[Tensor]:
+        outputs = [session({INPUT: batch}) for batch in self.images.split(IMAGES_AT_ONCE)]
+        return [torch.cat(parts) for parts in zip(*outputs)]
+
+    @property
+    def top1_float(self) -> float | None:
+        return self._top1(self.expected)
+
+    def _classes(self, outputs: Sequence[Tensor]) -> Tensor | None:
+        logits = outputs[0]
+        return logits.argmax(1) if logits.dim() == 2 and logits.shape[1] > 1 else None
+
+    def _top1(self, outputs: Sequence[Tensor]) -> float | None:
+        classes = self._classes(outputs)
+        if classes is None or self.labels is None:
+            return None
+        return (classes == self.labels).double().mean().item()
+
+    def judge(self, data: bytes, method: str, per_channel: bool) -> Int8Trial:
+        found = self._run(self._open(data))
+        noise = sum((a.double() - b.double()).square().sum().item() for a, b in zip(self.expected, found))
+        signal = sum(a.double().square().sum().item() for a in self.expected)
+        mine, theirs = self._classes(found), self._classes(self.expected)
+        agreement = None if mine is None or theirs is None else (mine == theirs).double().mean().item()
+        sqnr = 10 * math.log10(max(signal, 1e-300) / max(noise, 1e-12 * max(signal, 1e-288)))
+        return Int8Trial(method, per_channel, agreement, sqnr, self._top1(found))
+
+    def time(self, data: bytes, rounds: int) -> tuple[float, float]:
+        """Milliseconds for one image in float and in int8, on one thread, in turns."""
+        one = {INPUT: self.images[:1].contiguous()}
+        sessions = {"float": self._open(self.plain), "int8": self._open(data)}
+        calls: dict[str, Callable[[], object]] = {
+            name: (lambda session=session: session(one)) for name, session in sessions.items()
+        }
+        times = interleaved_medians(calls, rounds)
+        return times["float"] * 1e3, times["int8"] * 1e3
