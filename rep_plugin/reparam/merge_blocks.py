@@ -174,9 +174,12 @@ class _Merger:
     def note(self, name: str, kind: str, module: nn.Module, merged: nn.Module) -> None:
         """Note that a block was merged, in the place of what was merged inside it and is not there any more."""
         stay = set(merged.modules())
-        gone = {one for one, made in self.made.items() if _is_inside(one, [name]) and made not in stay}
-        self.found.blocks = [one for one in self.found.blocks if one.name not in gone]
-        self.found.parts = {one: part for one, part in self.found.parts.items() if one not in gone}
+        inside = {one: made for one, made in self.made.items() if _is_inside(one, [name])}
+        self.found.blocks = [one for one in self.found.blocks if inside.get(one.name, merged) in stay]
+        used = {
+            one for one, made in inside.items() if stay.intersection(made.modules())
+        }  # a layer of it may be all that stays
+        self.found.parts = {one: p for one, p in self.found.parts.items() if one not in inside or one in used}
         self.made[name] = merged
         self.found.blocks.append(BlockReport(name, kind))
         carry_over_(module, merged)

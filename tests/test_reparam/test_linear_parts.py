@@ -580,3 +580,33 @@ def test_models_of_several_inputs_go_through_every_verb(example):
     assert report.params_after < report.params_before and run_model(net, example) is not None
     with pytest.raises(ArgumentError, match="holds no float tensor"):
         rep_plugin.reparameterize(merged, (torch.tensor([1]),))
+
+
+class Around(nn.Module):
+    """Adds to what a block computes; of the block one convolution is left, which stands in front of the sum."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block, self.wide, self.tall = block, conv_bn(3), conv_bn(1)
+
+    def forward(self, x):
+        y = self.block(x)
+        return (self.wide(y) + self.tall(y)).sigmoid() + y.mean()
+
+
+@pytest.mark.parametrize("block", [official.RepVGGBlock, None], ids=["known", "of nobody"])
+def test_an_inner_block_of_which_one_layer_is_left_is_merged_again(block, tmp_path):
+    def build():
+        torch.manual_seed(0)
+        inner = Forward(lambda net, x: net.p(x) + net.q(x)) if block is None else block(C, C)
+        if block is not None:
+            inner.nonlinearity = nn.Identity()
+        return net_of(Around(inner))
+
+    net = build()
+    merged, report = rep_plugin.reparameterize(net, X)
+    inside = ["2.block"] if block is None else []  # itself one convolution, which has its name
+    assert [b.name for b in report.blocks if b.name.startswith("2")] == [*inside, "2"] and report.max_rel_error < 1e-12
+    assert sum(isinstance(layer, nn.Conv2d) for layer in merged[2].modules()) == 2
+    rep_plugin.save(merged, tmp_path)
+    assert torch.equal(rep_plugin.load(tmp_path, build()).eval()(X), merged(X))
