@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,15 +23,20 @@ from torch import Tensor, nn
 
 from rep_plugin.arguments import In, OneOf, That, checked
 from rep_plugin.checkpoints.files import write_atomic, write_contents
-from rep_plugin.errors import ArgumentError, EquivalenceError
+from rep_plugin.errors import ArgumentError, EquivalenceError, NothingToMergeError, TrainModeError
+from rep_plugin.export.equalize import equalize
 from rep_plugin.export.export_onnx import IMAGES_AT_ONCE, check_path, export_onnx
 from rep_plugin.export.inputs import INPUT
-from rep_plugin.export.report import Int8Layer, Int8Report, Int8Trial
+from rep_plugin.export.report import ExportReport, Int8Layer, Int8Report, Int8Trial
 from rep_plugin.export.runtimes import RUNTIMES, Session, open_model
+from rep_plugin.measure.copies import copy_model
+from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.forward import require_numbers
 from rep_plugin.measure.latency import interleaved_medians
 from rep_plugin.measure.progress import track, working
+from rep_plugin.measure.report import Report
 from rep_plugin.optional import require
+from rep_plugin.reparam.reparameterize import reparameterize
 
 METHODS = ("MinMax", "Percentile", "Entropy")  # names of onnxruntime's CalibrationMethod
 LEAST = 10  # images: eight to calibrate with and two held out
@@ -63,8 +68,9 @@ def export_int8(
 
     A copy is merged and written as float first, with the proofs of :func:`rep_plugin.export_onnx`. Of the images every fifth
     is held out, the others calibrate. Each method of calibration is tried with one scale for a layer's weights and with one
-    for each channel. The best on the held-out images is kept: by top-1 where there are labels, by agreement with float
-    otherwise, then by the signal-to-noise ratio of the outputs. The file is written when all is measured: until then an older
+    for each channel, and the best of these once more after :func:`rep_plugin.export.equalize`, where that is exact. The best
+    on the held-out images is kept: by top-1 where there are labels, by agreement with float otherwise, then by the
+    signal-to-noise ratio of the outputs. The file is written when all is measured: until then an older
     one stays.
 
     Activations and weights have 8 bits (uint8 and int8), biases 32. How fast that is depends on the processor's
@@ -113,33 +119,47 @@ def export_int8(
     images = _images_of(calibration)
     truth = _labels_of(labels, len(images))
     held = torch.arange(len(images)) % EVERY == EVERY - 1
+    written, done = _merged(model, images[:2])
+    more = list(done.notes)
     with tempfile.TemporaryDirectory() as folder:
-        plain = Path(folder) / "float.onnx"
-        exported = export_onnx(
-            model, plain, images[:2], runtimes=list(dict.fromkeys(("onnxruntime", runtime))), rounds=0,
-            class_names=class_names, preprocessing=preprocessing,
-        )  # fmt: skip
-        quantiser = _Quantiser(plain, Path(folder), images[~held])
-        judge = _Judge(runtime, plain.read_bytes(), images[held], None if truth is None else truth[held])
-        trials = [
-            judge.judge(quantiser.quantise(method, each), method, each)
-            for method, each in track([*product(methods, (False, True))], "trying calibrations")
-        ]
+        runtimes = list(dict.fromkeys(("onnxruntime", runtime)))
+
+        def write(name: str, form: nn.Module) -> tuple[_Quantiser, ExportReport]:
+            plain = Path(folder) / name / "float.onnx"
+            plain.parent.mkdir()
+            exported = export_onnx(
+                form, plain, images[:2], reparameterize=False, runtimes=runtimes, rounds=0, class_names=class_names,
+                preprocessing=preprocessing,
+            )  # fmt: skip
+            return _Quantiser(plain, images[~held]), exported
+
+        quantiser, exported = write("merged", written)
+        judge = _Judge(runtime, quantiser.plain.read_bytes(), images[held], None if truth is None else truth[held])
+
+        def attempt(method: str, each: bool, equalised: bool = False) -> Int8Trial:
+            trial = judge.judge(quantiser.quantise(method, each))
+            return replace(trial, method=method, per_channel=each, equalised=equalised)
+
+        combined = list(product(methods, (False, True)))
+        trials = [attempt(*one) for one in track(combined, "trying calibrations")]
         best = max(trials, key=lambda trial: trial.rank)
+        try:
+            plainer, (quantiser, _) = quantiser, write("equalised", equalize(written, images[:2])[0])
+            trials += [attempt(best.method, each, True) for each in (False, True)]
+            best = max(trials, key=lambda trial: trial.rank)
+            quantiser = quantiser if best.equalised else plainer
+        except NothingToMergeError as error:
+            more += [f"not equalised: {note}" for note in error.notes]
         found: list[Int8Layer] = []
         if layers or keep_float:
             for node in track(quantiser.nodes, "judging layers"):
-                without = judge.judge(quantiser.quantise(best.method, best.per_channel, [node]), "", False)
+                without = judge.judge(quantiser.quantise(best.method, best.per_channel, [node]))
                 found.append(Int8Layer(node, *quantiser.ranges(node), without.sqnr - best.sqnr))
         worst = sorted(found, key=lambda layer: -layer.gain)[:keep_float]
         data = quantiser.quantise(best.method, best.per_channel, [layer.name for layer in worst])
-        final = judge.judge(data, best.method, best.per_channel)
-        report = Int8Report("export_int8", exported.params_before, exported.params_after, exported.macs_before)
-        report.macs_after, report.input_shape, report.blocks = (
-            exported.macs_after,
-            tuple(images[:1].shape),
-            exported.blocks,
-        )
+        final = judge.judge(data)
+        report = Int8Report("export_int8", done.params_before, done.params_after, done.macs_before, done.macs_after)
+        report.input_shape, report.blocks = tuple(images[:1].shape), done.blocks
         report.path, report.runtime, report.size_bytes, report.size_float = (
             str(path),
             runtime,
@@ -147,15 +167,12 @@ def export_int8(
             exported.size_bytes,
         )
         report.images, report.held_out = int((~held).sum()), int(held.sum())
-        report.method, report.per_channel, report.kept_float = (
-            best.method,
-            best.per_channel,
-            [one.name for one in worst],
-        )
+        report.method, report.per_channel, report.equalised = best.method, best.per_channel, best.equalised
+        report.kept_float = [one.name for one in worst]
         report.agreement, report.sqnr = final.agreement, final.sqnr
         report.top1_float, report.top1 = judge.top1_float, final.top1
         report.trials, report.layers = trials, found
-        report.notes = [*exported.notes, *notes]
+        report.notes = list(dict.fromkeys([*more, *exported.notes, *notes]))
         if final.agreement is not None and final.agreement < min_agreement:
             raise EquivalenceError(
                 f"int8 agrees with float on {final.agreement:.1%} of {report.held_out} held-out images, expected "
@@ -169,6 +186,18 @@ def export_int8(
     else:
         write_atomic(path, lambda file: file.write(data))
     return report
+
+
+def _merged(model: nn.Module, x: Tensor) -> tuple[nn.Module, Report]:
+    """A merged copy and the report of it; a plain copy where there is nothing to merge."""
+    for name, module in model.named_modules():
+        if module.training:
+            raise TrainModeError(f"{name or type(module).__name__!r} is in train mode: call model.eval() first")
+    try:
+        return reparameterize(model, x)
+    except NothingToMergeError as error:
+        count, macs = count_params(model), count_macs(model, x[:1])
+        return copy_model(model), Report("export_int8", count, count, macs, macs, notes=list(error.notes))
 
 
 def _images_of(calibration: Any) -> Tensor:
@@ -258,12 +287,12 @@ def _quiet() -> Iterator[None]:
 class _Quantiser:
     """ONNX Runtime's static quantiser on one float file; each method calibrates once."""
 
-    def __init__(self, plain: Path, folder: Path, images: Tensor):
+    def __init__(self, plain: Path, images: Tensor):
         import onnx
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
-        self.folder, self.images = folder, images
-        self.prepared = folder / "prepared.onnx"
+        self.plain, self.folder, self.images = plain, plain.parent, images
+        self.prepared = self.folder / "prepared.onnx"
         with _quiet():
             quant_pre_process(str(plain), str(self.prepared), skip_symbolic_shape=True)
         self.metadata = onnx.load(plain).metadata_props
@@ -350,14 +379,14 @@ class _Judge:
             return None
         return (classes == self.labels).double().mean().item()
 
-    def judge(self, data: bytes, method: str, per_channel: bool) -> Int8Trial:
+    def judge(self, data: bytes) -> Int8Trial:
         found = self._run(self._open(data))
         noise = sum((a.double() - b.double()).square().sum().item() for a, b in zip(self.expected, found))
         signal = sum(a.double().square().sum().item() for a in self.expected)
         mine, theirs = self._classes(found), self._classes(self.expected)
         agreement = None if mine is None or theirs is None else (mine == theirs).double().mean().item()
         sqnr = 10 * math.log10(max(signal, 1e-300) / max(noise, 1e-12 * max(signal, 1e-288)))
-        return Int8Trial(method, per_channel, agreement, sqnr, self._top1(found))
+        return Int8Trial("", False, agreement, sqnr, self._top1(found))
 
     def time(self, data: bytes, rounds: int) -> tuple[float, float]:
         """Milliseconds for one image in float and in int8, on one thread, in turns."""

@@ -116,6 +116,7 @@ class Int8Trial:
         agreement: share of images with the same largest logit as in float; None: no logits.
         sqnr: signal-to-noise ratio of the outputs, in dB.
         top1: share of images that are classified right; None: no labels.
+        equalised: the channels were evened out before.
     """
 
     method: str
@@ -123,6 +124,7 @@ class Int8Trial:
     agreement: float | None
     sqnr: float
     top1: float | None = None
+    equalised: bool = False
 
     @property
     def rank(self) -> tuple[float, float, float]:
@@ -160,6 +162,7 @@ class Int8Report(Report):
         held_out: number of images that it was judged on.
         method: how activations were calibrated.
         per_channel: weights have a scale for each channel.
+        equalised: channels were evened out before.
         kept_float: nodes that stay in float.
         agreement: share of the held-out images with the same largest logit as in float; None: no logits.
         sqnr: signal-to-noise ratio of the outputs, in dB.
@@ -179,6 +182,7 @@ class Int8Report(Report):
     held_out: int = 0
     method: str = ""
     per_channel: bool = False
+    equalised: bool = False
     kept_float: list[str] = field(default_factory=list)
     agreement: float | None = None
     sqnr: float = 0.0
@@ -194,7 +198,8 @@ class Int8Report(Report):
         from rich.table import Table
 
         scales = "each channel" if self.per_channel else "each layer"
-        title = f"{self.action}: {self.path}, {self.method}, a scale for {scales}, {self.images} images"
+        even = ", equalised" * self.equalised
+        title = f"{self.action}: {self.path}, {self.method}, a scale for {scales}{even}, {self.images} images"
         table = Table(title=title)
         for column in ("metric", "float", "int8"):
             table.add_column(column, justify="left" if column == "metric" else "right")

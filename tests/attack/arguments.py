@@ -450,6 +450,10 @@ CALLS: dict[str, Callable[[Path], Call]] = {
         rep_plugin.export_onnx,
         dict(model=net(), path=f / "net.onnx", example_input=x(), runtimes=["onnxruntime"], rounds=0),
     ),
+    "rep_plugin.export.equalize": lambda f: Call(
+        rep_plugin.export.equalize,
+        dict(model=nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval(), example_input=x()),
+    ),
     "rep_plugin.export_int8": lambda f: Call(
         rep_plugin.export_int8,
         dict(

@@ -62,9 +62,10 @@ def test_the_best_of_all_trials_is_written(net, tmp_path):
     before = {key: value.clone() for key, value in net.state_dict().items()}
     path = tmp_path / "int8.onnx"
     report = rep_plugin.export_int8(net, path, X, Y, rounds=3, with_report=True, class_names=list("abcd"))
-    assert {(t.method, t.per_channel) for t in report.trials} == {
+    assert {(t.method, t.per_channel) for t in report.trials if not t.equalised} == {
         (method, each) for method in ("MinMax", "Percentile", "Entropy") for each in (False, True)
     }
+    assert [t.per_channel for t in report.trials if t.equalised] == [False, True]
     best = max(report.trials, key=lambda trial: trial.rank)
     assert (report.method, report.per_channel, report.sqnr) == (best.method, best.per_channel, best.sqnr)
     assert (report.images, report.held_out, report.top1_float) == (32, 8, 1.0)
@@ -107,9 +108,11 @@ def test_channels_of_unequal_size_need_a_scale_each_or_stay_in_float(net, tmp_pa
             parameter /= factors.view(-1, *[1] * (parameter.dim() - 1))
         wide[4].weight *= factors.view(1, -1, 1, 1)
     report = rep_plugin.export_int8(wide.eval(), tmp_path / "a.onnx", X, methods=["MinMax"], rounds=0)
-    one, each = (next(t for t in report.trials if t.per_channel is kind) for kind in (False, True))
-    assert each.sqnr > one.sqnr + 1 and report.per_channel and report.agreement is None
-    assert max(layer.spread for layer in report.layers) > 20
+    one, each, even, both = report.trials
+    assert (each.per_channel, even.equalised, both.per_channel, both.equalised) == (True, True, True, True)
+    assert min(each.sqnr, even.sqnr) > one.sqnr + 1 and both.sqnr > each.sqnr + 5
+    assert report.equalised and report.agreement is None
+    assert max(layer.spread for layer in report.layers) < 5  # evened out
     kept = rep_plugin.export_int8(wide, tmp_path / "b.onnx", X, methods=["MinMax"], rounds=0, keep_float=1)
     worst = max(report.layers, key=lambda layer: layer.gain)
     assert kept.kept_float == [worst.name] and kept.sqnr > report.sqnr + 1
