@@ -153,7 +153,8 @@ names = ["rep_plugin.openmmlab.backbones", "rep_plugin.openmmlab.hooks.prune_hoo
 def test_tools_say_that_they_need_openmmlab(tmp_path):
     (tmp_path / "epoch_1.pth").touch()  # a missing file is said first
     commands = {name: ["config.py", "epoch_1.pth"] for name in ("compare", "reparameterize", "test")}
-    commands |= {"prune": ["config.py", "epoch_1.pth", "--macs", "0.5"], "sweep": ["config.py"], "train": ["config.py"]}
+    commands |= {name: ["config.py", "epoch_1.pth", "--macs", "0.5"] for name in ("depth", "prune")}
+    commands |= {"sweep": ["config.py"], "train": ["config.py"]}
     code = f"""
 import os
 from rep_plugin.__main__ import main

@@ -42,7 +42,7 @@ def test_the_fronts_in_tools_are_the_commands():
     names = {"compare_deployed": "compare", "convert_checkpoint": "convert"}
     fronts = sorted(path for path in (ROOT / "tools").glob("*.py"))
     assert {names.get(path.stem, path.stem) for path in fronts} == {
-        "train", "test", "experiments", "sweep", "prune", "reparameterize", "compare", "export", "convert",
+        "train", "test", "experiments", "sweep", "prune", "depth", "reparameterize", "compare", "export", "convert",
     }  # fmt: skip
     for path in fronts:
         heavy, text = imported_by(path, "--help")

@@ -6,13 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from mmengine.config import Config
 
 import rep_plugin
 from rep_plugin.commands.models import is_config
+from rep_plugin.depth import plan_depth
 from rep_plugin.errors import ArgumentError
+from rep_plugin.measure.costs import count_params
 from rep_plugin.openmmlab.cli import resolve_config
+from rep_plugin.openmmlab.configs import drop_pretrained_, typed_dicts
+from rep_plugin.openmmlab.load import build_model
 from rep_plugin.shipped import CONFIGS, SCRIPTS, find_config, find_script, list_configs
 from tests.helpers import ROOT
 
@@ -59,6 +64,20 @@ def test_every_config_is_read_by_its_name(name):
         assert "tools/" not in hint
     if cfg.get("missing_data_hint"):
         assert cfg.train_dataloader.dataset.data_root.rstrip("/") in cfg.missing_data_hint
+
+
+@pytest.mark.parametrize("name", list_configs("depth/*"))
+def test_networks_of_depth_configs_are_built_and_have_layers_to_spare(name):
+    cfg = rep_plugin.get_config(name)
+    for part in typed_dicts(cfg.model):
+        drop_pretrained_(part)  # from the network
+    model, index = build_model(cfg), yaml.safe_load((CONFIGS.parent / "model-index.yml").read_text())
+    (listed,) = (one for one in index["Models"] if one["Config"] == f"configs/{name}.py")
+    assert count_params(model) == listed["Metadata"]["Parameters"]
+    hook = next(hook for hook in cfg.custom_hooks if hook.type == "rep_plugin.LinearizeHook")
+    assert 0 < hook.begin < hook.end < cfg.train_cfg.max_epochs and hook.act_after and hook.runtime == "onnxruntime"
+    channels = 1 if "fashion" in name else 3
+    assert len(plan_depth(model, torch.randn(1, channels, 64, 64), macs=0.97).chosen) >= 1
 
 
 def test_an_unknown_name_ends_in_the_nearest_names():

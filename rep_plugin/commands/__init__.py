@@ -6,8 +6,8 @@ what argparse cannot say. They import nothing heavy but in ``run``: ``--help`` a
 
 # In the order of --help.
 COMMANDS = (
-    "train", "test", "experiments", "sweep", "prune", "expand", "reparameterize", "compare", "export", "save", "convert",
-    "summary", "configs", "doctor", "script",
+    "train", "test", "experiments", "sweep", "prune", "depth", "expand", "reparameterize", "compare", "export", "save",
+    "convert", "summary", "configs", "doctor", "script",
 )  # fmt: skip
 # These import what they need, and do without our names in timm.
 LIGHT = ("configs", "convert", "doctor")

@@ -60,6 +60,14 @@ def count(text: str, most: int = MOST) -> int:
     return number
 
 
+def amount(text: str) -> int | float:
+    """A share with a point in it (0.5), or a whole number (300000000, 3e8)."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
 def side(text: str) -> int:
     """Height or width of an image: more than 8192 pixels is a slip, and would fill the memory."""
     return count(text, 8192)
@@ -115,17 +123,19 @@ def number_in(low: float, high: float) -> Callable[[str], float]:
     return number
 
 
-def add_trained_arguments(parser: argparse.ArgumentParser, no_real_data: str) -> None:
+def add_trained_arguments(parser: argparse.ArgumentParser, no_real_data: str, optional: str | None = None) -> None:
     """Add the arguments of a command that reads a trained checkpoint and writes what it makes of it.
 
     Args:
         parser: the command's.
         no_real_data: the help of that flag.
+        optional: when the checkpoint may be left out.
     """
     parser.add_argument(
         "config", metavar="CONFIG", help="config the checkpoint was trained with, or the name of a shipped one"
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="trained checkpoint")
+    needed, nargs = (f"; none {optional}", "?") if optional else ("", None)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs=nargs, help=f"trained checkpoint{needed}")
     parser.add_argument("--out-dir", metavar="FOLDER", help="folder for the files; default: the checkpoint's")
     add_overwrite(parser)
     parser.add_argument("--no-real-data", action="store_true", help=no_real_data)

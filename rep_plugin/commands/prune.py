@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rep_plugin.commands.parser import add_trained_arguments, count
+from rep_plugin.commands.parser import add_trained_arguments, amount, count
 from rep_plugin.commands.written import print_written
 from rep_plugin.errors import ArgumentError
 from rep_plugin.optional import require
@@ -28,14 +28,6 @@ HELP = "remove channels of a trained checkpoint"
 OUTPUTS = ("pruned.pth", "pruned.py", "pruned.plan.json", "pruned.json", "pruned.png")
 SCORES = ("bn_gamma", "l1", "l2", "fpgm", "taylor", "random")
 TAYLOR_IMAGES = 256
-
-
-def amount(text: str) -> int | float:
-    """A share with a point in it (0.5), or a whole number (300000000, 3e8)."""
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
 
 
 def override(text: str) -> tuple[str, float | str]:

@@ -159,7 +159,9 @@ class DepthPlan:
 
         table = Table(title=f"{self.model}: {self.why}")
         for column in ("segment", "becomes", "ms", "merged", "multiply-adds", "merged", "loss", ""):
-            table.add_column(column, justify="left" if column in ("segment", "becomes", "") else "right")
+            table.add_column(
+                column, justify="left" if column in ("segment", "becomes", "") else "right", overflow="fold"
+            )
         for one in self.segments:
             outputs, inputs, height, width = one.merged
             becomes = f"{height}x{width}, {inputs * one.groups} -> {outputs}" + (", sum" if one.shortcut else "")

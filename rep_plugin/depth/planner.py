@@ -137,7 +137,7 @@ def plan_depth(
         found, notes = find_segments(model, example_input, skip)
         total = count_macs(model, example_input)
         timed = macs is None
-        table = _table(model, example_input, found, runtime, threads, latency_table) if timed else None
+        table = _table(model, example_input, found, runtime, threads, latency_table, total) if timed else None
         costs = _Costs(model, example_input, found, table, total)
         search = _Search(model, evaluate, batches, act_after, train, record)
         candidates = [costs.candidate(segment) for segment in found]
@@ -194,14 +194,18 @@ def _table(
     runtime: str,
     threads: int,
     given: str | Path | LatencyTable | None,
+    macs: int,
 ) -> LatencyTable:
     if given is None:
         return time_segments(model, x, found, runtime, threads)
     table = given if isinstance(given, LatencyTable) else read_latency_table(given)
+    what = "latency_table" if isinstance(given, LatencyTable) else f"latency_table {given}"
     if table.input_shape != tuple(x.shape):
-        raise ArgumentError(f"latency_table was measured on {table.input_shape}, example_input is {tuple(x.shape)}")
+        raise ArgumentError(f"{what} was measured on {table.input_shape}, example_input is {tuple(x.shape)}")
     if runtime not in (EAGER, table.runtime):
-        raise ArgumentError(f"latency_table was measured in {table.runtime}, runtime is {runtime!r}")
+        raise ArgumentError(f"{what} was measured in {table.runtime}, runtime is {runtime!r}")
+    if table.macs not in (0, macs):
+        raise ArgumentError(f"{what} is of another model, of {table.macs:,} multiply-adds: this one has {macs:,}")
     return table
 
 

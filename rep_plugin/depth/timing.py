@@ -32,6 +32,7 @@ from rep_plugin.export.inputs import INPUT, Feed
 from rep_plugin.export.runtimes import RUNTIMES, open_model
 from rep_plugin.functional.kernels import pair
 from rep_plugin.measure.copies import copy_inputs, copy_model
+from rep_plugin.measure.costs import count_macs
 from rep_plugin.measure.forward import eval_mode, of_user, require_bare, run_model
 from rep_plugin.measure.latency import interleaved_medians, torch_threads
 from rep_plugin.measure.progress import track, working
@@ -62,6 +63,7 @@ class LatencyTable:
         whole: milliseconds of the network with its BNs folded.
         segments: {what a segment computes, see :func:`signature`: (milliseconds as it is, merged)}.
         scale: what all that pays saves in the network, against the sum of what its segments save by themselves.
+        macs: multiply-adds of the network for one image, by which it is known again; 0: unknown.
 
     Example:
         >>> LatencyTable("eager", 1, (1, 3, 224, 224), 7.9).whole
@@ -74,6 +76,7 @@ class LatencyTable:
     whole: Positive
     segments: dict[str, tuple[Positive, Positive]] = field(default_factory=dict)
     scale: Positive = 1.0
+    macs: Annotated[int, In("[0, inf)")] = 0
 
 
 class Separate(nn.Module):
@@ -295,7 +298,7 @@ def time_segments(model: nn.Module, x: Tensor, segments: Sequence[Segment], runt
     pairs = [(one, *table[key]) for one, key in zip(worth, names)]
     items = [Item(one, before - after, 0.0) for one, before, after in pairs if after < FASTER * before]
     whole, scale = _scale_whole(model, x, items, runtime, threads)
-    return LatencyTable(runtime, threads, tuple(x.shape), whole, table, scale)
+    return LatencyTable(runtime, threads, tuple(x.shape), whole, table, scale, count_macs(model, x))
 
 
 def _scale_whole(model: nn.Module, x: Tensor, items: Sequence[Item], runtime: str, threads: int) -> tuple[float, float]:
@@ -384,10 +387,11 @@ def read_latency_table(path: str | Path) -> LatencyTable:
         "whole": float,
         "segments": dict[str, list[float]],
         "scale": float,
+        "macs": int,
     }
     data = require_fields(read_json(path), hints, str(path))
     try:
         shape, segments = tuple(data["input_shape"]), {key: tuple(value) for key, value in data["segments"].items()}
-        return LatencyTable(data["runtime"], data["threads"], shape, data["whole"], segments, data["scale"])
+        return LatencyTable(**data | {"input_shape": shape, "segments": segments})
     except ArgumentError as error:
         raise ArgumentError(f"{path} is no latency table: {error}") from None

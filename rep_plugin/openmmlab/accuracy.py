@@ -1,9 +1,12 @@
-"""Metrics of validation outside of a Runner's loop, and statistics of batch norms measured anew."""
+"""Metrics of validation outside of a Runner's loop, what is planned by them, and statistics of batch norms measured anew."""
 
-from collections.abc import Iterable, Iterator
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from numbers import Number
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from mmengine.config import Config
@@ -12,21 +15,31 @@ from mmengine.dist import get_world_size
 from mmengine.evaluator import Evaluator
 from mmengine.registry import EVALUATOR, DefaultScope
 from mmengine.runner import Runner
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
-from rep_plugin.errors import DataError
+from rep_plugin.depth import DepthPlan, plan_depth
+from rep_plugin.errors import ArgumentError, DataError
 from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.forward import eval_mode
 from rep_plugin.measure.progress import track
 from rep_plugin.openmmlab.data import check_data
-from rep_plugin.openmmlab.load import config_errors
+from rep_plugin.openmmlab.load import config_errors, real_inputs
 from rep_plugin.pruning import PrunePlan, PruneReport, apply_plan
 
 if TYPE_CHECKING:
     from rep_plugin.openmmlab.cli import Trained
+
+HIGH_IS_GOOD = ("accuracy", "precision", "recall", "f1", "mAP", "mIoU")
+CALIBRATION = 64  # images, for batch norms of what is judged
+
+
+def main_metric(metrics: Mapping[str, float]) -> str | None:
+    """Return the name of the first metric that is high for good models; None where there is none."""
+    return next((name for name in metrics if any(word in name for word in HIGH_IS_GOOD)), None)
 
 
 def validation_metrics(model: nn.Module, cfg: Config, loader: DataLoader, what: str = "validation") -> dict[str, float]:
@@ -41,13 +54,77 @@ def validation_metrics(model: nn.Module, cfg: Config, loader: DataLoader, what: 
     Returns:
         The metrics by name.
     """
+    with _on_device(model):
+        return measure(model, track(loader, what, len(loader)), _evaluator_of(cfg, loader))
+
+
+def _evaluator_of(cfg: Config, loader: DataLoader) -> Evaluator:
     metrics = cfg.val_evaluator
     with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmpretrain")), config_errors():
         whole = isinstance(metrics, dict) and "metrics" in metrics
         evaluator = EVALUATOR.build(dict(type="Evaluator") | metrics) if whole else Evaluator(metrics)
     evaluator.dataset_meta = getattr(loader.dataset, "metainfo", None)
-    with _on_device(model):
-        return measure(model, track(loader, what, len(loader)), evaluator)
+    return evaluator
+
+
+def judge_of(loader: DataLoader, evaluator: Evaluator, batches: int) -> Callable[[nn.Module], float]:
+    """Return what judges many models: the first metric that is high for good ones, on a few batches of validation.
+
+    The batches are spread evenly over the data set (many are sorted by class), and read once. Of several processes only this
+    one measures. A graphics card is used where there is one.
+
+    Args:
+        loader: of the validation set.
+        evaluator: of the metrics.
+        batches: how many.
+
+    Returns:
+        A function of a model, as :func:`rep_plugin.plan_depth` takes it.
+    """
+    size, dataset = loader.batch_size or 1, loader.dataset
+    count = min(len(dataset), batches * size)
+    chosen = [place * len(dataset) // count for place in range(count)]
+    parts = [chosen[first : first + size] for first in range(0, count, size)]
+    kept = [loader.collate_fn([dataset[place] for place in part]) for part in parts]
+
+    def judge(model: nn.Module) -> float:
+        with _on_device(model):
+            metrics = measure(model, copy.deepcopy(kept), evaluator, alone=True)
+        if (name := main_metric(metrics)) is None:
+            raise ArgumentError(f"a metric that is high for good models is needed, validation has {sorted(metrics)}")
+        return metrics[name]
+
+    return judge
+
+
+def calibration_images(model: nn.Module, loader: DataLoader) -> Tensor:
+    """Return the images (N, C, H, W), spread over a data set, on which batch norms of what is judged are estimated anew."""
+    return real_inputs(model, loader, CALIBRATION, math.inf)
+
+
+def plan_by_validation(trained: "Trained", image: Tensor, batches: int, **options: Any) -> DepthPlan:
+    """Plan depth for a trained model, by its config's validation and training images.
+
+    Args:
+        trained: what :func:`rep_plugin.openmmlab.cli.open_trained` returns; without its validation set batch norms judge.
+        image: (1, C, H, W), of the size to be timed.
+        batches: of validation that judge a segment; 0: the outputs on the training images do.
+        **options: of :func:`rep_plugin.plan_depth`.
+
+    Returns:
+        The plan; its notes say where other images than those of training were taken.
+    """
+    model, cfg, loader = trained.model, trained.cfg, trained.val_loader
+    if loader is None:
+        return plan_depth(model, image, **options)
+    source, notes = loader, []
+    if reason := _why_no_training_images(model, cfg):
+        notes.append(f"segments were judged with statistics of validation images, not of training: {reason}")
+    else:
+        source = _train_loader(cfg)
+    judge = judge_of(loader, _evaluator_of(cfg, loader), batches) if batches and cfg.get("val_evaluator") else None
+    plan = plan_depth(model, image, judge, calibration=calibration_images(model, source), **options)
+    return replace(plan, notes=(*plan.notes, *notes))
 
 
 def prune_and_measure(
@@ -84,9 +161,7 @@ def prune_and_measure(
         if reason := _why_no_training_images(pruned, cfg):
             report.notes.append(f"statistics of batch norms stay: {reason}")
         else:
-            with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmpretrain")), config_errors():
-                images = Runner.build_dataloader(cfg.train_dataloader)
-            read = reestimate_norms_(pruned, images, bn_images)
+            read = reestimate_norms_(pruned, _train_loader(cfg), bn_images)
             report.notes.append(
                 f"after the proof, statistics of batch norms were measured anew on {read} training images"
             )
@@ -94,9 +169,14 @@ def prune_and_measure(
     return pruned, report
 
 
+def _train_loader(cfg: Config) -> DataLoader:
+    with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmpretrain")), config_errors():
+        return Runner.build_dataloader(cfg.train_dataloader)
+
+
 def _why_no_training_images(model: nn.Module, cfg: Config) -> str | None:
     if not any(isinstance(module, _BatchNorm) for module in model.modules()):
-        return "there are none"
+        return "it has no batch norms"
     if not cfg.get("train_dataloader"):
         return "the config has no train_dataloader"
     try:
@@ -153,7 +233,7 @@ def _on_device(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def measure(
-    model: nn.Module, batches: Iterable[dict], evaluator: Evaluator, images: int | None = None
+    model: nn.Module, batches: Iterable[dict], evaluator: Evaluator, images: int | None = None, alone: bool = False
 ) -> dict[str, float]:
     """Measure a model on batches of validation.
 
@@ -162,6 +242,7 @@ def measure(
         batches: what a loader gives.
         evaluator: of the metrics.
         images: how many there are for all processes together; None: as many as this one and the others have seen.
+        alone: the other processes do not measure; nothing is gathered.
 
     Returns:
         The metrics by name.
@@ -172,5 +253,16 @@ def measure(
             outputs = model.val_step(batch)
             evaluator.process(data_samples=outputs, data_batch=batch)
             seen += len(outputs)
-    metrics = evaluator.evaluate(images or seen * get_world_size())
+    metrics = _own_metrics(evaluator) if alone else evaluator.evaluate(images or seen * get_world_size())
     return {name: float(value) for name, value in metrics.items() if isinstance(value, Number)}
+
+
+def _own_metrics(evaluator: Evaluator) -> dict[str, Any]:
+    """The metrics of what this process has seen: mmengine's own call waits for all processes."""
+    found: dict[str, Any] = {}
+    for metric in evaluator.metrics:
+        results = tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, metric.results)
+        prefix = f"{metric.prefix}/" if metric.prefix else ""
+        found |= {prefix + name: value for name, value in metric.compute_metrics(results).items()}
+        metric.results.clear()
+    return found

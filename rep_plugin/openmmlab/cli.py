@@ -28,7 +28,7 @@ from rep_plugin.openmmlab.checkpoint import enable_safe_loading
 from rep_plugin.openmmlab.configs import optimizers_of
 from rep_plugin.openmmlab.console import with_short_console
 from rep_plugin.openmmlab.data import check_data, guard_dataloaders, name_broken_images
-from rep_plugin.openmmlab.load import config_errors, load_model, read_state_dict, real_inputs, require_type
+from rep_plugin.openmmlab.load import build_model, config_errors, load_model, read_state_dict, real_inputs, require_type
 from rep_plugin.openmmlab.origin import changed_in_training, explain_misfit, kind_of_checkpoint, kind_of_config
 from rep_plugin.optional import require
 from rep_plugin.shipped import resolve_config as resolve_config
@@ -130,12 +130,14 @@ def require_files(*paths: str | None) -> set[Path]:
     return {path.resolve() for path in given}
 
 
-def open_trained(config: str, checkpoint: str, cfg_options: Sequence[str] = (), real_data: bool = True) -> Trained:
+def open_trained(
+    config: str, checkpoint: str | None, cfg_options: Sequence[str] = (), real_data: bool = True
+) -> Trained:
     """Build a config's model and load a checkpoint into it strictly; take images of the validation set.
 
     Args:
         config: path of the config, or the name of a shipped one.
-        checkpoint: path of the checkpoint.
+        checkpoint: path of the checkpoint; None: the weights are random.
         cfg_options: changes to the config, ``key=value`` each.
         real_data: read the validation set, where the config has one.
 
@@ -151,7 +153,7 @@ def open_trained(config: str, checkpoint: str, cfg_options: Sequence[str] = (), 
     cfg = read_config(config)
     require_files(checkpoint)
     merge_options(cfg, cfg_options)
-    model, meta = load_model(cfg, checkpoint)
+    model, meta = load_model(cfg, checkpoint) if checkpoint else (build_model(cfg), {})
     inputs, dataset_meta, loader = None, meta.get("dataset_meta"), None
     if real_data and cfg.get("val_dataloader"):
         check_data(cfg, ("val_dataloader",))

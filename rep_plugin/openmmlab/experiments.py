@@ -32,9 +32,9 @@ from mmengine.config import Config
 from rep_plugin.checkpoints.files import check_writable, write_text
 from rep_plugin.errors import ArgumentError, TrainingError, did_you_mean
 from rep_plugin.measure.costs import count_macs, count_params
+from rep_plugin.openmmlab.accuracy import main_metric
 from rep_plugin.openmmlab.base_configs import read_config
 from rep_plugin.openmmlab.checkpoint import find_latest_checkpoint
-from rep_plugin.openmmlab.hooks.runner_utils import main_metric
 from rep_plugin.openmmlab.load import build_model, labelled_batches, load_model
 from rep_plugin.shipped import CONFIGS
 

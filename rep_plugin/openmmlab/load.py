@@ -263,7 +263,7 @@ def load_model(cfg: Config, checkpoint: str | os.PathLike) -> tuple[nn.Module, d
     return model, meta
 
 
-def real_inputs(model: nn.Module, loader: DataLoader, count: int = REAL_IMAGES) -> Tensor:
+def real_inputs(model: nn.Module, loader: DataLoader, count: int = REAL_IMAGES, pixels: float = REAL_PIXELS) -> Tensor:
     """Take images of a loader's data set, evenly spread, preprocessed as the model sees them.
 
     Images of several sizes do not make a batch: those of the most frequent size are taken, and of large ones fewer, but
@@ -273,6 +273,7 @@ def real_inputs(model: nn.Module, loader: DataLoader, count: int = REAL_IMAGES) 
         model: the model.
         loader: the dataloader.
         count: how many at most.
+        pixels: in all, at most, but of two images.
 
     Returns:
         The images, (N, C, H, W).
@@ -283,7 +284,7 @@ def real_inputs(model: nn.Module, loader: DataLoader, count: int = REAL_IMAGES) 
     shapes = [tuple(sample["inputs"].shape) for sample in samples]
     common = max(shapes, key=shapes.count)
     samples = [sample for sample, shape in zip(samples, shapes) if shape == common]
-    samples = samples[: max(2, REAL_PIXELS // math.prod(common[-2:]))]
+    samples = samples[: int(max(2, min(count, pixels / math.prod(common[-2:]))))]
     with torch.no_grad():
         return model.data_preprocessor(copy.deepcopy(loader.collate_fn(samples)), False)["inputs"]
 

@@ -17,11 +17,11 @@ from rep_plugin.errors import ArgumentError, TrainingError
 from rep_plugin.measure.latency import eager_calls, interleaved_medians, torch_threads
 from rep_plugin.measure.plots import accuracy_figure, save_figure
 from rep_plugin.measure.progress import track, working
+from rep_plugin.openmmlab.accuracy import main_metric
 from rep_plugin.openmmlab.base_configs import read_config
 from rep_plugin.openmmlab.checkpoint import find_latest_checkpoint
 from rep_plugin.openmmlab.cli import parse_options
 from rep_plugin.openmmlab.configs import type_name
-from rep_plugin.openmmlab.hooks.runner_utils import main_metric
 from rep_plugin.openmmlab.load import load_model, read_state_dict
 
 PRUNING = ("PruneHook", "SoftPruneHook")

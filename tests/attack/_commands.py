@@ -112,6 +112,8 @@ VALID = {
         {"--rates": ("0.5",), "--sparse": ("sparse.py",), "--strengths": ("0.1",), "--work-dir": ("work",)},
     ),
     "prune": Valid("prune", ("tiny.py", "tiny.pth"), {"--fraction": ("0.3",), "--scores": ("l1",), **RANDOM, **OUT}),
+    "depth": Valid("depth", ("tiny.py", "tiny.pth"), {"--macs": ("1.0",), "--shape": ("3", "16", "16"), **OUT}),
+    "depth, table": Valid("depth", ("tiny.py",), {"--write-table": ("table.json",), "--shape": ("3", "16", "16")}),
     "expand": Valid("expand", ("tiny.py", "tiny.pth"), OUT),
     "expand, timm": Valid(
         "expand", ("resnet18",), {"--where": ("layer4.1.conv2",), "--model-args": ("num_classes=2",), **OUT}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
 
@@ -23,15 +24,13 @@ from rep_plugin.depth.timing import EAGER, Runtime
 from rep_plugin.errors import AnnealError, ArgumentError, HookError, RepPluginError, first_line
 from rep_plugin.history import history_of, rebuild_
 from rep_plugin.measure.copies import copy_model
-from rep_plugin.openmmlab.hooks.base_pruning_hook import from_main_process
+from rep_plugin.openmmlab.accuracy import calibration_images, judge_of
+from rep_plugin.openmmlab.hooks.base_pruning_hook import PruningHook, from_main_process
 from rep_plugin.openmmlab.hooks.runner_utils import (
     ema_models,
-    evaluate,
     images_of,
     kept_random_state,
-    main_metric,
     plain_model,
-    training_batch,
 )
 from rep_plugin.openmmlab.hooks.schedule import Schedule
 from rep_plugin.openmmlab.hooks.stateful_hook import StatefulHook, parse_kept
@@ -39,8 +38,19 @@ from rep_plugin.openmmlab.load import KEPT, LINEARIZE
 from rep_plugin.registry import HOOKS
 
 SCHEDULES = {"linear": lambda share: share, "cosine": lambda share: (1 - math.cos(math.pi * share)) / 2}
-CALIBRATION = 64  # training images, for batch norms of what is judged
 PLAN = "depth_plan.json"
+
+
+class _StructureFirst(Hook):
+    """Gives a model what a checkpoint says of its structure before EMAHook loads its copy of it."""
+
+    priority = "ABOVE_NORMAL"
+
+    def __init__(self, hook: "LinearizeHook"):
+        self.hook = hook
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        self.hook.after_load_checkpoint(runner, checkpoint)
 
 
 @checked
@@ -51,7 +61,8 @@ class LinearizeHook(StatefulHook):
     The model is one built with ``anneal=True``; or any stock model, in which ``plan`` or ``latency`` says which activations
     go: they are replaced once the weights are loaded, as :func:`rep_plugin.linearize` does, and ``ReparamHook`` merges what
     lay between them. With ``latency`` that is done when ``begin`` has come: the plan is made then, by validation, and written
-    to ``depth_plan.json`` in the work directory.
+    to ``depth_plan.json`` in the work directory. Neither goes with hooks that prune: linearize what they
+    wrote.
 
     The last iteration before ``end`` is trained at alpha 1, and all later ones. Leave some epochs after ``end``: statistics
     and weights then settle to the form that is deployed. The alpha follows from the iteration's number alone, so that a
@@ -68,12 +79,13 @@ class LinearizeHook(StatefulHook):
         plan: What :func:`rep_plugin.plan_depth` returns, its data, its JSON text or the path of its file; or
         latency: Share of the network's own time that may remain, measured on the main process's machine.
         runtime: Where it is measured: ``eager``, ``onnxruntime`` or ``openvino``.
-        judge_batches: Validation batches that judge each segment; 0: its segments are judged by the outputs alone.
+        judge_batches: Validation batches, spread over the set, that judge each segment; 0: the outputs alone judge.
         act_after: Activation that is annealed in behind each segment that is a block's output; default: the plan's.
 
     Raises:
         ArgumentError: An argument is out of its range, or the plan is of another model.
-        AnnealError: ``end`` lies behind the training's, or the model has nothing to anneal or is annealed already.
+        AnnealError: ``end`` lies behind the training's, the model has nothing to anneal or is annealed already, or a hook
+            prunes beside a plan.
 
     Example:
         >>> custom_hooks = [dict(type="rep_plugin.LinearizeHook", begin=2, end=20, plan="depth_plan.json")]
@@ -104,6 +116,7 @@ class LinearizeHook(StatefulHook):
         self.plan = None if plan is None else as_depth_plan(plan)
         self.latency, self.runtime, self.judge_batches, self.act_after = latency, runtime, judge_batches, act_after
         self._done: dict | None = None  # the step, once it is made
+        self._is_registered = False
         self._due = self.schedule  # in iterations, once there is a training
 
     def alpha_at(self, iteration: int) -> float:
@@ -111,7 +124,20 @@ class LinearizeHook(StatefulHook):
         share = (iteration + 1 - self._due.begin) / (self._due.end - self._due.begin)
         return 1.0 if share >= 1 else self._curve(max(0.0, share))
 
+    def before_run(self, runner: Runner) -> None:
+        if (
+            not self._is_registered
+        ):  # mmengine's loop over its hooks comes by once more, where one is put in before this
+            self._is_registered = True
+            runner.register_hook(_StructureFirst(self))
+
     def before_train(self, runner: Runner) -> None:
+        rival = next((type(hook).__name__ for hook in runner.hooks if isinstance(hook, PruningHook)), None)
+        if rival and (self.plan is not None or self.latency is not None):
+            raise AnnealError(
+                f"LinearizeHook with {'latency' if self.plan is None else 'plan'} and {rival} do not go together in one "
+                "training: prune first, then linearize what it wrote (pruned.py)"
+            )
         begin, end = self.schedule.begin, self.schedule.end
         try:
             limit, unit = self.schedule.length(runner, "LinearizeHook")
@@ -140,8 +166,6 @@ class LinearizeHook(StatefulHook):
             )
         if runner.iter == 0 and self.measure_batches and not has_segments(runner.model):
             self._measure(runner)
-        for average in ema_models(runner) if runner.iter else ():  # its checkpoint was read before it was linearized
-            set_alpha_(average.module, self.alpha_at(runner.iter - 1))
 
     @property
     def pending(self) -> bool:
@@ -173,11 +197,10 @@ class LinearizeHook(StatefulHook):
         copied, plan = copy_model(model), DepthPlan(type(model).__name__, (), ())
         failure = ""
         if is_main_process():
-            batches = self.judge_batches
-            judge = (
-                None if not batches or runner.val_loop is None else lambda net: _metric(evaluate(runner, net, batches))
-            )
-            images = training_batch(runner, CALIBRATION)["inputs"]
+            loop, judge = runner.val_loop, None
+            if self.judge_batches and loop is not None:
+                judge = judge_of(loop.dataloader, loop.evaluator, self.judge_batches)
+            images = calibration_images(copied, runner.train_loop.dataloader)
             try:
                 plan = plan_depth(
                     copied.cpu(), images_of(runner, 1).cpu(), judge, latency=self.latency, runtime=self.runtime,
@@ -222,10 +245,3 @@ class LinearizeHook(StatefulHook):
     ) -> None:
         for average in ema_models(runner):
             set_alpha_(average.module, self.alpha_at(runner.iter))
-
-
-def _metric(metrics: dict[str, float]) -> float:
-    """The first metric that is high for good models."""
-    if (name := main_metric(metrics)) is None:
-        raise HookError(f"LinearizeHook needs a metric that is high for good models, validation has {sorted(metrics)}")
-    return metrics[name]

@@ -5,7 +5,6 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +25,10 @@ from rep_plugin.errors import HookError, InconclusiveWarning, RepPluginError, fi
 from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.plots import accuracy_figure, to_array
 from rep_plugin.measure.progress import track
-from rep_plugin.openmmlab.accuracy import measure
+from rep_plugin.openmmlab.accuracy import main_metric, measure
 from rep_plugin.openmmlab.load import REAL_IMAGES, real_inputs
 
 ALLOWED_LOSS = 0.1  # points of accuracy, where a method promises that merging costs nothing
-HIGH_IS_GOOD = ("accuracy", "precision", "recall", "f1", "mAP", "mIoU")
 
 
 @contextmanager
@@ -162,7 +160,7 @@ def shape_of_one(runner: Runner) -> tuple[int, ...]:
     return (1, *images_of(runner, 1).shape[1:])
 
 
-def evaluate(runner: Runner, model: nn.Module, batches: int | None = None) -> dict[str, float]:
+def evaluate(runner: Runner, model: nn.Module) -> dict[str, float]:
     """Measure a model in validation.
 
     The Runner's own loop would also step schedulers, save a best checkpoint and count for early stopping.
@@ -170,7 +168,6 @@ def evaluate(runner: Runner, model: nn.Module, batches: int | None = None) -> di
     Args:
         runner: Whose validation it is.
         model: To be measured; it stays as it is.
-        batches: How many at most; None: all.
 
     Returns:
         The metrics by name; {} without validation.
@@ -179,19 +176,13 @@ def evaluate(runner: Runner, model: nn.Module, batches: int | None = None) -> di
     if loop is None:
         return {}
     with torch.no_grad(), autocast(enabled=getattr(loop, "fp16", False)):
-        images = len(loop.dataloader.dataset) if batches is None else None
-        shown = track(islice(loop.dataloader, batches), "validating", batches or len(loop.dataloader))
-        return measure(model, shown, loop.evaluator, images)
+        shown = track(loop.dataloader, "validating", len(loop.dataloader))
+        return measure(model, shown, loop.evaluator, len(loop.dataloader.dataset))
 
 
 def format_metrics(metrics: dict[str, float]) -> str:
     """Return metrics in one line."""
     return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()) or "not measured: no validation"
-
-
-def main_metric(metrics: dict[str, float]) -> str | None:
-    """Return the name of the first metric that is high for good models; None where there is none."""
-    return next((name for name in metrics if any(word in name for word in HIGH_IS_GOOD)), None)
 
 
 def collapse_warning(before: dict[str, float], after: dict[str, float]) -> str | None:

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from mmpretrain.apis import init_model
 
 import rep_plugin
 from rep_plugin.blocks.annealed import annealed_modules
+from rep_plugin.checkpoints.safe_load import load_checkpoint_file
 from rep_plugin.depth import timing
 from rep_plugin.errors import AnnealError, ArgumentError
 from rep_plugin.openmmlab import write_deployed
@@ -22,6 +25,8 @@ from rep_plugin.openmmlab.load import build_model, load_model
 from tests.helpers import relative_error
 from tests.test_openmmlab.test_hooks import test_linearize_hook as of_backbones
 from tests.test_openmmlab.test_hooks import tiny
+from tests.test_openmmlab.test_hooks.forked import load_tool
+from tests.test_openmmlab.test_hooks.kill_loop import start, starts_of, tensors
 from tests.test_openmmlab.test_hooks.test_linearize_hook import anneal, logged, run
 
 EMA = dict(type="EMAHook", momentum=0.2, update_buffers=True)
@@ -99,6 +104,37 @@ def test_resumed_run_goes_on_exactly(finished, tmp_path, plan):
     assert worst < 1e-5
 
 
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """A plan that merges two blocks."""
+    folder = tmp_path_factory.mktemp("short")
+    model = stock(folder)
+    model.eval()
+    plan = rep_plugin.plan_depth(model, torch.randn(1, 3, 32, 32), macs=0.9)
+    plan.to_json(folder / "plan.json")
+    return folder / "plan.json"
+
+
+def test_killed_in_the_anneal_and_resumed_it_ends_bit_by_bit_as_one_nobody_killed(tmp_path, short):
+    tool, kills = load_tool(), [5, 8]
+    for name in ("whole", "killed"):
+        hooks = EMA, anneal(begin=1, end=3, plan=str(short)), dict(type="LossLog"), dict(type="KillAt")
+        cfg = config(tmp_path / name / "work", *hooks)
+        cfg.custom_imports.imports += [of_backbones.__name__]
+        (tmp_path / name).mkdir()
+        cfg.dump(tmp_path / name / "config.py")
+    assert start(tool, tmp_path / "whole", False, lambda: None, None) == 0
+    for place, at in enumerate([*kills, -1]):
+        code = start(tool, tmp_path / "killed", place > 0, lambda at=at: os.environ.update(KILL_AT=str(at)), None)
+        assert code == (0 if at < 0 else -signal.SIGKILL), (tmp_path / "killed/output.txt").read_text()[-2000:]
+    (expected,), starts = starts_of(tmp_path / "whole"), starts_of(tmp_path / "killed")
+    assert [list(losses) for losses in starts] == [[*range(5)], [*range(3, 8)], [*range(6, 12)]]
+    assert all(loss == expected[at] for losses in starts for at, loss in losses.items())
+    ours, theirs = (tensors(load_checkpoint_file(tmp_path / f"{n}/work/epoch_4.pth")) for n in ("killed", "whole"))
+    assert ours.keys() == theirs.keys() and any("momentum" in key for key in ours) and any("ema" in key for key in ours)
+    assert not [key for key in ours if not torch.equal(ours[key], theirs[key])]
+
+
 def test_checkpoints_are_tested_and_merged_with_the_config_they_were_trained_with(finished, plan, tmp_path):
     folder, _ = finished
     cfg = config(tmp_path, EMA, anneal(begin=1, end=3, plan=str(plan)), REPARAM, load_from=str(folder / "epoch_2.pth"))
@@ -153,6 +189,39 @@ def test_a_wrapped_model_is_linearized(tmp_path, plan):
         runner = run(config(tmp_path, anneal(end=3, by_epoch=False, plan=str(plan)), **changes))
     assert type(runner.model).__name__ == "MMDistributedDataParallel"
     assert {m.alpha for m in annealed_modules(runner.model)} == {1.0} and logged(runner) == [1 / 3, 2 / 3, 1]
+
+
+RIVALS = [
+    dict(type="rep_plugin.PruneHook", prune_fraction=0.3, begin=2, scores="l1", min_channels=2),
+    dict(type="rep_plugin.PruneHook", prune_fraction=0.3, scores="l1", min_channels=2),  # after training
+    dict(type="rep_plugin.SoftPruneHook", prune_fraction=0.3, begin=2),
+]
+
+
+@pytest.mark.parametrize("rival", RIVALS, ids=lambda hook: f"{hook['type'][11:]} {hook.get('begin')}")
+def test_a_plan_beside_a_hook_that_prunes_is_refused_before_the_first_step(rival, tmp_path, short):
+    for asked in (dict(plan=str(short)), dict(latency=0.9)):
+        with pytest.raises(
+            AnnealError, match=rf"with {next(iter(asked))} and \w+PruneHook|with .* and PruneHook"
+        ) as caught:
+            run(config(tmp_path / "work", rival, anneal(end=2, **asked)))
+        assert "\n" not in str(caught.value) and not list((tmp_path / "work").glob("*.pth"))
+
+
+def test_what_was_pruned_first_is_linearized_and_deployed(tmp_path):
+    cfg = config(tmp_path / "work", REPARAM, train_cfg=dict(by_epoch=True, max_epochs=1))
+    dense = build_model(cfg)
+    pruned = rep_plugin.plan_pruning(dense, torch.randn(1, 3, 32, 32), "l1", 0.3, min_channels=2)
+    cfg.model = dict(type="rep_plugin.Pruned", model=cfg.model, plan=pruned.to_json())
+    model = build_model(cfg)
+    plan = rep_plugin.plan_depth(model, torch.randn(1, 3, 32, 32), macs=0.9)
+    cfg.custom_hooks.insert(0, anneal(end=1, plan=plan.to_json()))
+    run(cfg)
+    report = json.loads((tmp_path / "work/deploy.json").read_text())
+    assert report["max_rel_error"] < 1e-9 and len(report["blocks"]) == len(plan.chosen)
+    deployed, _ = load_model(Config.fromfile(tmp_path / "work/deploy.py"), tmp_path / "work/deploy.pth")
+    steps = [step["step"] for step in rep_plugin.history.history_of(deployed)]
+    assert steps == ["prune", "linearize", "reparameterize"]
 
 
 def test_refusals_are_one_line(tmp_path, monkeypatch, plan):
