@@ -75,7 +75,10 @@ def check_arguments(args: argparse.Namespace) -> None:
                 first, second = (word.replace("_", "-") for word in (other, name))
                 args.parser.error(f"--{first} does not go with --{second}")
     if args.checkpoint is None and args.write_table is None:
-        args.parser.error(f"a plan for {args.config} needs a CHECKPOINT after it, the trained weights")
+        budget = next(
+            name for name in ("latency", "latency-ms", "macs") if getattr(args, name.replace("-", "_")) is not None
+        )
+        args.parser.error(f"--{budget} needs a CHECKPOINT after {args.config}, the trained weights")
     if args.shape and len(args.shape) != 3:
         args.parser.error(f"--shape takes three numbers, C H W, got {args.shape}")
     if args.no_real_data and not args.shape:
@@ -111,7 +114,10 @@ def _write_table(args: argparse.Namespace) -> None:
     from rep_plugin.openmmlab.cli import open_trained, require_files, resolve_config
 
     target = require_regular(args.write_table)
-    check_writable(target.parent)
+    try:
+        check_writable(target.parent)
+    except OSError as error:
+        raise OSError(f"--write-table {args.write_table}: {error}") from None
     if target.resolve() in require_files(resolve_config(args.config), args.checkpoint):
         raise ArgumentError(f"--write-table {args.write_table} is read and would be replaced: give another file")
     try:

@@ -175,7 +175,7 @@ def test_refusals_are_one_line_and_write_nothing(folder, capsys):
     before = sorted(folder.rglob("*"))
     for message, words in WRONG.items():
         assert message in refused(capsys, *TINY, *words), message
-    assert "needs a CHECKPOINT after it" in refused(capsys, "config.py", "--macs", 0.5)
+    assert "--macs needs a CHECKPOINT after config.py" in refused(capsys, "config.py", "--macs", 0.5)
     assert "nowhere.pth does not exist" in refused(capsys, "config.py", "nowhere.pth", "--macs", 0.5)
     assert "other.pth does not fit" in refused(capsys, "config.py", "other.pth", "--macs", 0.5)
     assert sorted(folder.rglob("*")) == before

@@ -41,13 +41,16 @@ SCHEDULES = {"linear": lambda share: share, "cosine": lambda share: (1 - math.co
 PLAN = "depth_plan.json"
 
 
-class _StructureFirst(Hook):
-    """Gives a model what a checkpoint says of its structure before EMAHook loads its copy of it."""
+class _First(Hook):
+    """What a LinearizeHook does before others: EMAHook loads its copy of a checkpoint, hooks that prune rehearse."""
 
-    priority = "ABOVE_NORMAL"
+    priority = "HIGH"
 
     def __init__(self, hook: "LinearizeHook"):
         self.hook = hook
+
+    def before_train(self, runner: Runner) -> None:
+        self.hook.refuse_rivals(runner)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         self.hook.after_load_checkpoint(runner, checkpoint)
@@ -61,8 +64,8 @@ class LinearizeHook(StatefulHook):
     The model is one built with ``anneal=True``; or any stock model, in which ``plan`` or ``latency`` says which activations
     go: they are replaced once the weights are loaded, as :func:`rep_plugin.linearize` does, and ``ReparamHook`` merges what
     lay between them. With ``latency`` that is done when ``begin`` has come: the plan is made then, by validation, and written
-    to ``depth_plan.json`` in the work directory. Neither goes with hooks that prune: linearize what they
-    wrote.
+    to ``depth_plan.json`` in the work directory. Neither goes with hooks that prune:
+    linearize what they wrote.
 
     The last iteration before ``end`` is trained at alpha 1, and all later ones. Leave some epochs after ``end``: statistics
     and weights then settle to the form that is deployed. The alpha follows from the iteration's number alone, so that a
@@ -125,19 +128,20 @@ class LinearizeHook(StatefulHook):
         return 1.0 if share >= 1 else self._curve(max(0.0, share))
 
     def before_run(self, runner: Runner) -> None:
-        if (
-            not self._is_registered
-        ):  # mmengine's loop over its hooks comes by once more, where one is put in before this
+        if not self._is_registered:  # with a hook put in before this one, mmengine's loop comes by once more
             self._is_registered = True
-            runner.register_hook(_StructureFirst(self))
+            runner.register_hook(_First(self))
 
-    def before_train(self, runner: Runner) -> None:
+    def refuse_rivals(self, runner: Runner) -> None:
+        """Raise AnnealError where a hook prunes what a plan is of."""
         rival = next((type(hook).__name__ for hook in runner.hooks if isinstance(hook, PruningHook)), None)
         if rival and (self.plan is not None or self.latency is not None):
             raise AnnealError(
                 f"LinearizeHook with {'latency' if self.plan is None else 'plan'} and {rival} do not go together in one "
                 "training: prune first, then linearize what it wrote (pruned.py)"
             )
+
+    def before_train(self, runner: Runner) -> None:
         begin, end = self.schedule.begin, self.schedule.end
         try:
             limit, unit = self.schedule.length(runner, "LinearizeHook")
