@@ -11,15 +11,12 @@ segment linear, its batch norms estimated anew on training images. The plan is f
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from rep_plugin.commands.parser import add_trained_arguments, amount, count
 from rep_plugin.commands.written import print_written
 from rep_plugin.errors import ArgumentError, DataError
 from rep_plugin.optional import require
-
-if TYPE_CHECKING:
-    from mmengine.config import Config
 
 HELP = "plan which layers of a trained checkpoint become one"
 OUTPUTS = ("depth_plan.json", "depth_plan.png")
@@ -85,7 +82,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         args.parser.error("--no-real-data needs the input size: --shape C H W")
 
 
-def next_step(cfg: "Config", plan: Path, checkpoint: str) -> str:
+def next_step(cfg: Any, plan: Path, checkpoint: str) -> str:
     """Return what a config needs to train what the plan says.
 
     Args:

@@ -98,7 +98,15 @@ def judge_of(loader: DataLoader, evaluator: Evaluator, batches: int) -> Callable
 
 
 def calibration_images(model: nn.Module, loader: DataLoader) -> Tensor:
-    """Return the images (N, C, H, W), spread over a data set, on which batch norms of what is judged are estimated anew."""
+    """Return images, spread over a data set, on which batch norms of what is judged are estimated anew.
+
+    Args:
+        model: preprocesses them.
+        loader: of the data set.
+
+    Returns:
+        Images (N, C, H, W), 64 at most.
+    """
     return real_inputs(model, loader, CALIBRATION, math.inf)
 
 
