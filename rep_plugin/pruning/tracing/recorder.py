@@ -172,6 +172,10 @@ class Recorder:
         """Note that a function reads these maps."""
         self._reads.update(id(t) for t in tensors if t.is_meta)
 
+    def holds_unread(self) -> bool:
+        """Whether a layer made a map that nothing has read: another mode may."""
+        return any(not self._reads[id_] for maps in self._made.values() for id_ in maps)
+
     def pair_norms(self) -> None:
         """Write which batch norm alone reads what a convolution makes."""
         for norm, maps in self._normed.items():

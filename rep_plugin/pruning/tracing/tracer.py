@@ -54,7 +54,8 @@ class _Tracer(TorchFunctionMode):
                 module.forward = self._as_one_unit(rule, name, module, own_forwards_inside(module))
 
     def run(self) -> Trace:
-        """Trace the forward pass in eval mode; once more in train mode where parameters were not used (auxiliary heads).
+        """Trace the forward pass in eval mode; once more in train mode where parameters, or a map, were not used (auxiliary
+        heads).
 
         Where heads are left that no run reaches, as of some detectors, all maps that they may read stay as they are.
         """
@@ -63,7 +64,7 @@ class _Tracer(TorchFunctionMode):
         self.watch.close()
         if not self.trace.outputs:
             raise TraceError(f"{type(self.model).__name__} gives no tensor that depends on its input")
-        if self._unused():
+        if self._unused() or self.recorder.holds_unread():
             costs = list(self.trace.costs)
             shape = (max(2, self.trace.shape[0]), *self.trace.shape[1:])
             for module in self.model.modules():
@@ -98,6 +99,7 @@ class _Tracer(TorchFunctionMode):
                 )
             what = f"{type(self.model).__name__} on an input {tuple(shape)}"
             raise TraceError(f"cannot trace {what} at {_location(error)}: {text}") from error
+        self.recorder.note_reads(flatten_outputs(output))
         return [self.recorder.mark_of(t).labels for t in flatten_outputs(output) if self.recorder.is_tracked(t)]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

@@ -365,3 +365,24 @@ def test_pointwise_functions_are_followed(function):
     x = torch.randn(2, 3, 8, 8)
     report = apply_plan(net, plan_pruning(net, x, "l1", 0.5))
     assert net[0].out_channels == 8 and report.max_rel_error < 1e-9
+
+
+class TrainsElsewhere(nn.Module):
+    """In eval mode nothing reads what ``extra`` makes; in train mode it is the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.extra, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1), nn.Conv2d(8, 6, 1)
+        self.norm = nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        y = self.stem(x).relu()
+        other = self.extra(y)
+        return self.norm(other if self.training else self.last(y))
+
+
+def test_maps_that_train_mode_alone_reads_keep_what_it_needs():
+    net, x = TrainsElsewhere().eval(), torch.randn(2, 3, 8, 8)
+    apply_plan(net, plan_pruning(net, x, "l1", 0.5))
+    assert (net.stem.out_channels, net.extra.out_channels, net.last.out_channels) == (4, 6, 6)
+    assert net.train()(x).shape == (2, 6, 6, 6)
