@@ -277,9 +277,7 @@ def _check(
         how = " with dynamo" if dynamo else ""
         raise ArgumentError(f"opset must be in [{oldest}, {newest}]{how}, got {opset}")
     check_path(path)
-    for name, module in model.named_modules():
-        if module.training:
-            raise TrainModeError(f"{name or type(module).__name__!r} is in train mode: call model.eval() first")
+    require_eval(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise ArgumentError(f"the model must be float32, but {name!r} is {tensor.dtype}: call model.float() first")
@@ -292,6 +290,13 @@ def _check(
         raise ArgumentError(f"images are {tuple(images.shape[1:])}, but example_input is {tuple(x.shape[1:])} an image")
     if dynamic_size and x.dim() != 4:
         raise ArgumentError(f"dynamic_size needs an example_input (N, C, H, W), got {tuple(x.shape)}")
+
+
+def require_eval(model: nn.Module) -> None:
+    """Refuse a model of which any module is in train mode."""
+    for name, module in model.named_modules():
+        if module.training:
+            raise TrainModeError(f"{name or type(module).__name__!r} is in train mode: call model.eval() first")
 
 
 def check_path(path: Path) -> None:

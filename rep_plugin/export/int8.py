@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from rep_plugin.arguments import In, OneOf, That, checked
 from rep_plugin.checkpoints.files import write_atomic, write_contents
-from rep_plugin.errors import ArgumentError, EquivalenceError, NothingToMergeError, TrainModeError
+from rep_plugin.errors import ArgumentError, EquivalenceError, NothingToMergeError
 from rep_plugin.export.equalize import equalize
-from rep_plugin.export.export_onnx import IMAGES_AT_ONCE, check_path, export_onnx
+from rep_plugin.export.export_onnx import IMAGES_AT_ONCE, check_path, export_onnx, require_eval
 from rep_plugin.export.inputs import INPUT
 from rep_plugin.export.report import ExportReport, Int8Layer, Int8Report, Int8Trial
 from rep_plugin.export.runtimes import RUNTIMES, Session, open_model
@@ -190,9 +190,7 @@ def export_int8(
 
 def _merged(model: nn.Module, x: Tensor) -> tuple[nn.Module, Report]:
     """A merged copy and the report of it; a plain copy where there is nothing to merge."""
-    for name, module in model.named_modules():
-        if module.training:
-            raise TrainModeError(f"{name or type(module).__name__!r} is in train mode: call model.eval() first")
+    require_eval(model)
     try:
         return reparameterize(model, x)
     except NothingToMergeError as error:

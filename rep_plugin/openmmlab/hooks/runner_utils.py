@@ -5,6 +5,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -160,7 +161,7 @@ def shape_of_one(runner: Runner) -> tuple[int, ...]:
     return (1, *images_of(runner, 1).shape[1:])
 
 
-def evaluate(runner: Runner, model: nn.Module) -> dict[str, float]:
+def evaluate(runner: Runner, model: nn.Module, batches: int | None = None) -> dict[str, float]:
     """Measure a model in validation.
 
     The Runner's own loop would also step schedulers, save a best checkpoint and count for early stopping.
@@ -168,6 +169,7 @@ def evaluate(runner: Runner, model: nn.Module) -> dict[str, float]:
     Args:
         runner: Whose validation it is.
         model: To be measured; it stays as it is.
+        batches: How many at most; None: all.
 
     Returns:
         The metrics by name; {} without validation.
@@ -176,8 +178,9 @@ def evaluate(runner: Runner, model: nn.Module) -> dict[str, float]:
     if loop is None:
         return {}
     with torch.no_grad(), autocast(enabled=getattr(loop, "fp16", False)):
-        shown = track(loop.dataloader, "validating", len(loop.dataloader))
-        return measure(model, shown, loop.evaluator, len(loop.dataloader.dataset))
+        images = len(loop.dataloader.dataset) if batches is None else None
+        shown = track(islice(loop.dataloader, batches), "validating", batches or len(loop.dataloader))
+        return measure(model, shown, loop.evaluator, images)
 
 
 def format_metrics(metrics: dict[str, float]) -> str:
