@@ -314,6 +314,7 @@ class Attack:
             got = session.run(None, {session.get_inputs()[0].name: x.float().numpy()})
             floats = {path: leaf for path, leaf in expected.items() if leaf.is_floating_point()}
             named = {path: torch.from_numpy(numpy.asarray(out)).double() for path, out in zip(floats, got)}
+            named = {path: settled(out, floats[path]) for path, out in named.items()}
             if (wrong := reference.judge(index, named, floats)) and decides(report):
                 self.count(verb, OTHER_PATH)
                 return
@@ -322,6 +323,14 @@ class Attack:
                 self.fault(verb, f"{where}: {wrong} (notes: {report.notes})")
                 return
         self.count(verb, "equal")
+
+
+def settled(out: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """What a runtime gave, without what its float32 may lose: its sigmoid is cut off at 18, 1.5e-8 of its range."""
+    if out.shape != expected.shape:
+        return out
+    expected = expected.double()
+    return torch.where((out - expected).abs() <= 1e-6 * expected.abs().max(), expected, out)
 
 
 def decides(report) -> bool:
