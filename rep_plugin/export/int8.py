@@ -208,20 +208,21 @@ def _images_of(calibration: Any) -> Tensor:
         raise ArgumentError(
             f"calibration must be float32 images (N, C, H, W) of one size, or batches of them, got {got}"
         )
-    images = torch.cat(batches).detach().cpu()
+    images = torch.cat(batches).detach()
     if len(images) < LEAST:
         raise ArgumentError(f"calibration must be {LEAST} images or more, best some hundred, got {len(images)}")
     require_numbers("calibration", images)
-    return images
+    return images.cpu()
 
 
 def _labels_of(labels: Any, count: int) -> Tensor | None:
     if labels is None:
         return None
-    found = torch.as_tensor(labels).cpu()
+    found = torch.as_tensor(labels)
     if found.dim() != 1 or len(found) != count or found.is_floating_point():
         raise ArgumentError(f"labels must be the classes of {count} images, got {found.dtype} {tuple(found.shape)}")
-    return found
+    require_numbers("labels", found)
+    return found.cpu()
 
 
 def _advice(layers: Sequence[Int8Layer], kept: int) -> str:

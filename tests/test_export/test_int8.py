@@ -125,6 +125,8 @@ WRONG = {
     "calibration must be float32 images .* got none": ([], {}),
     "calibration must be float32 images .* got several sizes": ([X, X[..., :8]], {}),
     "calibration must hold finite values, got 40960": (X[:, :1].expand(-1, 3, -1, -1) * float("nan"), {}),
+    "calibration has no data": (X.to("meta"), {}),
+    "labels has no data": (X, {"labels": Y.to("meta")}),
     r"labels must be the classes of 40 images, got torch.int64 \(3,\)": (X, {"labels": Y[:3]}),
     r"keep_float must be .*, got -1": (X, {"keep_float": -1}),
     "methods must name some of MinMax": (X, {"methods": []}),
