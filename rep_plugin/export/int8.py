@@ -160,6 +160,8 @@ def export_int8(
         final = judge.judge(data)
         report = Int8Report("export_int8", done.params_before, done.params_after, done.macs_before, done.macs_after)
         report.input_shape, report.blocks = tuple(images[:1].shape), done.blocks
+        for name in ("max_abs_error", "max_rel_error", "border_rel_error", "interior_rel_error", "sensitivity"):
+            setattr(report, name, getattr(done, name))  # of the merge
         report.path, report.runtime, report.size_bytes, report.size_float = (
             str(path),
             runtime,

@@ -151,7 +151,7 @@ class Int8Layer:
 
 @dataclass
 class Int8Report(Report):
-    """The report of a quantised file.
+    """The report of a quantised file. ``max_*_error`` are those of the merge before, in float64.
 
     Args:
         path: the file.
