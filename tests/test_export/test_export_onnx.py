@@ -315,6 +315,18 @@ def test_as_it_stands(tmp_path):
 
 
 @pytest.mark.parametrize("dynamo", [False, True])
+def test_mish_is_written_with_one_exponential(dynamo, tmp_path):
+    model, x = nn.Sequential(nn.Identity(), nn.Mish()).eval(), torch.linspace(-80, 100, 2 * 3 * 5 * 7).view(2, 3, 5, 7)
+    rep_plugin.export_onnx(model, tmp_path / "net.onnx", x, dynamo=dynamo, rounds=0)
+    kinds = [node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node]
+    assert kinds.count("Exp") == 1 and not {"Softplus", "Tanh", "Mish"} & set(kinds)
+    session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"))
+    (found,) = session.run(None, {"input": x.numpy()})
+    wanted = model(x.double())
+    assert ((torch.from_numpy(found) - wanted).abs() <= 2e-6 * wanted.abs()).all()  # value by value
+
+
+@pytest.mark.parametrize("dynamo", [False, True])
 def test_activations_stay_finite_far_below_zero(dynamo, tmp_path):
     model, x = nn.Sequential(nn.Conv2d(3, 4, 1), nn.LogSigmoid()).eval(), torch.randn(2, 3, 5, 5)
     rep_plugin.export_onnx(model, tmp_path / "net.onnx", x, dynamo=dynamo, runtimes=["onnxruntime"], rounds=0)
