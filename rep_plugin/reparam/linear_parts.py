@@ -144,6 +144,7 @@ def find_part(
             options = [] if sums else [value for value in [values.get(node)] if _is_of(value, inputs[0], known)]
         else:
             options = [value for value in (values.get(node), nearer.get(node)) if getattr(value, "is_joined", False)]
+            options = [value for value in options if value.branches > 1 or not _is_fixed(module, value)]
             if options and _is_of_one_call(options[-1]):
                 options = []
         reasons = [_why_not(node, value, borders, layout is not None) for value in options]
@@ -168,6 +169,14 @@ def _is_of(value: Any, source: fx.Node, known: bool) -> bool:
     if not isinstance(value, Affine) or value.conv is None or value.source is not source:
         return False
     return value.is_joined or (known and all(user in value.nodes for user in source.users))
+
+
+def _is_fixed(module: nn.Module, value: Affine) -> bool:
+    """Whether the kernels that a forward gives to conv2d are buffers as they are, as those of a blur: nothing is computed."""
+    called = [node for node in value.nodes if node.op == "call_function" and len(node.args) > 1]
+    kernels = [node.args[1] for node in called if getattr(node.target, "__name__", "") == "conv2d"]
+    buffers = dict(module.named_buffers())
+    return bool(kernels) and all(isinstance(k, fx.Node) and k.op == "get_attr" and k.target in buffers for k in kernels)
 
 
 def _is_of_one_call(value: Affine) -> bool:
@@ -277,7 +286,8 @@ def build_sums(part: LinearPart) -> list[nn.Conv2d | None]:
             convs.append(None)
             continue
         called = [node for node in part.graph.nodes if node.op == "call_module" and node in value.nodes]
-        convs.append(build_conv(value.conv, [modules[node.target] for node in called] or [part.module]))
+        sources = [one for one in (modules[node.target] for node in called) if any(True for _ in one.parameters())]
+        convs.append(build_conv(value.conv, sources or [part.module]))
     return convs
 
 

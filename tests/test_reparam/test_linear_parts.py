@@ -610,3 +610,31 @@ def test_an_inner_block_of_which_one_layer_is_left_is_merged_again(block, tmp_pa
     assert sum(isinstance(layer, nn.Conv2d) for layer in merged[2].modules()) == 2
     rep_plugin.save(merged, tmp_path)
     assert torch.equal(rep_plugin.load(tmp_path, build()).eval()(X), merged(X))
+
+
+class Blur(nn.Module):
+    """A fixed filter, a buffer, between two layers, and a layer that does nothing behind it."""
+
+    def __init__(self, learned: bool):
+        super().__init__()
+        kernel = torch.rand(C, 1, 3, 3)
+        self.first, self.idle, self.last = nn.Conv2d(C, C, 1), nn.Identity(), nn.Conv2d(C, C, 1)
+        if learned:
+            self.kernel = nn.Parameter(kernel)
+        else:
+            self.register_buffer("kernel", kernel)
+
+    def forward(self, x):
+        y = F.pad(self.first(x).relu(), (1, 1, 1, 1))
+        return self.last(self.idle(F.conv2d(y, self.kernel * 2 if self.training else self.kernel, groups=C)).relu())
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_fixed_filter_is_nothing_to_merge(learned):
+    if not learned:
+        with pytest.raises(NothingToMergeError):
+            rep_plugin.reparameterize(net_of(Blur(learned)), X, fold_bn=False)
+        return
+    merged, report = rep_plugin.reparameterize(net_of(Blur(learned)), X, fold_bn=False)
+    assert [block.name for block in report.blocks] == ["2"] and report.max_rel_error < 1e-12
+    assert merged[2].reparam_conv.groups == C
