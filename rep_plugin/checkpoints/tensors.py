@@ -1,10 +1,12 @@
 """The weights in a checkpoint file, wherever trainings of different frameworks put them."""
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rep_plugin.arguments import fits
@@ -49,3 +51,12 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     while prefix := next((p for p in WRAPPERS if all(key.startswith(p) for key in content)), ""):
         content = {key.removeprefix(prefix): tensor for key, tensor in content.items()}
     return dict(content)
+
+
+def digest_of(state: Mapping[str, Tensor]) -> str:
+    """Return a digest of a state dict, names and numbers, bit by bit."""
+    digest = hashlib.sha256()
+    for name, tensor in state.items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,6 +1,5 @@
 """``plan_depth``: which runs of a network become one convolution, under a budget of measured latency or of multiply-adds."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from rep_plugin.blocks.activations import FUNCTIONS
 from rep_plugin.blocks.annealed_layers import in_segments
 from rep_plugin.checkpoints.files import write_text
 from rep_plugin.checkpoints.plain import read_json, require_fields
+from rep_plugin.checkpoints.tensors import digest_of
 from rep_plugin.depth.importance import (
     Evaluate,
     Images,
@@ -328,12 +328,8 @@ class _Record:
     """Scores in a file, and of which model they are."""
 
     def __init__(self, path: Path, model: nn.Module, act_after: str | None, kind: str):
-        digest = hashlib.blake2b(digest_size=16)
-        for name, tensor in model.state_dict().items():
-            digest.update(
-                name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            )
-        own = {"model": type(model).__name__, "weights": digest.hexdigest(), "act_after": act_after or "", "kind": kind}
+        weights = digest_of(model.state_dict())
+        own = {"model": type(model).__name__, "weights": weights, "act_after": act_after or "", "kind": kind}
         self.path, self.own, self.scores = path, own, {}
         if path.exists():
             hints = {**dict.fromkeys(own, str), "scores": dict[str, list[float]]}

@@ -255,17 +255,36 @@ def export_images(
     """
     if batch is not None and batch < 1:
         raise ArgumentError(f"batch must be >= 1, got {batch}")
-    if size is not None and (len(size) != 2 or min(size) < 1):
-        raise ArgumentError(f"size must be two numbers >= 1, got {tuple(size)}")
     if images is None:
         options["notes"] = ["compared on random images, as none were given", *options.get("notes", ())]
         images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-    if size is not None and tuple(size) != tuple(images.shape[2:]):
-        images = F.interpolate(images, tuple(size), mode="bilinear", antialias=True)
+    images = scaled_to(images, size)
     if batch is not None:
         options |= {"images": images, "dynamic_batch": False}
         images = images[torch.arange(batch) % len(images)]
     return export_onnx(model, path, images, **options)
+
+
+def scaled_to(images: Tensor, size: Sequence[int] | None) -> Tensor:
+    """Return images of another size.
+
+    Args:
+        images: images (N, C, H, W).
+        size: (H, W); None: they stay.
+
+    Returns:
+        The images.
+
+    Raises:
+        ArgumentError: other than two numbers, or one below 1.
+    """
+    if size is None:
+        return images
+    if len(size) != 2 or min(size) < 1:
+        raise ArgumentError(f"size must be two numbers >= 1, got {tuple(size)}")
+    if tuple(size) == tuple(images.shape[2:]):
+        return images
+    return F.interpolate(images, tuple(size), mode="bilinear", antialias=True)
 
 
 def _check(

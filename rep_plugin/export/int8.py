@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rep_plugin.arguments import In, OneOf, That, checked
 from rep_plugin.checkpoints.files import write_atomic, write_contents
 from rep_plugin.errors import ArgumentError, EquivalenceError, NothingToMergeError
 from rep_plugin.export.equalize import equalize
-from rep_plugin.export.export_onnx import IMAGES_AT_ONCE, check_path, export_onnx, require_eval
+from rep_plugin.export.export_onnx import IMAGES_AT_ONCE, check_path, export_onnx, require_eval, scaled_to
 from rep_plugin.export.inputs import INPUT
 from rep_plugin.export.report import ExportReport, Int8Layer, Int8Report, Int8Trial
 from rep_plugin.export.runtimes import RUNTIMES, Session, open_model
@@ -267,9 +266,7 @@ def int8_images(
         raise ArgumentError("int8 needs images to calibrate with, got none")
     if batch is not None:
         raise ArgumentError(f"int8 leaves the number of images open, got batch={batch}")
-    if size is not None and tuple(size) != tuple(images.shape[2:]):
-        images = F.interpolate(images, tuple(size), mode="bilinear", antialias=True)
-    return export_int8(model, path, images, **options)
+    return export_int8(model, path, scaled_to(images, size), **options)
 
 
 @contextmanager

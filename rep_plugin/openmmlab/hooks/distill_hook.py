@@ -1,7 +1,6 @@
 """DistillHook: a dense model teaches the one in training, by its class probabilities and by where its maps look."""
 
 import copy
-import hashlib
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rep_plugin.arguments import In, Name, NotNegative, Positive, That, checked
 from rep_plugin.checkpoints.files import save_checkpoint_file
+from rep_plugin.checkpoints.tensors import digest_of
 from rep_plugin.errors import ArgumentError, HookError, RepPluginError, first_line
 from rep_plugin.functional.distillation import attention_distance, soft_divergence
 from rep_plugin.history import history_of
@@ -152,7 +152,7 @@ class DistillHook(StatefulHook):
             return
         teacher = copy_model(final_model(runner))
         state = teacher.state_dict()
-        self._digest = _digest_of(state)
+        self._digest = digest_of(state)
         if is_main_process():
             content = {"meta": {self.meta_key: self._digest}, "state_dict": state}
             save_checkpoint_file(content, Path(runner.work_dir) / FILE)
@@ -297,11 +297,3 @@ def _normalisation(model: nn.Module) -> str:
         value = getattr(part, name, None)
         values[name] = None if value is None else [round(v, 3) for v in value.flatten().tolist()]
     return "mean {mean}, std {std}".format(**values) + f", to_rgb {getattr(part, 'to_rgb', False)}"
-
-
-def _digest_of(state: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in state.items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

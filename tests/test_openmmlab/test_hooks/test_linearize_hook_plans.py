@@ -130,7 +130,7 @@ def test_killed_in_the_anneal_and_resumed_it_ends_bit_by_bit_as_one_nobody_kille
     (expected,), starts = starts_of(tmp_path / "whole"), starts_of(tmp_path / "killed")
     assert [list(losses) for losses in starts] == [[*range(5)], [*range(3, 12)]]
     assert all(loss == expected[at] for losses in starts for at, loss in losses.items())
-    ours, theirs = (tensors(load_checkpoint_file(tmp_path / f"{n}/work/epoch_4.pth")) for n in ("killed", "whole"))
+    ours, theirs = (tensors(load_checkpoint_file(tmp_path / n / "work" / "epoch_4.pth")) for n in ("killed", "whole"))
     assert ours.keys() == theirs.keys() and any("momentum" in key for key in ours) and any("ema" in key for key in ours)
     assert not [key for key in ours if not torch.equal(ours[key], theirs[key])]
 
