@@ -3,6 +3,7 @@
 import logging
 import os
 
+import mmengine  # noqa: F401  # the first import writes YAPF's cache, not atomically: here it ends before workers start
 import pytest
 import torch
 from hypothesis import settings
