@@ -53,6 +53,7 @@ class Row:
     start: str | None = None
     widths_of: str | None = None
     hidden: bool = False
+    seeds: int | None = None
 
     @property
     def needs(self) -> str | None:
@@ -70,6 +71,12 @@ class ExperimentSet:
     seeds: int = 3
     baseline: str | None = None
     claims: Sequence[Mapping[str, Any]] = ()
+
+    def seeds_of(self, name: str) -> int:
+        """Return how many seeds a row needs: its own number or the set's, and as many as the rows that need it."""
+        row = self.rows[name]
+        own = 0 if row.hidden else row.seeds or self.seeds
+        return max([own, *(self.seeds_of(other.name) for other in self.rows.values() if other.needs == name)])
 
     def in_order(self, names: Sequence[str] = ()) -> list[Row]:
         """Return rows, each after the one that it needs.
@@ -172,7 +179,7 @@ def runs_of(
     Args:
         experiments: the set.
         work_dir: folder of all runs.
-        seeds: how many; None: as many as the set says.
+        seeds: how many; None: as many as the set says of each row.
         rows: names of the rows, and of those that they need; none: all.
 
     Returns:
@@ -183,10 +190,12 @@ def runs_of(
         return work_dir / f"{slug_of(row)}_seed{seed}"
 
     chosen = experiments.in_order(rows)
+    counts = {row.name: experiments.seeds_of(row.name) if seeds is None else seeds for row in chosen}
     return [
         Run(row, seed, folder(row.name, seed), folder(row.needs, seed) if row.needs else None)
-        for seed in range(experiments.seeds if seeds is None else seeds)
+        for seed in range(max(counts.values()))
         for row in chosen
+        if seed < counts[row.name]
     ]
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Records = dict[str, list[dict[str, Any]]]
 CONFIDENCE = 0.95
-COLUMNS = ("trained as", "mean", "each seed", "difference", "params", "MACs", "CPU minutes")
+COLUMNS = ("trained as", "after removal", "mean", "each seed", "difference", "params", "MACs", "CPU minutes")
 
 
 def read_records(folder: Path, name: str) -> Records:
@@ -100,24 +100,35 @@ def _difference(found: tuple[float, float | None] | None) -> str:
     return f"{mean:+.2f}" if half is None else f"{mean:+.2f} ± {half:.2f}"
 
 
-def _rows_of(experiments: ExperimentSet, records: Records) -> list[tuple[str, ...]]:
-    """Return the cells of a table: of each row that has records those of :data:`COLUMNS`."""
-    cells: list[tuple[str, ...]] = []
+def _rows_of(experiments: ExperimentSet, records: Records) -> list[dict[str, str]]:
+    """Return a table: of each row that has records the cell of each column. Without removals there is no such column."""
+    cells = []
     for name in experiments.rows:
         if not (runs := records.get(name)):
             continue
-        scores = [score(run) for run in runs]
-        spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
         base = records.get(experiments.baseline or "", ())
-        gap = "" if name == experiments.baseline else _difference(paired(runs, base))
         final = next(value for key in ("pruned", "deployed", "trained") if (value := runs[0]["costs"].get(key)))
         minutes = statistics.mean(sum(go["cpu"] for go in run["seconds"]) for run in runs) / 60
-        each = " ".join(f"{value:.2f}" for value in scores)
-        cells.append(
-            (name, f"{statistics.mean(scores):.2f}{spread}", each, gap)
-            + (f"{final['params']:,}", f"{final['macs'] / 1e6:.2f} M", f"{minutes:.1f}")
+        removed = [run["rounds"][-1]["after"] for run in runs if run.get("rounds")]
+        texts = (
+            name,
+            _mean([score for score in removed if score is not None]),
+            _mean([score(run) for run in runs]),
+            " ".join(f"{score(run):.2f}" for run in runs),
+            "" if name == experiments.baseline else _difference(paired(runs, base)),
+            f"{final['params']:,}",
+            f"{final['macs'] / 1e6:.2f} M",
+            f"{minutes:.1f}",
         )
-    return cells
+        cells.append(dict(zip(COLUMNS, texts, strict=True)))
+    empty = {"after removal"} if not any(row["after removal"] for row in cells) else set()
+    return [{column: text for column, text in row.items() if column not in empty} for row in cells]
+
+
+def _mean(scores: Sequence[float]) -> str:
+    """Return ``86.50 ± 0.48``, without a spread of one score, or nothing of none."""
+    spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
+    return f"{statistics.mean(scores):.2f}{spread}" if scores else ""
 
 
 def _missing(experiments: ExperimentSet, records: Records) -> str:
@@ -125,9 +136,9 @@ def _missing(experiments: ExperimentSet, records: Records) -> str:
     few = {
         name: len(records.get(name, ()))
         for name, row in experiments.rows.items()
-        if not row.hidden and len(records.get(name, ())) < experiments.seeds
+        if not row.hidden and len(records.get(name, ())) < experiments.seeds_of(name)
     }
-    rows = ", ".join(f"{name} ({count} of {experiments.seeds} seeds)" for name, count in few.items())
+    rows = ", ".join(f"{name} ({count} of {experiments.seeds_of(name)} seeds)" for name, count in few.items())
     return f"Not complete: {rows}." if few else ""
 
 
@@ -144,17 +155,48 @@ def table_of(experiments: ExperimentSet, records: Records) -> "Table":
     from rich.table import Table
 
     table = Table(title=experiments.title, caption=_missing(experiments, records) or None)
-    for column in _headers(experiments):
+    headers, *rows = _cells(experiments, records)
+    for column in headers:
         table.add_column(column, justify="left" if column == COLUMNS[0] else "right")
-    for cells in _rows_of(experiments, records):
+    for cells in rows:
         table.add_row(*cells)
     return table
 
 
-def _headers(experiments: ExperimentSet) -> list[str]:
-    """Return the column names, the baseline's name among them."""
-    named = {"difference": f"against {experiments.baseline}, 95 %" if experiments.baseline else "difference"}
-    return [named.get(column, column) for column in COLUMNS]
+def _cells(experiments: ExperimentSet, records: Records) -> list[list[str]]:
+    """Return headers, the baseline's name among them, and rows."""
+    rows = _rows_of(experiments, records)
+    named = {"difference": f"against {experiments.baseline}, 95 %"} if experiments.baseline else {}
+    return [
+        [named.get(column, column) for column in (rows[0] if rows else COLUMNS)],
+        *([*row.values()] for row in rows),
+    ]
+
+
+def markdown_of(cells: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table.
+
+    Args:
+        cells: the headers, and the cells of each row.
+
+    Returns:
+        Its lines.
+    """
+    lines = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def table_text(experiments: ExperimentSet, records: Records) -> str:
+    """Return the table of a set, as :func:`page_of` has it.
+
+    Args:
+        experiments: the set.
+        records: of its rows.
+
+    Returns:
+        The table, in Markdown.
+    """
+    return markdown_of(_cells(experiments, records))
 
 
 def page_of(experiments: ExperimentSet, records: Records) -> str:
@@ -168,7 +210,7 @@ def page_of(experiments: ExperimentSet, records: Records) -> str:
         The page, in Markdown.
     """
     first = next(run for runs in records.values() for run in runs)
-    cells = [_headers(experiments), ["---"] * len(COLUMNS), *_rows_of(experiments, records)]
+    screens = any(len(runs) == 1 for runs in records.values())
     commits = sorted({run["commit"] for runs in records.values() for run in runs})
     machines = sorted(
         {f"{run['processor']}, torch {run['versions']['torch']}" for runs in records.values() for run in runs}
@@ -180,8 +222,9 @@ def page_of(experiments: ExperimentSet, records: Records) -> str:
         f"Numbers are {first['main_metric']} of the last validation, means over the seeds and their standard deviation.",
         "Differences are paired by seed, with a 95 % interval.",
         "Costs are those of the network that is deployed, for one image.",
+        *(["A row with one seed screens: no conclusion is drawn from it alone."] if screens else []),
         "",
-        *(f"| {' | '.join(row)} |" for row in cells),
+        table_text(experiments, records),
         "",
         *(f"- {_verdict(claim, records)}" for claim in experiments.claims),
         *([""] if experiments.claims else []),

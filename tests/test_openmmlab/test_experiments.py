@@ -115,6 +115,37 @@ def test_an_unknown_set_and_row_are_named():
         runs_of(read_set("warm_start"), Path("nowhere"), rows=["stock MobileNet"])
 
 
+def test_rows_have_seeds_of_their_own_and_those_they_start_from_have_as_many():
+    rows = {
+        "dense": Row("dense", "config", hidden=True),
+        "sparse": Row("sparse", "config", seeds=1),
+        "one": Row("one", "config", start="dense", seeds=1),
+        "two": Row("two", "config", start="sparse", seeds=2),
+        "three": Row("three", "", widths_of="two"),
+        "unused": Row("unused", "config", hidden=True),
+    }
+    experiments = ExperimentSet("set", "A title", rows)
+    assert {name: experiments.seeds_of(name) for name in rows} == dict(
+        dense=1, sparse=3, one=1, two=3, three=3, unused=0
+    )
+    runs = runs_of(experiments, Path("nowhere"))
+    assert [str(run) for run in runs if run.seed == 1] == ["sparse, seed 1", "two, seed 1", "three, seed 1"]
+    assert len(runs_of(experiments, Path("nowhere"), seeds=2)) == 12
+    found = records(one=[1.0], three=[1.0, 2.0])
+    assert "Not complete: sparse (0 of 3 seeds), two (0 of 3 seeds), three (2 of 3 seeds)." in results.page_of(
+        experiments, found
+    )
+
+
+def test_a_table_has_what_is_left_after_the_removal():
+    found = records(a=[3.0, 4.0], b=[1.0, 1.0])
+    for run, after in zip(found["a"], (2.0, 3.0)):
+        run["rounds"] = [{"before": 3.0, "after": 0.5, "tuned": 2.5}, {"before": 2.5, "after": after, "tuned": None}]
+    page = results.page_of(ExperimentSet("set", "A title", {name: Row(name, "config") for name in found}), found)
+    assert "| trained as | after removal | mean |" in page and "| a | 2.50 ± 0.71 | 3.50 ± 0.71 |" in page
+    assert "| b |  | 1.00 ± 0.00 |" in page
+
+
 @pytest.mark.parametrize("name", list_sets())
 def test_every_shipped_set_has_configs_that_are_there(name):
     experiments = read_set(name)
