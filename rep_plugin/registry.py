@@ -11,7 +11,7 @@ require("mmengine", "openmmlab", "rep_plugin.registry")
 from mmengine import registry as root
 from mmengine.registry import Registry
 
-ROOMS = ("backbones", "bilinear_pooling", "builders", "convs")
+ROOMS = ("backbones", "bilinear_pooling", "builders", "convs", "onnx_classifier")
 # Types built on classes of mmpretrain, and their rooms: mmdet and mmseg are also used without it.
 ON_MMPRETRAIN = {
     "BilinearClsHead": "bilinear_head",

@@ -2,6 +2,8 @@
 
 rep-plugin test CONFIG CHECKPOINT
 rep-plugin test CONFIG CHECKPOINT --out predictions.pkl
+rep-plugin test MODEL.onnx --config CONFIG                # a classifier as rep-plugin export wrote it, float or int8
+rep-plugin test MODEL.onnx --config CONFIG --runtime openvino
 """
 
 import argparse
@@ -9,13 +11,17 @@ import argparse
 from rep_plugin.commands.parser import add_runner_arguments, count
 from rep_plugin.optional import require
 
-HELP = "test a checkpoint on the data set of its config"
+HELP = "test a checkpoint or an ONNX file on the data set of its config"
+RUNTIMES = ("onnxruntime", "openvino")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add mmpretrain's flags."""
     add_runner_arguments(parser)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint file")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="checkpoint file; none for MODEL.onnx")
+    onnx = parser.add_argument_group("with MODEL.onnx in the place of CONFIG CHECKPOINT")
+    onnx.add_argument("--config", metavar="CONFIG", dest="data_config", help="config that it was exported with")
+    onnx.add_argument("--runtime", choices=RUNTIMES, help=f"what runs it, on the CPU; default: {RUNTIMES[0]}")
     parser.add_argument(
         "--out", metavar="FILE", help="file for the results: .pkl for predictions, .json too for metrics"
     )
@@ -32,7 +38,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse --out where it does not fit."""
+    """Sort CONFIG CHECKPOINT from MODEL.onnx --config CONFIG, and refuse options that do not fit."""
+    args.onnx = args.config.endswith(".onnx")
+    if args.onnx:
+        if args.data_config is None or args.checkpoint is not None:
+            got = f"the checkpoint {args.checkpoint}" if args.checkpoint else "no config"
+            args.parser.error(f"expected {args.config} --config CONFIG, got {got}")
+        args.config, args.checkpoint = args.data_config, args.config
+        if args.amp:
+            args.parser.error(f"--amp does not go with {args.checkpoint}, whose precision is its own")
+    elif args.checkpoint is None:
+        args.parser.error(f"expected CONFIG CHECKPOINT or MODEL.onnx --config CONFIG, got {args.config}")
+    for name, value in (("--config", args.data_config), ("--runtime", args.runtime)):
+        if value is not None and not args.onnx:
+            args.parser.error(f"{name} goes with MODEL.onnx, got {args.config}")
     if args.out_item is not None and args.out is None:
         args.parser.error(f"--out-item {args.out_item} needs --out, which is not given")
     if args.out is not None and args.out_item != "metrics" and not args.out.endswith((".pkl", ".pickle")):

@@ -64,9 +64,12 @@ def test(args: argparse.Namespace) -> None:
     cfg = merge_test_args(load_config(args), args)
     require_checkpoint(cfg.load_from)
     check_data(cfg, ("test_dataloader",))
+    if args.onnx:
+        use_onnx(cfg, args.runtime or "onnxruntime", args.tta)
     with no_empty_folder(cfg.work_dir):
         runner = build_runner(cfg)
-        require_whole_checkpoint(runner)
+        if not args.onnx:
+            require_whole_checkpoint(runner)
         if args.out and args.out_item != "metrics":
             runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
         metrics = runner.test()
@@ -150,6 +153,26 @@ def merge_test_args(cfg: Config, args: argparse.Namespace) -> Config:
     return cfg
 
 
+def use_onnx(cfg: Config, runtime: str, tta: bool = False) -> None:
+    """Put the ONNX file that is named as the checkpoint in the place of the network.
+
+    Args:
+        cfg: the config; it is changed.
+        runtime: what runs the file.
+        tta: the network is inside of test-time augmentation.
+
+    Raises:
+        ArgumentError: the config is not one of mmpretrain.
+    """
+    if (scope := cfg.get("default_scope", "mmpretrain")) != "mmpretrain":
+        raise ArgumentError(
+            f"{cfg.load_from} can be tested as a classifier alone, expected a config of mmpretrain, got {scope}"
+        )
+    place, key = (cfg.model, "module") if tta else (cfg, "model")
+    place[key] = dict(type="rep_plugin.OnnxClassifier", path=cfg.load_from, model=place[key], runtime=runtime)
+    cfg.load_from = None
+
+
 def use_tta(cfg: Config) -> None:
     """Wrap the model and the pipeline for test-time augmentation.
 
@@ -161,6 +184,10 @@ def use_tta(cfg: Config) -> None:
         raise ArgumentError(f"--tta needs tta_model and tta_pipeline in a config of {scope}, expected both")
     cfg.setdefault("tta_model", dict(type="mmpretrain.AverageClsScoreTTA"))
     if "tta_pipeline" not in cfg:
+        if not cfg.test_dataloader.dataset.get("pipeline"):
+            raise ArgumentError(
+                "--tta needs a pipeline in test_dataloader.dataset, or tta_pipeline in the config, got none"
+            )
         *head, pack = deepcopy(cfg.test_dataloader.dataset.pipeline)
         flips = [dict(type="RandomFlip", prob=prob) for prob in (1.0, 0.0)]
         cfg.tta_pipeline = [*head, dict(type="TestTimeAug", transforms=[flips, [pack]])]

@@ -91,6 +91,7 @@ def prepare(folder: Path) -> None:
     )
     with quiet():
         main(["reparameterize", "config.py", "epoch_1.pth", "--out-dir", "run"])
+        main(["export", "tiny.py", "tiny.pth", "tiny.onnx", "--rounds", "0", "--runtimes", "onnxruntime"])
     shutil.copy(folder / "epoch_1.pth", folder / "run")
 
 
@@ -105,6 +106,10 @@ RANDOM = {"--no-real-data": (), "--shape": ("3", "32", "36"), "--no-accuracy": (
 VALID = {
     "train": Valid("train", ("tiny.py",), {"--work-dir": ("work",)}),
     "test": Valid("test", ("tiny.py", "tiny.pth"), {"--work-dir": ("work",), "--out": ("out.pkl",)}),
+    "test, onnx": Valid(
+        "test", ("tiny.onnx",),
+        {"--config": ("tiny.py",), "--runtime": ("onnxruntime",), "--work-dir": ("work",), "--out": ("out.pkl",)},
+    ),
     "experiments": Valid("experiments", ("set.py",), {"--work-dir": ("work",), "--budget-minutes": ("1e-4",)}),
     "sweep": Valid("sweep", ("prune.py",), {"--rates": ("0.5",), "--work-dir": ("work",)}),
     "sweep, sparse": Valid(

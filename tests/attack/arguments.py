@@ -253,6 +253,13 @@ def mm_config() -> Config:
     return cfg
 
 
+def logits_file(folder: Path) -> Path:
+    rep_plugin.export_onnx(
+        mm_model(), folder / "net.onnx", torch.ones(2, 3, 16, 16), runtimes=["onnxruntime"], rounds=0
+    )
+    return folder / "net.onnx"
+
+
 @functools.cache
 def mm_model() -> nn.Module:
     model = build_model(mm_config())
@@ -720,6 +727,9 @@ CALLS: dict[str, Callable[[Path], Call]] = {
         norm_eval=False,
         channels_last=False,
     ),
+    "registry.OnnxClassifier": lambda f: registered(
+        "OnnxClassifier", None, path=str(logits_file(f)), model=mm_config().model.to_dict()
+    )(f),
     "registry.RepLKNet": registered(
         "RepLKNet", arch=dict(channels=(8, 8), kernels=(5, 5), depths=(1, 1), small_kernel=3), out_indices=(1,)
     ),
