@@ -15,8 +15,7 @@ FUZZ_TESTS := test_trained_and_deployed_blocks_agree or test_merged_step_equals_
 INSTALLED_TESTS := help or training or python or example or program or parts or arguments
 TIMM_TESTS := test_model_ and not with_features_fx
 DEMO_DIR := work_dirs/rep_mbv2_mini_cub
-STOCK_RECORD := $(addprefix --stock-record ,$(wildcard docs/results/records/demo_stock_mobilenetv2.json))
-FEWER := train_dataloader.dataset.indices=12000
+STOCK_RECORD := $(addprefix --stock-record ,$(wildcard docs/results/records/demo/stock_mobilenetv2_seed0.json))
 FASHION := /usr/share/datasets/fashion-mnist
 
 .PHONY: $(shell sed -n 's/^\([a-z-]*\):.*/\1/p' $(firstword $(MAKEFILE_LIST)))
@@ -130,28 +129,21 @@ fashion-mnist: ## Fashion-MNIST for configs/rep_mbv2_fashion_mnist.py
 	  ls -l data/fashion_mnist
 
 # Sets that are not done go on where they were: the same command again. MINUTES ends them cleanly.
-SETS ?= warm_start rep_mbv2 mbv3_slimming
+SETS ?= $(basename $(notdir $(wildcard configs/experiments/[a-z]*.py))) $(wildcard benchmarks/experiments/*.py)
 MINUTES ?= 100000
-experiments: $(VENV)/.users fashion-mnist ## train SETS over three seeds (hours; go on later: MINUTES=60) and record every run
-	for name in $(SETS); do $(REP) experiments $$name --budget-minutes $(MINUTES) --records docs/results/records || exit 1; done
+experiments: $(VENV)/.developers fashion-mnist data/mini_cub/mini_fgvc.json ## train SETS and record every run (days; go on later: MINUTES=60)
+	for name in $(SETS); do \
+	  PYTHONPATH=benchmarks $(REP) experiments $$name --budget-minutes $(MINUTES) --records docs/results/records || exit 1; \
+	done
 
 results: $(VENV)/.users ## tables and plots of docs/results/ from the records (a minute)
 	$(RUN) docs/results.py
 
-bench-demo: $(VENV)/.users data/mini_cub/mini_fgvc.json ## the demo's top-1: seeds, threads, stock MobileNetV2 (an hour)
-	$(RUN) benchmarks/demo.py
-
 bench-latency: $(VENV)/.developers ## deployed against stock MobileNetV2 in four runtimes
 	$(RUN) benchmarks/latency.py
 
-bench-fashion-mnist: $(VENV)/.users fashion-mnist ## branches against plain training, three seeds (about an hour)
-	$(RUN) benchmarks/fashion_mnist.py
-
 bench-bilinear: $(VENV)/.developers ## bilinear pooling: time and memory against plain references
 	$(RUN) benchmarks/bilinear.py
-
-bench-bilinear-against-gap: $(VENV)/.users ## bilinear against average pooling, three seeds
-	$(RUN) benchmarks/bilinear_against_gap.py
 
 bench-prune-zoo: $(VENV)/.developers ## prune 30 % of 17 networks, each proven equal to its masked form
 	$(RUN) benchmarks/prune_zoo.py
@@ -164,22 +156,6 @@ bench-sparsity-cost: $(VENV)/.users ## a training step with and without the term
 
 bench-prune-latency: $(VENV)/.developers ## plans by measured latency against plans by multiply-adds (ten minutes)
 	$(RUN) benchmarks/prune_latency.py
-
-bench-slimming: $(VENV)/.developers fashion-mnist ## five ways to slim one network, Torch-Pruning beside them, three seeds (an hour)
-	$(RUN) benchmarks/slimming.py
-
-bench-warm-start: $(VENV)/.users fashion-mnist ## stock MobileNetV2 annealed into the mergeable form against training from scratch
-	$(RUN) benchmarks/warm_start.py
-
-# An estimate from 4 ms an image and step: three sparse trainings of 5 minutes, 27 times fine-tuned for 3.
-bench-slim-mobilenet: $(VENV)/.users fashion-mnist ## MobileNetV3 slimmed: nine rates, three L1 strengths (two hours)
-	$(REP) sweep configs/pruning/slim_mobilenetv3_fashion_mnist_oneshot.py --strengths 1e-4 1e-3 1e-2 \
-	  --sparse configs/pruning/slim_mobilenetv3_fashion_mnist.py \
-	  --sparse-options $(FEWER) --cfg-options $(FEWER)
-
-bench-slim-bcnn: $(VENV)/.users data/mini_cub/mini_fgvc.json ## a bilinear CNN slimmed on the rendered birds: one-shot rates
-	$(REP) sweep configs/pruning/slim_bcnn_rep_mbv2_mini_cub_oneshot.py --rates 0.2 0.4 0.6 0.8 \
-	  --sparse configs/pruning/slim_bcnn_rep_mbv2_mini_cub.py
 
 bench-training-cost: $(VENV)/.users ## a training step of multi-branch networks: time and memory, ours and others'
 	$(ONE_THREAD) $(RUN) benchmarks/training_cost.py

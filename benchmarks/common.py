@@ -1,14 +1,21 @@
-"""What the benchmarks share: tables, calls timed in turns, and the memory of a fresh process."""
+"""What the benchmarks share: tables and their records, calls timed in turns, and the memory of a fresh process."""
 
+import argparse
 import json
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+from rep_plugin.checkpoints.files import write_text
+from rep_plugin.openmmlab.experiments import environment
+
+RECORDS = Path(__file__).resolve().parents[1] / "docs/results/records/benchmarks"
 
 
 def make_table(title: str, columns: Iterable[str], left: Sequence[str] = (), **options) -> Table:
@@ -24,6 +31,33 @@ def make_table(title: str, columns: Iterable[str], left: Sequence[str] = (), **o
     for column in columns:
         table.add_column(column, justify="left" if column in left else "right", **options)
     return table
+
+
+def add_record(parser: argparse.ArgumentParser) -> None:
+    """Add the option of a benchmark whose table stands in the pages.
+
+    Args:
+        parser: of the benchmark.
+    """
+    parser.add_argument(
+        "--record", action="store_true", help="keep the table in docs/results/records, from which the pages are made"
+    )
+
+
+def write_table(table: Table, name: str, threads: int | None = 1) -> None:
+    """Write the record of a table.
+
+    Args:
+        table: as it is printed.
+        name: of the record.
+        threads: that were used; None: each row says it.
+    """
+    columns = [str(column.header) for column in table.columns]
+    rows = [list(cells) for cells in zip(*(map(str, column.cells) for column in table.columns), strict=True)]
+    record = {"benchmark": name, "command": " ".join(["python", *sys.argv]), "title": str(table.title)}
+    record |= {**environment(), "threads": threads, "columns": columns, "rows": rows}
+    write_text(RECORDS / f"{name}.json", json.dumps(record, indent=1))
+    print(f"written: {RECORDS / name}.json", file=sys.stderr)
 
 
 def print_failures(console: Console, failures: Sequence[str]) -> int:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import timm
 import torch
-from common import make_table
+from common import add_record, make_table, write_table
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -71,6 +71,7 @@ def main() -> int:
     parser.add_argument("--images", default=str(IMAGES), help="folder of images")
     parser.add_argument("--rounds", type=int, default=30, help="timed calls of each runtime")
     parser.add_argument("--dynamo", action="store_true", help="torch's newer exporter")
+    add_record(parser)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     cfg = timm.data.resolve_data_config({"input_size": (3, args.size, args.size)}, pretrained_cfg={})
@@ -101,6 +102,8 @@ def main() -> int:
             table.add_row(name, *cells, *(f"{value:.1f}" for value in times), "ok" if good else "FAILED")
             print(f"{name}: {report.max_rel_error:.1e}, {report.seconds:.0f} s", file=sys.stderr)
     Console(width=170).print(table)
+    if args.record:
+        write_table(table, "export")
     return 1 if failures else 0
 
 

@@ -11,7 +11,7 @@ from functools import partial
 
 import timm
 import torch
-from common import make_table
+from common import add_record, make_table, write_table
 from rich.console import Console
 from torch import nn
 
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--width", default="100", choices=["050", "075", "100", "140"], help="width of both networks")
     parser.add_argument("--size", type=int, default=224, help="side of the image in pixels")
     parser.add_argument("--rounds", type=int, default=100, help="timed calls of each contender")
+    add_record(parser)
     args = parser.parse_args()
     console, size = Console(), args.size
     torch.manual_seed(0)
@@ -88,6 +89,8 @@ def main() -> None:
             ratio = medians[stock] / medians[ours]
             latency.add_row(runtime, *(f"{medians[name] * 1e3:.2f}" for name in models), f"{ratio:.2f}")
     console.print(latency)
+    if args.record:
+        write_table(latency, "latency")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import warnings
 
 import timm
 import torch
-from common import make_table, print_failures
+from common import add_record, make_table, print_failures, write_table
 from rich.console import Console
 from torch import nn
 
@@ -46,6 +46,7 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=224, help="side of the image in pixels")
     parser.add_argument("--round-to", type=int, default=1, help="of the plans by MACs")
     parser.add_argument("--rounds", type=int, default=60, help="timed calls of each contender")
+    add_record(parser)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     shape = (1, 3, args.size, args.size)
@@ -87,6 +88,8 @@ def main() -> int:
             print(f"{name} at {share}: planned {cells[3]}, measured {cells[4]}, by MACs {other:.3f}", file=sys.stderr)
     console = Console(width=150)
     console.print(table)
+    if args.record:
+        write_table(table, "prune_latency")
     return print_failures(console, failures)
 
 

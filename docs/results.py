@@ -1,39 +1,74 @@
 #!/usr/bin/env python
-"""Writes docs/results/NAME.md and docs/plots/results_NAME.png of every set of experiments that has records.
+"""Makes everything that was measured from the records: pages and plots of docs/results/, and tables in the other pages.
 
 python docs/results.py [--check]        # --check writes nothing, and fails where a page is not that of its records
+
+A table of records stands in a page between ``<!-- results: NAME -->`` and ``<!-- end of results -->``. NAME is a set of
+experiments, or a record of a benchmark (``benchmarks/latency``). After a colon stand the columns, in this order, where not
+all are shown.
 """
 
+import json
+import re
 import sys
 from pathlib import Path
 
 from rep_plugin.measure.plots import save_figure
-from rep_plugin.openmmlab.experiments import list_sets, read_set
-from rep_plugin.openmmlab.results import figure_of, page_of, read_records
+from rep_plugin.openmmlab.experiments import ExperimentSet, list_sets, read_set
+from rep_plugin.openmmlab.results import cells_of, figure_of, markdown_of, page_of, read_records
 
 DOCS = Path(__file__).parent
 RECORDS = DOCS / "results/records"
+OTHERS = DOCS.parent / "benchmarks/experiments"  # sets that need more than the package
+PLACE = re.compile(r"(<!-- results: ([\w/]+)(?:: (.+?))? -->\n\n).*?\n\n(<!-- end of results -->)", re.S)
+
+
+def set_of(name: str) -> ExperimentSet:
+    """Return a set, shipped or not."""
+    return read_set(str(path) if (path := OTHERS / f"{name}.py").is_file() else name)
+
+
+def table_of(name: str, columns: str | None) -> str:
+    """Return the Markdown table of a set or of a benchmark."""
+    if name.startswith("benchmarks/"):
+        record = json.loads((RECORDS / f"{name}.json").read_text())
+        cells = [record["columns"], *record["rows"]]
+    else:
+        cells = cells_of(set_of(name), read_records(RECORDS, name))
+    if columns:
+        places = [cells[0].index(column) for column in columns.split(", ")]
+        cells = [[row[place] for place in places] for row in cells]
+    return markdown_of(cells)
+
+
+def filled(page: Path) -> str:
+    """Return a page with its tables made anew."""
+    return PLACE.sub(lambda found: f"{found[1]}{table_of(found[2], found[3])}\n\n{found[4]}", page.read_text())
 
 
 def main() -> int:
-    """Write, or compare; return the exit status."""
-    check, stale = "--check" in sys.argv[1:], []
-    for name in list_sets():
-        experiments, records = read_set(name), read_records(RECORDS, name)
-        if not records:
-            continue
-        page, text = DOCS / f"results/{name}.md", page_of(experiments, records)
-        text += f"\n\n![every seed of every row](../plots/results_{name}.png)\n"
-        if check:
-            stale += [] if page.is_file() and page.read_text() == text else [page]
-            continue
-        page.write_text(text)
-        with (DOCS / f"plots/results_{name}.png").open("wb") as file:
-            save_figure(figure_of(experiments, records), file)
-        print(page)
+    """Write, or compare; return how many pages are stale."""
+    names = [*list_sets(), *sorted(path.stem for path in OTHERS.glob("*.py"))]
+    sets = {name: records for name in names if (records := read_records(RECORDS, name))}
+    texts = {
+        DOCS / f"results/{name}.md": page_of(set_of(name), records)
+        + f"\n\n![every seed of every row](../plots/results_{name}.png)\n"
+        for name, records in sets.items()
+    }
+    pages = [DOCS.parent / "README.md", *DOCS.glob("*.md"), *(DOCS.parent / "configs").rglob("README.md")]
+    texts |= {page: filled(page) for page in pages if PLACE.search(page.read_text())}
+    stale = [page for page, text in texts.items() if not page.is_file() or page.read_text() != text]
+    if "--check" in sys.argv[1:]:
+        for page in stale:
+            print(f"{page} is not what its records say: run make results")
+        return len(stale)
     for page in stale:
-        print(f"{page} is not what its records say: run make results")
-    return len(stale)
+        page.write_text(texts[page])
+        print(page)
+    for name, records in sets.items():
+        with (DOCS / f"plots/results_{name}.png").open("wb") as file:
+            save_figure(figure_of(set_of(name), records), file)
+    return 0
 
 
 if __name__ == "__main__":

@@ -29,7 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="timm name of the stock network to time (not trained); default: %(default)s",
     )
     parser.add_argument(
-        "--stock-record", metavar="FILE", help="JSON of benchmarks/demo.py with the stock network's top-1"
+        "--stock-record",
+        nargs="+",
+        metavar="FILE",
+        help="records of rep-plugin experiments with the stock network's top-1, one a seed",
     )
     parser.add_argument("--rounds", type=count, default=100, help="timed calls of each network; default: %(default)s")
 
@@ -43,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     from rep_plugin.timm import load_timm
 
     with session():
-        record = read_stock_record(args.stock_record) if args.stock_record else None
+        record = read_stock_record(*args.stock_record) if args.stock_record else None
         checkpoint = compare_deployed(
             args.config,
             args.work_dir,

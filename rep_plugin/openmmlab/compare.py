@@ -46,25 +46,27 @@ class StockRecord(NamedTuple):
     source: str
 
 
-def read_stock_record(path: str | os.PathLike) -> StockRecord:
-    """Read a record that ``benchmarks/demo.py`` wrote.
+def read_stock_record(*paths: str | os.PathLike) -> StockRecord:
+    """Read records that ``rep-plugin experiments`` wrote, of one network and several seeds.
 
     Args:
-        path: the JSON file.
+        paths: the JSON files.
 
     Raises:
         FileNotFoundError: there is none.
-        ArgumentError: the file is no such record.
+        ArgumentError: a file is no such record.
     """
-    try:
-        record = read_json(path)
-        scores = [run["top1"] for run in record["runs"]]
-        how = f"{record['config']}, seeds {', '.join(str(run['seed']) for run in record['runs'])}"
-        threads = " and ".join(str(count) for count in sorted({run["threads"] for run in record["runs"]}))
-        where = f"threads: {threads}, {record['processor']}, torch {record['versions']['torch']}, {record['date']}"
-        return StockRecord(sum(scores) / len(scores), f"stored record {path}: {how}; {where}")
-    except (ValueError, KeyError, TypeError, ZeroDivisionError):
-        raise ArgumentError(f"{path} is no record of trainings, expected what benchmarks/demo.py writes") from None
+    scores, sources = [], []
+    for path in paths:
+        try:
+            record = read_json(path)
+            scores.append(float(record["metrics"][record["main_metric"]]))
+            how = f"{record['config']}, {record['row']}, seed {record['seed']}"
+            where = f"{record['processor']}, torch {record['versions']['torch']}, {record['date']}"
+            sources.append(f"stored record {path}: {how}; {where}")
+        except (ValueError, KeyError, TypeError):
+            raise ArgumentError(f"{path} is no record of a run, expected what rep-plugin experiments writes") from None
+    return StockRecord(sum(scores) / len(scores), "; ".join(sources))
 
 
 def compare_deployed(

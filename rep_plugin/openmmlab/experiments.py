@@ -71,6 +71,15 @@ class ExperimentSet:
     seeds: int = 3
     baseline: str | None = None
     claims: Sequence[Mapping[str, Any]] = ()
+    path: Path | None = None
+
+    @property
+    def called(self) -> str:
+        """What ``rep-plugin experiments`` calls it: the name of a shipped set, else the path in the checkout."""
+        if self.path is None or self.path.parent == SETS:
+            return self.name
+        root = CONFIGS.parent
+        return str(self.path.relative_to(root) if self.path.is_relative_to(root) else self.path)
 
     def seeds_of(self, name: str) -> int:
         """Return how many seeds a row needs: its own number or the set's, and as many as the rows that need it."""
@@ -138,7 +147,7 @@ def read_set(name: str, options: Mapping[str, Any] | None = None) -> ExperimentS
         if bool(rows[row].config) == bool(rows[row].widths_of):
             raise ArgumentError(f"row {row!r} of {path} needs a config, or widths_of another row")
     found = ExperimentSet(
-        path.stem, cfg.title, rows, cfg.get("seeds", 3), cfg.get("baseline"), [*cfg.get("claims", [])]
+        path.stem, cfg.title, rows, cfg.get("seeds", 3), cfg.get("baseline"), [*cfg.get("claims", [])], path.absolute()
     )
     found.in_order()
     return found
@@ -405,11 +414,7 @@ def record_of(run: Run, experiments: str) -> dict[str, Any]:
         "config": run.row.config,
         "options": dict(run.row.options),
         **({key: value for key in ("start", "widths_of") if (value := getattr(run.row, key))}),
-        "commit": commit(),
-        "date": str(date.today()),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))}
-        | {"python": sys.version.split()[0]},
-        "processor": processor(),
+        **environment(),
         "threads": 1,
         "seconds": json.loads((run.folder / "seconds.json").read_text()),
         "main_metric": main,
@@ -445,6 +450,12 @@ def costs_of(folder: Path) -> dict[str, Any]:
     for name, model in models.items():
         costs[name] = {"params": count_params(model), "macs": count_macs(model, images[:1])}
     return costs
+
+
+def environment() -> dict[str, Any]:
+    """Return where and when something is measured: ``commit``, ``date``, ``versions``, ``processor``."""
+    versions = {name: found for name in PACKAGES if (found := _version(name))} | {"python": sys.version.split()[0]}
+    return {"commit": commit(), "date": str(date.today()), "versions": versions, "processor": processor()}
 
 
 def commit() -> str:

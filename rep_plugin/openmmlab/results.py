@@ -155,7 +155,7 @@ def table_of(experiments: ExperimentSet, records: Records) -> "Table":
     from rich.table import Table
 
     table = Table(title=experiments.title, caption=_missing(experiments, records) or None)
-    headers, *rows = _cells(experiments, records)
+    headers, *rows = cells_of(experiments, records)
     for column in headers:
         table.add_column(column, justify="left" if column == COLUMNS[0] else "right")
     for cells in rows:
@@ -163,8 +163,16 @@ def table_of(experiments: ExperimentSet, records: Records) -> "Table":
     return table
 
 
-def _cells(experiments: ExperimentSet, records: Records) -> list[list[str]]:
-    """Return headers, the baseline's name among them, and rows."""
+def cells_of(experiments: ExperimentSet, records: Records) -> list[list[str]]:
+    """Return a table.
+
+    Args:
+        experiments: the set.
+        records: of its rows.
+
+    Returns:
+        The headers, the baseline's name among them, and the cells of each row.
+    """
     rows = _rows_of(experiments, records)
     named = {"difference": f"against {experiments.baseline}, 95 %"} if experiments.baseline else {}
     return [
@@ -186,19 +194,6 @@ def markdown_of(cells: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def table_text(experiments: ExperimentSet, records: Records) -> str:
-    """Return the table of a set, as :func:`page_of` has it.
-
-    Args:
-        experiments: the set.
-        records: of its rows.
-
-    Returns:
-        The table, in Markdown.
-    """
-    return markdown_of(_cells(experiments, records))
-
-
 def page_of(experiments: ExperimentSet, records: Records) -> str:
     """Return the page of a set: the table, the claims, how it was measured.
 
@@ -218,13 +213,13 @@ def page_of(experiments: ExperimentSet, records: Records) -> str:
     lines = [
         f"# {experiments.title}",
         "",
-        f"`rep-plugin experiments {experiments.name}` trains this, `make results` writes this page from the records.",
+        f"`rep-plugin experiments {experiments.called}` trains this, `make results` writes this page from the records.",
         f"Numbers are {first['main_metric']} of the last validation, means over the seeds and their standard deviation.",
         "Differences are paired by seed, with a 95 % interval.",
         "Costs are those of the network that is deployed, for one image.",
         *(["A row with one seed screens: no conclusion is drawn from it alone."] if screens else []),
         "",
-        table_text(experiments, records),
+        markdown_of(cells_of(experiments, records)),
         "",
         *(f"- {_verdict(claim, records)}" for claim in experiments.claims),
         *([""] if experiments.claims else []),

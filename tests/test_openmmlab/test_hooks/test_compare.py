@@ -54,11 +54,11 @@ def test_printed_commands_work_as_they_stand(printed, trained):
     assert (ROOT / "docs/quickstart_mmpretrain.md").is_file() and "export work/deploy.py" in steps["export"]
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"runs": []}', "[1]"])
+@pytest.mark.parametrize("text", ["", "{}", '{"metrics": {"top1": "x"}, "main_metric": "top1"}', "[1]"])
 def test_what_is_no_record_is_refused(text, tmp_path):
     (tmp_path / "record.json").write_text(text)
     with pytest.raises(
-        ArgumentError, match=r"record.json is no record of trainings, expected what benchmarks/demo\.py"
+        ArgumentError, match=r"record.json is no record of a run, expected what rep-plugin experiments writes"
     ):
         read_stock_record(tmp_path / "record.json")
 
