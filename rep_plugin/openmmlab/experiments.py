@@ -342,10 +342,11 @@ def _begin(run: Run) -> _Training | None:
         lock.close()
         return None
     with _closed_on_error(lock):
-        config = run.folder / "config.py"
+        config, asked = run.folder / "config.py", run.folder / "asked.py"  # the runner writes over the first
         text = config_of(run).pretty_text
-        if config.is_file() and config.read_text() != f"{text}\n":
+        if asked.is_file() and asked.read_text() != f"{text}\n":
             raise ArgumentError(f"{run.folder} holds a run of another config, expected a work folder of its own")
+        write_text(asked, text)
         write_text(config, text)
         words = [
             sys.executable,

@@ -1,6 +1,7 @@
 """Sets of experiments: real trainings of a tiny network, cut off and gone on with, and what is made of their records."""
 
 import json
+import subprocess
 import threading
 from pathlib import Path
 
@@ -69,6 +70,26 @@ def test_a_set_is_trained_in_several_goes_and_recorded(tiny, tmp_path, capsys):
     assert "scratch (1 of 2 seeds)" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(SystemExit, match="holds a run of another config"):
         main([*words, "--rows", "dense", "--cfg-options", "optim_wrapper.optimizer.lr=0.5"])
+
+
+def test_a_training_that_was_killed_goes_on_from_its_checkpoint(tiny, tmp_path):
+    (run,) = runs_of(read_set(tiny, {"train_cfg.max_epochs": 12}), tmp_path / "work", seeds=1, rows=["dense"])
+    ended = threading.Event()
+
+    def kill():
+        while not ended.wait(0.05):
+            if list(run.folder.glob("epoch_2.pth")):
+                subprocess.run(["pkill", "-KILL", "-f", str(run.folder / "config.py")], check=True)
+                return
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(TrainingError, match="1 trainings failed"):
+        train_all([run], 1)
+    ended.set(), killer.join()
+    assert train_all([run], 1) == [] and run.done
+    log = (run.folder / "log.txt").read_text()
+    assert "resumed epoch: " in log and len(json.loads((run.folder / "seconds.json").read_text())) == 2
 
 
 def test_two_processes_do_not_train_the_same_run(tiny, tmp_path):
