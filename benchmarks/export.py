@@ -6,9 +6,10 @@
 
 Random weights; every BN has random gammas (a quarter negative), betas, and the statistics of the images. Every network
 is exported with open batch and open size and compared on eight images, on one and on three, and at two more sizes. Errors
-are the largest over all of these, relative to the largest value of an output, in float32; "float32 itself" is how far
-PyTorch's own lies from its float64. Times are medians of one image, one after the other in turns, with torch's threads.
-Exits with 1 where an error is over the target, or another image changes the output by less than 1e-3.
+are the largest over all of these, in float32: each channel of a map against its own size, each logit against itself, so
+that a logit near zero has a large one; "float32 itself" is how far PyTorch's own lies from its float64. Times are medians
+of one image, one after the other in turns, with torch's threads. Exits with 1 where the export is refused: an error that
+is over its tolerance and that rounding does not explain; or where another image changes the output by less than 1e-3.
 """
 
 import argparse
@@ -31,7 +32,6 @@ from rep_plugin.measure.verify import MIN_SENSITIVITY, rounding_error
 from rep_plugin.testing import calibrate_random_bn_
 from rep_plugin.timm.export import read_images
 
-TARGET = 1e-4
 IMAGES = Path(__file__).resolve().parents[1] / "data/mini_cub/images"
 
 
@@ -86,11 +86,16 @@ def main() -> int:
                 continue
             torch.manual_seed(0)
             model, path = build(x), Path(folder) / "model.onnx"
-            report = rep_plugin.export_onnx(
-                model, path, x, dynamic_size=True, tolerance=1.0, rounds=args.rounds, dynamo=args.dynamo
-            )
+            try:
+                report = rep_plugin.export_onnx(
+                    model, path, x, dynamic_size=True, rounds=args.rounds, dynamo=args.dynamo
+                )
+            except rep_plugin.EquivalenceError as error:
+                failures += 1
+                table.add_row(name, *[""] * (len(table.columns) - 2), f"FAILED: {error}")
+                continue
             ort, openvino = report.runtimes
-            good = report.max_rel_error <= TARGET and report.sensitivity >= MIN_SENSITIVITY
+            good = report.sensitivity >= MIN_SENSITIVITY
             failures += not good
             cells = (str(len(report.blocks)), f"{report.params_after:,}", f"{report.sensitivity:.1e}")
             cells += (

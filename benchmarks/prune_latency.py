@@ -52,7 +52,9 @@ def main() -> int:
     shape = (1, 3, args.size, args.size)
     title = f"one thread, batch 1, {args.size}x{args.size}, {args.scores}, {args.rounds} rounds in turns"
     columns = ("network", "dense ms", "asked", "planned", "measured", "off", "times faster", "MACs", "plan s")
-    table = make_table(title, (*columns, "by MACs: MACs", "measured", "times faster", ""), ["network", ""])
+    table = make_table(
+        title, (*columns, "by MACs: MACs", "by MACs: measured", "by MACs: times faster", ""), ["network", ""]
+    )
     failures = []
     for name in [args.only] if args.only else ["mobilenetv2_100", "resnet18"]:
         torch.manual_seed(0)

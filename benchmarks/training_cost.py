@@ -18,7 +18,7 @@ from functools import partial
 import timm
 import torch
 import torch.nn.functional as F
-from common import add_record, growth_of_child, make_table, median_ratio, print_growth, times_in_turns, write_table
+from common import growth_of_child, make_table, median_ratio, print_growth, times_in_turns
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -200,16 +200,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-channels-last", dest="channels_last", action="store_false")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    add_record(parser)
     args = parser.parse_args()
     if args.memory_of:
         return measure_memory(args)
     torch.set_num_threads(args.threads)
     for network in args.networks:
-        table = compare(network, args)
-        Console(width=120).print(table)
-        if args.record:
-            write_table(table, f"training_cost_{network}", args.threads)
+        Console(width=120).print(compare(network, args))
 
 
 if __name__ == "__main__":

@@ -1,28 +1,26 @@
 #!/usr/bin/env python
-"""Draws two tables of docs/benchmarks.md, latency and top-1, for the README: docs/plots/measured.png.
+"""Draws two records, latency and the warm start's top-1, for the README: docs/plots/measured.png.
 
 python docs/draw_measured.py [FOLDER]
 """
 
-import re
+import json
+import statistics
 import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from rep_plugin.openmmlab.results import read_records, score
+
 DOCS = Path(__file__).parent
+RECORDS = DOCS / "results/records"
 DEPLOYED, STOCK, PLAIN = "#2f6db5", "#b9c3cf", "#8fb4de"
-
-
-def table(header: str) -> list[list[str]]:
-    """Return the cells below the first row that starts with ``header``."""
-    rows = (DOCS / "benchmarks.md").read_text().partition(f"\n| {header} |")[2].splitlines()[2:]
-    cells = []
-    for row in rows:
-        if not row.startswith("|"):
-            break
-        cells.append([cell.strip() for cell in row.strip("|").split("|")])
-    return cells
+ROWS = {
+    "stock MobileNetV2, one cycle": ("stock", STOCK),
+    "stock, then annealed, one cycle": ("all blocks merged,\nfrom stock, annealed", DEPLOYED),
+    "all blocks linear, from scratch, one cycle": ("all blocks merged,\nfrom scratch", PLAIN),
+}
 
 
 def main() -> None:
@@ -31,30 +29,31 @@ def main() -> None:
     figure = Figure(figsize=(8.6, 2.9), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.4, 1))
 
-    latency = table("runtime")
+    latency = json.loads((RECORDS / "benchmarks/latency.json").read_text())["rows"]
     for row, (_, ours, stock, _) in enumerate(latency):
         for value, y, color in ((stock, row - 0.18, STOCK), (ours, row + 0.18, DEPLOYED)):
             left.barh(y, float(value), 0.34, color=color)
             left.text(float(value) + 0.15, y, value, va="center", fontsize=8)
     left.set_yticks(range(len(latency)), [row[0] for row in latency], fontsize=8)
     left.invert_yaxis()
+    left.set_xlim(0, 1.2 * max(float(stock) for _, _, stock, _ in latency))
     left.set_title("ms for one image, width 1.0", fontsize=9)
     handles = [left.barh(0, 0, color=color) for color in (STOCK, DEPLOYED)]
     left.legend(handles, ["stock MobileNetV2, BN folded", "Rep-MobileNetV2, deployed"], fontsize=8, loc="lower right")
 
-    names = {"bottleneck": "branches", "plain": "plain 3x3, the\ndeployed form", "stock": "stock MobileNetV2"}
-    colors = {"bottleneck": DEPLOYED, "plain": PLAIN, "stock": STOCK}
-    forms = [(name.split()[0], *map(float, re.findall(r"[\d.]+", top1))) for name, top1, _ in table("trained as")]
-    for row, (name, mean, spread) in enumerate(forms):
-        right.errorbar(mean, row, xerr=spread, fmt="o", capsize=4, color=colors[name])
+    records = read_records(RECORDS, "warm_start")
+    drawn = [name for name in ROWS if name in records]
+    for row, name in enumerate(drawn):
+        scores = [score(run) for run in records[name]]
+        mean, spread = statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0
+        right.errorbar(mean, row, xerr=spread, fmt="o", capsize=4, color=ROWS[name][1])
         right.text(mean, row - 0.17, f"{mean:.2f}", ha="center", fontsize=8)
-    right.set_yticks(range(len(forms)), [names[name] for name, *_ in forms])
-    right.set_ylim(len(forms) - 0.5, -0.5)
+    right.set_yticks(range(len(drawn)), [ROWS[name][0] for name in drawn])
+    right.set_ylim(len(drawn) - 0.5, -0.5)
     right.set_title("top-1 %, Fashion-MNIST, width 0.5", fontsize=9)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
-    left.set_xlim(0, 19)
     figure.savefig(folder / "measured.png", dpi=110, metadata={"Software": None})
     print(folder / "measured.png")
 

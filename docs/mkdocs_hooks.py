@@ -112,8 +112,7 @@ def results() -> dict[str, dict[str, str]]:
             names = [name.strip() for name in header.strip("| ").split("|")]
             for row in rows.splitlines():
                 cells = [cell.strip() for cell in row[1:].rstrip().removesuffix("|").split("|")]
-                config, _, note = cells[0].removeprefix("`").partition("`")
-                found[config] = dict(zip(names, cells)) | {"note": note.strip()}
+                found[cells[0].strip("`")] = dict(zip(names, cells))
     return found
 
 
@@ -123,26 +122,22 @@ def configs_page() -> str:
         "# All configs",
         "",
         "The name is what commands and `rep_plugin.get_config` take. Parameters are those of the network that trains.",
-        "Results stand only where they were measured: top-1 in %, on the data set's validation or test images.",
+        "Results are those of the [experiments](docs/benchmarks.md#experiments) named.",
     ]
     rows, folder = results(), None
     models = yaml.safe_load((ROOT / "model-index.yml").read_text())["Models"]
     for model in sorted(models, key=lambda model: model["Config"].rpartition("/")):
         if folder != (folder := model["Config"].rpartition("/")[0]):
             title = (ROOT / folder / "README.md").read_text().partition("\n")[0].removeprefix("# ")
-            header = "| config | network or method | data | parameters | reached | measured by |"
-            lines += ["", f"## {title}", "", f"[How to run them]({folder}/README.md).", "", header, "| --- " * 6 + "|"]
-        row, meta = rows[model["Name"]], model["Metadata"]
-        reached = next(row[name] for name in ("top-1 %", "box AP or mIoU") if name in row).replace("not measured", "")
-        if reached and "MACs" in row:
-            reached += f", {row['parameters']} parameters and {row['MACs']} MACs left {row['note']}"
+            header = "| config | network or method | data | parameters | experiments |"
+            lines += ["", f"## {title}", "", f"[How to run them]({folder}/README.md).", "", header, "| --- " * 5 + "|"]
+        meta = model["Metadata"]
         cells = (
             f"`{model['Name']}`",
             model["In Collection"],
             re.sub(r" \(tools/.*\)", "", meta["Training Data"]),
             f"{meta['Parameters']:,}",
-            reached,
-            row.get("measured by", ""),
+            rows[model["Name"]]["experiments"],
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -162,9 +157,11 @@ def types_page() -> str:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Add the API to the navigation."""
+    """Add the API and the results to the navigation."""
     (reference,) = (entry["Reference"] for entry in config.nav if "Reference" in entry)
     reference.append({"API": [{name: f"reference/{name}.md"} for name in rooms()]})
+    (measured,) = (entry["Results"] for entry in config.nav if "Results" in entry)
+    measured += [path.relative_to(ROOT / "docs").as_posix() for path in sorted((ROOT / "docs/results").glob("*.md"))]
     return config
 
 

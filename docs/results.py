@@ -4,8 +4,8 @@
 python docs/results.py [--check]        # --check writes nothing, and fails where a page is not that of its records
 
 A table of records stands in a page between ``<!-- results: NAME -->`` and ``<!-- end of results -->``. NAME is a set of
-experiments, or a record of a benchmark (``benchmarks/latency``). After a colon stand the columns, in this order, where not
-all are shown.
+experiments, or a record of a benchmark (``benchmarks/latency``), or ``pages``, for links to the pages of all sets. After a
+colon stand the columns, in this order, where not all are shown.
 """
 
 import json
@@ -28,8 +28,16 @@ def set_of(name: str) -> ExperimentSet:
     return read_set(str(path) if (path := OTHERS / f"{name}.py").is_file() else name)
 
 
+def recorded() -> list[str]:
+    """Return the names of the sets that have records."""
+    names = [*list_sets(), *sorted(path.stem for path in OTHERS.glob("*.py"))]
+    return [name for name in names if read_records(RECORDS, name)]
+
+
 def table_of(name: str, columns: str | None) -> str:
-    """Return the Markdown table of a set or of a benchmark."""
+    """Return what stands in a place: the Markdown table of a set or of a benchmark, or the links."""
+    if name == "pages":
+        return "\n".join(f"- [{set_of(one).title}](results/{one}.md)" for one in recorded())
     if name.startswith("benchmarks/"):
         record = json.loads((RECORDS / f"{name}.json").read_text())
         cells = [record["columns"], *record["rows"]]
@@ -48,8 +56,7 @@ def filled(page: Path) -> str:
 
 def main() -> int:
     """Write, or compare; return how many pages are stale."""
-    names = [*list_sets(), *sorted(path.stem for path in OTHERS.glob("*.py"))]
-    sets = {name: records for name in names if (records := read_records(RECORDS, name))}
+    sets = {name: read_records(RECORDS, name) for name in recorded()}
     texts = {
         DOCS / f"results/{name}.md": page_of(set_of(name), records)
         + f"\n\n![every seed of every row](../plots/results_{name}.png)\n"

@@ -152,7 +152,26 @@ def test_every_config_has_a_row_in_the_readme_of_its_folder():
 
 def test_every_set_of_experiments_has_its_question():
     page = (ROOT / "docs/benchmarks.md").read_text()
-    assert not [name for name in list_sets() if f"\n| `{name}` |" not in page]
+    others = [path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks/experiments").glob("*.py")]
+    assert not [name for name in [*list_sets(), *others] if f"\n| `{name}` |" not in page]
+
+
+def test_every_table_and_page_of_results_is_that_of_its_records():
+    done = subprocess.run(
+        [sys.executable, ROOT / "docs/results.py", "--check"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+MEASURED = re.compile(r"[+-]?\d+\.\d+(e-?\d+)?( ?(±.*|%|ms|s|x|MB))?|\d+ ?(%|ms|s|x|MB)")
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: f"{page.parent.name}/{page.stem}")
+def test_a_table_of_measurements_has_a_record(page):
+    """Outside of what docs/results.py fills no cell is a time, a share or an error."""
+    text = re.sub(r"<!-- results: .*?<!-- end of results -->", "", page.read_text(), flags=re.S)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    assert not [row for row in rows if any(MEASURED.fullmatch(cell) for cell in row)]
 
 
 @pytest.mark.parametrize(("place", "name"), [("README.md", "docs/{}"), ("mkdocs.yml", " {}")])

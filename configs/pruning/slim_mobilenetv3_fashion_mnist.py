@@ -1,6 +1,6 @@
 # MobileNetV3-small (squeeze-and-excite, h-swish) on Fashion-MNIST, sparse training: the study of
 # slim_mobilenetv3_cifar10.py on images that are at hand (`make fashion-mnist`) and with a schedule that fits two CPU
-# cores. All rates and strengths: make bench-slim-mobilenet
+# cores. All rates and strengths: rep-plugin experiments mbv3_slimming
 _base_ = ["../rep_mbv2_fashion_mnist.py"]  # its data
 
 model = dict(

@@ -167,7 +167,10 @@ def test_a_table_has_what_is_left_after_the_removal():
     assert "| b |  | 1.00 ± 0.00 |" in page
 
 
-@pytest.mark.parametrize("name", list_sets())
+OTHERS = sorted(map(str, (ROOT / "benchmarks/experiments").glob("*.py")))
+
+
+@pytest.mark.parametrize("name", [*list_sets(), *OTHERS], ids=lambda name: Path(name).stem)
 def test_every_shipped_set_has_configs_that_are_there(name):
     experiments = read_set(name)
     assert experiments.baseline in experiments.rows and experiments.claims

@@ -1,4 +1,4 @@
-"""The Fashion-MNIST config on real images, in short: `make bench-fashion-mnist` is the long form."""
+"""The Fashion-MNIST config on real images, in short: `rep-plugin experiments rep_mbv2` is the long form."""
 
 import json
 

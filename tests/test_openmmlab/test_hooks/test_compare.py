@@ -15,28 +15,30 @@ from tests.helpers import ROOT
 from tests.test_openmmlab.test_hooks.conftest import run
 
 RECORD = {
+    "row": "stock network",
     "config": "stock.py",
     "date": "2026-01-02",
     "versions": {"torch": "2.14"},
     "processor": "Some CPU",
-    "runs": [{"seed": 0, "threads": 1, "top1": 80.0}, {"seed": 1, "threads": 1, "top1": 81.5}],
+    "main_metric": "accuracy/top1",
 }
 
 
 @pytest.fixture(scope="module")
 def printed(trained) -> str:
-    (trained / "record.json").write_text(json.dumps(RECORD))
-    done = run(
-        "-m", "rep_plugin", "compare", "config.py", "work", "--rounds", 2, "--stock-record", "record.json", cwd=trained
-    )
+    for seed, top1 in enumerate((80.0, 81.5)):
+        record = RECORD | {"seed": seed, "metrics": {"accuracy/top1": top1}}
+        (trained / f"record{seed}.json").write_text(json.dumps(record))
+    records = "--stock-record", "record0.json", "record1.json"
+    done = run("-m", "rep_plugin", "compare", "config.py", "work", "--rounds", 2, *records, cwd=trained)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def test_table_has_all_forms_and_names_the_record(printed):
     assert "predictions that differ: 0 of 24" in printed and "80.75 *" in printed
-    source = printed[printed.index("* stored record record.json") : printed.index("float64")]
-    for words in ("stock.py, seeds 0, 1;", "threads: 1, Some CPU, torch 2.14", "2026-01-02"):
+    source = printed[printed.index("* stored record record0.json") : printed.index("float64")]
+    for words in ("stock.py, stock network, seed 0;", "record1.json", "seed 1; Some CPU, torch 2.14, 2026-01-02"):
         assert words in " ".join(source.split())
 
 
