@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rep_plugin.measure.plots import save_figure
 from rep_plugin.openmmlab.experiments import ExperimentSet, list_sets, read_set
-from rep_plugin.openmmlab.results import cells_of, figure_of, markdown_of, page_of, read_records
+from rep_plugin.openmmlab.results import cells_of, figure_of, markdown_of, page_of, read_latency, read_records
 
 DOCS = Path(__file__).parent
 RECORDS = DOCS / "results/records"
@@ -42,7 +42,7 @@ def table_of(name: str, columns: str | None) -> str:
         record = json.loads((RECORDS / f"{name}.json").read_text())
         cells = [record["columns"], *record["rows"]]
     else:
-        cells = cells_of(set_of(name), read_records(RECORDS, name))
+        cells = cells_of(set_of(name), read_records(RECORDS, name), read_latency(RECORDS, name))
     if columns:
         places = [cells[0].index(column) for column in columns.split(", ")]
         cells = [[row[place] for place in places] for row in cells]
@@ -58,7 +58,7 @@ def main() -> int:
     """Write, or compare; return how many pages are stale."""
     sets = {name: read_records(RECORDS, name) for name in recorded()}
     texts = {
-        DOCS / f"results/{name}.md": page_of(set_of(name), records)
+        DOCS / f"results/{name}.md": page_of(set_of(name), records, read_latency(RECORDS, name))
         + f"\n\n![every seed of every row](../plots/results_{name}.png)\n"
         for name, records in sets.items()
     }

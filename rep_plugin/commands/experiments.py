@@ -3,6 +3,7 @@
 rep-plugin experiments                                      # the sets that are shipped
 rep-plugin experiments warm_start --seeds 1                 # screen
 rep-plugin experiments warm_start --budget-minutes 60       # and go on later: the same command again
+rep-plugin experiments warm_start --time                    # and milliseconds beside the accuracy
 rep-plugin experiments warm_start --show                    # the table of what is there
 
 Every run is a ``rep-plugin train`` of an ordinary config in a folder of its own, with one thread, one a core side by side.
@@ -28,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on with what is there, as it always does (for scripts that say so)"
     )
+    parser.add_argument(
+        "--time", action="store_true", help="then time what the rows deploy, side by side, in ONNX Runtime and OpenVINO"
+    )
     parser.add_argument("--show", action="store_true", help="train nothing, print the table of the records")
     parser.add_argument("--work-dir", metavar="FOLDER", help="folder of all runs; default: work_dirs/experiments/<set>")
     parser.add_argument("--records", metavar="FOLDER", help="folder of the records; default: <work dir>/records")
@@ -47,8 +51,8 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from rep_plugin.openmmlab.cli import parse_options, session
-    from rep_plugin.openmmlab.experiments import list_sets, read_set, run_experiments
-    from rep_plugin.openmmlab.results import read_records, table_of
+    from rep_plugin.openmmlab.experiments import list_sets, read_set, run_experiments, time_rows
+    from rep_plugin.openmmlab.results import read_latency, read_records, table_of
 
     console = Console()
     if not console.is_terminal:
@@ -74,4 +78,9 @@ def run(args: argparse.Namespace) -> None:
                 options=options,
                 log=lambda text: console.print(text, markup=False, highlight=False),
             )
-    console.print(table_of(experiments, read_records(records, experiments.name)))
+    if args.time:
+        with session():
+            console.print(f"written: {time_rows(experiments, work_dir, records)}", markup=False, highlight=False)
+    console.print(
+        table_of(experiments, read_records(records, experiments.name), read_latency(records, experiments.name))
+    )

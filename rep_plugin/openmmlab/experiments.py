@@ -28,8 +28,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mmengine.config import Config
+from torch import Tensor, nn
 
 from rep_plugin.checkpoints.files import check_writable, write_text
+from rep_plugin.depth.timing import call_of, deployed, time_in_turns
 from rep_plugin.errors import ArgumentError, TrainingError, did_you_mean
 from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.openmmlab.accuracy import main_metric
@@ -440,17 +442,64 @@ def costs_of(folder: Path) -> dict[str, Any]:
     Returns:
         ``input_shape``, and (params, macs) of ``trained``, ``deployed`` and ``pruned``, as far as there are.
     """
-    cfg = Config.fromfile(str(folder / "config.py"))
-    trained = build_model(cfg)
-    (images, _), *_ = labelled_batches(trained, cfg, 1)
-    costs: dict[str, Any] = {"input_shape": list(images[:1].shape)}
-    models = {"trained": trained}
-    for name, stem in {"deployed": "deploy", "pruned": "pruned"}.items():
-        if (folder / f"{stem}.pth").is_file():
-            models[name] = load_model(Config.fromfile(str(folder / f"{stem}.py")), str(folder / f"{stem}.pth"))[0]
+    trained, image = _trained(folder)
+    models = {"trained": trained, **_artefacts(folder)}
+    costs: dict[str, Any] = {"input_shape": list(image.shape)}
     for name, model in models.items():
-        costs[name] = {"params": count_params(model), "macs": count_macs(model, images[:1])}
+        costs[name] = {"params": count_params(model), "macs": count_macs(model, image)}
     return costs
+
+
+def _trained(folder: Path) -> tuple[nn.Module, Tensor]:
+    """Return the network that a run trains, with fresh weights, and an image (1, C, H, W) of its data."""
+    cfg = Config.fromfile(str(folder / "config.py"))
+    model = build_model(cfg)
+    (images, _), *_ = labelled_batches(model, cfg, 1)
+    return model, images[:1]
+
+
+def _artefacts(folder: Path) -> dict[str, nn.Module]:
+    """Return the networks that a run left, as anyone loads them: ``pruned`` and ``deployed``, as far as there are."""
+    return {
+        name: load_model(Config.fromfile(str(folder / f"{stem}.py")), str(folder / f"{stem}.pth"))[0]
+        for name, stem in {"pruned": "pruned", "deployed": "deploy"}.items()
+        if (folder / f"{stem}.pth").is_file()
+    }
+
+
+def time_rows(
+    experiments: ExperimentSet, work_dir: Path, records: Path, runtimes: Sequence[str] = ("onnxruntime", "openvino")
+) -> Path:
+    """Time what the rows of a set deploy, all in turns, on one thread, with one image, and write that beside the records.
+
+    Args:
+        experiments: the set.
+        work_dir: folder of all runs; the network of each row is that of its first seed.
+        records: folder of the records.
+        runtimes: any of ``eager``, ``onnxruntime``, ``openvino``.
+
+    Returns:
+        The file: ``milliseconds`` {runtime: {row: number}}.
+
+    Raises:
+        ArgumentError: no row is trained.
+        ExportError: a runtime cannot run a network.
+    """
+    models, image = {}, None
+    for run in runs_of(experiments, work_dir, seeds=1):
+        if run.done and not run.row.hidden:
+            trained, image = _trained(run.folder)
+            *_, last = [trained, *_artefacts(run.folder).values()]
+            models[run.row.name] = deployed(last, image)
+    if image is None:
+        raise ArgumentError(f"{work_dir} holds no finished run of {experiments.name}, expected one at least")
+    found = {}
+    for runtime in runtimes:
+        calls = {name: call_of(runtime, model, image, 1) for name, model in models.items()}
+        found[runtime] = {name: round(value, 4) for name, value in time_in_turns(calls, 1).items()}
+    path = records / f"{experiments.name}_latency.json"
+    write_text(path, json.dumps({**environment(), "threads": 1, "milliseconds": found}, indent=1))
+    return path
 
 
 def environment() -> dict[str, Any]:

@@ -8,6 +8,7 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
@@ -46,6 +47,33 @@ def read_records(folder: Path, name: str) -> Records:
         except (ValueError, KeyError, TypeError):
             raise ArgumentError(f"{path} is no record of a run, expected what rep-plugin experiments writes") from None
     return {row: sorted(runs, key=lambda run: run["seed"]) for row, runs in records.items()}
+
+
+Latency = Mapping[str, Mapping[str, float]]
+
+
+def read_latency(folder: Path, name: str) -> Latency:
+    """Return the milliseconds of a set's rows: {runtime: {row: number}}; nothing where they were not measured.
+
+    Args:
+        folder: of all records.
+        name: of the set.
+
+    Returns:
+        The numbers of ``NAME_latency.json``.
+
+    Raises:
+        ArgumentError: the file is no such record.
+    """
+    path = folder / f"{name}_latency.json"
+    if not path.is_file():
+        return {}
+    try:
+        return {runtime: dict(rows) for runtime, rows in json.loads(path.read_text())["milliseconds"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ArgumentError(
+            f"{path} is no record of latency, expected what rep-plugin experiments --time writes"
+        ) from None
 
 
 def score(record: Mapping[str, Any]) -> float:
@@ -100,14 +128,14 @@ def _difference(found: tuple[float, float | None] | None) -> str:
     return f"{mean:+.2f}" if half is None else f"{mean:+.2f} ± {half:.2f}"
 
 
-def _rows_of(experiments: ExperimentSet, records: Records) -> list[dict[str, str]]:
+def _rows_of(experiments: ExperimentSet, records: Records, latency: Latency) -> list[dict[str, str]]:
     """Return a table: of each row that has records the cell of each column. Without removals there is no such column."""
     cells = []
     for name in experiments.rows:
         if not (runs := records.get(name)):
             continue
         base = records.get(experiments.baseline or "", ())
-        final = next(value for key in ("pruned", "deployed", "trained") if (value := runs[0]["costs"].get(key)))
+        final = next(value for key in ("deployed", "pruned", "trained") if (value := runs[0]["costs"].get(key)))
         minutes = statistics.mean(sum(go["cpu"] for go in run["seconds"]) for run in runs) / 60
         removed = [run["rounds"][-1]["after"] for run in runs if run.get("rounds")]
         texts = (
@@ -120,7 +148,8 @@ def _rows_of(experiments: ExperimentSet, records: Records) -> list[dict[str, str
             f"{final['macs'] / 1e6:.2f} M",
             f"{minutes:.1f}",
         )
-        cells.append(dict(zip(COLUMNS, texts, strict=True)))
+        times = {f"ms, {runtime}": f"{rows[name]:.2f}" if name in rows else "" for runtime, rows in latency.items()}
+        cells.append(dict(zip(COLUMNS, texts, strict=True)) | times)
     empty = {"after removal"} if not any(row["after removal"] for row in cells) else set()
     return [{column: text for column, text in row.items() if column not in empty} for row in cells]
 
@@ -142,12 +171,13 @@ def _missing(experiments: ExperimentSet, records: Records) -> str:
     return f"Not complete: {rows}." if few else ""
 
 
-def table_of(experiments: ExperimentSet, records: Records) -> "Table":
+def table_of(experiments: ExperimentSet, records: Records, latency: Latency = MappingProxyType({})) -> "Table":
     """Return what the command prints.
 
     Args:
         experiments: the set.
         records: of its rows.
+        latency: of its rows, see :func:`read_latency`.
 
     Returns:
         The table.
@@ -155,7 +185,7 @@ def table_of(experiments: ExperimentSet, records: Records) -> "Table":
     from rich.table import Table
 
     table = Table(title=experiments.title, caption=_missing(experiments, records) or None)
-    headers, *rows = cells_of(experiments, records)
+    headers, *rows = cells_of(experiments, records, latency)
     for column in headers:
         table.add_column(column, justify="left" if column == COLUMNS[0] else "right")
     for cells in rows:
@@ -163,17 +193,18 @@ def table_of(experiments: ExperimentSet, records: Records) -> "Table":
     return table
 
 
-def cells_of(experiments: ExperimentSet, records: Records) -> list[list[str]]:
+def cells_of(experiments: ExperimentSet, records: Records, latency: Latency = MappingProxyType({})) -> list[list[str]]:
     """Return a table.
 
     Args:
         experiments: the set.
         records: of its rows.
+        latency: of its rows, see :func:`read_latency`.
 
     Returns:
         The headers, the baseline's name among them, and the cells of each row.
     """
-    rows = _rows_of(experiments, records)
+    rows = _rows_of(experiments, records, latency)
     named = {"difference": f"against {experiments.baseline}, 95 %"} if experiments.baseline else {}
     return [
         [named.get(column, column) for column in (rows[0] if rows else COLUMNS)],
@@ -194,12 +225,13 @@ def markdown_of(cells: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def page_of(experiments: ExperimentSet, records: Records) -> str:
+def page_of(experiments: ExperimentSet, records: Records, latency: Latency = MappingProxyType({})) -> str:
     """Return the page of a set: the table, the claims, how it was measured.
 
     Args:
         experiments: the set.
         records: of its rows.
+        latency: of its rows, see :func:`read_latency`.
 
     Returns:
         The page, in Markdown.
@@ -217,9 +249,10 @@ def page_of(experiments: ExperimentSet, records: Records) -> str:
         f"Numbers are {first['main_metric']} of the last validation, means over the seeds and their standard deviation.",
         "Differences are paired by seed, with a 95 % interval.",
         "Costs are those of the network that is deployed, for one image.",
+        *(["Milliseconds are for one image, on one thread, all rows in turns."] if latency else []),
         *(["A row with one seed screens: no conclusion is drawn from it alone."] if screens else []),
         "",
-        markdown_of(cells_of(experiments, records)),
+        markdown_of(cells_of(experiments, records, latency)),
         "",
         *(f"- {_verdict(claim, records)}" for claim in experiments.claims),
         *([""] if experiments.claims else []),

@@ -18,6 +18,7 @@ from rep_plugin.openmmlab.experiments import (
     read_set,
     run_experiments,
     runs_of,
+    time_rows,
     train_all,
 )
 from tests.helpers import ROOT
@@ -66,6 +67,13 @@ def test_a_set_is_trained_in_several_goes_and_recorded(tiny, tmp_path, capsys):
     main([*words, "--seeds", "1", "--cfg-options", "train_cfg.max_epochs=2"])
     assert "training:" not in capsys.readouterr().out
     assert before == {path: path.read_bytes() for path in (tmp_path / "records").rglob("*.json")}
+    with pytest.raises(ArgumentError, match="nowhere holds no finished run of tiny_set, expected one at least"):
+        time_rows(read_set(tiny), tmp_path / "nowhere", tmp_path)
+    main([*words, "--show", "--time"])
+    assert "ms, openvino" in capsys.readouterr().out
+    latency = results.read_latency(tmp_path / "records", "tiny_set")
+    assert latency.keys() == {"onnxruntime", "openvino"}
+    assert all(rows.keys() == {"pruned", "scratch"} and min(rows.values()) > 0 for rows in latency.values())
     main([*words, "--show"])
     assert "scratch (1 of 2 seeds)" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(SystemExit, match="holds a run of another config"):
@@ -226,6 +234,20 @@ def test_a_claim_holds_or_does_not(b, by, word):
     page = results.page_of(ExperimentSet("set", "A title", rows, 3, "b", [claim]), found)
     assert f"a is better (the paper): {'' if not b else 'measured '}" in page and word in page
     assert "| a | 3.00 ± 0.10 | 3.00 3.10 2.90 |" in page and "| 1,000 | 2.00 M | 1.0 |" in page
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"milliseconds": 3}'])
+def test_a_file_that_is_no_record_of_latency_is_named(text, tmp_path):
+    (tmp_path / "set_latency.json").write_text(text)
+    with pytest.raises(ArgumentError, match="set_latency.json is no record of latency"):
+        results.read_latency(tmp_path, "set")
+
+
+def test_a_table_has_milliseconds_where_they_were_measured():
+    found = records(a=[3.0], b=[1.0])
+    experiments = ExperimentSet("set", "A title", {name: Row(name, "config") for name in found})
+    page = results.page_of(experiments, found, {"openvino": {"a": 0.126}})
+    assert "| ms, openvino |" in page and "| 1.0 | 0.13 |" in page and "Milliseconds are for one image" in page
 
 
 def test_a_file_that_is_no_record_is_named(tmp_path):
