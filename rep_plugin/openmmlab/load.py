@@ -308,6 +308,26 @@ def labelled_batches(model: nn.Module, cfg: Config, count: int, batch_size: int 
         raise ArgumentError("labelled images are needed: the config has no val_dataloader")
     with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmpretrain")), config_errors():
         loader = Runner.build_dataloader(cfg.val_dataloader)
+    found = take_batches(model, loader, count, batch_size)
+    if any(labels is None for _, labels in found):
+        raise ArgumentError("one label for each image is needed: the images of val_dataloader have none, or several")
+    return found
+
+
+def take_batches(
+    model: nn.Module, loader: DataLoader, count: int, batch_size: int = 32
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Take images of a loader's data set, evenly spread, preprocessed as the model sees them, with their labels.
+
+    Args:
+        model: the model.
+        loader: the dataloader.
+        count: how many images at most.
+        batch_size: images of a batch.
+
+    Returns:
+        Batches of images (N, C, H, W) and labels (N,); None where an image has no label, or several.
+    """
     chosen = range(0, len(loader.dataset), max(1, len(loader.dataset) // count))[:count]
     batches = []
     for first in range(0, len(chosen), batch_size):
@@ -315,11 +335,8 @@ def labelled_batches(model: nn.Module, cfg: Config, count: int, batch_size: int 
         with torch.no_grad():
             data = model.data_preprocessor(samples, False)
         labels = [getattr(sample, "gt_label", None) for sample in data["data_samples"]]
-        if any(label is None or label.numel() != 1 for label in labels):
-            raise ArgumentError(
-                "one label for each image is needed: the images of val_dataloader have none, or several"
-            )
-        batches.append((data["inputs"], torch.tensor([int(label) for label in labels])))
+        single = all(label is not None and label.numel() == 1 for label in labels)
+        batches.append((data["inputs"], torch.tensor([int(label) for label in labels]) if single else None))
     return batches
 
 

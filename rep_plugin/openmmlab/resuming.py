@@ -21,7 +21,7 @@ from rep_plugin.openmmlab.origin import changed_in_training, explain_misfit
 
 OPTIMIZER = {"state": dict, "param_groups": list[dict]}
 # Hooks that leave the network as the config builds it until training begins.
-LEAVING = {"AccuracyLrHook", "CentripetalHook", "DistillHook", "ReparamHook", "SparsityHook"}
+LEAVING = {"AccuracyLrHook", "CentripetalHook", "DistillHook", "QATHook", "ReparamHook", "SparsityHook"}
 OF_A_PARAMETER = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_avg")
 
 

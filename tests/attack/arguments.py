@@ -457,6 +457,9 @@ CALLS: dict[str, Callable[[Path], Call]] = {
         rep_plugin.export_onnx,
         dict(model=net(), path=f / "net.onnx", example_input=x(), runtimes=["onnxruntime"], rounds=0),
     ),
+    "rep_plugin.export.FakeQuantization": lambda f: Call(
+        rep_plugin.export.FakeQuantization, dict(model=net()), lambda rounding: rounding.attach(net())
+    ),
     "rep_plugin.export.equalize": lambda f: Call(
         rep_plugin.export.equalize,
         dict(model=nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval(), example_input=x()),
@@ -667,6 +670,7 @@ CALLS: dict[str, Callable[[Path], Call]] = {
     ),
     "rep_plugin.openmmlab.hooks.LinearizeHook": training("LinearizeHook", end=1),
     "rep_plugin.openmmlab.hooks.PruneHook": training("PruneHook", macs=0.7, begin=1, overrides={"*.conv2": 0.5}),
+    "rep_plugin.openmmlab.hooks.QATHook": training("QATHook", layers=False, min_agreement=0.0),
     "rep_plugin.openmmlab.hooks.ReparamHook": training("ReparamHook"),
     "rep_plugin.openmmlab.hooks.ResRepHook": training("ResRepHook", macs=0.7, interval=2),
     "rep_plugin.openmmlab.hooks.SoftPruneHook": training("SoftPruneHook", macs=0.7),

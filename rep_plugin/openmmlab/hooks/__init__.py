@@ -5,6 +5,7 @@ from rep_plugin.openmmlab.hooks.centripetal_hook import CentripetalHook
 from rep_plugin.openmmlab.hooks.distill_hook import DistillHook
 from rep_plugin.openmmlab.hooks.linearize_hook import LinearizeHook
 from rep_plugin.openmmlab.hooks.prune_hook import PruneHook
+from rep_plugin.openmmlab.hooks.qat_hook import QATHook
 from rep_plugin.openmmlab.hooks.reparam_hook import ReparamHook
 from rep_plugin.openmmlab.hooks.resrep_hook import ResRepHook
 from rep_plugin.openmmlab.hooks.schedule import Schedule
@@ -17,6 +18,7 @@ __all__ = [
     "DistillHook",
     "LinearizeHook",
     "PruneHook",
+    "QATHook",
     "ReparamHook",
     "ResRepHook",
     "Schedule",

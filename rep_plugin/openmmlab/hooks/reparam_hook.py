@@ -23,6 +23,7 @@ from rep_plugin.openmmlab.hooks.runner_utils import (
     log_advice,
     plain_model,
     rehearsal,
+    was_over,
 )
 from rep_plugin.openmmlab.load import build_model, real_inputs
 from rep_plugin.pruning.planning.plan import compose_plans
@@ -73,17 +74,10 @@ class ReparamHook(Hook):
             merged, deployed, _ = deployed_form(model, _config_of(runner), images_of(runner, 2), verify=False)
             require_fit(build_model(deployed), merged.state_dict(), "the merged model")
 
-    def _is_done(self, runner: Runner) -> bool:
-        """Whether a finished training was resumed whose deployed model was written after its last checkpoint."""
-        deployed, source = Path(self.out_dir or runner.work_dir) / "deploy.pth", Path(str(runner._load_from))
-        if not runner._resume or runner.iter != self._begun or not (deployed.is_file() and source.is_file()):
-            return False
-        return deployed.stat().st_mtime >= source.stat().st_mtime
-
     def after_train(self, runner: Runner) -> None:
         if not is_main_process():
             return
-        if self._is_done(runner):
+        if was_over(runner, self._begun, Path(self.out_dir or runner.work_dir) / "deploy.pth"):
             runner.logger.info("ReparamHook: training was over before, its deployed model stays as it is")
             return
         model = final_model(runner)

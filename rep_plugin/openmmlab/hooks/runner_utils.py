@@ -127,6 +127,23 @@ def check_out_dir(runner: Runner, out_dir: str | None) -> None:
         check_writable(Path(out_dir or runner.work_dir))
 
 
+def was_over(runner: Runner, begun: int, file: Path) -> bool:
+    """Whether a finished training was resumed whose last file was written after its last checkpoint.
+
+    Args:
+        runner: Of the training.
+        begun: Its iteration before this training's first step.
+        file: What a training ends with.
+
+    Returns:
+        True where nothing is to be written.
+    """
+    source = Path(str(runner._load_from))
+    if not runner._resume or runner.iter != begun or not (file.is_file() and source.is_file()):
+        return False
+    return file.stat().st_mtime >= source.stat().st_mtime
+
+
 def copy_to_rehearse(runner: Runner) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
     """Return copies of the model and its optimizers, to try on what will be done to them.
 

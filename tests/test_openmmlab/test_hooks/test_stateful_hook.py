@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from rep_plugin.openmmlab.hooks import AccuracyLrHook, CentripetalHook, DistillHook, SoftPruneHook
+from rep_plugin.openmmlab.hooks import AccuracyLrHook, CentripetalHook, DistillHook, QATHook, SoftPruneHook
 from rep_plugin.pruning import plan_pruning
 from rep_plugin.pruning.methods.clusters import plan_clusters
 from rep_plugin.pruning.planning import Budget
@@ -28,6 +28,7 @@ CASES = {
         lambda: CentripetalHook(macs=0.5),
         lambda: plan_clusters(NET, SHAPE, Budget(prune_fraction=0.5)).to_json(),
     ),
+    "rep_qat": (QATHook, lambda: json.dumps({"ranges": {"conv": [-0.10000000149011612, 6.0]}})),
     "soft_prune": (
         lambda: SoftPruneHook(0.5),
         lambda: json.dumps({"zeroings": [{"epoch": 1}], "plan": plan_pruning(NET, SHAPE, "l1", 0.5).to_json()}),

@@ -6,8 +6,8 @@ BUILD = """
 from mmengine.registry import HOOKS
 ARGUMENTS = dict(
     AccuracyLrHook=dict(thresholds=[80]), CentripetalHook=dict(macs=0.5), DistillHook=dict(), LinearizeHook=dict(end=2),
-    PruneHook=dict(macs=0.5), ReparamHook=dict(), ResRepHook=dict(macs=0.5), SoftPruneHook=dict(prune_fraction=0.5),
-    SparsityHook=dict(),
+    PruneHook=dict(macs=0.5), QATHook=dict(), ReparamHook=dict(), ResRepHook=dict(macs=0.5),
+    SoftPruneHook=dict(prune_fraction=0.5), SparsityHook=dict(),
 )
 built = [type(HOOKS.build(dict(type=f"rep_plugin.{name}", **rest))).__name__ for name, rest in ARGUMENTS.items()]
 import rep_plugin.openmmlab.hooks as room
