@@ -1,6 +1,7 @@
 """Plan which layers of a trained checkpoint become one: depth_plan.json, and depth_plan.png with all budgets.
 
 rep-plugin depth CONFIG CHECKPOINT --latency 0.8 --runtime onnxruntime     # of the time it takes on this machine
+rep-plugin depth CONFIG CHECKPOINT --latency 0.8 --record scores.json      # ended, it goes on from there
 rep-plugin depth CONFIG CHECKPOINT --macs 0.7 --no-real-data --shape 3 224 224
 rep-plugin depth CONFIG --write-table table.json --runtime onnxruntime     # on another machine; no checkpoint, no data
 rep-plugin depth CONFIG CHECKPOINT --latency-ms 4 --table table.json       # and here, with its times
@@ -23,7 +24,17 @@ OUTPUTS = ("depth_plan.json", "depth_plan.png")
 RUNTIMES = ("eager", "onnxruntime", "openvino")
 ACTIVATIONS = ("relu", "relu6", "hardswish", "silu", "gelu")
 JUDGE_BATCHES = 4
-OF_PLANS = ("table", "act_after", "no_accuracy", "judge_batches", "no_real_data", "out_dir", "overwrite")
+OF_PLANS = (
+    "table",
+    "act_after",
+    "skip",
+    "record",
+    "no_accuracy",
+    "judge_batches",
+    "no_real_data",
+    "out_dir",
+    "overwrite",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=lambda text: count(text, 1024), metavar="N", help="of the runtime; default: 1"
     )
     parser.add_argument("--act-after", choices=ACTIVATIONS, help="activation behind each merged block; default: none")
+    parser.add_argument("--skip", action="store_true", help="residual blocks may go whole, too")
+    parser.add_argument(
+        "--record", metavar="FILE", help="keep what each segment costs there, as soon as it is known, and go on from it"
+    )
     parser.add_argument(
         "--no-accuracy",
         action="store_true",
@@ -64,8 +79,12 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what would be ignored, and a plan without weights."""
     measured = args.latency is not None or args.latency_ms is not None
     against = [("macs", ("table", "runtime", "threads"))] if not measured else []
-    against += [("write_table", OF_PLANS), ("table", ("runtime", "threads")), ("no_accuracy", ("judge_batches",))]
-    against.append(("no_real_data", ("no_accuracy", "judge_batches")))
+    against += [
+        ("write_table", OF_PLANS),
+        ("table", ("runtime", "threads")),
+        ("no_accuracy", ("judge_batches", "record")),
+    ]
+    against.append(("no_real_data", ("no_accuracy", "judge_batches", "record")))
     for name, others in against:
         for other in others if getattr(args, name) not in (None, False) else ():
             if getattr(args, other) not in (None, False):
@@ -140,12 +159,15 @@ def _plan(args: argparse.Namespace) -> None:
     import torch
     from rich.console import Console
 
-    from rep_plugin.checkpoints.files import write_together
+    from rep_plugin.checkpoints.files import check_writable, write_together
     from rep_plugin.depth import read_latency_table
     from rep_plugin.openmmlab.accuracy import plan_by_validation
     from rep_plugin.openmmlab.cli import open_trained, output_folder
 
-    out_dir = output_folder(args, OUTPUTS, (args.table,))
+    known = args.record if args.record and Path(args.record).exists() else None
+    out_dir = output_folder(args, OUTPUTS, (args.table, known))
+    if args.record:
+        check_writable(Path(args.record).resolve().parent)
     if args.table:
         read_latency_table(args.table)  # what is wrong with it is said before the model is built
     trained = open_trained(args.config, args.checkpoint, args.cfg_options, not args.no_real_data)
@@ -154,6 +176,7 @@ def _plan(args: argparse.Namespace) -> None:
     plan = plan_by_validation(
         trained, image, batches, latency=args.latency, latency_ms=args.latency_ms, macs=args.macs, act_after=args.act_after,
         runtime=args.runtime or RUNTIMES[0], threads=args.threads or 1, latency_table=args.table,
+        skip=args.skip, record=args.record,
     )  # fmt: skip
     write_together(out_dir, dict(zip(OUTPUTS, (plan.to_json, plan.plot))))
     console = Console()

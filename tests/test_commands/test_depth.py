@@ -73,6 +73,28 @@ def test_validation_judges_and_the_plan_trains(folder, capsys):
     assert test_linearize_hook.logged(runner)[-1] == 1
 
 
+def test_a_record_keeps_the_scores_and_blocks_may_go_whole(folder, monkeypatch):
+    words = [
+        "depth",
+        *TINY,
+        "--macs",
+        "0.6",
+        "--judge-batches",
+        "1",
+        "--record",
+        "scores.json",
+        "--skip",
+        "--overwrite",
+    ]
+    main(words)
+    plan, scores = (folder / name for name in ("depth_plan.json", "scores.json"))
+    assert any(segment.skip for segment in rep_plugin.DepthPlan.from_json(plan).segments)
+    before = scores.read_text(), plan.read_text()
+    monkeypatch.setattr("rep_plugin.depth.planner.score_of", None)  # all that it would be called for is known
+    main(words)
+    assert (scores.read_text(), plan.read_text()) == before
+
+
 def test_a_judge_sees_batches_spread_over_the_set_and_leaves_the_evaluator_empty(folder, monkeypatch):
     model, cfg = load_model(Config.fromfile("config.py"), "epoch_1.pth")[0], Config.fromfile("config.py")
     loader = Runner.build_dataloader(cfg.val_dataloader)
@@ -151,6 +173,9 @@ WRONG = {
     "--table does not go with --macs": ["--macs", 0.5, "--table", "table.json"],
     "--runtime does not go with --macs": ["--macs", 0.5, "--runtime", "eager"],
     "--threads does not go with --table": ["--latency", 0.5, "--table", "t.json", "--threads", 2],
+    "--skip does not go with --write-table": ["--write-table", "t.json", "--skip"],
+    "--record does not go with --no-accuracy": ["--macs", 0.5, "--no-accuracy", "--record", "r.json"],
+    "error: list.json: missing or unknown list": ["--macs", 0.5, "--record", "list.json"],
     "--act-after does not go with --write-table": ["--write-table", "t.json", "--act-after", "relu"],
     "--judge-batches does not go with --no-accuracy": ["--macs", 0.5, "--no-accuracy", "--judge-batches", 2],
     "invalid choice: 'onnxruntme', did you mean 'onnxruntime'": ["--latency", 0.5, "--runtime", "onnxruntme"],

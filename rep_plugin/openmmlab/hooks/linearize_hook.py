@@ -84,6 +84,7 @@ class LinearizeHook(StatefulHook):
         runtime: Where it is measured: ``eager``, ``onnxruntime`` or ``openvino``.
         judge_batches: Validation batches, spread over the set, that judge each segment; 0: the outputs alone judge.
         act_after: Activation that is annealed in behind each segment that is a block's output; default: the plan's.
+        skip: With ``latency``: residual blocks may go whole, too.
 
     Raises:
         ArgumentError: An argument is out of its range, or the plan is of another model.
@@ -109,15 +110,19 @@ class LinearizeHook(StatefulHook):
         runtime: Runtime = EAGER,
         judge_batches: Annotated[int, In("[0, inf)")] = 4,
         act_after: Annotated[str, OneOf(FUNCTIONS)] | None = None,
+        skip: bool = False,
     ):
         self.schedule = Schedule(begin, end, by_epoch=by_epoch)
         if end is None or begin == end:
             raise ArgumentError(f"LinearizeHook needs 0 <= begin < end, got begin={begin}, end={end}")
         if plan is not None and latency is not None:
             raise ArgumentError("give at most one of plan and latency")
+        if skip and latency is None:
+            raise ArgumentError("skip of LinearizeHook needs latency: a plan says itself what goes whole")
         self.measure_batches, self._curve = measure_batches, SCHEDULES[schedule]
         self.plan = None if plan is None else as_depth_plan(plan)
         self.latency, self.runtime, self.judge_batches, self.act_after = latency, runtime, judge_batches, act_after
+        self.skip = skip
         self._done: dict | None = None  # the step, once it is made
         self._is_registered = False
         self._due = self.schedule  # in iterations, once there is a training
@@ -208,7 +213,7 @@ class LinearizeHook(StatefulHook):
             try:
                 plan = plan_depth(
                     copied.cpu(), images_of(runner, 1).cpu(), judge, latency=self.latency, runtime=self.runtime,
-                    calibration=images.cpu(), act_after=self.act_after,
+                    calibration=images.cpu(), act_after=self.act_after, skip=self.skip,
                 )  # fmt: skip
             except RepPluginError as error:
                 failure = first_line(error)

@@ -225,6 +225,8 @@ def test_what_was_pruned_first_is_linearized_and_deployed(tmp_path):
 
 
 def test_refusals_are_one_line(tmp_path, monkeypatch, plan):
+    with pytest.raises(ArgumentError, match="skip of LinearizeHook needs latency"):
+        LinearizeHook(end=1, skip=True)
     with pytest.raises(ArgumentError, match="at most one of plan and latency"):
         LinearizeHook(end=2, plan=str(plan), latency=0.5)
     with pytest.raises(FileNotFoundError):
