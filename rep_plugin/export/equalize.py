@@ -7,6 +7,7 @@ multiplied by s (Nagel et al., ICCV 2019, section 4.1). Here s is a power of two
 import time
 from collections import Counter, OrderedDict
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,24 +29,54 @@ from rep_plugin.reparam.fx_parts import trace_parts
 from rep_plugin.reparam.runs import ACT, CONV, Element, find_runs
 
 HOMOGENEOUS = {"ReLU", "LeakyReLU", "Identity"}  # act(s x) = s act(x) for s > 0
+BOUNDED = {"ReLU6": 6.0}  # these as well, where the bound is scaled too
 SWEEPS = 5  # over chains of several convolutions
 TOLERANCE = 1e-9
+
+
+class BoundedReLU(nn.Module):
+    """ReLU with an upper bound for each channel: what ReLU6 becomes between layers that are scaled.
+
+    Args:
+        bound: of each channel, (C,).
+    """
+
+    def __init__(self, bound: Tensor):
+        super().__init__()
+        self.register_buffer("bound", bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.minimum(torch.relu(x), self.bound.view(-1, 1, 1))
+
+
+class _Pair(NamedTuple):
+    """Names of two convolutions, and of the bounded activations between them."""
+
+    first: str
+    second: str
+    bounded: tuple[str, ...]
 
 
 @checked
 @takes_examples
 @working("equalizing")
 @private_random()
-def equalize(model: nn.Module, example_input: Example | None = None, inplace: bool = False) -> tuple[nn.Module, Report]:
+def equalize(
+    model: nn.Module, example_input: Example | None = None, inplace: bool = False, bounds: bool = False
+) -> tuple[nn.Module, Report]:
     """Even out the channels of convolutions with a ReLU between them; return the same function, proven, and a report.
 
     The widest weight of a channel and of what reads it become alike, up to a factor of two. Layers with a BN between them are
-    left: merge first. So are layers around an activation with a bound (ReLU6, Hardswish): scaled, it would be another one.
+    left: merge first. So are layers around other activations (Hardswish, SiLU): scaled, they would be others.
+
+    Around ReLU6 it is the same function where the bound is scaled as well, to one for each channel. For files of ONNX Runtime
+    that is no gain, as int8 has no such clip: it is done with ``bounds`` alone.
 
     Args:
         model: a merged model in eval mode; it stays as it was where an error is raised.
         example_input: images (N, C, H, W) for the proof; or a tuple or a dict of all that the model is called with.
         inplace: work on the given model, not on a copy.
+        bounds: around ReLU6 too, which becomes a :class:`BoundedReLU`.
 
     Returns:
         The model and the report: a block for each pair.
@@ -66,13 +97,13 @@ def equalize(model: nn.Module, example_input: Example | None = None, inplace: bo
     require_bare(model)
     require_eval_mode(model)
     inputs = default_inputs(model, example_input)
-    pairs, notes = _pairs_of(model)
+    pairs, notes = _pairs_of(model, bounds)
     if not pairs:
         raise NothingToMergeError(f"{type(model).__name__} holds no two layers that can be equalised", notes)
     report = Report(
         "equalize", count_params(model), count_params(model), input_shape=tuple(inputs[0].shape), notes=notes
     )
-    report.blocks = [BlockReport(f"{first}, {second}", "equalised") for first, second in pairs]
+    report.blocks = [BlockReport(f"{pair.first}, {pair.second}", "equalised") for pair in pairs]
     exact = copy_model(model).double()
     _equalize_(exact, pairs)
     report.add_proof(verify_equivalence(model, exact, inputs, (), TOLERANCE))
@@ -83,9 +114,9 @@ def equalize(model: nn.Module, example_input: Example | None = None, inplace: bo
     return done, report
 
 
-def _pairs_of(model: nn.Module) -> tuple[list[tuple[str, str]], list[str]]:
+def _pairs_of(model: nn.Module, bounds: bool) -> tuple[list[_Pair], list[str]]:
     """Names of convolutions that follow each other with nothing, or a homogeneous activation, between them."""
-    pairs: list[tuple[str, str]] = []
+    pairs: list[_Pair] = []
     left: Counter[str] = Counter()
     fixed, opened = find_fixed(model), _opened(model)
     for part in trace_parts(opened, nn.Conv2d)[0]:
@@ -93,11 +124,12 @@ def _pairs_of(model: nn.Module) -> tuple[list[tuple[str, str]], list[str]]:
             places = [index for index, element in enumerate(run.elements) if element.kind == CONV]
             for first, second in pairwise(places):
                 one, other, between = run.elements[first], run.elements[second], run.elements[first + 1 : second]
-                why = _why_not(between)
-                for element in (one, other):
+                why = _why_not(between, bounds)
+                bounded = [element for element in between if type(element.module).__name__ in BOUNDED]
+                for element in (one, other, *bounded):
                     why = why or fixed.why_not_folded(element.name, lambda name: True, removed=False)
                 if why is None:
-                    pairs.append((one.name, other.name))
+                    pairs.append(_Pair(one.name, other.name, tuple(element.name for element in bounded)))
                 else:
                     left[why] += 1
     return pairs, [
@@ -115,21 +147,28 @@ def _opened(model: nn.Module) -> nn.Module:
     return whole["model"]
 
 
-def _why_not(between: list[Element]) -> str | None:
+def _why_not(between: list[Element], bounds: bool) -> str | None:
     for element in between:
         kind = type(element.module).__name__
         if element.kind != ACT:
             return f"a {kind} stands between them" if element.module is not None else "a sum stands between them"
-        if kind not in HOMOGENEOUS:
+        if kind in BOUNDED and not bounds:
+            return f"{kind} between them needs a bound for each channel, with which int8 is slower and less exact: bounds=True"
+        if kind not in HOMOGENEOUS and kind not in BOUNDED:
             return f"{kind} between them is another function when it is scaled"
     return None
 
 
 @torch.no_grad()
-def _equalize_(model: nn.Module, pairs: list[tuple[str, str]]) -> None:
+def _equalize_(model: nn.Module, pairs: list[_Pair]) -> None:
+    for pair in pairs:
+        weight = model.get_submodule(pair.first).weight
+        for name in pair.bounded:
+            bound = BOUNDED[type(model.get_submodule(name)).__name__]
+            model.set_submodule(name, BoundedReLU(weight.new_full((len(weight),), bound)).eval())
     for _ in range(SWEEPS):
-        for names in pairs:
-            first, second = (model.get_submodule(name) for name in names)
+        for pair in pairs:
+            first, second = (model.get_submodule(name) for name in (pair.first, pair.second))
             one, other = first.weight.flatten(1).abs().amax(1), _widest_read(second)
             alive = (one > 0) & (other > 0)
             scale = torch.where(alive, torch.exp2((0.5 * torch.log2(one / other)).round()), torch.ones_like(one))
@@ -137,6 +176,8 @@ def _equalize_(model: nn.Module, pairs: list[tuple[str, str]]) -> None:
             if first.bias is not None:
                 first.bias /= scale
             second.weight *= _as_read(second, scale)
+            for name in pair.bounded:
+                model.get_submodule(name).bound /= scale
 
 
 def _widest_read(conv: nn.Module) -> Tensor:
