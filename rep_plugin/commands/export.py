@@ -6,7 +6,7 @@ rep-plugin export local-dir:FOLDER OUT.onnx --images FOLDER    # what save_timm 
 rep-plugin export CONFIG CHECKPOINT OUT.onnx --int8            # quantised, judged on images that it has not seen
 
 Branches are merged first, and the outputs are logits, without softmax. A config's validation images are compared, or
-those of --images; a timm model without --images is compared on random ones. The report is written to OUT.onnx.json as well.
+those of --images; a timm model without --images is compared on random ones. The report is written to OUT.onnx.json and .html.
 """
 
 import argparse
@@ -139,4 +139,4 @@ def run(args: argparse.Namespace) -> None:
     else:
         report = from_timm(args)
     report.print()
-    print_written([args.files[-1], f"{args.files[-1]}.json"])
+    print_written([args.files[-1], *(f"{args.files[-1]}.{kind}" for kind in ("json", "html"))])

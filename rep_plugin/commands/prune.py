@@ -1,4 +1,4 @@
-"""Prune a trained checkpoint: pruned.pth, pruned.py, the plan, the report and a plot of the widths.
+"""Prune a trained checkpoint: pruned.pth, pruned.py, the plan, the report (JSON, HTML) and a plot of the widths.
 
 rep-plugin prune CONFIG CHECKPOINT --fraction 0.3
 rep-plugin prune CONFIG CHECKPOINT --macs 0.5 --round-to 8 --scores l1
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rep_plugin.pruning import PrunePlan
 
 HELP = "remove channels of a trained checkpoint"
-OUTPUTS = ("pruned.pth", "pruned.py", "pruned.plan.json", "pruned.json", "pruned.png")
+OUTPUTS = ("pruned.pth", "pruned.py", "pruned.plan.json", "pruned.json", "pruned.html", "pruned.png")
 SCORES = ("bn_gamma", "l1", "l2", "fpgm", "taylor", "random")
 TAYLOR_IMAGES = 256
 

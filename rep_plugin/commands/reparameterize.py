@@ -1,4 +1,4 @@
-"""Merge a trained checkpoint into its deployed form: deploy.pth, deploy.py and deploy.json, the report.
+"""Merge a trained checkpoint into its deployed form: deploy.pth, deploy.py, and the report: deploy.json, deploy.html.
 
 rep-plugin reparameterize CONFIG CHECKPOINT
 rep-plugin reparameterize CONFIG CHECKPOINT --no-real-data --out-dir deployed
@@ -11,7 +11,7 @@ from rep_plugin.commands.written import print_written
 from rep_plugin.optional import require
 
 HELP = "merge a trained checkpoint into its deployed form"
-OUTPUTS = ("deploy.pth", "deploy.py", "deploy.json")
+OUTPUTS = ("deploy.pth", "deploy.py", "deploy.json", "deploy.html")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

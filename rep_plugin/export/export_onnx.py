@@ -96,7 +96,7 @@ def export_onnx(
         runtimes: where to run the file, of ``onnxruntime`` and ``openvino``.
         tolerance: largest allowed difference, relative to the largest value of each output.
         rounds: how often a call on one image is timed, with as many threads as torch has; 0: not timed.
-        with_report: write the report to ``path`` + ``.json`` as well, both files together or none.
+        with_report: write the report to ``path`` + ``.json`` and ``.html`` as well, all files together or none.
         notes: sentences for the report, after its own.
 
     Returns:
@@ -221,7 +221,7 @@ def export_onnx(
     report.seconds = time.perf_counter() - started
     report.notes += notes
     if with_report:
-        write_contents(path.parent, {path.name: data, f"{path.name}.json": f"{report.to_json()}\n".encode()})
+        write_contents(path.parent, {path.name: data, **report.files(path.name)})
     else:
         write_atomic(path, lambda file: file.write(data))
     return report

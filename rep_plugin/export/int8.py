@@ -89,7 +89,7 @@ def export_int8(
         layers: measure for each layer what the outputs gain where it alone stays in float.
         rounds: how often a call on one image is timed, on one thread; 0: not timed.
         class_names, preprocessing: as for :func:`rep_plugin.export_onnx`.
-        with_report: write the report to ``path`` + ``.json`` as well, both files together or none.
+        with_report: write the report to ``path`` + ``.json`` and ``.html`` as well, all files together or none.
         notes: sentences for the report, after its own.
 
     Returns:
@@ -183,7 +183,7 @@ def export_int8(
             report.milliseconds_float, report.milliseconds = judge.time(data, rounds)
     report.seconds = time.perf_counter() - started
     if with_report:
-        write_contents(path.parent, {path.name: data, f"{path.name}.json": f"{report.to_json()}\n".encode()})
+        write_contents(path.parent, {path.name: data, **report.files(path.name)})
     else:
         write_atomic(path, lambda file: file.write(data))
     return report

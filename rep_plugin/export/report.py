@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 from rep_plugin.measure.report import Report
 
 if TYPE_CHECKING:  # imported where something is printed
-    from rich.console import Console
     from rich.table import Table
 
 
@@ -95,15 +94,9 @@ class ExportReport(Report):
             table.add_row(f"{one.name} {one.version}", *errors, _milliseconds(one.milliseconds))
         return table
 
-    def print(self, console: "Console | None" = None) -> None:
-        """Print both tables and the notes."""
-        from rich.console import Console
-
-        console = console or Console()
-        console.print(self.table())
-        console.print(self.runtimes_table())
-        for note in self.notes:
-            console.print(f"note: {note}", markup=False)
+    def tables(self) -> "list[Table]":
+        """Return both rich tables."""
+        return [self.table(), self.runtimes_table()]
 
 
 @dataclass
@@ -226,16 +219,9 @@ class Int8Report(Report):
             table.add_row(Text(layer.name), f"{layer.gain:+.2f}", f"{layer.largest:.3g}", f"{layer.spread:.3g}")
         return table
 
-    def print(self, console: "Console | None" = None) -> None:
-        """Print the tables and the notes."""
-        from rich.console import Console
-
-        console = console or Console()
-        console.print(self.table())
-        if self.layers:
-            console.print(self.layers_table())
-        for note in self.notes:
-            console.print(f"note: {note}", markup=False)
+    def tables(self) -> "list[Table]":
+        """Return float against int8, and the layers that cost most."""
+        return [self.table(), *([self.layers_table()] if self.layers else [])]
 
 
 def _milliseconds(value: float | None) -> str:

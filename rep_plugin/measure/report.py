@@ -10,6 +10,7 @@ from rep_plugin.checkpoints.files import write_text
 from rep_plugin.measure.verify import Equivalence
 
 if TYPE_CHECKING:  # imported where something is printed
+    from matplotlib.figure import Figure
     from rich.console import Console
     from rich.table import Table
 
@@ -94,6 +95,57 @@ class Report:
             write_text(path, text)
         return text
 
+    @checked
+    def to_html(self, path: str | Path | None = None) -> str:
+        """Return the report as one HTML page that holds everything, and write it to ``path`` where one is given.
+
+        Args:
+            path: the file, written whole or not at all.
+
+        Returns:
+            The page: what :meth:`print` prints, the error of each block, and plots.
+
+        Example:
+            >>> Report("reparameterize", params_before=10, params_after=4).to_html().count("<table>")
+            1
+        """
+        from rep_plugin.measure.html import page_of
+
+        text = page_of(self.action, [*self.tables(), *self.details()], self.notes, self.figures())
+        if path is not None:
+            write_text(path, text)
+        return text
+
+    def files(self, stem: str) -> dict[str, bytes]:
+        """Return the files ``STEM.json`` and ``STEM.html``: name -> contents.
+
+        Args:
+            stem: of their names.
+        """
+        return {f"{stem}.json": f"{self.to_json()}\n".encode(), f"{stem}.html": f"{self.to_html()}\n".encode()}
+
+    def tables(self) -> "list[Table]":
+        """Return all rich tables that are printed."""
+        return [self.table()]
+
+    def details(self) -> "list[Table]":
+        """Return the rich tables that are too long to be printed: the error of each block."""
+        from rich.table import Table
+
+        if not self.blocks:
+            return []
+        table = Table(title="blocks")
+        for column in ("block", "what it was", "max absolute error", "max relative error"):
+            table.add_column(column, justify="left" if column in ("block", "what it was") else "right")
+        for block in self.blocks:
+            errors = (block.max_abs_error, block.max_rel_error)
+            table.add_row(block.name, block.kind, *("" if value is None else f"{value:.2e}" for value in errors))
+        return [table]
+
+    def figures(self) -> "list[Figure]":
+        """Return the plots of :meth:`to_html`."""
+        return []
+
     def _costs(self, title: str) -> "Table":
         from rich.table import Table
 
@@ -124,11 +176,12 @@ class Report:
         return table
 
     def print(self, console: "Console | None" = None) -> None:
-        """Print the table and the notes."""
+        """Print the tables and the notes."""
         from rich.console import Console
 
         console = console or Console()
-        console.print(self.table())
+        for table in self.tables():
+            console.print(table)
         for note in self.notes:
             console.print(f"note: {note}", markup=False)
 

@@ -46,7 +46,7 @@ def write_deployed(
     dataset_meta: dict | None = None,
     fold_bn: bool = False,
 ) -> Report:
-    """Merge a copy of a trained model, prove it, and write ``deploy.pth``, ``deploy.py`` and ``deploy.json`` (the report).
+    """Merge a copy of a trained model, prove it, and write ``deploy.pth deploy.py`` and the report, ``deploy.json .html``.
 
     The files are what ``init_model`` of ``mmpretrain.apis`` and ``mmseg.apis``, ``init_detector`` of ``mmdet.apis`` and the
     stock ``tools/test.py`` load. Where anything fails, older files stay.
@@ -83,7 +83,7 @@ def write_deployed(
 
     meta = _file_meta("deployed", merged, dataset_meta, report.notes)
     own_data_(deployed, meta["dataset_meta"].get("classes"))
-    texts = {"deploy.py": deployed.pretty_text, "deploy.json": report.to_json()}
+    texts = {"deploy.py": deployed.pretty_text, "deploy.json": report.to_json(), "deploy.html": report.to_html()}
     write_together(Path(out_dir), _writers("deploy.pth", merged, meta, texts))
     return report
 
@@ -130,7 +130,7 @@ def write_pruned(
     inputs: Images | None = None,
     dataset_meta: dict | None = None,
 ) -> PruneReport:
-    """Prune a copy of a model by a plan, prove it, and write ``pruned.pth pruned.py pruned.plan.json pruned.json .png``.
+    """Prune a copy of a model by a plan, prove it, and write ``pruned.pth .py .plan.json .json .html .png``.
 
     The first two files are what stock ``init_model``, ``init_detector`` and ``tools/test.py`` load, and ``load_from`` for
     fine-tuning; pruning them again, or merging them, nests in the config. Where anything fails, older files stay.
@@ -236,6 +236,7 @@ def write_pruned_model(
         "pruned.py": head + written.pretty_text,
         "pruned.plan.json": plan.to_json() + "\n",
         "pruned.json": report.to_json() + "\n",
+        "pruned.html": report.to_html(),
         **(more_texts or {}),
     }
     files = _writers("pruned.pth", pruned, meta, texts)

@@ -32,6 +32,7 @@ from rep_plugin.pruning.tracing.tracer import trace_channels
 TOLERANCE = 1e-9  # relative, in float64
 
 if TYPE_CHECKING:  # imported where something is printed
+    from matplotlib.figure import Figure
     from rich.table import Table
 
 
@@ -101,6 +102,28 @@ class PruneReport(Report):
             if "after_bn" in self.metrics:
                 table.add_row("  with new batch norm statistics", "", f"{self.metrics['after_bn'][name]:.4g}")
         return table
+
+    def details(self) -> "list[Table]":
+        """Return the widths of all layers, what is frozen and why, and the error of each block."""
+        from rich.table import Table
+
+        widths = Table(title="channels of layers")
+        for column in ("layer", "before", "after", "left"):
+            widths.add_column(column, justify="left" if column == "layer" else "right")
+        for name, (before, after) in self.widths.items():
+            widths.add_row(name, str(before), str(after), f"{after / before:.0%}")
+        frozen = Table(title="layers that stay as they are")
+        for column in ("layer", "why"):
+            frozen.add_column(column, justify="left")
+        for name, why in self.frozen.items():
+            frozen.add_row(name, why)
+        return [*([widths] if self.widths else []), *([frozen] if self.frozen else []), *super().details()]
+
+    def figures(self) -> "list[Figure]":
+        """Return the plot of the widths."""
+        from rep_plugin.measure.plots import widths_figure
+
+        return [widths_figure(self.widths, "channels before and after", self.frozen)] if self.widths else []
 
 
 @checked

@@ -61,7 +61,9 @@ def test_folding_the_networks_own_batch_norms(folder, capsys):
     x = torch.randn(2, 3, 32, 36)
     for flags, norms in (([], 20), (["--fold-bn"], 0)):
         main(["reparameterize", "config.py", "epoch_1.pth", "--out-dir", "out", "--overwrite", *flags])
-        assert capsys.readouterr().out.endswith("written: out/deploy.pth, out/deploy.py, out/deploy.json\n")
+        assert capsys.readouterr().out.endswith(
+            "written: out/deploy.pth, out/deploy.py, out/deploy.json, out/deploy.html\n"
+        )
         cfg = Config.fromfile("out/deploy.py")
         deployed, _ = load_model(cfg, "out/deploy.pth")
         assert sum(isinstance(module, nn.BatchNorm2d) for module in deployed.modules()) == norms

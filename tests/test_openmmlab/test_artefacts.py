@@ -62,7 +62,9 @@ def test_files_load_and_the_model_is_left_alone(model, tmp_path):
         "classes": ["a", "b", "c"]
     }
     assert report.max_rel_error < 1e-10
-    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["deploy.json", "deploy.pth", "deploy.py"]
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [
+        f"deploy.{kind}" for kind in ("html", "json", "pth", "py")
+    ]
 
 
 def test_a_full_disk_leaves_the_old_files(tmp_path):

@@ -196,7 +196,7 @@ def test_write_pruned(tmp_path):
     state, plan = copy.deepcopy(model.state_dict()), plan_pruning(model, X, "l1", 0.4)
     report = write_pruned(model, cfg, plan, tmp_path, X, {"classes": ("a", "b", "c")})
     assert model.training and all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    names = {"pruned.pth", "pruned.py", "pruned.plan.json", "pruned.json", "pruned.png"}
+    names = {"pruned.pth", "pruned.py", "pruned.plan.json", "pruned.json", "pruned.html", "pruned.png"}
     assert {path.name for path in tmp_path.iterdir()} == names
     written = Config.fromfile(tmp_path / "pruned.py")
     assert written.load_from == str(tmp_path / "pruned.pth") and written.custom_hooks == [dict(type="EMAHook")]

@@ -113,11 +113,11 @@ def test_it_writes_configs_artefacts_and_timm_models(folder, tried, capsys):
     (folder / "names.txt").write_text("a\nb\nc\nd\n")
     assert [tried(*words) for words in cases] == [None] * len(cases)
     printed = capsys.readouterr().out
-    assert "written: a.onnx, a.onnx.json" in printed and "openvino" in printed
+    assert "written: a.onnx, a.onnx.json, a.onnx.html" in printed and "openvino" in printed
     words = ["local-dir:saved", "e.onnx", "--size", "64", "--dynamic-batch"]
     command = [sys.executable, "-W", "ignore", str(ROOT / "tools/export.py"), *words]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0 and "written: e.onnx, e.onnx.json" in done.stdout, done.stderr
+    assert done.returncode == 0 and "written: e.onnx, e.onnx.json, e.onnx.html" in done.stdout, done.stderr
     reports = {name: json.loads((folder / f"{name}.onnx.json").read_text()) for name in "abcde"}
     assert all(report["max_rel_error"] < 1e-4 and len(report["runtimes"]) == 2 for report in reports.values())
 

@@ -35,8 +35,8 @@ from rep_plugin.registry import HOOKS
 class ReparamHook(Hook):
     """After training, merge a copy of the model, prove it on random and real images, and write the artefact.
 
-    Writes ``deploy.pth``, ``deploy.py`` and ``deploy.json`` and logs the report. The trained model itself is not changed.
-    What a PruneHook has narrowed in training is merged in that form.
+    Writes ``deploy.pth``, ``deploy.py`` and the report, ``deploy.json .html``, and logs it. The trained model itself is not
+    changed. What a PruneHook has narrowed in training is merged in that form.
 
     Args:
         out_dir: Folder of the files; default: the work directory.

@@ -15,7 +15,7 @@ from tests.test_openmmlab.test_hooks.conftest import ROOT, run
 from tests.test_openmmlab.test_hooks.test_reparam_hook import STOCK_TEST
 
 TOOL = ROOT / "tools/prune.py"
-FILES = ["pruned.json", "pruned.plan.json", "pruned.png", "pruned.pth", "pruned.py"]
+FILES = ["pruned.html", "pruned.json", "pruned.plan.json", "pruned.png", "pruned.pth", "pruned.py"]
 
 
 @pytest.fixture(scope="session")
