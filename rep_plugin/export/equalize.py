@@ -153,7 +153,7 @@ def _why_not(between: list[Element], bounds: bool) -> str | None:
         if element.kind != ACT:
             return f"a {kind} stands between them" if element.module is not None else "a sum stands between them"
         if kind in BOUNDED and not bounds:
-            return f"{kind} between them needs a bound for each channel, with which int8 is slower and less exact: bounds=True"
+            return f"{kind} between them needs a bound a channel, with which int8 is slower and less exact: bounds=True"
         if kind not in HOMOGENEOUS and kind not in BOUNDED:
             return f"{kind} between them is another function when it is scaled"
     return None

@@ -15,7 +15,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from rep_plugin.errors import ArgumentError, EquivalenceError, NothingToMergeErr
 from rep_plugin.export.equalize import equalize
 from rep_plugin.export.export_onnx import IMAGES_AT_ONCE, check_path, export_onnx, require_eval, scaled_to
 from rep_plugin.export.inputs import INPUT
+from rep_plugin.export.ranges import Before, output_ranges, weight_widths
 from rep_plugin.export.report import ExportReport, Int8Layer, Int8Report, Int8Trial
 from rep_plugin.export.runtimes import RUNTIMES, Session, open_model
 from rep_plugin.measure.copies import copy_model
@@ -135,28 +136,41 @@ def export_int8(
         quantiser, exported = write("merged", written)
         judge = _Judge(runtime, quantiser.plain.read_bytes(), images[held], None if truth is None else truth[held])
 
-        def attempt(method: str, each: bool, equalised: bool = False) -> Int8Trial:
-            trial = judge.judge(quantiser.quantise(method, each))
-            return replace(trial, method=method, per_channel=each, equalised=equalised)
+        trials: list[Int8Trial] = []
+        chosen: list[_Made] = []  # the best so far
 
-        combined = list(product(methods, (False, True)))
-        trials = [attempt(*one) for one in track(combined, "trying calibrations")]
-        best = max(trials, key=lambda trial: trial.rank)
+        def attempt(form: nn.Module, quantiser: _Quantiser, method: str, each: bool, equalised: bool = False) -> None:
+            data = quantiser.quantise(method, each)
+            trial = replace(judge.judge(data), method=method, per_channel=each, equalised=equalised)
+            trials.append(trial)
+            if not chosen or trial.rank > chosen[0].trial.rank:
+                chosen[:] = [_Made(trial, form, quantiser, data)]
+
+        for method, each in track(list(product(methods, (False, True))), "trying calibrations"):
+            attempt(written, quantiser, method, each)
         try:
-            plainer, (quantiser, _) = quantiser, write("equalised", equalize(written, images[:2])[0])
-            trials += [attempt(best.method, each, True) for each in (False, True)]
-            best = max(trials, key=lambda trial: trial.rank)
-            quantiser = quantiser if best.equalised else plainer
+            even, _ = equalize(written, images[:2])
+            evened, _ = write("equalised", even)
+            method = chosen[0].trial.method
+            for each in (False, True):
+                attempt(even, evened, method, each, True)
         except NothingToMergeError as error:
             more += [f"not equalised: {note}" for note in error.notes]
-        found: list[Int8Layer] = []
+        best, form, quantiser, data = chosen[0]
+        final, found = best, []
         if layers or keep_float:
+            before = Before(model, [block.name for block in done.blocks], images[~held])
+            ranges = output_ranges(form, images[~held])
             for node in track(quantiser.nodes, "judging layers"):
                 without = judge.judge(quantiser.quantise(best.method, best.per_channel, [node]))
-                found.append(Int8Layer(node, *quantiser.ranges(node), without.sqnr - best.sqnr))
+                layer, name = Int8Layer(node, *quantiser.widths(node), without.sqnr - best.sqnr), quantiser.layer(node)
+                layer.range = ranges.get(name)
+                layer.largest_before, layer.spread_before, layer.range_before = before.of(name)
+                found.append(layer)
         worst = sorted(found, key=lambda layer: -layer.gain)[:keep_float]
-        data = quantiser.quantise(best.method, best.per_channel, [layer.name for layer in worst])
-        final = judge.judge(data)
+        if worst:
+            data = quantiser.quantise(best.method, best.per_channel, [layer.name for layer in worst])
+            final = judge.judge(data)
         report = Int8Report("export_int8", done.params_before, done.params_after, done.macs_before, done.macs_after)
         report.input_shape, report.blocks = tuple(images[:1].shape), done.blocks
         for name in ("max_abs_error", "max_rel_error", "border_rel_error", "interior_rel_error", "sensitivity"):
@@ -333,14 +347,28 @@ class _Quantiser:
         proto.metadata_props.extend(self.metadata)
         return proto.SerializeToString()
 
-    def ranges(self, node: str) -> tuple[float, float]:
+    def _weight(self, node: str) -> str:
+        found = next(one for one in self.graph.node if one.name == node)
+        return next(name for name in found.input if name in self.weights)
+
+    def layer(self, node: str) -> str:
+        """The name of a node's layer in the model, by that of its weights."""
+        return self._weight(node).removesuffix(".weight")
+
+    def widths(self, node: str) -> tuple[float, float]:
         """The largest weight of a layer, and how much larger its widest channel is than its narrowest."""
         from onnx import numpy_helper
 
-        found = next(one for one in self.graph.node if one.name == node)
-        weight = torch.tensor(numpy_helper.to_array(self.weights[next(n for n in found.input if n in self.weights)]))
-        each = weight.flatten(1).abs().amax(1)
-        return weight.abs().max().item(), (each.max() / each.clamp_min(1e-12).min()).item()
+        return weight_widths(torch.tensor(numpy_helper.to_array(self.weights[self._weight(node)])))
+
+
+class _Made(NamedTuple):
+    """A file that was tried, and what it was made of."""
+
+    trial: Int8Trial
+    form: nn.Module
+    quantiser: _Quantiser
+    data: bytes
 
 
 @dataclass

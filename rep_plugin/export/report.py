@@ -4,9 +4,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rep_plugin.measure.report import Report
+from rep_plugin.optional import is_missing
 
 if TYPE_CHECKING:  # imported where something is printed
+    from matplotlib.figure import Figure
     from rich.table import Table
+
+MOST = 10  # layers that are printed
 
 
 @dataclass
@@ -129,17 +133,28 @@ class Int8Trial:
 class Int8Layer:
     """What a layer has to do with the error.
 
+    Ranges are those of its outputs, before an activation, on the images that calibrate. What it was before the merge are all
+    layers of the block that became it. None: not known.
+
     Args:
         name: of its node in the file.
         largest: its largest weight, merged.
         spread: how much wider its widest channel is than its narrowest.
         gain: dB that the outputs gain where it alone stays in float.
+        range: lowest and highest output.
+        largest_before: the same of the layers before the merge, as are the others.
+        spread_before: the largest of theirs.
+        range_before: lowest and highest output of any of them.
     """
 
     name: str
     largest: float
     spread: float
     gain: float
+    range: tuple[float, float] | None = None
+    largest_before: float | None = None
+    spread_before: float | None = None
+    range_before: tuple[float, float] | None = None
 
 
 @dataclass
@@ -207,21 +222,49 @@ class Int8Report(Report):
         table.add_row("signal-to-noise ratio of the outputs", "", f"{self.sqnr:.1f} dB")
         return table
 
-    def layers_table(self, most: int = 10) -> "Table":
+    def layers_table(self, most: int = MOST) -> "Table":
         """Return the layers that cost most as a rich table."""
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title="what the outputs gain where one layer stays in float")
-        for column in ("layer", "dB", "largest weight", "widest / narrowest channel"):
+        known = any(layer.largest_before is not None for layer in self.layers)
+        more = "; before the merge -> after it" if known else ""
+        table = Table(title=f"what the outputs gain where one layer stays in float{more}")
+        columns = ("layer", "dB", "largest weight", "widest / narrowest channel", "lowest to highest output")
+        for column in columns:
             table.add_column(column, justify="left" if column == "layer" else "right")
         for layer in sorted(self.layers, key=lambda one: -one.gain)[:most]:
-            table.add_row(Text(layer.name), f"{layer.gain:+.2f}", f"{layer.largest:.3g}", f"{layer.spread:.3g}")
+            table.add_row(
+                Text(layer.name), f"{layer.gain:+.2f}", _then(layer.largest_before, layer.largest),
+                _then(layer.spread_before, layer.spread), _then(layer.range_before, layer.range),
+            )  # fmt: skip
         return table
 
     def tables(self) -> "list[Table]":
         """Return float against int8, and the layers that cost most."""
         return [self.table(), *([self.layers_table()] if self.layers else [])]
+
+    def details(self) -> "list[Table]":
+        """Return all layers, where not all are printed, and the error of each block of the merge."""
+        left = [self.layers_table(len(self.layers))] if len(self.layers) > MOST else []
+        return [*left, *super().details()]
+
+    def figures(self) -> "list[Figure]":
+        """Return the plot of what each layer costs; none where the layers were not judged, or matplotlib is not installed."""
+        if not self.layers or is_missing("matplotlib"):
+            return []
+        from rep_plugin.measure.plots import layers_figure
+
+        gains = {layer.name: layer.gain for layer in self.layers}
+        spreads = {layer.name: (layer.spread_before, layer.spread) for layer in self.layers}
+        return [layers_figure(gains, spreads, f"{self.path}: {self.sqnr:.1f} dB")]
+
+
+def _then(before: object, after: object) -> str:
+    """Two values or ranges, one after the other; one where the other is not known."""
+    shown = [" .. ".join(f"{number:.3g}" for number in value) if isinstance(value, tuple) else f"{value:.3g}"
+             for value in (before, after) if value is not None]  # fmt: skip
+    return " -> ".join(shown)
 
 
 def _milliseconds(value: float | None) -> str:

@@ -183,6 +183,44 @@ def accuracy_figure(
     return figure
 
 
+def layers_figure(
+    gains: Mapping[str, float], spreads: Mapping[str, tuple[float | None, float]], title: str = ""
+) -> Figure:
+    """Return a bar plot of what each layer costs in int8, beside how uneven its channels are before and after a merge.
+
+    Args:
+        gains: layer -> dB that the outputs gain where it alone stays in float.
+        spreads: layer -> its widest channel against its narrowest, before (None: not known) and after.
+        title: title of the plot.
+
+    Returns:
+        The plot.
+
+    Raises:
+        ArgumentError: no layers.
+    """
+    if not gains:
+        raise ArgumentError("got no layers to draw, expected at least 1")
+    figure = Figure(figsize=(9, max(2.5, 0.2 * len(gains) + 1.2)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    places = range(len(gains))
+    left.barh(places, list(gains.values()), color=[RED if gain > 0 else GREY for gain in gains.values()])
+    left.set_yticks(places, list(gains), fontsize=6)
+    left.invert_yaxis()
+    left.set_xlabel("dB gained where this layer stays in float")
+    before = {place: spread for place, (spread, _) in zip(places, spreads.values()) if spread is not None}
+    right.barh(list(before), list(before.values()), color=PALE, label="before the merge")
+    right.barh(places, [spread for _, spread in spreads.values()], color=BLUE, height=0.5, label="after")
+    right.set_xscale("log")
+    right.set_xlabel("widest channel / narrowest")
+    for axes in (left, right):
+        axes.margins(y=0.01)
+        axes.grid(axis="x", alpha=0.3)
+    figure.suptitle(title, fontsize=9)
+    figure.legend(loc="outside upper right", fontsize=7, ncols=2)
+    return figure
+
+
 def draw_frontier(
     points: Sequence[tuple[float, float]], here: tuple[float, float] | None, x: str, y: str, title: str, file: BinaryIO
 ) -> None:

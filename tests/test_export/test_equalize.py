@@ -84,7 +84,7 @@ def test_what_cannot_be_scaled_is_left_and_named():
     bounded = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU6(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
     _, report = equalize(bounded)
     assert [block.name for block in report.blocks] == ["2, 4"]
-    reason = "needs a bound for each channel, with which int8 is slower and less exact: bounds=True"
+    reason = "needs a bound a channel, with which int8 is slower and less exact: bounds=True"
     assert report.notes == [f"left as it is, 1 pair: ReLU6 between them {reason}"]
     with pytest.raises(NothingToMergeError) as caught:
         equalize(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1)).eval())
