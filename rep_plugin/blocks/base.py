@@ -194,6 +194,16 @@ class RepBlock(nn.Module):
             total = total + constant.view(1, -1, 1, 1)
         return total.type_as(like)  # under autocast the float32 scales have promoted the sum
 
+    def branch_outputs(self, x: Tensor) -> dict[str, Tensor]:
+        """Return what each branch adds to the sum, by name; nothing where the block is deployed.
+
+        Args:
+            x: the block's input (N, C, H, W).
+        """
+        if self.deployed:
+            return {}
+        return {name: chain(x, self._padding_of(name, chain)) for name, chain in self.branches.items()}
+
     def merged_kernel(self) -> tuple[Tensor, Tensor]:
         """Return the deployed convolution, computed in float64 and cast to the parameters' dtype; nothing is changed.
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from rep_plugin.blocks.base import RepBlock
 from rep_plugin.export.export_onnx import IMAGES_AT_ONCE
 from rep_plugin.measure.copies import copy_model
 
@@ -24,14 +25,14 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def output_ranges(model: nn.Module, images: Tensor) -> dict[str, Pair]:
-    """Return the lowest and the highest output of each convolution and linear layer.
+    """Return the lowest and the highest output of each convolution, linear layer and branch of a block.
 
     Args:
         model: in eval mode; a copy is run.
         images: (N, C, H, W).
 
     Returns:
-        Layer -> range; layers that are not called are left out.
+        Name -> range; what is not called is left out. Branches are named by their block and their own name.
     """
     copied, found = copy_model(model).cpu(), {}
 
@@ -40,11 +41,22 @@ def output_ranges(model: nn.Module, images: Tensor) -> dict[str, Pair]:
         old = found.get(name, (low, high))
         found[name] = min(low, old[0]), max(high, old[1])
 
-    for name, module in _layers(copied).items():
-        module.register_forward_hook(lambda module, args, output, name=name: keep(name, output))
+    def keep_branches(name: str, block: RepBlock, x: Tensor) -> None:
+        for branch, output in block.branch_outputs(x).items():
+            keep(f"{name}.{branch}", output)
+
+    for name, module in copied.named_modules():
+        if isinstance(module, LAYERS):
+            module.register_forward_hook(lambda module, args, output, name=name: keep(name, output))
+        elif isinstance(module, RepBlock):
+            module.register_forward_pre_hook(lambda module, args, name=name: keep_branches(name, module, args[0]))
     for batch in images.split(IMAGES_AT_ONCE):
         copied(batch)
     return found
+
+
+def _is_in(name: str, block: str) -> bool:
+    return name == block or not block or name.startswith(f"{block}.")
 
 
 class Before:
@@ -69,11 +81,11 @@ class Before:
         Returns:
             The three; None for what is not known.
         """
-        block = next((one for one in self._blocks if name == one or not one or name.startswith(f"{one}.")), name)
-        inside = [one for one in self._layers if one == block or not block or one.startswith(f"{block}.")]
+        block = next((one for one in self._blocks if _is_in(name, one)), name)
+        inside = [one for one in self._layers if _is_in(one, block)]
         if not inside:
             return None, None, None
         widths = [weight_widths(self._layers[one].weight) for one in inside]
-        ranges = [self._ranges[one] for one in inside if one in self._ranges]
+        ranges = [pair for one, pair in self._ranges.items() if _is_in(one, block)]
         whole = (min(low for low, _ in ranges), max(high for _, high in ranges)) if ranges else None
         return max(width for width, _ in widths), max(spread for _, spread in widths), whole

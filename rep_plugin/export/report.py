@@ -228,8 +228,9 @@ class Int8Report(Report):
         from rich.text import Text
 
         known = any(layer.largest_before is not None for layer in self.layers)
-        more = "; before the merge -> after it" if known else ""
-        table = Table(title=f"what the outputs gain where one layer stays in float{more}")
+        table = Table(
+            title=f"what the outputs gain where one layer stays in float{' (before -> after the merge)' * known}"
+        )
         columns = ("layer", "dB", "largest weight", "widest / narrowest channel", "lowest to highest output")
         for column in columns:
             table.add_column(column, justify="left" if column == "layer" else "right")
@@ -261,10 +262,10 @@ class Int8Report(Report):
 
 
 def _then(before: object, after: object) -> str:
-    """Two values or ranges, one after the other; one where the other is not known."""
-    shown = [" .. ".join(f"{number:.3g}" for number in value) if isinstance(value, tuple) else f"{value:.3g}"
+    """Two values or ranges, one after the other; one where the other is the same or not known."""
+    shown = ["..".join(f"{number:.3g}" for number in value) if isinstance(value, tuple) else f"{value:.3g}"
              for value in (before, after) if value is not None]  # fmt: skip
-    return " -> ".join(shown)
+    return " -> ".join(dict.fromkeys(shown))
 
 
 def _milliseconds(value: float | None) -> str:

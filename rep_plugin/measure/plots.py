@@ -212,6 +212,7 @@ def layers_figure(
     right.barh(list(before), list(before.values()), color=PALE, label="before the merge")
     right.barh(places, [spread for _, spread in spreads.values()], color=BLUE, height=0.5, label="after")
     right.set_xscale("log")
+    right.set_xlim(left=0.9)  # 1: all channels are alike
     right.set_xlabel("widest channel / narrowest")
     for axes in (left, right):
         axes.margins(y=0.01)

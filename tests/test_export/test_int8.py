@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import onnx
 import onnxruntime
+import onnxruntime.quantization
 import pytest
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from rep_plugin.blocks.families import RepVGGBlock
 from rep_plugin.errors import ArgumentError, EquivalenceError, TrainModeError
 from rep_plugin.export import read_metadata
 from rep_plugin.testing import calibrate_random_bn_
+from tests.helpers import chain_by_hand
 
 QUICK = dict(methods=["MinMax"], rounds=0, layers=False)
 
@@ -80,6 +82,45 @@ def test_the_best_of_all_trials_is_written(net, tmp_path):
     assert {"QuantizeLinear", "DequantizeLinear"} <= kinds and read_metadata(path)["class_names"] == list("abcd")
     assert json.loads((tmp_path / "int8.onnx.json").read_text())["sqnr"] == report.sqnr
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def test_layers_have_their_ranges_before_and_after_the_merge(net, tmp_path):
+    report = rep_plugin.export_int8(net, tmp_path / "net.onnx", X, Y, methods=["MinMax"], rounds=0, with_report=True)
+    x = X[torch.arange(40) % 5 != 4]
+    for layer, block in zip(report.layers, (net.a, net.b)):
+        kernel, bias = block.merged_kernel()
+        chains = list(block.branches.values())
+        weights = [conv.weight for chain in chains for conv in chain.children() if isinstance(conv, nn.Conv2d)]
+        assert layer.largest == pytest.approx(kernel.abs().max().item(), rel=1e-5)
+        assert layer.largest_before == max(weight.abs().max().item() for weight in weights)
+        spreads = [(each.max() / each.min()).item() for each in (w.flatten(1).abs().amax(1) for w in weights)]
+        assert layer.spread_before == pytest.approx(max(spreads), rel=1e-5)
+        whole = nn.functional.conv2d(x, kernel, bias, block.stride, block.padding)
+        assert layer.range == pytest.approx((whole.min().item(), whole.max().item()), rel=1e-4)
+        branches = [chain_by_hand(list(c.children()), x, (c.kernel_size[0] // 2,) * 2) for c in chains]
+        branches = [branch[:, :, ::2, ::2] if len(branch[0, 0]) > len(whole[0, 0]) else branch for branch in branches]
+        ends = min(b.min().item() for b in branches), max(b.max().item() for b in branches)
+        assert layer.range_before == pytest.approx(ends, rel=1e-4)
+        x = block(x)
+    logits = net(X[torch.arange(40) % 5 != 4])
+    (last,) = report.layers[2:]
+    assert last.range == pytest.approx((logits.min().item(), logits.max().item()), rel=1e-4)
+    assert (last.largest, last.spread) == (last.largest_before, last.spread_before)
+    assert " -> " in str(report) and len(report.figures()) == 1
+    assert "data:image/png" in (tmp_path / "net.onnx.html").read_text()
+
+
+def test_the_winner_is_quantised_once(net, tmp_path, monkeypatch):
+    calls, original = [], onnxruntime.quantization.quantize_static
+    monkeypatch.setattr(
+        "onnxruntime.quantization.quantize_static",
+        lambda *a, **k: (calls.append(k["nodes_to_exclude"]), original(*a, **k)),
+    )
+    report = rep_plugin.export_int8(net, tmp_path / "a.onnx", X, **QUICK)
+    assert len(calls) == len(report.trials) == 4
+    calls.clear()
+    kept = rep_plugin.export_int8(net, tmp_path / "b.onnx", X, **QUICK, keep_float=1)
+    assert len(calls) == len(kept.trials) + len(kept.layers) + 1 and calls[-1] == kept.kept_float
 
 
 def test_it_runs_where_rep_plugin_is_not_imported(net, tmp_path):

@@ -6,7 +6,15 @@ import cv2
 import numpy as np
 import pytest
 
-from rep_plugin.measure.plots import RED, accuracy_figure, draw_widths, gammas_figure, to_array, widths_figure
+from rep_plugin.measure.plots import (
+    RED,
+    accuracy_figure,
+    draw_widths,
+    gammas_figure,
+    layers_figure,
+    to_array,
+    widths_figure,
+)
 
 
 def test_histogram_counts_all_gammas_and_marks_those_near_zero():
@@ -38,6 +46,17 @@ def test_accuracy_has_a_curve_for_each_label_in_the_order_of_shares():
     assert list(second.get_ydata()) == [91] and dense.get_ydata()[0] == 92
     with pytest.raises(ValueError, match="got no metrics to draw"):
         accuracy_figure({"a": {}})
+
+
+def test_layers_stand_beside_their_spread_before_and_after():
+    gains, spreads = {"a": 2.0, "b": -1.0, "c": 0.5}, {"a": (30.0, 5.0), "b": (None, 4.0), "c": (7.0, 9.0)}
+    left, right = layers_figure(gains, spreads).axes
+    assert [bar.get_width() for bar in left.patches] == [2.0, -1.0, 0.5]
+    assert [text.get_text() for text in left.get_yticklabels()] == ["a", "b", "c"]
+    assert [bar.get_width() for bar in right.patches] == [30.0, 7.0, 5.0, 4.0, 9.0]
+    assert [bar.get_y() + bar.get_height() / 2 for bar in right.patches[:2]] == pytest.approx([0, 2])
+    with pytest.raises(ValueError, match="got no layers to draw"):
+        layers_figure({}, {})
 
 
 def test_array_is_the_picture_that_is_written():
