@@ -7,8 +7,9 @@ from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # imported where something is drawn
-    from matplotlib.figure import Figure
     from rich.table import Table
+
+    from rep_plugin.measure.plots import Figure
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }

@@ -10,9 +10,10 @@ from rep_plugin.checkpoints.files import write_text
 from rep_plugin.measure.verify import Equivalence
 
 if TYPE_CHECKING:  # imported where something is printed
-    from matplotlib.figure import Figure
     from rich.console import Console
     from rich.table import Table
+
+    from rep_plugin.measure.plots import Figure
 
 
 @dataclass

@@ -32,8 +32,9 @@ from rep_plugin.pruning.tracing.tracer import trace_channels
 TOLERANCE = 1e-9  # relative, in float64
 
 if TYPE_CHECKING:  # imported where something is printed
-    from matplotlib.figure import Figure
     from rich.table import Table
+
+    from rep_plugin.measure.plots import Figure
 
 
 # A wrapper with an optimizer inside will do, as mmengine's.
