@@ -148,6 +148,9 @@ bench-bilinear: $(VENV)/.developers ## bilinear pooling: time and memory against
 bench-prune-zoo: $(VENV)/.developers ## prune 30 % of 17 networks, each proven equal to its masked form
 	$(RUN) benchmarks/prune_zoo.py
 
+bench-coverage: $(VENV)/.developers ## prune 30 % of one network of each family, by us and by Torch-Pruning (hours; goes on where it was ended)
+	$(ONE_THREAD) $(RUN) benchmarks/prune_coverage.py
+
 bench-prune-speed: $(VENV)/.developers ## seconds that pruning takes, against Torch-Pruning; a bilinear classifier
 	$(RUN) benchmarks/prune_speed.py
 

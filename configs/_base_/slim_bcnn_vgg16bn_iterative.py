@@ -6,5 +6,5 @@ train_cfg = dict(max_epochs=200)
 
 custom_hooks = [
     dict(type="rep_plugin.SparsityHook", strength=1e-4),
-    dict(type="rep_plugin.PruneHook", fractions=[0.2, 0.25, 0.33, 0.5], begin=0, interval=50),
+    dict(type="rep_plugin.PruneHook", scores="bn_gamma", fractions=[0.2, 0.25, 0.33, 0.5], begin=0, interval=50),
 ]

@@ -5,5 +5,5 @@ train_cfg = dict(max_epochs=80)
 
 custom_hooks = [
     dict(type="rep_plugin.SparsityHook", strength=1e-4),
-    dict(type="rep_plugin.PruneHook", prune_fraction=0.4, begin=0),
+    dict(type="rep_plugin.PruneHook", scores="bn_gamma", prune_fraction=0.4, begin=0),
 ]

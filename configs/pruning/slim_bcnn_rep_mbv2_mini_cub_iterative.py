@@ -5,7 +5,15 @@ train_cfg = dict(max_epochs=5)
 
 custom_hooks = [
     dict(type="rep_plugin.SparsityHook", strength=1e-3, end=2),
-    dict(type="rep_plugin.PruneHook", prune_fraction=0.4, begin=0, interval=1, rounds=3, min_channels=4),
+    dict(
+        type="rep_plugin.PruneHook",
+        scores="bn_gamma",
+        prune_fraction=0.4,
+        begin=0,
+        interval=1,
+        rounds=3,
+        min_channels=4,
+    ),
     dict(type="rep_plugin.DistillHook"),
     dict(type="rep_plugin.ReparamHook"),
 ]

@@ -7,7 +7,7 @@ param_scheduler = dict(_delete_=True, type="CosineAnnealingLR", by_epoch=True, c
 train_cfg = dict(max_epochs=4)
 
 custom_hooks = [
-    dict(type="rep_plugin.PruneHook", prune_fraction=0.4, begin=0, min_channels=4),
+    dict(type="rep_plugin.PruneHook", scores="bn_gamma", prune_fraction=0.4, begin=0, min_channels=4),
     dict(type="rep_plugin.DistillHook"),
     dict(type="rep_plugin.ReparamHook"),
 ]

@@ -7,5 +7,5 @@ optim_wrapper = dict(optimizer=dict(lr=1e-3))
 
 custom_hooks = [
     dict(type="rep_plugin.SparsityHook", strength=1e-3, end=4, histogram_interval=2),
-    dict(type="rep_plugin.PruneHook", prune_fraction=0.6, begin=0, interval=2, rounds=3),
+    dict(type="rep_plugin.PruneHook", scores="bn_gamma", prune_fraction=0.6, begin=0, interval=2, rounds=3),
 ]

@@ -6,6 +6,6 @@ optim_wrapper = dict(optimizer=dict(lr=1e-3))
 train_cfg = dict(max_epochs=3)
 
 custom_hooks = [
-    dict(type="rep_plugin.PruneHook", prune_fraction=0.5, begin=0),
+    dict(type="rep_plugin.PruneHook", scores="bn_gamma", prune_fraction=0.5, begin=0),
     dict(type="rep_plugin.DistillHook"),
 ]

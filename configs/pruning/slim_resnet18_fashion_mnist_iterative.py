@@ -3,5 +3,14 @@ _base_ = ["../_base_/resnet18_fashion_mnist.py"]
 
 custom_hooks = [
     dict(type="rep_plugin.SparsityHook", strength=1e-3, overrides={"backbone.layer4.1.bn2": 3e-3}, warmup=1, end=6),
-    dict(type="rep_plugin.PruneHook", macs=0.5, begin=4, interval=1, rounds=3, min_channels=4, round_to=4),
+    dict(
+        type="rep_plugin.PruneHook",
+        scores="bn_gamma",
+        macs=0.5,
+        begin=4,
+        interval=1,
+        rounds=3,
+        min_channels=4,
+        round_to=4,
+    ),
 ]

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--plan", help="plan file of an earlier run, applied as it is")
     parser.add_argument(
         "--scores",
-        default="bn_gamma",
+        default="flow",
         choices=SCORES,
         help="how channels are scored; taylor: by gradients on validation images; default: %(default)s",
     )
@@ -134,8 +134,7 @@ def make_plan(
     if args.plan:
         return PrunePlan.from_json(Path(args.plan))
     if args.widths:
-        scores = "l1" if args.scores == "bn_gamma" else args.scores
-        return PrunePlan.from_widths(model, shape, read_widths(Path(args.widths)), scores)
+        return PrunePlan.from_widths(model, shape, read_widths(Path(args.widths)), args.scores)
     return plan_pruning(
         model, shape, args.scores, args.fraction, params=args.params, macs=args.macs, latency=args.latency,
         latency_ms=args.latency_ms, scope=args.scope, min_channels=args.min_channels, round_to=args.round_to,

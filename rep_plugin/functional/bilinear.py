@@ -560,7 +560,7 @@ def isqrt_cov(x: Map, index: Annotated[Tensor, Dims("(K,)", below="C C")], itera
         (N, C (C + 1) / 2).
 
     Raises:
-        ArgumentError: a map of another shape, or iterations < 1.
+        ArgumentError: a map of another shape or of a single position, or iterations < 1.
 
     Example:
         >>> import torch
@@ -568,4 +568,9 @@ def isqrt_cov(x: Map, index: Annotated[Tensor, Dims("(K,)", below="C C")], itera
         >>> isqrt_cov(torch.ones(2, 3, 9), triangle_index(3)).shape
         torch.Size([2, 6])
     """
+    if x.shape[-1] < 2:
+        raise ArgumentError(
+            f"x must have more than one position, got {tuple(x.shape)}: the covariance of one is zero, whatever the image; "
+            "take larger images or an earlier map"
+        )
     return take_triangle(newton_schulz_sqrt(covariance(x), iterations), index)

@@ -2,12 +2,14 @@
 
 import copy
 import math
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Number
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -169,12 +171,29 @@ def prune_and_measure(
         if reason := _why_no_training_images(pruned, cfg):
             report.notes.append(f"statistics of batch norms stay: {reason}")
         else:
-            read = reestimate_norms_(pruned, _train_loader(cfg), bn_images)
-            report.notes.append(
-                f"after the proof, statistics of batch norms were measured anew on {read} training images"
-            )
+            report.notes.append(renew_norms_(pruned, _train_loader(cfg), bn_images))
             metrics(pruned, "after_bn")
     return pruned, report
+
+
+def renew_norms_(model: nn.Module, loader: DataLoader, images: int) -> str:
+    """Measure the statistics of batch norms anew after a removal, on the same training images each time.
+
+    Args:
+        model: of mmengine; changed in place, its mode is kept.
+        loader: of the training.
+        images: how many to read.
+
+    Returns:
+        What a report says of it.
+    """
+    read = reestimate_norms_(model, norm_batches(loader, images), images)
+    return f"after the proof, statistics of batch norms were measured anew on {read} training images"
+
+
+def has_norms(model: nn.Module) -> bool:
+    """Return whether a model has batch norms."""
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
 def _train_loader(cfg: Config) -> DataLoader:
@@ -183,7 +202,7 @@ def _train_loader(cfg: Config) -> DataLoader:
 
 
 def _why_no_training_images(model: nn.Module, cfg: Config) -> str | None:
-    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+    if not has_norms(model):
         return "it has no batch norms"
     if not cfg.get("train_dataloader"):
         return "the config has no train_dataloader"
@@ -194,6 +213,44 @@ def _why_no_training_images(model: nn.Module, cfg: Config) -> str | None:
     return None
 
 
+def norm_batches(loader: DataLoader, images: int) -> Iterator[dict]:
+    """Yield batches of training images for :func:`reestimate_norms_`: the same ones in every process and every run.
+
+    They are spread evenly over the data set, each batch as well (many are sorted by class), and augmented with random
+    numbers of their own; random states stay.
+
+    Args:
+        loader: of the training; its workers are not asked.
+        images: how many.
+
+    Yields:
+        What the loader's ``collate_fn`` makes of the samples of a batch.
+    """
+    dataset, size = loader.dataset, getattr(loader.batch_sampler, "batch_size", None) or 32
+    count = min(images, len(dataset))
+    chosen = [place * len(dataset) // count for place in range(count)]
+    batches = -(-count // size)
+    for number in range(batches):
+        with kept_random_state():
+            random.seed(number)
+            np.random.seed(number)
+            torch.manual_seed(number)
+            batch = loader.collate_fn([dataset[place] for place in chosen[number::batches]])
+        yield batch
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Give back the random states of torch, numpy and Python, which augmentations draw from: the training stays the same."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
 def reestimate_norms_(model: nn.Module, loader: Iterable[dict], images: int) -> int:
     """Measure the running statistics of batch norms anew: those of a pruned network are of the one before.
 
@@ -201,13 +258,13 @@ def reestimate_norms_(model: nn.Module, loader: Iterable[dict], images: int) -> 
 
     Args:
         model: of mmengine; changed in place, its mode is kept.
-        loader: of training images; it is read until there are enough.
+        loader: batches of training images, as of :func:`norm_batches`; it is read until there are enough.
         images: how many to read.
 
     Returns:
         How many were read.
     """
-    with eval_mode(model), torch.no_grad(), _on_device(model):
+    with eval_mode(model), torch.no_grad(), _on_device(model), kept_random_state():
         model.train()  # not chained: mmpretrain's return None
         for module in model.modules():
             if isinstance(module, _DropoutNd) or "DropPath" in type(module).__name__:

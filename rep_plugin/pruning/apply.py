@@ -21,8 +21,9 @@ from rep_plugin.measure.report import BlockReport, Report
 from rep_plugin.measure.undo import undone_on_error
 from rep_plugin.measure.verify import default_inputs, require_castable, verify_equivalence
 from rep_plugin.pruning.planning.plan import MERGED, PrunePlan, as_plan, frozen_notes
+from rep_plugin.pruning.surgery.constants import fold_constants_
 from rep_plugin.pruning.surgery.mask import KeptOutputs, mask_channels_
-from rep_plugin.pruning.surgery.remove import remove_channels_
+from rep_plugin.pruning.surgery.remove import remove_channels_, require_sliceable
 from rep_plugin.pruning.tracing.features import entries_of
 from rep_plugin.pruning.tracing.graph import Trace
 from rep_plugin.pruning.tracing.groups import frozen_roots
@@ -175,6 +176,7 @@ def apply_plan(
     trace = trace_channels(model, plan.input_shape, plan.prune_outputs)
     kept = kept_by(plan, model, trace)
     optimizers = _optimizers(optimizer, model)
+    require_sliceable(optimizers)
     shadow = None if ema is None else _shadow(ema, model)
     copies = [(one, before_step(one)) for one in (model, shadow) if one is not None]
     report = PruneReport("apply_plan", count_params(model), 0, input_shape=trace.shape)
@@ -185,8 +187,10 @@ def apply_plan(
     tables = [entry for one, _ in copies for module in one.modules() for entry in entries_of(module)]
     tables += [table] if isinstance(table, dict) else []
     with undone_on_error(*(one for one, _ in copies), optimizers=optimizers, tables=tables, values=False):
-        remove_channels_(model, trace, kept, optimizers)
+        report.notes += fold_constants_(model, trace, kept)
+        remove_channels_(model, trace, kept, optimizers, report.notes)
         if shadow is not None:
+            fold_constants_(shadow, trace, kept)
             remove_channels_(shadow, trace, kept)
             _refresh_table(ema, shadow)
         report.params_after, report.macs_after = count_params(model), _macs(model, trace, kept)
@@ -270,14 +274,18 @@ def kept_by(plan: PrunePlan, model: nn.Module, trace: Trace) -> KeptChannels:
 
 def _optimizers(optimizer, model: nn.Module) -> list[torch.optim.Optimizer]:
     given = [] if optimizer is None else list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
-    inner = [getattr(one, "optimizer", one) for one in given]
+    outer = [getattr(one, "optimizer", one) for one in given]
     own = set(model.parameters())
-    for one in inner:
+    for one in outer:
         if not isinstance(one, torch.optim.Optimizer):
             raise ArgumentError(f"optimizer must be a torch.optim.Optimizer, got {type(one).__name__}")
         if not any(p in own for group in one.param_groups for p in group["params"]):
             raise ArgumentError(f"the {type(one).__name__} holds no parameter of this {type(model).__name__}")
-    return inner
+    for one in outer:  # timm's Lookahead keeps the optimizer that it wraps
+        outer += [
+            inner for inner in vars(one).values() if isinstance(inner, torch.optim.Optimizer) and inner not in outer
+        ]
+    return outer
 
 
 def _shadow(ema: nn.Module, model: nn.Module) -> nn.Module:
@@ -325,8 +333,10 @@ def _attached(model: nn.Module) -> str:
 
 def _prove(model: nn.Module, trace: Trace, kept: KeptChannels, inputs: list[Tensor], report: PruneReport) -> None:
     # In float64 from the start: gains of normalised filters change, and would be rounded.
-    masked = mask_channels_(copy_model(model).double(), trace, kept)
-    removed = remove_channels_(copy_model(model).double(), trace, kept)
+    masked, removed = copy_model(model).double(), copy_model(model).double()
+    for copied in (masked, removed):
+        fold_constants_(copied, trace, kept)
+    masked, removed = mask_channels_(masked, trace, kept), remove_channels_(removed, trace, kept)
     if any(kept.changes(labels) for labels in trace.outputs):
         masked = KeptOutputs(masked, trace, kept)
     try:

@@ -376,11 +376,14 @@ def test_the_proof_sees_a_wrong_mask(monkeypatch, spared):
         apply_plan(net, plan_pruning(net, X, "random", 0.4))
 
 
-def test_fixed_numbers_in_a_forward_are_found_by_the_proof():
-    """What shapes alone do not show is refused before anything is changed."""
+def test_fixed_numbers_in_a_forward_are_found_when_planning_and_by_the_proof(monkeypatch):
+    """What shapes alone do not show stays; a plan without that is refused before anything is changed."""
     net = ready(
         ConvBN(3, 8), Call(lambda x: x.reshape(x.shape[0], 2, 4, *x.shape[2:]).mean(1)), ConvBN(4, 4), Pooled(4)
     )
+    plan = plan_pruning(net, X, "random", 0.5)
+    assert "test_apply.py:" in plan.frozen["0.conv"] and apply_plan(copy.deepcopy(net), plan).max_rel_error < 1e-9
+    monkeypatch.setattr("rep_plugin.pruning.planning.planner.bound_groups", lambda *_: {})
     plan = plan_pruning(net, X, "random", 0.5)
     assert plan.widths["0.conv"][1] < 8
     with pytest.raises(EquivalenceError, match="the changed model does not run where"):

@@ -18,6 +18,7 @@ SHORT = [
     "train_cfg.val_interval=3",
 ]
 CASES = {
+    "flow_resnet18_fashion_mnist": ["custom_hooks.0.begin=2"],
     "slim_resnet18_fashion_mnist": ["custom_hooks.0.end=2", "custom_hooks.1.begin=2"],
     "slim_resnet18_fashion_mnist_iterative": [
         "custom_hooks.0.end=2",

@@ -37,6 +37,7 @@ from rep_plugin.openmmlab.hooks.runner_utils import (
     plain_model,
     plot_rounds,
     rehearsal,
+    renew_norms_of,
     shape_of_one,
 )
 from rep_plugin.openmmlab.hooks.stateful_hook import StatefulHook, parse_kept
@@ -270,17 +271,19 @@ class PruningHook(StatefulHook):
         write_pruned_model(pruned, runner.cfg, plan, report, out_dir, images_of(runner).cpu(), meta, texts)
         runner.logger.info(f"pruned model written to {out_dir}/pruned.pth and pruned.py\n{report}")
 
-    def prune_a_copy(self, runner: Runner, plan: PrunePlan) -> None:
+    def prune_a_copy(self, runner: Runner, plan: PrunePlan, bn_images: int = 0) -> None:
         """Prune a copy of what training ended with, compare both in validation, and write it.
 
         Args:
             runner: Of the training.
             plan: What goes.
+            bn_images: Training images on which statistics of batch norms are measured anew.
         """
         model = final_model(runner)
         pruned = copy_model(model)
         pruned.eval()
         report = apply_plan(pruned, plan, example_input=images_of(runner))
+        report.notes += renew_norms_of(runner, [pruned], bn_images)
         self.rounds = []
         self.add_round(runner, plan, report, evaluate(runner, model), evaluate(runner, pruned))
         plot_rounds(runner, self.rounds)

@@ -4,11 +4,12 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Annotated
 
 from mmengine.runner import Runner
 from torch import nn
 
-from rep_plugin.arguments import Count, Fraction, Name, NotNegative, Positive, Share, checked
+from rep_plugin.arguments import Count, Fraction, In, Name, NotNegative, Positive, Share, checked
 from rep_plugin.errors import ArgumentError, HookError
 from rep_plugin.openmmlab.hooks.base_pruning_hook import (
     HookScores,
@@ -19,10 +20,13 @@ from rep_plugin.openmmlab.hooks.base_pruning_hook import (
 )
 from rep_plugin.openmmlab.hooks.runner_utils import (
     as_hook_error,
+    ema_models,
     evaluate,
     final_model,
+    forget_best,
     images_of,
     plain_model,
+    renew_norms_of,
     shape_of_one,
 )
 from rep_plugin.openmmlab.hooks.schedule import Schedule
@@ -66,10 +70,11 @@ class PruneHook(PruningHook):
     fine-tuning; ``pruned.pth pruned.py`` are written at its end. The same scheme as in Li et al., "Pruning Filters" (ICLR
     2017) and Molchanov et al. (ICLR 2017).
 
-    Validation is run before and after each round, and after the fine-tuning; metrics go to the log and to
-    ``pruned.rounds.json``, with the steps per second before and after each removal (the median, since the last start of
-    training); an accuracy that falls below half is a warning. Resuming, also after a kill between a removal
-    and the next checkpoint, goes on exactly: see :class:`rep_plugin.openmmlab.hooks.base_pruning_hook.PruningHook`.
+    Validation is run before and after each round (with new statistics of batch norms), and after the fine-tuning; metrics go
+    to the log and to ``pruned.rounds.json``, with the steps per second before and after each removal (the median, since the
+    last start of training); an accuracy that falls below half is a warning. ``save_best`` begins anew with each removal.
+    Resuming, also after a kill between a removal and the next checkpoint, goes on exactly: see
+    :class:`rep_plugin.openmmlab.hooks.base_pruning_hook.PruningHook`.
 
     Args:
         prune_fraction: Share of the prunable channels that is removed in all, in (0, 1).
@@ -80,13 +85,16 @@ class PruneHook(PruningHook):
         interval: Epochs between two rounds.
         rounds: Their number.
         by_epoch: False: ``begin`` and ``interval`` count iterations.
-        scores: As :func:`rep_plugin.plan_pruning` has it, by name.
+        scores: As :func:`rep_plugin.plan_pruning` has it, by name. ``flow`` needs no sparse training; ``bn_gamma`` is that
+            of Network Slimming, behind a SparsityHook.
         scope: As there.
         min_channels: As there.
         max_prune_fraction: As there, in each round.
         round_to: As there.
         overrides: As there; fractions are reached in rounds too.
         ignore: As there.
+        bn_images: Right after each removal statistics of batch norms are measured anew on this many training images, spread
+            over the data set, and the same ones each time; 0: they stay those of the wider network.
         out_dir: Folder of the files; default: the work directory.
 
     Raises:
@@ -108,13 +116,14 @@ class PruneHook(PruningHook):
         interval: Positive = 1,
         rounds: Count = 1,
         by_epoch: bool = True,
-        scores: HookScores = "bn_gamma",
+        scores: HookScores = "flow",
         scope: Scope = "global",
         min_channels: Count | None = None,
         max_prune_fraction: Fraction | None = None,
         round_to: Count = 1,
         overrides: Overrides | None = None,
         ignore: Sequence[str] = (),
+        bn_images: Annotated[int, In("[0, inf)")] = 512,
         out_dir: Name | None = None,
     ):
         super().__init__(out_dir)
@@ -127,7 +136,7 @@ class PruneHook(PruningHook):
             rounds = len(fractions)
         if begin is None and rounds > 1:
             raise ArgumentError(f"{rounds} rounds need begin: without it the model is pruned once, after training")
-        self.begin, self.number = begin, rounds
+        self.begin, self.number, self.bn_images = begin, rounds, bn_images
         self.schedule = Schedule(begin or 0, interval=interval, by_epoch=by_epoch)
         self.options = PruneOptions(
             scores, scope, min_channels, round_to, overrides, ignore, max_prune_fraction=max_prune_fraction
@@ -166,7 +175,7 @@ class PruneHook(PruningHook):
     def after_train(self, runner: Runner) -> None:
         if self.begin is None:
             self.rounds = []
-            self.prune_a_copy(runner, self._plan_together(runner, final_model(runner)))
+            self.prune_a_copy(runner, self._plan_together(runner, final_model(runner)), self.bn_images)
             return
         if not self.rounds:
             runner.logger.warning("PruneHook: training ended before the first round, nothing was pruned")
@@ -194,6 +203,9 @@ class PruneHook(PruningHook):
         self.complete_round(runner, before)
         runner.call_hook("before_removal")  # DistillHook copies the model that teaches
         report = prune_runner_(runner, plan, example_input=images_of(runner))
+        forget_best(runner)
+        models = [plain_model(runner), *(average.module for average in ema_models(runner))]
+        report.notes += renew_norms_of(runner, models, self.bn_images)
         self.add_round(runner, plan, report, before, evaluate(runner, final_model(runner)))
         self.rounds[-1]["steps_per_second"] = {"before": speed, "after": None}
 

@@ -1,14 +1,12 @@
 """What several hooks ask of a Runner: the plain model, its optimizers, images, metrics of validation, plots."""
 
 import copy
-import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from mmengine.dist import is_main_process
@@ -26,7 +24,7 @@ from rep_plugin.errors import HookError, InconclusiveWarning, RepPluginError, fi
 from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.plots import accuracy_figure, to_array
 from rep_plugin.measure.progress import track
-from rep_plugin.openmmlab.accuracy import main_metric, measure
+from rep_plugin.openmmlab.accuracy import has_norms, kept_random_state, main_metric, measure, renew_norms_
 from rep_plugin.openmmlab.load import REAL_IMAGES, real_inputs
 
 ALLOWED_LOSS = 0.1  # points of accuracy, where a method promises that merging costs nothing
@@ -71,18 +69,6 @@ def optimizers_of(runner: Runner) -> list[torch.optim.Optimizer]:
     if isinstance(wrapper, OptimWrapperDict):
         return [one.optimizer for one in wrapper.optim_wrappers.values()]
     return [wrapper.optimizer] if isinstance(wrapper, OptimWrapper) else []
-
-
-@contextmanager
-def kept_random_state() -> Iterator[None]:
-    """Give back the random states of torch, numpy and Python, which augmentations draw from: the training stays the same."""
-    states = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
 
 
 def images_of(runner: Runner, count: int = REAL_IMAGES) -> Tensor:
@@ -198,6 +184,33 @@ def evaluate(runner: Runner, model: nn.Module, batches: int | None = None) -> di
         images = len(loop.dataloader.dataset) if batches is None else None
         shown = track(islice(loop.dataloader, batches), "validating", batches or len(loop.dataloader))
         return measure(model, shown, loop.evaluator, images)
+
+
+def renew_norms_of(runner: Runner, models: Iterable[nn.Module], images: int) -> list[str]:
+    """Measure the statistics of batch norms anew, on training images; random states stay.
+
+    Args:
+        runner: Of the training.
+        models: Changed in place.
+        images: How many to read; 0: nothing is done.
+
+    Returns:
+        What the report says of it; nothing where nothing was done.
+    """
+    loader, notes = runner.train_loop.dataloader, []
+    for model in models:
+        if images and has_norms(model):
+            notes.append(renew_norms_(model, loader, images))
+    return notes[:1]
+
+
+def forget_best(runner: Runner) -> None:
+    """Let the next validation count as the best so far: ``save_best`` compares one network with itself.
+
+    The file of the best one so far is replaced then.
+    """
+    for key in [key for key in runner.message_hub.runtime_info if key.split("_")[:2] == ["best", "score"]]:
+        runner.message_hub.pop_info(key)
 
 
 def format_metrics(metrics: dict[str, float]) -> str:

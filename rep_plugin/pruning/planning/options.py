@@ -8,7 +8,7 @@ from typing import Annotated
 from rep_plugin.arguments import Count, Fraction, OneOf, Positive, Seed, That, checked
 from rep_plugin.errors import ArgumentError
 
-SCORES = ("bn_gamma", "l1", "l2", "fpgm", "taylor", "random")
+SCORES = ("bn_gamma", "flow", "l1", "l2", "fpgm", "taylor", "random")
 SCOPES = ("global", "layer")
 REDUCTIONS = ("mean", "sum", "max")
 MIN_CHANNELS, MAX_PRUNE_FRACTION = 8, 0.9  # where none is given

@@ -17,6 +17,7 @@ from rep_plugin.checkpoints.plain import read_json_source, tuples_of
 from rep_plugin.errors import ArgumentError
 from rep_plugin.measure.costs import count_params
 from rep_plugin.pruning.planning.options import PruneOptions, Scores, Widths
+from rep_plugin.pruning.planning.rehearsal import bound_groups, reason_of
 from rep_plugin.pruning.planning.scores import score_units
 from rep_plugin.pruning.planning.select import Candidate, Choice, find_candidates, kept_without, tied_layers, to_widths
 from rep_plugin.pruning.tracing.graph import Trace
@@ -123,7 +124,10 @@ class PrunePlan:
         trace = trace_channels(model, example_input, prune_outputs)
         choice = find_candidates(trace, score_units(model, trace, options), without=options.reason_without_score)
         why = f"given widths of {len(widths)} layers, by {options.score_name}"
-        return make_plan(model, trace, choice, to_widths(choice, widths), why, prune_outputs)
+        taken = to_widths(choice, widths)
+        for group, where in bound_groups(model, trace, taken).items():
+            raise ArgumentError(f"the widths cannot be met: {reason_of(choice.layers[group], where)}")
+        return make_plan(model, trace, choice, taken, why, prune_outputs)
 
     def __repr__(self) -> str:
         changed = sum(before != after for before, after in self.widths.values())
@@ -347,7 +351,13 @@ def make_plan(
     roots = trace.channels.roots()
     value = {unit: c.score for group in choice.candidates for c in group for unit in c.units}
     widths = {name: (len(layer.labels), kept.count(layer.labels)) for name, layer in layers.items()}
-    notes = [*_tie_notes(tied_layers(choice)[0], widths), *_floor_notes(widths, floors or {}), *_loss_notes(widths)]
+    unreached = [f"{name!r} ({takes} channels)" for name, takes in trace.unreached.items()]
+    notes = (
+        [f"not reached by the example's forward: {listed(unreached)}; layers that may feed it stay"]
+        if unreached
+        else []
+    )
+    notes += [*_tie_notes(tied_layers(choice)[0], widths), *_floor_notes(widths, floors or {}), *_loss_notes(widths)]
     if trace.block_parameters and before.params != count_params(model):
         notes.append(MERGED)
     return PrunePlan(

@@ -16,9 +16,11 @@ from rep_plugin.pruning.planning.latency_search import to_latency
 from rep_plugin.pruning.planning.latency_table import EagerTimer, Timer
 from rep_plugin.pruning.planning.options import Budget, Cost, Latency, Overrides, PruneOptions, Reduction, Scope, Scores
 from rep_plugin.pruning.planning.plan import PrunePlan, as_plan, make_plan
+from rep_plugin.pruning.planning.rehearsal import bound_groups, reason_of
 from rep_plugin.pruning.planning.scores import score_units
 from rep_plugin.pruning.planning.select import (
     Candidate,
+    Choice,
     above_floors,
     find_candidates,
     in_order,
@@ -29,10 +31,11 @@ from rep_plugin.pruning.planning.select import (
     tied_layers,
     to_budget,
 )
+from rep_plugin.pruning.tracing.graph import Trace
 from rep_plugin.pruning.tracing.tracer import trace_channels
 
 _FRESH = (
-    " (a fresh batch norm's gammas all are): train first, with SparsityHook for example, or use scores='l1' or 'l2'"
+    " (a fresh batch norm's gammas all are): train first, with SparsityHook for example, or use scores='flow' or 'l1'"
 )
 
 
@@ -70,7 +73,8 @@ def plan_pruning(
     Args:
         model: Left as it is.
         example_input: A tensor (N, C, ...) or its shape; or a tuple or a dict of all that the model is called with.
-        scores: ``bn_gamma``, ``l1``, ``l2``, ``fpgm``, ``taylor``, ``random``, or {layer: a number for each channel}.
+        scores: ``bn_gamma``, ``flow``, ``l1``, ``l2``, ``fpgm``, ``taylor``, ``random``, or {layer: a number for each of its
+            channels}.
         prune_fraction: Share of the prunable channels that is removed, in [0, 1); coupled channels count once.
         params: Parameters that may remain: a share as a float (0.5 keeps half), or their number (300_000).
         macs: Multiply-adds for one image that may remain: a share as a float, or their number.
@@ -153,7 +157,7 @@ def plan_to_budget(
     """
     options = options or PruneOptions()
     trace = trace_channels(model, example_input, options.prune_outputs)
-    own = match_layers(list(options.overrides), list(trace.layers))
+    match_layers(list(options.overrides), list(trace.layers))  # a wrong pattern is told before scores are taken
     scores = score_units(model, trace, options, loader, loss)
     choice = find_candidates(trace, scores, options.frozen_patterns, options.reason_without_score)
     if not choice.units:
@@ -164,8 +168,44 @@ def plan_to_budget(
             f"{_FRESH if options.scores == 'bn_gamma' else ': use other scores'}"
         )
 
+    if budget.latency is not None or budget.latency_ms is not None:  # candidates are run on the way
+        _freeze_bound(model, trace, choice, [group[0] for group in choice.candidates if group])
+    while True:
+        chosen, why, times, notes = _choose(model, trace, choice, budget, options, example_input, timer)
+        if not _freeze_bound(model, trace, choice, chosen):
+            break
+    why += f" by {options.score_name}, scope {options.scope}, {options}"
+    plan = make_plan(model, trace, choice, chosen, why, options.prune_outputs, _floors(model, choice, options))
+    return replace(plan, notes=(*notes, *plan.notes), **times)
+
+
+def _freeze_bound(model: nn.Module, trace: Trace, choice: Choice, chosen: list[Candidate]) -> bool:
+    """Let groups stay whose widths are written out in the model's code; return whether there are any."""
+    bound = bound_groups(model, trace, chosen)
+    reasons = {group: reason_of(choice.layers[group], where) for group, where in bound.items()}
+    for group, reason in reasons.items():
+        choice.freeze(group, reason)
+    if not choice.units:
+        raise nothing_to_prune(model, {choice.layers[group][0]: reason for group, reason in reasons.items()})
+    return bool(bound)
+
+
+def _floors(model: nn.Module, choice: Choice, options: PruneOptions) -> dict[str, tuple[int, int]]:
     first = _first_widths(model)
-    floors = {name: options.floors(width, first.get(name, 0)) for name, width in choice.widths.items()}
+    return {name: options.floors(width, first.get(name, 0)) for name, width in choice.widths.items()}
+
+
+def _choose(
+    model: nn.Module,
+    trace: Trace,
+    choice: Choice,
+    budget: Budget,
+    options: PruneOptions,
+    example_input: Tensor | Shape,
+    timer: Timer | None,
+) -> tuple[list[Candidate], str, dict[str, float], list[str]]:
+    """Return what is removed, why, the milliseconds where those were asked for, and notes."""
+    own, floors = match_layers(list(options.overrides), list(trace.layers)), _floors(model, choice, options)
     common, taken = [], []
     for layers, group in zip(choice.layers, choice.candidates):
         pattern = next((own[name] for name in layers if name in own), None)
@@ -195,9 +235,7 @@ def plan_to_budget(
         chosen = timed.chosen
         times = {"latency_before": timed.before * 1e3, "latency_after": timed.after * 1e3}
         why += " (measured: {latency_after:.4g} of {latency_before:.4g} ms)".format(**times)
-    why += f" by {options.score_name}, scope {options.scope}, {options}"
-    plan = make_plan(model, trace, choice, finish(chosen), why, options.prune_outputs, floors)
-    return replace(plan, notes=(*notes, *plan.notes), **times)
+    return finish(chosen), why, times, notes
 
 
 def _first_widths(model: nn.Module) -> dict[str, int]:

@@ -2,7 +2,8 @@
 
 Sources: Liu et al., "Network Slimming" (ICCV 2017, ``bn_gamma``); Li et al., "Pruning Filters" (ICLR 2017, ``l1``); He et
 al., "Filter Pruning via Geometric Median" (CVPR 2019, ``fpgm``); Molchanov et al., "Importance Estimation" (CVPR 2019,
-``taylor``).
+``taylor``). ``flow`` is ours: the variance of a channel, which its batch norm sets, times what the layers behind take of it,
+their batch norms folded in. Both are in the units of what those layers give, so that layers compare without a normalisation.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,7 +31,8 @@ def _kernel(model: nn.Module, layer: Layer) -> Tensor:
         if not module.deployed:
             module = copy_model(module, training=False)
         return module.merged_kernel()[0].detach().flatten(1)
-    weight = named_tensors(model)[layer.weight].detach()  # a fixed kernel is a buffer
+    # A fixed kernel is a buffer, one that is computed is of no name.
+    weight = module.weight.detach() if layer.weight is None else named_tensors(model)[layer.weight].detach()
     return (weight.transpose(0, 1) if layer.kind == "conv_transpose" else weight).flatten(1)
 
 
@@ -74,6 +76,51 @@ def _gamma_members(model: nn.Module, trace: Trace) -> Members:
     ]
 
 
+def _folded(model: nn.Module, trace: Trace, layer: Layer) -> Tensor:
+    """A layer's kernel (O, I / groups, K) with its batch norm in it: what its inputs add to what that gives."""
+    module = model.get_submodule(layer.name)
+    if isinstance(module, RepBlock):
+        module = module if module.deployed else copy_model(module, training=False)
+        return module.merged_kernel()[0].detach().double().flatten(2)
+    weight = (module.weight if layer.weight is None else named_tensors(model)[layer.weight]).detach().double()
+    weight = (weight.transpose(0, 1) if layer.kind == "conv_transpose" else weight).reshape(*weight.shape[:2], -1)
+    norm = next((name for name, conv in trace.conv_of_norm.items() if conv == layer.name), None)
+    bn = None if norm is None else model.get_submodule(norm)
+    if getattr(bn, "running_var", None) is None or bn.weight is None:
+        return weight
+    return weight * (bn.weight.detach().double() / (bn.running_var.double() + bn.eps).sqrt()).view(-1, 1, 1)
+
+
+def _flow(model: nn.Module, trace: Trace) -> Tensor:
+    """The variance that a unit has, times the share of it that the layers behind it take, (count,); NaN where it has none."""
+    roots, count = trace.channels.roots(), trace.channels.count
+    normed = set(trace.conv_of_norm.values())
+    given, taken = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+    read = torch.zeros(count, dtype=torch.bool)
+    # Behind a depthwise convolution another batch norm sets the variance anew.
+    again = {norm for norm, conv in trace.conv_of_norm.items() if trace.layers[conv].groupwise}
+    anew = torch.cat([roots[trace.norms[norm]] for norm in again]) if again else roots[:0]
+    for norm, labels in trace.norms.items():
+        variance = model.get_submodule(norm).weight.detach().double().square().cpu()
+        own = roots[labels]
+        given.index_add_(0, own, variance if norm in again else variance * ~torch.isin(own, anew))
+    for layer in track(trace.layers.values(), "scoring"):
+        kernel = _folded(model, trace, layer).square().cpu()
+        _check_finite(kernel)
+        if layer.name not in normed and layer.kind != "block":
+            given.index_add_(0, roots[layer.labels], kernel.sum((1, 2)))
+        if not layer.groupwise:
+            energy = kernel.unflatten(0, (layer.groups, -1)).sum((1, 3)).flatten()
+            taken.index_add_(0, roots[layer.inputs], energy)
+            read[roots[layer.inputs]] = True
+    for start, first, second in trace.channels.products:
+        energy = taken[roots[start : start + len(first)]]
+        taken.index_add_(0, roots[first], energy)
+        taken.index_add_(0, roots[second], energy)
+        read[roots[first]] = read[roots[second]] = True
+    return torch.where(given > 0, given * torch.where(read, taken, 1.0), torch.where(read, 0.0, torch.nan))
+
+
 def _taylor_members(model: nn.Module, trace: Trace, loader: Iterable, loss: Callable) -> Members:
     """|sum of weight * gradient| of every output, averaged over the batches; of a block, over its output BNs."""
     if loader is None or loss is None:
@@ -105,7 +152,9 @@ def _per_output(values: Tensor, layer: Layer) -> Tensor:
 def _taylor_parameters(model: nn.Module, layer: Layer) -> list[Tensor]:
     module = model.get_submodule(layer.name)
     if not isinstance(module, RepBlock):
-        return [named_tensors(model)[layer.weight]]
+        return (
+            [p for p in (module.weight,) if p.is_leaf] if layer.weight is None else [named_tensors(model)[layer.weight]]
+        )
     if module.deployed:
         return [module.reparam_conv.weight]
     return [p for bn in module.output_bns() for p in (bn.weight, bn.bias)] or [*module.output_gains()]
@@ -149,6 +198,8 @@ def score_units(
     elif scores == "random":
         generator = torch.Generator().manual_seed(options.seed)
         return torch.rand(trace.channels.count, generator=generator, dtype=torch.float64)
+    elif scores == "flow":
+        return _flow(model, trace)
     elif scores == "bn_gamma":
         members = _gamma_members(model, trace)
         if not members:

@@ -52,6 +52,11 @@ class Choice:
         """How many units could go: what ``prune_fraction`` is a share of."""
         return sum(len(c.units) for group in self.candidates for c in group)
 
+    def freeze(self, group: int, reason: str) -> None:
+        """Let a group stay, for a reason."""
+        self.candidates[group] = []
+        self.frozen |= dict.fromkeys(self.layers[group], reason)
+
     def reason(self, layer: str) -> str:
         return self.frozen.get(layer, f"none of the channels of {name_layer(layer)} can go")
 

@@ -1,6 +1,7 @@
 """Removing channels from a model: tensors are resized in place, so that every parameter stays the same object."""
 
 from collections.abc import Iterable
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -9,16 +10,17 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import Optimizer
 
-from rep_plugin.arguments import checked
+from rep_plugin.arguments import That, checked
 from rep_plugin.bilinear.methods import LowRank
 from rep_plugin.bilinear.pooling import BilinearPooling
 from rep_plugin.blocks.base import RepBlock
 from rep_plugin.blocks.layers import NormedConv2d
 from rep_plugin.errors import ArgumentError
 from rep_plugin.pruning.tracing.features import describe_features_
-from rep_plugin.pruning.tracing.graph import Trace, member
+from rep_plugin.pruning.tracing.graph import Trace, member, tensors_in
 from rep_plugin.pruning.tracing.kept_channels import KeptChannels, slice_tensor
 
+Notes = Annotated[list, That(lambda _: True, "a list")]
 _IN, _OUT = ("in_channels", "in_chs", "in_features"), ("out_channels", "out_chs")
 
 
@@ -29,13 +31,62 @@ def _like(tensor: Tensor, sliced: Tensor) -> Tensor:
     return sliced.contiguous()
 
 
-def _slice_parameter(parameter: nn.Parameter, dims: dict, kept: KeptChannels, optimizers: Iterable) -> None:
-    old = parameter.shape
+def _state_dims(value: Tensor, shape: torch.Size, dims: dict[int, Tensor]) -> dict[int, Tensor] | None:
+    """Which dimensions of a tensor of an optimizer's state follow channels; None where that cannot be told.
+
+    Besides those of the parameter's shape there are means along some of its dimensions, kept as 1 or left out.
+    """
+    if value.numel() == 1:
+        return {}
+    if value.dim() == len(shape) and all(size in (1, own) for size, own in zip(value.shape, shape)):
+        return {dim: labels for dim, labels in dims.items() if value.shape[dim] == shape[dim]}
+    found: list[dict[int, Tensor]] = []
+    for out in range(len(shape)):
+        if value.shape == shape[:out] + shape[out + 1 :]:
+            found.append({dim - (dim > out): labels for dim, labels in dims.items() if dim != out})
+    same = all(one.keys() == found[0].keys() and all(one[d] is found[0][d] for d in one) for one in found)
+    return found[0] if found and same else None
+
+
+def require_sliceable(optimizers: Iterable[Optimizer]) -> None:
+    """Refuse optimizers whose state is of no single parameter.
+
+    Args:
+        optimizers: To be sliced along.
+
+    Raises:
+        ArgumentError: There is one.
+    """
     for optimizer in optimizers:
-        state = optimizer.state.get(parameter, {})
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == old and value.dim():
-                state[key] = _like(value, slice_tensor(value, dims, kept))
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ArgumentError(
+                "optimizer (LBFGS) keeps one history of all parameters together, which cannot become narrower: prune "
+                "without it, and make a new one"
+            )
+
+
+def _slice_state(state: dict, old: torch.Size, dims: dict, kept: KeptChannels) -> bool:
+    """Slice what an optimizer keeps of one parameter; False where something cannot be sliced."""
+    sliced = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            own = _state_dims(value, old, dims)
+            if own is None or (value.dim() != len(old) and any(labels.dim() > 1 for labels in own.values())):
+                return False
+            sliced[key] = _like(value, slice_tensor(value, own, kept)) if own else value
+        elif tensors_in(value):
+            return False
+    state.update(sliced)
+    return True
+
+
+def _slice_parameter(parameter: nn.Parameter, dims: dict, kept: KeptChannels, optimizers: Iterable) -> list[Optimizer]:
+    """Slice a parameter with all that belongs to it; return the optimizers that begin anew with it."""
+    old, anew = parameter.shape, []
+    for optimizer in optimizers:
+        if (state := optimizer.state.get(parameter)) and not _slice_state(state, old, dims, kept):
+            state.clear()
+            anew.append(optimizer)
     grad, parameter.grad = parameter.grad, None
     data = _like(parameter.data, slice_tensor(parameter.data, dims, kept))
     # Autograd keeps a node with the old shape as long as somebody (DDP's reducer) holds it; another dtype makes it drop it.
@@ -43,6 +94,7 @@ def _slice_parameter(parameter: nn.Parameter, dims: dict, kept: KeptChannels, op
     parameter.data = data
     if grad is not None:
         parameter.grad = _like(grad, slice_tensor(grad, dims, kept))
+    return anew
 
 
 def require_same_layers(model: nn.Module, trace: Trace) -> None:
@@ -60,7 +112,11 @@ def require_same_layers(model: nn.Module, trace: Trace) -> None:
 @checked
 @torch.no_grad()
 def remove_channels_(
-    model: nn.Module, trace: Trace, kept: KeptChannels, optimizers: Iterable[Optimizer] = ()
+    model: nn.Module,
+    trace: Trace,
+    kept: KeptChannels,
+    optimizers: Iterable[Optimizer] = (),
+    notes: Notes | None = None,
 ) -> nn.Module:
     """Slice every tensor, gradient and optimizer state that follows a removed channel, and set the modules' numbers.
 
@@ -69,6 +125,7 @@ def remove_channels_(
         trace: Of the model, or of one that it is a copy of.
         kept: The channels that stay.
         optimizers: Whose state is sliced along.
+        notes: A list, to which is added what could not be sliced along.
 
     Returns:
         The model.
@@ -86,20 +143,29 @@ def remove_channels_(
     before = {module: _numbers(module) for module in model.modules()}
     filters = measure_filters(model, trace)
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    anew: dict[str, list[str]] = {}
     for name, dims in trace.slices.items():
         if not any(kept.changes(labels) for labels in dims.values()):
             continue
         if name in parameters:
-            _slice_parameter(parameters[name], dims, kept, optimizers)
+            for optimizer in _slice_parameter(parameters[name], dims, kept, optimizers):
+                anew.setdefault(type(optimizer).__name__, []).append(name)
         else:
             buffers[name].data = slice_tensor(buffers[name].data, dims, kept)
     keep_filters_(model, trace, kept, filters)
     for name, (given, pooled) in trace.pools.items():
         _shrink_pool(model.get_submodule(name), given, pooled, kept)
+    owners = {id(tensor): name for name, tensor in (parameters | buffers).items()}  # of tied ones, the first
     for name, module in model.named_modules(remove_duplicate=False):
-        _set_numbers(name, module, before[module], trace, kept)
+        _set_numbers(name, module, before[module], trace, kept, owners)
     _set_owners(model, before)
     describe_features_(model, {key: kept.count(labels) for key, labels in trace.described.items()})
+    if notes is not None:
+        notes += [
+            f"{optimizer} begins anew with {len(names)} parameters ({names[0]!r} is the first): what it keeps of them "
+            "cannot be sliced"
+            for optimizer, names in anew.items()
+        ]
     return model
 
 
@@ -119,15 +185,24 @@ def _shrink_pool(
     neck.pool.keep_(kept.index(pooled[0]).to(device), kept.index(pooled[-1]).to(device))
 
 
-def _set_numbers(name: str, module: nn.Module, old: dict, trace: Trace, kept: KeptChannels) -> None:
-    if isinstance(module, _ConvNd) and member(name, "weight") in trace.slices:
+def _set_numbers(
+    name: str, module: nn.Module, old: dict, trace: Trace, kept: KeptChannels, owners: dict[int, str]
+) -> None:
+    kernel = owners.get(id(getattr(module, "weight", None)), "")
+    if isinstance(module, _ConvNd) and kernel in trace.slices:
         outs, width = module.weight.shape[:2]
         if isinstance(module, _ConvTransposeNd):
             module.in_channels, module.out_channels = outs, width * module.groups
             return
-        if member(name, "weight") in trace.groupwise:
+        if kernel in trace.groupwise:
             module.groups = outs // (old["out_channels"] // old["groups"])
         module.in_channels, module.out_channels = width * module.groups, outs
+    elif isinstance(module, (_ConvNd, nn.Linear)) and name in trace.layers and trace.layers[name].weight is None:
+        setattr(
+            module,
+            "out_features" if isinstance(module, nn.Linear) else "out_channels",
+            kept.count(trace.layers[name].labels),
+        )
     elif isinstance(module, (_BatchNorm, _InstanceNorm)):
         sized = module.weight if module.weight is not None else module.running_mean
         if sized is not None:

@@ -1,16 +1,25 @@
 """Records of a traced model: which channels every map and every parameter follows."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from types import CodeType
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from rep_plugin.errors import TraceError
 from rep_plugin.measure.branches import place_of
-from rep_plugin.pruning.tracing.graph import Cost, Mark, Trace, named_tensors
+from rep_plugin.pruning.tracing.graph import Cost, Mark, Trace, member, named_tensors
 from rep_plugin.pruning.tracing.labels import FIXED
+
+
+def _kernels_of(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Names of tensors that a layer's kernel is, or may be computed from, and of the layer."""
+    for name, module in model.named_modules():
+        if isinstance(module, (_ConvNd, nn.Linear)) and not isinstance(module, _ConvTransposeNd):
+            inside = (key for key, tensor in named_tensors(module).items() if tensor.dim() > 1)
+            yield from ((member(name, key), name) for key in inside)
 
 
 class Recorder:
@@ -41,6 +50,9 @@ class Recorder:
         self.names = {id(t): name for name, t in named_tensors(model).items()}
         self.trace.sizes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.used_names: set[str] = set()
+        # Kernels of convolutions and linear layers, and what they are computed from: {name: layer}.
+        self._kernels = dict(_kernels_of(model))
+        self.computed: dict[int, str] = {}  # first label of the rows of a kernel in arithmetic: its layer
         self._unlabelled: set[str] = set()  # parameters in arithmetic whose channels are not known
         self._marks: dict[int, tuple[Mark, Tensor]] = {}  # the tensor is held: its id must not be used again
         self._reads: Counter[int] = Counter()  # of a map, by id
@@ -90,7 +102,10 @@ class Recorder:
         raise TraceError(f"{self.place()} a map appears that no torch function made: it cannot be followed")
 
     def _mark_parameter(self, tensor: Tensor, name: str) -> Mark:
-        """A parameter or buffer in arithmetic: its one dimension that is longer than 1 may follow channels."""
+        """A parameter or buffer in arithmetic: its one dimension that is longer than 1 may follow channels.
+
+        Of a kernel that is computed with (weight standardisation, weight norm) the outputs may.
+        """
         long = [dim for dim, size in enumerate(tensor.shape) if size > 1]
         mark = Mark(torch.tensor(FIXED).expand(tensor.shape), False)
         if len(long) == 1 and name not in self.trace.slices:
@@ -100,6 +115,12 @@ class Recorder:
             labels = self.channels.fresh(tensor.shape[dim])
             mark = Mark(labels.view(view), self.makers is None)
             self.add_slice(name, dim, labels, maker=True)
+        elif 0 in long and name in self._kernels and name not in self.trace.slices:
+            labels = self.channels.fresh(tensor.shape[0])
+            # Nothing is set to zero: zero over its own norm is no number. What reads these outputs is masked instead.
+            mark = Mark(labels.view(-1, *[1] * (tensor.dim() - 1)).expand(tensor.shape), False)
+            self.computed[int(labels[0])] = self._kernels[name]
+            self.add_slice(name, 0, labels)
         elif long:
             self._unlabelled.add(name)
             for labels in self.trace.slices.get(name, {}).values():

@@ -5,6 +5,7 @@ exist, so that nothing is computed, no statistic and no random state moves, and 
 are in :mod:`rep_plugin.pruning.tracing.rules`. An operation without a rule freezes the channels it touches.
 """
 
+import math
 import sys
 import traceback
 from collections.abc import Callable, Collection
@@ -31,12 +32,47 @@ from rep_plugin.pruning.tracing.recorder import Recorder
 from rep_plugin.pruning.tracing.rules import RULES, find_module_rule
 
 
-def _location(error: BaseException) -> str:
+def location_of(error: BaseException) -> str:
+    """Return file and line of a model's code in which an error was raised; ``torch`` where no code is the model's."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not is_quiet(f.filename)]
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "torch"
 
 
-class _Tracer(TorchFunctionMode):
+class ShapesAlone(TorchFunctionMode):
+    """Within it a model runs on the meta device, whatever tensors it has or makes for itself."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if not any(t.is_meta for t in tensors_in((args, kwargs))):
+            args, kwargs = _on_cpu((args, kwargs))
+            return func(*args, **kwargs)
+        if (name := name_of(func)) == "__iter__":
+            return iter(self.__torch_function__(torch.unbind, types, args))
+        args, kwargs = tree_map(self._as_meta, (args, kwargs))
+        return self.made(name, func, args, kwargs)
+
+    def made(self, name: str, func: Callable, args: tuple, kwargs: dict) -> object:
+        """Return what a function makes of maps without values."""
+        if name != "batch_norm":
+            return func(*args, **kwargs)
+        sized = [value for value in args[1:5] if isinstance(value, Tensor)]
+        if any(len(value) != args[0].shape[1] for value in sized):
+            raise RuntimeError(f"batch_norm of {len(sized[0])} channels is given {args[0].shape[1]}")
+        return torch.empty_like(args[0])  # torch takes 7 ms to find its shape
+
+    def _as_meta(self, value: object) -> object:
+        if not isinstance(value, Tensor) or value.is_meta:
+            return torch.device("meta") if isinstance(value, torch.device) else value
+        if value.dim() == 0 and not self.is_own(value):
+            return value  # a number
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+    def is_own(self, value: Tensor) -> bool:
+        """Whether a tensor is one of the model's."""
+        return False
+
+
+class _Tracer(ShapesAlone):
     """Runs a model on the meta device and asks a rule about every operation."""
 
     def __init__(self, model: nn.Module, shape: tuple[int, ...], makers: Collection[str] | None = None):
@@ -71,10 +107,34 @@ class _Tracer(TorchFunctionMode):
                 module.training = True
             self.trace.train_outputs = self._outputs(forward.run_auxiliary, shape)
             if unused := self._unused():
-                self.trace.train_outputs += self._outputs(partial(forward.run_unreached, unused=unused), shape)
+                maps = self._outputs(partial(forward.run_unreached, unused=unused), shape)
+                self.trace.train_outputs += maps
+                if not maps:
+                    self._freeze_unreached(unused)
             self.trace.costs = costs
         self.recorder.pair_norms()
         return self.trace
+
+    def _freeze_unreached(self, unused: Collection[str]) -> None:
+        """Layers that no run reaches may read any map of as many channels as they take: all of these stay."""
+        for name, module in self.model.named_modules():
+            if member(name, "weight") not in unused:
+                continue
+            takes = getattr(module, "in_channels", getattr(module, "in_features", None))
+            if not isinstance(takes, int):
+                continue
+            reason = (
+                f"may feed {name!r}, which the example's forward does not reach and which takes {takes} channels: plan "
+                "with an example, or a wrapper, that reaches it"
+            )
+            readers = 0
+            for layer in self.trace.layers.values():
+                width = len(layer.labels)
+                if takes == width or (isinstance(module, nn.Linear) and _is_square(takes, width)):
+                    self.recorder.channels.freeze(layer.labels, reason)
+                    readers += 1
+            if readers:
+                self.trace.unreached[name] = takes
 
     def _unused(self) -> list[str]:
         trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
@@ -98,7 +158,7 @@ class _Tracer(TorchFunctionMode):
                     "(a detector's backbone, for example)"
                 )
             what = f"{type(self.model).__name__} on an input {tuple(shape)}"
-            raise TraceError(f"cannot trace {what} at {_location(error)}: {text}") from error
+            raise TraceError(f"cannot trace {what} at {location_of(error)}: {text}") from error
         self.recorder.note_reads(flatten_outputs(output))
         return [self.recorder.mark_of(t).labels for t in flatten_outputs(output) if self.recorder.is_tracked(t)]
 
@@ -114,8 +174,7 @@ class _Tracer(TorchFunctionMode):
             return iter(self.__torch_function__(torch.unbind, types, args))
         meta_args, meta_kwargs = tree_map(self._as_meta, (args, kwargs))
         rule = RULES.get(name)
-        # torch takes 7 ms to find the shape of a batch norm
-        out = torch.empty_like(meta_args[0]) if name == "batch_norm" else func(*meta_args, **meta_kwargs)
+        out = self.made(name, func, meta_args, meta_kwargs)
         made = tensors_in(out)
         if not made and name != "__setitem__":
             return out  # the answer to a question: size, dim, is_contiguous ...
@@ -133,14 +192,8 @@ class _Tracer(TorchFunctionMode):
             self.recorder.set_mark(tensor, mark)
         return out
 
-    def _as_meta(self, value: object) -> object:
-        if not isinstance(value, Tensor) or value.is_meta:
-            if isinstance(value, torch.device):
-                return torch.device("meta")
-            return value
-        if value.dim() == 0 and id(value) not in self.recorder.names:
-            return value  # a number
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    def is_own(self, value: Tensor) -> bool:
+        return id(value) in self.recorder.names
 
     def _as_one_unit(self, rule, name: str, module: nn.Module, attached: str | None):
         def forward(*args):
@@ -159,6 +212,12 @@ class _Tracer(TorchFunctionMode):
                 return out
 
         return forward
+
+
+def _is_square(takes: int, width: int) -> bool:
+    """Whether a linear layer may read a flattened square map of this many channels."""
+    side = math.isqrt(takes // width)
+    return side > 1 and side * side * width == takes
 
 
 def name_of(func) -> str:

@@ -14,7 +14,9 @@ from mmengine.runner import Runner
 
 from rep_plugin.errors import HookError
 from rep_plugin.history import history_of
+from rep_plugin.openmmlab.accuracy import norm_batches, reestimate_norms_
 from rep_plugin.openmmlab.hooks import PruneHook
+from rep_plugin.openmmlab.hooks import prune_hook as hooks_base
 from rep_plugin.openmmlab.hooks.runner_utils import evaluate, plain_model
 from rep_plugin.openmmlab.load import load_model
 from rep_plugin.pruning import PrunePlan, apply_plan, plan_pruning
@@ -52,7 +54,7 @@ def finished(tmp_path_factory):
 
 
 def test_once_after_training_writes_the_artefact_and_leaves_the_model(tmp_path):
-    runner = run(config(tmp_path, dict(type="rep_plugin.PruneHook", macs=0.5)))
+    runner = run(config(tmp_path, dict(type="rep_plugin.PruneHook", macs=0.5, bn_images=0)))
     assert runner.model.backbone.conv1.out_channels == 8 and not history_of(runner.model)
     pruned = artefact(tmp_path)
     report, (only,) = json.loads((tmp_path / "pruned.json").read_text()), rounds_of(tmp_path)
@@ -63,6 +65,52 @@ def test_once_after_training_writes_the_artefact_and_leaves_the_model(tmp_path):
     assert relative_error(copied(X), pruned(X)) < 1e-6
     assert set(only["before"]) == {"accuracy/top1"} and only["after"] == evaluate(runner, pruned)
     assert only["before"] == evaluate(runner, runner.model) and only["tuned"] is None
+
+
+def norms_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [b.clone() for name, b in model.named_buffers() if "running" in name]
+
+
+def test_statistics_of_batch_norms_are_measured_anew_on_training_images(tmp_path):
+    """After training, and before it goes on: with the same images each time, whatever was drawn before."""
+    run(config(tmp_path / "once", dict(type="rep_plugin.PruneHook", macs=0.5, bn_images=10)))
+    pruned, folder = artefact(tmp_path / "once"), tmp_path / "once"
+    old = load_model(config(folder), folder / "epoch_4.pth")[0]
+    apply_plan(old, PrunePlan.from_json(folder / "pruned.plan.json"))
+    stale, loader = norms_of(old), Runner.build_dataloader(config(folder).train_dataloader)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    assert reestimate_norms_(old, norm_batches(loader, 10), 10) == 10
+    assert torch.equal(state, torch.get_rng_state())
+    for before, expected, found in zip(stale, norms_of(old), norms_of(pruned)):
+        assert torch.allclose(expected, found, rtol=1e-6) and not torch.allclose(before, found, rtol=1e-3)
+    assert "10 training images" in (folder / "pruned.json").read_text()
+
+
+def test_in_training_the_model_and_its_average_get_new_statistics(tmp_path, monkeypatch):
+    read, own = [], hooks_base.renew_norms_of
+    monkeypatch.setattr(
+        "rep_plugin.openmmlab.hooks.prune_hook.renew_norms_of",
+        lambda runner, models, images: read.append((list(models), images)) or own(runner, models, images),
+    )
+    runner = run(config(tmp_path, EMA, dict(type="rep_plugin.PruneHook", prune_fraction=0.5, begin=1)))
+    (models, images), *_ = read
+    average = next(hook.ema_model.module for hook in runner.hooks if isinstance(hook, EMAHook))
+    assert models == [runner.model, average] and images == 512 and len(read) == 1
+
+
+def test_save_best_starts_anew_with_the_narrower_network(tmp_path):
+    """A dense network that was better is not the best of the pruned one."""
+    checkpoint = dict(type="CheckpointHook", interval=1, save_best="accuracy/top1")
+    cfg = config(tmp_path, dict(type="rep_plugin.PruneHook", prune_fraction=0.5, begin=3))
+    cfg.default_hooks.checkpoint, cfg.train_cfg.val_interval = checkpoint, 1
+    runner = run(cfg)
+    (best,) = tmp_path.glob("best_*.pth")
+    kept = torch.load(best, weights_only=False)
+    assert {name: v.shape for name, v in kept["state_dict"].items()} == {
+        name: v.shape for name, v in runner.model.state_dict().items()
+    }
+    assert kept["meta"]["epoch"] == 4
 
 
 def test_rounds_reach_the_whole_fraction_and_training_goes_on(finished):
@@ -251,7 +299,7 @@ def test_a_checkpoint_of_another_history_is_refused(finished, tmp_path):
 
 def test_scores_that_say_nothing_are_refused_before_the_first_step(tmp_path):
     """Gammas of a network that was not trained: with begin=1 they are."""
-    hook = dict(type="rep_plugin.PruneHook", macs=0.5, begin=0, max_prune_fraction=0.75)
+    hook = dict(type="rep_plugin.PruneHook", scores="bn_gamma", macs=0.5, begin=0, max_prune_fraction=0.75)
     with pytest.raises(
         HookError, match="PruneHook, round 1: scores='bn_gamma' say nothing about this ImageClassifier"
     ) as caught:

@@ -65,9 +65,10 @@ def convolve(
 def _conv(recorder, out, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     mark, name = recorder.mark_of(input), recorder.name_of(weight)
     inputs = recorder.channels.along(mark.labels, 1)
-    unnamed = name is None or (bias is not None and recorder.name_of(bias) is None)
-    if inputs is None or unnamed or input.dim() != weight.dim():
+    if inputs is None or (bias is not None and recorder.name_of(bias) is None) or input.dim() != weight.dim():
         return None
+    if name is None:
+        return _computed_kernel(recorder, out, input, weight, bias, 1, groups)
     labels, groupwise = convolve(recorder, inputs, name, recorder.name_of(bias), groups, weight.shape)
     if not groupwise:
         recorder.note_input(name, 1, mark)
@@ -81,6 +82,42 @@ def _conv(recorder, out, input, weight, bias=None, stride=1, padding=0, dilation
         recorder.add_cost([labels, inputs[: weight.shape[1]]], lambda kept, read: positions * taps * kept * read)
     recorder.note_conv_output(layer, out)
     return Mark(spread(labels, 1, out.shape), recorder.makes_zero(layer))
+
+
+def _computed_kernel(
+    recorder: Recorder, out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, dim: int, groups: int = 1
+) -> Mark | None:
+    """A layer whose kernel is no parameter: computed from one (its inputs stay), or one filter for every channel."""
+    mark, kernel = recorder.mark_of(input), recorder.mark_of(weight)
+    macs = out.numel() // out.shape[dim] * weight[0].numel()
+    if not recorder.channels.varying(kernel.labels):
+        if not (groups == len(weight) == input.shape[dim] and weight.stride(0) == 0 and bias is None):
+            return None
+        labels = recorder.channels.along(mark.labels, dim)
+        recorder.add_cost([labels], lambda kept: macs * kept)
+        return Mark(spread(labels, dim, out.shape), mark.zero)
+    labels = recorder.channels.along(kernel.labels, 0)
+    layer = None if labels is None else recorder.computed.get(int(labels[0]))
+    if labels is None or layer is None or groups > 1:
+        return None
+    inputs = recorder.channels.along(mark.labels, dim)
+    reason = f"feeds {layer!r}, whose kernel is computed by all of its inputs: take that computation off to prune them"
+    recorder.channels.freeze(inputs, reason)
+    if bias is not None:
+        recorder.add_slice(recorder.name_of(bias), 0, labels, maker=True)
+    kind = "linear" if weight.dim() == 2 else "conv"
+    recorder.trace.layers.setdefault(layer, Layer(layer, kind, labels, inputs))
+    recorder.add_cost([labels], lambda kept: macs * kept)
+    return Mark(spread(labels, dim, out.shape), False)
+
+
+@rule("_weight_norm")
+def _weight_norm(recorder, out, v, g, dim=0):
+    labels, gains = recorder.mark_of(v).labels, recorder.mark_of(g).labels
+    if dim % v.dim() != 0 or recorder.channels.along(labels, 0) is None or g.shape[0] != v.shape[0]:
+        return None
+    recorder.channels.tie(labels.narrow(1, 0, 1).flatten(1)[:, 0], gains.flatten(1)[:, 0], "a weight norm")
+    return Mark(labels, False)
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -101,8 +138,12 @@ def _dense(
     """A layer of which every output reads every input: channels along ``dim``, outputs along ``rows`` of its kernel."""
     mark, name, columns = recorder.mark_of(input), recorder.name_of(weight), 1 - rows
     inputs = recorder.channels.along(mark.labels, dim)
-    if inputs is None or name is None or (bias is not None and recorder.name_of(bias) is None):
+    if inputs is None or (bias is not None and recorder.name_of(bias) is None):
         return None
+    if name is None:
+        return (
+            None if kind == "conv_transpose" else _computed_kernel(recorder, out, input, weight, bias, dim % out.dim())
+        )
     recorder.add_slice(name, columns, inputs)
     recorder.note_input(name, columns, mark)
     labels = recorder.trace.slices[name].get(rows)
@@ -141,12 +182,14 @@ def _batch_norm(
     labels = recorder.channels.along(mark.labels, 1)
     given = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     given = {role: tensor for role, tensor in given.items() if tensor is not None}
-    if labels is None or any(recorder.name_of(tensor) is None for tensor in given.values()):
+    if labels is None:
         return None
+    for role in [role for role, tensor in given.items() if recorder.name_of(tensor) is None]:  # computed, as a gain
+        recorder.channels.tie(labels, recorder.mark_of(given.pop(role)).labels, f"a batch norm {recorder.place()}")
     normalise(recorder, labels, {role: recorder.name_of(tensor) for role, tensor in given.items()})
     name = owner_of(recorder.name_of(next(iter(given.values())))) if given else ""
     recorder.note_norm_input(name, input)
-    affine = weight is not None and bias is not None and recorder.makes_zero(name)
+    affine = "weight" in given and "bias" in given and recorder.makes_zero(name)
     return Mark(spread(labels, 1, out.shape), affine or (mark.zero and running_mean is None and bias is None))
 
 
