@@ -18,7 +18,7 @@ TEXT = (Path(__file__).parents[2] / "docs/pruning.md").read_text().partition("##
 ROWS = dict(re.findall(r"^\| `(\w+)`[^|]*\|(.*)\|$", TEXT.partition("\nA compactor")[0], re.MULTILINE))
 SHAPE, BUDGET = (1, 3, 64, 64), Budget(macs=0.7)
 HOOKS = (
-    lambda model, scores="bn_gamma": plan_to_budget(model, SHAPE, BUDGET, PruneOptions(scores)),
+    lambda model, scores="flow": plan_to_budget(model, SHAPE, BUDGET, PruneOptions(scores)),
     lambda model, scores="l2": plan_to_budget(model, SHAPE, BUDGET, PruneOptions(scores, scope="layer")),
     lambda model: ResRep(model, SHAPE, BUDGET),
     lambda model: plan_clusters(model, SHAPE, BUDGET, PruneOptions(), "even"),
