@@ -309,9 +309,10 @@ def labelled_batches(model: nn.Module, cfg: Config, count: int, batch_size: int 
     with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmpretrain")), config_errors():
         loader = Runner.build_dataloader(cfg.val_dataloader)
     found = take_batches(model, loader, count, batch_size)
-    if any(labels is None for _, labels in found):
+    labelled = [(images, labels) for images, labels in found if labels is not None]
+    if len(labelled) < len(found):
         raise ArgumentError("one label for each image is needed: the images of val_dataloader have none, or several")
-    return found
+    return labelled
 
 
 def take_batches(

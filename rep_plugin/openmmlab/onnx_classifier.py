@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,13 +13,12 @@ from torch import Tensor, nn
 
 from rep_plugin.arguments import Name, OneOf, checked
 from rep_plugin.errors import ArgumentError, ExportError
+from rep_plugin.export.reading import interface_of, read_onnx
 from rep_plugin.export.runtimes import RUNTIMES, open_model
 from rep_plugin.openmmlab.configs import drop_pretrained_, typed_dicts
 from rep_plugin.openmmlab.load import Typed, build_part
 from rep_plugin.optional import require
 from rep_plugin.registry import MODELS
-
-FLOAT = 1  # onnx.TensorProto.FLOAT
 
 
 @checked
@@ -56,7 +54,7 @@ class OnnxClassifier(BaseModel):
         for package in ("onnx", runtime):
             require(package, "export", "OnnxClassifier")
         self.path = Path(path)
-        proto = _read(self.path)
+        proto = read_onnx(self.path)
         network = _network(model, data_preprocessor)
         super().__init__(data_preprocessor=network.data_preprocessor)
         self.head = getattr(network, "head", network)  # a wrapped network of timm is its own
@@ -64,7 +62,7 @@ class OnnxClassifier(BaseModel):
             raise ArgumentError(
                 f"{type(network).__name__} is no classifier of mmpretrain, expected one: of ONNX files only logits are tested"
             )
-        self.name, self.shape, classes = _interface(self.path, proto)
+        self.name, self.shape, classes = interface_of(self.path, proto)
         own = _classes_of(self.head)
         if None not in (own, classes) and own != classes:
             raise ArgumentError(f"{self.path} gives {classes} classes, expected the {own} of the config's head")
@@ -113,18 +111,6 @@ def _words(sides: Sequence[int | None]) -> str:
     return " x ".join("any" if side is None else str(side) for side in sides)
 
 
-def _read(path: Path) -> Any:
-    if path.is_dir() or not path.is_file():
-        raise FileNotFoundError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}, expected an ONNX file")
-    try:
-        proto = import_module("onnx").load(str(path))
-    except import_module("google.protobuf.message").DecodeError:
-        proto = None
-    if proto is None or not proto.graph.node:
-        raise ExportError(f"{path} is no ONNX file, expected one that rep-plugin export wrote")
-    return proto
-
-
 def _network(model: Mapping, data_preprocessor: Mapping | nn.Module | None) -> nn.Module:
     cfg: Any = copy.deepcopy(dict(model))
     for part in typed_dicts(cfg):
@@ -132,30 +118,6 @@ def _network(model: Mapping, data_preprocessor: Mapping | nn.Module | None) -> n
     if data_preprocessor is not None and not isinstance(data_preprocessor, nn.Module):
         cfg.setdefault("data_preprocessor", data_preprocessor)
     return build_part(cfg, ROOT_MODELS)
-
-
-def _interface(path: Path, proto: Any) -> tuple[str, tuple[int | None, ...], int | None]:
-    """The input's name, its shape (None: open), and the number of classes, where the file tells."""
-    constants = {one.name for one in proto.graph.initializer}
-    inputs = [one for one in proto.graph.input if one.name not in constants]  # old files name these too
-    outputs = list(proto.graph.output)
-    sides = [[dim.dim_value or None for dim in one.type.tensor_type.shape.dim] for one in (*inputs, *outputs)]
-    if len(inputs) != 1 or len(sides[0]) != 4 or inputs[0].type.tensor_type.elem_type != FLOAT:
-        raise ArgumentError(f"{path} takes {_listed(inputs)}, expected one batch of float32 images (N, C, H, W)")
-    if len(outputs) != 1 or len(sides[1]) != 2:
-        raise ArgumentError(f"{path} gives {_listed(outputs)}, expected the logits (N, classes) of a classifier")
-    return inputs[0].name, tuple(sides[0]), sides[1][1]
-
-
-def _listed(values: Sequence[Any]) -> str:
-    kinds = import_module("onnx").TensorProto.DataType
-
-    def listed(value: Any) -> str:
-        kind = value.type.tensor_type
-        sides = ", ".join(dim.dim_param or str(dim.dim_value or "?") for dim in kind.shape.dim)
-        return f"{value.name} {kinds.Name(kind.elem_type).lower()} ({sides})"
-
-    return " and ".join(map(listed, values)) or "nothing"
 
 
 def _classes_of(head: nn.Module) -> int | None:

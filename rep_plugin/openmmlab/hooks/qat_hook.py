@@ -14,9 +14,9 @@ from rep_plugin.arguments import In, Name, NotNegative, OneOf, checked
 from rep_plugin.errors import HookError
 from rep_plugin.export.fake_quantize import Averaging, FakeQuantization
 from rep_plugin.export.int8 import LEAST, int8_images
-from rep_plugin.export.report import Int8Report
 from rep_plugin.export.runtimes import RUNTIMES
 from rep_plugin.measure.copies import copy_model
+from rep_plugin.measure.report import Report
 from rep_plugin.openmmlab.export import write_onnx
 from rep_plugin.openmmlab.hooks.base_pruning_hook import PruningHook
 from rep_plugin.openmmlab.hooks.linearize_hook import LinearizeHook
@@ -166,7 +166,7 @@ class QATHook(StatefulHook):
                 options = self.options | QUICK | dict(keep_float=0)
                 self._export(runner, model, Path(folder) / FILE, LEAST, **options)
 
-    def _export(self, runner: Runner, model: nn.Module, path: Path, count: int, **options) -> Int8Report:
+    def _export(self, runner: Runner, model: nn.Module, path: Path, count: int, **options) -> Report:
         model.cpu().eval()
         loader = (runner.val_loop or runner.train_loop).dataloader
         with kept_random_state():
