@@ -7,7 +7,7 @@ from rep_plugin.measure.report import Report
 from rep_plugin.optional import is_missing
 
 if TYPE_CHECKING:  # imported where something is printed
-    from matplotlib.figure import Figure
+    from rep_plugin.measure.plots import Figure
     from rich.table import Table
 
 MOST = 10  # layers that are printed
