@@ -32,6 +32,8 @@ FILES = sorted(path for folder in ("rep_plugin", "tools") for path in (ROOT / fo
 def extras_of(path: Path) -> list[str]:
     """What a user of a file has installed: each alone must be enough."""
     match path.relative_to(ROOT).parts:
+        case ("rep_plugin", "export", "nncf.py"):
+            return ["nncf"]
         case ("rep_plugin", "timm" | "export" as room, *_):
             return [room]
         case ("rep_plugin", "measure", "plots.py"):

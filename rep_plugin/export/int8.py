@@ -8,12 +8,12 @@ one scale or one for each channel, is tried and compared on images that were hel
 import io
 import logging
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
-from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -26,6 +26,7 @@ from rep_plugin.errors import ArgumentError, EquivalenceError, NothingToMergeErr
 from rep_plugin.export.equalize import equalize
 from rep_plugin.export.export_onnx import IMAGES_AT_ONCE, check_path, export_onnx, require_eval, scaled_to
 from rep_plugin.export.inputs import INPUT
+from rep_plugin.export.nncf import quantise_by_nncf
 from rep_plugin.export.ranges import Before, output_ranges, weight_widths
 from rep_plugin.export.report import ExportReport, Int8Layer, Int8Report, Int8Trial
 from rep_plugin.export.runtimes import RUNTIMES, Session, open_model
@@ -35,10 +36,11 @@ from rep_plugin.measure.forward import require_numbers
 from rep_plugin.measure.latency import interleaved_medians
 from rep_plugin.measure.progress import track, working
 from rep_plugin.measure.report import Report
-from rep_plugin.optional import require
+from rep_plugin.optional import is_missing, require
 from rep_plugin.reparam.reparameterize import reparameterize
 
 METHODS = ("MinMax", "Percentile", "Entropy")  # names of onnxruntime's CalibrationMethod
+NNCF = "NNCF"  # OpenVINO's quantiser, which corrects biases and chooses scales by itself
 LEAST = 10  # images: eight to calibrate with and two held out
 EVERY = 5  # one image of as many is held out
 QUANTISED = {"Conv", "Gemm", "MatMul", "ConvTranspose"}  # layers with weights
@@ -54,7 +56,7 @@ def export_int8(
     labels: Tensor | Sequence[int] | None = None,
     *,
     runtime: Annotated[str, OneOf(RUNTIMES)] = "onnxruntime",
-    methods: Sequence[Annotated[str, OneOf(METHODS)]] = METHODS,
+    methods: Sequence[Annotated[str, OneOf((*METHODS, NNCF))]] | None = None,
     min_agreement: Annotated[float, In("[0, 1]")] = 0.9,
     keep_float: Annotated[int, In("[0, 10000]")] = 0,
     layers: bool = True,
@@ -83,7 +85,9 @@ def export_int8(
             such batches.
         labels: class of each image (N,), for top-1 on those held out; None: not measured.
         runtime: where the file is run, compared and timed: ``onnxruntime`` or ``openvino``.
-        methods: how activations are calibrated, of ``MinMax``, ``Percentile`` and ``Entropy``.
+        methods: how activations are calibrated, of ``MinMax``, ``Percentile`` and ``Entropy``; ``NNCF`` is OpenVINO's own
+            quantiser (``pip install 'rep-plugin[nncf]'``). Default: the first three, for ``openvino`` ``NNCF`` too where it
+            is installed.
         min_agreement: share of the held-out images that must have the same largest logit as in float. For outputs that are
             not logits (N, classes) nothing is refused.
         keep_float: as many layers stay in float: those which cost most.
@@ -112,8 +116,12 @@ def export_int8(
     started = time.perf_counter()
     for package in ("onnx", "onnxruntime", runtime):
         require(package, "export", "quantizing")
+    if methods is None:
+        methods = (*METHODS, NNCF) if runtime == "openvino" and not is_missing("nncf") else METHODS
     if not methods:
-        raise ArgumentError(f"methods must name some of {', '.join(METHODS)}, got none")
+        raise ArgumentError(f"methods must name some of {', '.join(METHODS)}, {NNCF}, got none")
+    if NNCF in methods:
+        require("nncf", "nncf", "quantizing by NNCF")
     path = Path(path)
     check_path(path)
     images = _images_of(calibration)
@@ -146,13 +154,14 @@ def export_int8(
             if not chosen or trial.rank > chosen[0].trial.rank:
                 chosen[:] = [_Made(trial, form, quantiser, data)]
 
-        for method, each in track(list(product(methods, (False, True))), "trying calibrations"):
+        combined = [(method, each) for method in methods for each in _scales(method)]
+        for method, each in track(combined, "trying calibrations"):
             attempt(written, quantiser, method, each)
         try:
             even, _ = equalize(written, images[:2])
             evened, _ = write("equalised", even)
             method = chosen[0].trial.method
-            for each in (False, True):
+            for each in _scales(method):
                 attempt(even, evened, method, each, True)
         except NothingToMergeError as error:
             more += [f"not equalised: {note}" for note in error.notes]
@@ -201,6 +210,11 @@ def export_int8(
     else:
         write_atomic(path, lambda file: file.write(data))
     return report
+
+
+def _scales(method: str) -> tuple[bool, ...]:
+    """Whether weights have a scale for each channel: what can be tried."""
+    return (True,) if method == NNCF else (False, True)
 
 
 def _merged(model: nn.Module, x: Tensor) -> tuple[nn.Module, Report]:
@@ -285,15 +299,21 @@ def int8_images(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The quantiser prints, and logs on the root logger, what is no user's business."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)
+    """Quantisers print, and log, what is no user's business; NNCF would also report to its makers."""
+    loggers = [logging.getLogger(name) for name in ("", "nncf")]
+    levels, told = [logger.level for logger in loggers], os.environ.get("NNCF_CI")
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    os.environ["NNCF_CI"] = "1"
     try:
         with redirect_stdout(io.StringIO()):
             yield
     finally:
-        root.setLevel(level)
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+        os.environ.pop("NNCF_CI")
+        if told is not None:
+            os.environ["NNCF_CI"] = told
 
 
 class _Quantiser:
@@ -335,6 +355,9 @@ class _Quantiser:
         import onnx
         from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
+        if method == NNCF:
+            with _quiet():
+                return self._finished(quantise_by_nncf(onnx.load(self.prepared), self.images, leave))
         written = self.folder / "int8.onnx"
         with _quiet():
             quantize_static(
@@ -342,7 +365,9 @@ class _Quantiser:
                 activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=list(leave),
                 calibrate_method=CalibrationMethod[method], calibration_cache_path=str(self.folder / f"{method}.cache"),
             )  # fmt: skip
-        proto = onnx.load(written)
+        return self._finished(onnx.load(written))
+
+    def _finished(self, proto: Any) -> bytes:
         del proto.metadata_props[:]
         proto.metadata_props.extend(self.metadata)
         return proto.SerializeToString()

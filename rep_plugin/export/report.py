@@ -7,8 +7,9 @@ from rep_plugin.measure.report import Report
 from rep_plugin.optional import is_missing
 
 if TYPE_CHECKING:  # imported where something is printed
-    from rep_plugin.measure.plots import Figure
     from rich.table import Table
+
+    from rep_plugin.measure.plots import Figure
 
 MOST = 10  # layers that are printed
 

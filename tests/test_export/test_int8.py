@@ -14,8 +14,9 @@ from torch import nn
 
 import rep_plugin
 from rep_plugin.blocks.families import RepVGGBlock
-from rep_plugin.errors import ArgumentError, EquivalenceError, TrainModeError
+from rep_plugin.errors import ArgumentError, EquivalenceError, MissingPackageError, TrainModeError
 from rep_plugin.export import read_metadata
+from rep_plugin.optional import is_missing
 from rep_plugin.testing import calibrate_random_bn_
 from tests.helpers import chain_by_hand
 
@@ -133,6 +134,26 @@ def test_it_runs_where_rep_plugin_is_not_imported(net, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == run(tmp_path / "int8.onnx", X).argmax(1).tolist()
+
+
+def test_nncf_is_one_more_quantiser_where_it_is_installed(net, tmp_path, capsys):
+    options = QUICK | dict(methods=["NNCF"], keep_float=1)
+    if is_missing("nncf"):
+        with pytest.raises(MissingPackageError, match=r"needs nncf, .*pip install 'rep-plugin\[nncf\]'"):
+            rep_plugin.export_int8(net, tmp_path / "int8.onnx", X, **options)
+        report = rep_plugin.export_int8(
+            net, tmp_path / "int8.onnx", X, runtime="openvino", **(QUICK | dict(methods=None))
+        )
+        assert {trial.method for trial in report.trials} == {"MinMax", "Percentile", "Entropy"}
+        return
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    report = rep_plugin.export_int8(net, tmp_path / "int8.onnx", X, runtime="openvino", **options)
+    assert torch.equal(torch.get_rng_state(), states[0]) and np.random.get_state()[1].tolist() == states[1]
+    assert {trial.method for trial in report.trials} == {"NNCF"} and report.per_channel and report.sqnr > 20
+    assert len(report.kept_float) == 1 and report.layers and not capsys.readouterr().out
+    assert run(tmp_path / "int8.onnx", X[:3]).shape == (3, 4)  # in ONNX Runtime too
+    default = rep_plugin.export_int8(net, tmp_path / "a.onnx", X, runtime="openvino", **(QUICK | dict(methods=None)))
+    assert {trial.method for trial in default.trials} == {"MinMax", "Percentile", "Entropy", "NNCF"}
 
 
 def test_openvino_runs_the_same_file(net, tmp_path):
