@@ -43,6 +43,7 @@ def write(path, shape=(None, 3, 16, 16), classes=2, kind=TensorProto.FLOAT, outp
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A config, a checkpoint, and its files: float, of three images at a time, int8."""
+    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("onnx")
     cfg = tiny.config(folder / "work")
     cfg.update(test_dataloader=cfg.val_dataloader, test_evaluator=cfg.val_evaluator, test_cfg=dict())
@@ -74,6 +75,8 @@ def tested(folder, monkeypatch):
 def test_files_are_tested_as_their_network(tested):
     expected = tested("tiny.py", "tiny.pth")
     scores = torch.stack([one["pred_score"] for one in expected])
+    best, second = scores.topk(2).values.T
+    clear = best - second > 1e-4  # rounding does not choose between the two
     cases = [
         ("float.onnx", "onnxruntime"),
         ("float.onnx", "openvino"),
@@ -89,7 +92,8 @@ def test_files_are_tested_as_their_network(tested):
         if name == "int8.onnx":
             assert (got - scores).abs().max() > 1e-5
         else:
-            assert [one["pred_label"] for one in found] == [one["pred_label"] for one in expected]
+            labels, own = (torch.cat([one["pred_label"] for one in some]) for some in (found, expected))
+            assert clear.sum() > 4 and torch.equal(labels[clear], own[clear])
     assert len({int(one["pred_label"]) for one in expected}) == 2
 
 
