@@ -22,7 +22,7 @@ from rep_plugin.measure.undo import undone_on_error
 from rep_plugin.measure.verify import default_inputs, require_castable, verify_equivalence
 from rep_plugin.pruning.planning.plan import MERGED, PrunePlan, as_plan, frozen_notes
 from rep_plugin.pruning.surgery.constants import fold_constants_
-from rep_plugin.pruning.surgery.mask import KeptOutputs, mask_channels_
+from rep_plugin.pruning.surgery.mask import KeptNorms, KeptOutputs, mask_channels_
 from rep_plugin.pruning.surgery.remove import remove_channels_, require_sliceable
 from rep_plugin.pruning.tracing.features import entries_of
 from rep_plugin.pruning.tracing.graph import Trace
@@ -337,6 +337,8 @@ def _prove(model: nn.Module, trace: Trace, kept: KeptChannels, inputs: list[Tens
     for copied in (masked, removed):
         fold_constants_(copied, trace, kept)
     masked, removed = mask_channels_(masked, trace, kept), remove_channels_(removed, trace, kept)
+    if any(kept.changes(labels) for labels in trace.layer_norms.values()):
+        masked = KeptNorms(masked, trace, kept)
     if any(kept.changes(labels) for labels in trace.outputs):
         masked = KeptOutputs(masked, trace, kept)
     try:

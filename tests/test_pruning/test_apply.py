@@ -24,7 +24,6 @@ from tests.test_pruning.nets import (
     Ghost,
     Halves,
     Last,
-    Normed,
     Pooled,
     Residual,
     mask_outputs,
@@ -392,11 +391,11 @@ def test_fixed_numbers_in_a_forward_are_found_when_planning_and_by_the_proof(mon
 
 
 def test_the_report():
-    net = ready(ConvBN(3, 8), Normed(8), Last(8, 16), Pooled(8))
+    net = ready(ConvBN(3, 8), nn.GroupNorm(2, 8), Last(8, 16), Pooled(8))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         report = apply_plan(net, plan_pruning(net, X, "l1", 0.5))
-    assert report.widths["2.up"] == (16, 8) and "layer norm over channels" in report.frozen["0.conv"]
+    assert report.widths["2.up"] == (16, 8) and "group norm over channels" in report.frozen["0.conv"]
     assert [(b.name, b.kind) for b in report.blocks] == [("2.up", "linear 16 -> 8")]
     text = str(report)
     assert "1 of 4 layers narrower, 3 frozen" in text and "stay as they are: 0.conv, 2.down" in text

@@ -1,7 +1,10 @@
 """The masked model: the same layers, with removed channels set to zero, which surgery must equal."""
 
+import inspect
+
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from rep_plugin.arguments import checked
 from rep_plugin.measure.differences import flatten_outputs
@@ -45,6 +48,49 @@ def mask_channels_(model: nn.Module, trace: Trace, kept: KeptChannels) -> nn.Mod
         zero_removed_(tensors[name], dim, trace.slices[name][dim], kept)
     keep_filters_(model, trace, kept, filters)
     return model
+
+
+class _OfKept(TorchFunctionMode):
+    """Layer norms of some channels alone; the others come out as zeros."""
+
+    def __init__(self, kept: dict[int, Tensor]):
+        super().__init__()
+        self.kept = kept
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") not in ("layer_norm", "rms_norm"):
+            return func(*args, **kwargs)
+        given = inspect.signature(func).bind(*args, **kwargs).arguments
+        index = self.kept.get(id(given.get("weight")))
+        if index is None:
+            return func(*args, **kwargs)
+        x = given["input"]
+        own = {key: value[index] for key, value in given.items() if key in ("weight", "bias") and value is not None}
+        given |= own | dict(input=x.index_select(-1, index), normalized_shape=(len(index),))
+        return torch.zeros_like(x).index_copy(-1, index, func(**given))
+
+
+class KeptNorms(nn.Module):
+    """A masked model whose layer norms normalise the channels that stay: zeros would count in their means.
+
+    Args:
+        model: With all channels, those that go set to zero.
+        trace: Of the model.
+        kept: The channels that stay.
+    """
+
+    def __init__(self, model: nn.Module, trace: Trace, kept: KeptChannels):
+        super().__init__()
+        self.model = model
+        self.index = {name: kept.index(labels) for name, labels in trace.layer_norms.items() if kept.changes(labels)}
+
+    def forward(self, *args, **kwargs) -> object:
+        """Take what the model takes: images alone, or all of its arguments."""
+        parameters = named_tensors(self.model)
+        alone = len(args) == 1 and isinstance(args[0], Tensor) and not kwargs
+        with _OfKept({id(parameters[name]): index.to(parameters[name].device) for name, index in self.index.items()}):
+            return run_model(self.model, args[0] if alone else args or kwargs)
 
 
 class KeptOutputs(nn.Module):

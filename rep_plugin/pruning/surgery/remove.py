@@ -209,6 +209,11 @@ def _set_numbers(
             module.num_features = len(sized)
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
+    elif f"{name}.weight".strip(".") in trace.layer_norms and hasattr(module, "normalized_shape"):
+        shape = module.normalized_shape
+        module.normalized_shape = (
+            type(shape)(module.weight.shape) if isinstance(shape, (tuple, list)) else len(module.weight)
+        )
     elif isinstance(module, nn.PReLU):
         module.num_parameters = module.weight.numel()
     elif isinstance(module, RepBlock) and name in trace.layers:

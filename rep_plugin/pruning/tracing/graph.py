@@ -76,6 +76,7 @@ class Trace:
             kernel are labelled (groups, I / groups).
         layers: {name: layer that makes channels}, in order of execution.
         norms: {name of a BN: labels}.
+        layer_norms: {weight of a layer norm: labels}: it normalises the channels that stay.
         makers: (tensor, dimension) that make a channel: it is zero once they are.
         groupwise: Kernels that lose whole groups.
         sizes: {parameter name: shape}.
@@ -96,6 +97,7 @@ class Trace:
     slices: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     layers: dict[str, Layer] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)
+    layer_norms: dict[str, Tensor] = field(default_factory=dict)
     makers: set[tuple[str, int]] = field(default_factory=set)
     groupwise: set[str] = field(default_factory=set)
     sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)

@@ -101,6 +101,27 @@ class Recorder:
             return Mark(torch.tensor(FIXED).expand(tensor.shape), False)
         raise TraceError(f"{self.place()} a map appears that no torch function made: it cannot be followed")
 
+    def meet(self, parameter: Tensor, other: Tensor) -> None:
+        """Let a parameter of several dimensions, as a position embedding, follow the channels of the map that it meets."""
+        name = self.names.get(id(parameter))
+        if name is None or id(parameter) in self._marks or name in self.trace.slices or not other.is_meta:
+            return
+        if sum(size > 1 for size in parameter.shape) < 2:
+            return
+        labels = self.mark_of(other).labels
+        varying = self.channels.varying(labels)
+        dim = varying[0] - other.dim() + parameter.dim() if len(varying) == 1 else -1
+        if dim < 0 or parameter.shape[dim] != other.shape[varying[0]]:
+            return
+        self._mark_along(parameter, name, dim)
+
+    def _mark_along(self, tensor: Tensor, name: str, dim: int) -> None:
+        view = [1] * tensor.dim()
+        view[dim] = -1
+        labels = self.channels.fresh(tensor.shape[dim])
+        self.add_slice(name, dim, labels, maker=True)
+        self._marks[id(tensor)] = (Mark(labels.view(view).expand(tensor.shape), self.makers is None), tensor)
+
     def _mark_parameter(self, tensor: Tensor, name: str) -> Mark:
         """A parameter or buffer in arithmetic: its one dimension that is longer than 1 may follow channels.
 
@@ -108,14 +129,11 @@ class Recorder:
         """
         long = [dim for dim, size in enumerate(tensor.shape) if size > 1]
         mark = Mark(torch.tensor(FIXED).expand(tensor.shape), False)
-        if len(long) == 1 and name not in self.trace.slices:
-            (dim,) = long
-            view = [1] * tensor.dim()
-            view[dim] = -1
-            labels = self.channels.fresh(tensor.shape[dim])
-            mark = Mark(labels.view(view), self.makers is None)
-            self.add_slice(name, dim, labels, maker=True)
-        elif 0 in long and name in self._kernels and name not in self.trace.slices:
+        tokens = tensor.dim() == 3 and long == [1, 2]  # position embeddings (1, N, C)
+        if (len(long) == 1 or tokens) and name not in self.trace.slices and name not in self._kernels:
+            self._mark_along(tensor, name, long[-1])
+            return self._marks[id(tensor)][0]
+        if 0 in long and name in self._kernels and name not in self.trace.slices:
             labels = self.channels.fresh(tensor.shape[0])
             # Nothing is set to zero: zero over its own norm is no number. What reads these outputs is masked instead.
             mark = Mark(labels.view(-1, *[1] * (tensor.dim() - 1)).expand(tensor.shape), False)

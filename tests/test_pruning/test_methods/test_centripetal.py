@@ -352,7 +352,7 @@ def bilinear(projection: int | None) -> list[nn.Module]:
 
 COUNTED = {
     "norm": (lambda: [Call(normed), Pooled(8)], "1.conv", "a norm over channels in '2'"),
-    "layer norm": (lambda: [Normed(8), Pooled(8)], "1.conv", "loses all of its 8 channels or none"),
+    "layer norm": (lambda: [Normed(8), Pooled(8)], "1.conv", "a norm over channels in '2.norm'"),
     "swapped": (lambda: [Call(swapped), Pooled(8)], "1.conv", "none answers to another"),
     "bilinear": (lambda: bilinear(None), "1.conv", "'3', which multiplies its channels"),
     "bilinear, projected": (lambda: bilinear(6), "3.projection.conv", "'3', which multiplies its channels"),

@@ -18,7 +18,7 @@ from rep_plugin.pruning.methods import plan_clusters
 from rep_plugin.pruning.planning import Budget
 from rep_plugin.pruning.tracing import trace_channels
 from rep_plugin.pruning.tracing.groups import find_groups
-from tests.test_pruning.nets import Call, ConvBN, Flat, Gate, Last, Normed, Pooled, Residual
+from tests.test_pruning.nets import Call, ConvBN, Flat, Gate, Pooled, Residual
 
 X = (1, 3, 16, 16)
 OURS = {path.name for path in Path(rep_plugin.__file__).parent.rglob("*.py")}
@@ -39,7 +39,6 @@ PAIR = Call(lambda x: (x,))
 NETS = {
     "a step without a rule": lambda: [ConvBN(3, 8), Call(lambda x: torch.cumsum(x, 1)), Pooled(8)],
     "a slice": lambda: [ConvBN(3, 8), Call(lambda x: x[:, :5]), Pooled(5)],
-    "layer norm": lambda: [ConvBN(3, 8), Normed(8), Last(8, 16), Pooled(8)],
     "group norm": lambda: [ConvBN(3, 8), nn.GroupNorm(2, 8), Pooled(8)],
     "softmax": lambda: [ConvBN(3, 8), nn.Softmax(1), Pooled(8)],
     "reduction": lambda: [ConvBN(3, 8), Call(lambda x: x.mean(1, keepdim=True)), Flat(1)],
@@ -53,7 +52,7 @@ NETS = {
     ],
     "used twice": lambda: [ConvBN(3, 8), Used(), Pooled(8)],
     "our backbone": lambda: [RepMobileNetV2(widen_factor=0.1)],
-    "our block": lambda: [RepVGGBlock(3, 8), Normed(8), Pooled(8)],
+    "our block": lambda: [RepVGGBlock(3, 8), nn.GroupNorm(2, 8), Pooled(8)],
     "bilinear": lambda: [ConvBN(3, 8), PAIR, BilinearPooling(8), Call(lambda x: x[0].cumsum(1)), nn.Linear(64, 3)],
     "bilinear of what is not zero": lambda: [ConvBN(3, 8), nn.Sigmoid(), PAIR, BilinearPooling(8)],
     "one channel": lambda: [ConvBN(3, 8), Gate(8, 1), ConvBN(8, 1), Flat(1)],
@@ -100,10 +99,8 @@ def test_reasons_cite_the_users_file_and_say_what_to_do():
         f"'0.conv' goes through cumsum in '1' (test_reasons.py:{line}), which pruning cannot follow: rewrite that step, or "
         "plan the parts around it alone"
     )
-    text = reason(ConvBN(3, 8), Normed(8), Pooled(8))
-    assert text.startswith(
-        "'0.conv' loses all of its 8 channels or none, by a layer norm over channels in '1.norm' (nets.py:"
-    )
+    text = reason(ConvBN(3, 8), nn.GroupNorm(2, 8), Pooled(8))
+    assert text.startswith("'0.conv' loses all of its 8 channels or none, by a group norm over channels in '1'")
     assert text.endswith(": take a narrower network for that")
     text = reason(*NETS["added to a map that stays"](), layer="1.second.conv")
     assert text.startswith("'1.second.conv' meets channels that stay, by add in '1' (nets.py:")

@@ -7,6 +7,7 @@ from torch import Tensor
 from rep_plugin.pruning.tracing.graph import Mark, tensors_in
 from rep_plugin.pruning.tracing.labels import FIXED, compress
 from rep_plugin.pruning.tracing.recorder import Recorder
+from rep_plugin.pruning.tracing.rules.elementwise_pooling_reduction import tie_maps
 from rep_plugin.pruning.tracing.rules.registry import fixed_like, rule, spread
 
 
@@ -48,6 +49,9 @@ def _cat(recorder, out, tensors, dim=0, axis=None, *, out_=None):
         labels = [part.unsqueeze(dim) for part in labels]
     dim %= labels[0].dim()
     labels = [part for part in labels if part.dim() == out.dim()]  # torch lets an empty 1-d tensor pass
+    if len(labels) > 1 and not any(recorder.channels.varies(part, dim) for part in labels):  # tokens, not channels
+        for part in labels[1:]:
+            tie_maps(recorder, labels[0].narrow(dim, 0, 1), part.narrow(dim, 0, 1))
     joint = [d for d in range(out.dim()) if d != dim and all(part.stride(d) == 0 for part in labels)]
     for d in joint:
         labels = [part.narrow(d, 0, 1) for part in labels]

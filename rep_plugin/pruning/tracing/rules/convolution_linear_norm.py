@@ -206,7 +206,18 @@ def _prelu(recorder, out, input, weight):
 
 @rule("layer_norm", "rms_norm")
 def _layer_norm(recorder, out, input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    """One of the channels, with weights, is one of those that stay: the masked model has the same (:class:`KeptNorms`)."""
     labels = recorder.mark_of(input).labels
+    channels, name = recorder.channels.along(labels, -1), recorder.name_of(weight)
+    named = name is not None and (not isinstance(bias, Tensor) or recorder.name_of(bias) is not None)
+    if len(normalized_shape) == 1 and named and channels is not None and recorder.makers is None:
+        recorder.add_slice(name, 0, channels, maker=True)
+        if isinstance(bias, Tensor):
+            recorder.add_slice(recorder.name_of(bias), 0, channels, maker=True)
+        recorder.trace.layer_norms[name] = channels
+        what = f"goes into a norm over channels {recorder.place()}, where two equal channels are not one"
+        recorder.trace.counted.append((channels, f"{what}: PruneHook prunes it"))
+        return Mark(spread(channels, -1, out.shape), True)
     for dim in range(input.dim() - len(normalized_shape), input.dim()):
         recorder.channels.tie_along(labels, dim, f"a layer norm over channels {recorder.place()}")
     return Mark(labels, False)

@@ -51,6 +51,9 @@ def _elementwise(name: str) -> Callable:
             return None
         if out.shape != torch.broadcast_shapes(*(value.shape for value in maps)):
             return None  # torch.max of one tensor is a reduction
+        if len(maps) == 2:
+            for parameter, other in (maps, maps[::-1]):
+                recorder.meet(parameter, other)
         marks = [recorder.mark_of(value) for value in maps]
         if len(marks) == 1:
             labels, zero = marks[0].labels.expand(out.shape), marks[0].zero
@@ -99,11 +102,18 @@ def _join(recorder: Recorder, first: Tensor, second: Tensor, shape: Sequence[int
     if both[0] is None or both[1] is None:
         kept = both[0] if both[0] is not None else both[1]
         return torch.tensor(FIXED).expand(shape) if kept is None else kept, follows
-    _tie_maps(recorder, both[0], both[1])
+    tie_maps(recorder, both[0], both[1])
     return both[0], follows
 
 
-def _tie_maps(recorder: Recorder, first: Tensor, second: Tensor) -> None:
+def tie_maps(recorder: Recorder, first: Tensor, second: Tensor) -> None:
+    """Let the channels of two maps stand or fall together; those that meet what stays are frozen.
+
+    Args:
+        recorder: Of the trace.
+        first: Labels.
+        second: Labels of the same shape, or one that broadcasts.
+    """
     what = recorder.operation()
     first, second = torch.broadcast_tensors(*squeeze_constant(first, second))
     known = (first != FIXED) & (second != FIXED)
