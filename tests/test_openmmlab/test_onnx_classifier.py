@@ -191,6 +191,12 @@ def test_words_that_do_not_go_together_are_refused(words, message, folder, monke
     assert message in capsys.readouterr().err
 
 
+def test_augmentation_needs_a_pipeline(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit, match="^error: --tta needs a pipeline in test_dataloader.dataset, or tta_pipeline"):
+        main(["test", "float.onnx", "--config", "tiny.py", "--tta"])
+
+
 def test_networks_that_give_no_logits_are_refused(folder, tmp_path):
     cfg = tiny.config(tmp_path).model
     cfg.head = None
