@@ -73,6 +73,20 @@ def _move_whole(recorder, out, input, *args, **kwargs):
     return Mark(recorder.function(mark.labels[...], *args, **kwargs), mark.zero)
 
 
+def _tie_parts(recorder: Recorder, labels: Tensor, dim: int, number: int) -> None:
+    """Halves must stay halves, thirds thirds."""
+    parts = labels.chunk(number, dim)
+    for part in parts[1:]:
+        recorder.channels.tie_along(torch.stack([parts[0], part]), 0, f"equal parts {recorder.place()}")
+
+
+@rule("glu")
+def _glu(recorder, out, input, dim=-1):
+    mark = recorder.mark_of(input)
+    _tie_parts(recorder, mark.labels, dim, 2)
+    return Mark(mark.labels.chunk(2, dim)[0], mark.zero)
+
+
 @rule("chunk", "tensor_split")
 def _chunk(recorder, out, input, chunks, dim=0):
     mark = recorder.mark_of(input)
@@ -81,8 +95,7 @@ def _chunk(recorder, out, input, chunks, dim=0):
     if recorder.channels.varies(mark.labels, dim):
         if not isinstance(chunks, int) or len({part.shape[dim] for part in parts}) > 1:
             return None
-        for part in parts[1:]:  # the halves must stay halves
-            recorder.channels.tie_along(torch.stack([parts[0], part]), 0, f"a chunk {recorder.place()}")
+        _tie_parts(recorder, mark.labels, dim, len(parts))
     return [Mark(part, mark.zero) for part in parts]
 
 
@@ -94,7 +107,10 @@ def _split(recorder, out, input, *args, **kwargs):
     if recorder.function_name.startswith("split") and len(out) == 1:
         return [mark]
     if recorder.channels.varies(mark.labels, dim):
-        return None  # sizes in numbers, which would not shrink with the channels
+        equal = isinstance(out, (tuple, list)) and len({part.shape for part in out}) == 1
+        if not recorder.function_name.startswith("split") or not equal:
+            return None
+        _tie_parts(recorder, mark.labels, dim, len(out))  # sizes that do not follow are found when planning
     parts = recorder.function(mark.labels, *args, **kwargs)
     return [Mark(part, mark.zero) for part in tensors_in(parts)]
 
@@ -116,7 +132,14 @@ def _getitem(recorder, out, input, index):
         size = input.shape[dim]
         whole = isinstance(item, slice) and range(*item.indices(size)) == range(size)
         if not whole and recorder.channels.varies(mark.labels, dim):
-            return None
+            half = (
+                isinstance(item, slice)
+                and size % 2 == 0
+                and item.indices(size) in ((0, size // 2, 1), (size // 2, size, 1))
+            )
+            if not half:
+                return None
+            _tie_parts(recorder, mark.labels, dim, 2)
         dim += 1
     return Mark(mark.labels[index], mark.zero)
 
@@ -148,6 +171,15 @@ def _pixel_shuffle(recorder, out, input, upscale_factor):
     rows = labels.view(-1, upscale_factor**2)
     recorder.channels.tie_along(rows, 1, f"a pixel shuffle {recorder.place()}")
     return Mark(spread(rows[:, 0], 1, out.shape), mark.zero)
+
+
+@rule("pixel_unshuffle")
+def _pixel_unshuffle(recorder, out, input, downscale_factor):
+    mark = recorder.mark_of(input)
+    labels = recorder.channels.along(mark.labels, 1)
+    return (
+        None if labels is None else Mark(spread(labels.repeat_interleave(downscale_factor**2), 1, out.shape), mark.zero)
+    )
 
 
 @rule("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones", "new_full",
