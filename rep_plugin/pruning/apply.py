@@ -20,6 +20,7 @@ from rep_plugin.measure.randomness import private_random
 from rep_plugin.measure.report import BlockReport, Report
 from rep_plugin.measure.undo import undone_on_error
 from rep_plugin.measure.verify import default_inputs, require_castable, verify_equivalence
+from rep_plugin.optional import is_missing
 from rep_plugin.pruning.planning.plan import MERGED, PrunePlan, as_plan, frozen_notes
 from rep_plugin.pruning.surgery.constants import fold_constants_
 from rep_plugin.pruning.surgery.mask import KeptNorms, KeptOutputs, mask_channels_
@@ -122,10 +123,12 @@ class PruneReport(Report):
         return [*([widths] if self.widths else []), *([frozen] if self.frozen else []), *super().details()]
 
     def figures(self) -> "list[Figure]":
-        """Return the plot of the widths."""
+        """Return the plot of the widths; none where no layer is narrower, or matplotlib is not installed."""
+        if not self.widths or is_missing("matplotlib"):
+            return []
         from rep_plugin.measure.plots import widths_figure
 
-        return [widths_figure(self.widths, "channels before and after", self.frozen)] if self.widths else []
+        return [widths_figure(self.widths, "channels before and after", self.frozen)]
 
 
 @checked

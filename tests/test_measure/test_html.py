@@ -1,6 +1,7 @@
 """Reports as one HTML file that needs nothing else."""
 
 import re
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -64,6 +65,12 @@ def test_page_has_tables_notes_and_plots(report, cells, plots, tmp_path):
     assert not [cell for cell in cells if cell not in reader.cells]
     assert len(reader.targets) >= plots and not re.search(r"https?:", text)
     assert report.files("x").keys() == {"x.json", "x.html"}
+
+
+def test_without_matplotlib_the_plots_are_left_out(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    report = PruneReport("prune", 10, 4, widths={"conv": (16, 4)})
+    assert report.figures() == [] and "25%" in read(report.to_html()).cells
 
 
 def test_report_of_a_real_removal():
