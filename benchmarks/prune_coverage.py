@@ -162,23 +162,29 @@ def prune_ours(model: nn.Module, x: torch.Tensor) -> dict:
 
 def prune_theirs(model: nn.Module, x: torch.Tensor) -> dict:
     """Torch-Pruning's MagnitudePruner, its groups set to zero in a copy before they are removed."""
-    import torch_pruning
+    import torch_pruning as tp
 
+    outs = (
+        tp.prune_conv_out_channels,
+        tp.prune_depthwise_conv_out_channels,
+        tp.prune_linear_out_channels,
+        tp.prune_batchnorm_out_channels,
+    )
     names = {id(module): name for name, module in model.named_modules()}
     masked, before = copy.deepcopy(model).double(), count_macs(model, x[:1])
     shapes = [t.shape for t in flatten_outputs(run_model(model, x))]
     outputs = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features in (CLASSES, 1000)]
-    pruner = torch_pruning.pruner.MagnitudePruner(
-        model, x[:1], torch_pruning.importance.MagnitudeImportance(p=1), pruning_ratio=FRACTION, global_pruning=True,
+    pruner = tp.pruner.MagnitudePruner(
+        model, x[:1], tp.importance.MagnitudeImportance(p=1), pruning_ratio=FRACTION, global_pruning=True,
         ignored_layers=outputs,
     )  # fmt: skip
     exact = True
     for group in pruner.step(interactive=True):
         for dep, indices in group:
-            layer, kind = dep.target.module, dep.handler.__name__
-            if "layernorm" in kind or "groupnorm" in kind:
+            layer, prune = dep.target.module, dep.handler
+            if prune in (tp.prune_layernorm_out_channels, tp.prune_groupnorm_out_channels):
                 exact = False
-            elif kind in ("prune_conv_out_channels", "prune_linear_out_channels", "prune_batchnorm_out_channels"):
+            elif prune in outs:
                 own = masked.get_submodule(names[id(layer)])
                 for tensor in (own.weight, own.bias):
                     if tensor is not None:
