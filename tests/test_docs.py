@@ -148,6 +148,7 @@ def test_every_config_has_a_row_in_the_readme_of_its_folder():
     assert {path.parent for path in configs} == {page.parent for page in FOLDERS}
     missing = [path.stem for path in configs if f"\n| `{path.stem}`" not in (path.parent / "README.md").read_text()]
     assert not missing
+    assert not [page for page in FOLDERS if not re.search(r"^\| config \|.* experiments \|$", page.read_text(), re.M)]
 
 
 def test_every_set_of_experiments_has_its_question():
