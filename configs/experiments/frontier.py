@@ -61,7 +61,7 @@ rows = {
     },
     **{
         f"channels, multiply-adds {share}": from_stock(
-            dict(type="rep_plugin.PruneHook", begin=0, macs=share, scores="l2"), dict(type="rep_plugin.DistillHook")
+            dict(type="rep_plugin.PruneHook", begin=0, macs=share), dict(type="rep_plugin.DistillHook")
         )
         for share in channels.values()
     },
