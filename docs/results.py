@@ -36,17 +36,20 @@ def recorded() -> list[str]:
 
 def table_of(name: str, columns: str | None) -> str:
     """Return what stands in a place: the Markdown table of a set or of a benchmark, or the links."""
+    source = ""
     if name == "pages":
         return "\n".join(f"- [{set_of(one).title}](results/{one}.md)" for one in recorded())
     if name.startswith("benchmarks/"):
         record = json.loads((RECORDS / f"{name}.json").read_text())
         cells = [record["columns"], *record["rows"]]
+        torch = f"torch {version}, " if (version := record["versions"].get("torch")) else ""
+        source = f"\n\nMeasured on {record['processor']}, {torch}at {record['commit']}, {record['date']}."
     else:
         cells = cells_of(set_of(name), read_records(RECORDS, name), read_latency(RECORDS, name))
     if columns:
         places = [cells[0].index(column) for column in columns.split(", ")]
         cells = [[row[place] for place in places] for row in cells]
-    return markdown_of(cells)
+    return markdown_of(cells) + source
 
 
 def filled(page: Path) -> str:

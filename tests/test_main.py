@@ -1,5 +1,6 @@
 """The console command: fast answers, "did you mean", scripts, and the package's names, lazy where it is started so."""
 
+import argparse
 import os
 import re
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import pytest
 
 import rep_plugin
-from rep_plugin.__main__ import main
+from rep_plugin.__main__ import build_parser, main
 from rep_plugin.commands import COMMANDS
 from tests.helpers import ROOT
 
@@ -142,3 +143,17 @@ def test_a_start_warns_of_nothing_that_a_user_cannot_change(tmp_path):
     }
     result = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert "RepInvertedResidual" in result.stdout and not result.stderr
+
+
+def test_a_default_is_one_of_its_choices():
+    """argparse does not check it."""
+    (commands,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    wrong = [
+        (name, action.dest, action.default)
+        for name, parser in commands.choices.items()
+        for action in parser._actions
+        if action.choices
+        and action.default is not None
+        and not {*(action.default if action.nargs else [action.default])} <= {*action.choices}
+    ]
+    assert not wrong

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 HELP = "remove channels of a trained checkpoint"
 OUTPUTS = ("pruned.pth", "pruned.py", "pruned.plan.json", "pruned.json", "pruned.html", "pruned.png")
-SCORES = ("bn_gamma", "l1", "l2", "fpgm", "taylor", "random")
+SCORES = ("flow", "bn_gamma", "l1", "l2", "fpgm", "taylor", "random")
 TAYLOR_IMAGES = 256
 
 
@@ -78,7 +78,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--round-to", type=count, default=1, help="narrowed layers keep a multiple of this; default: %(default)s"
     )
-    parser.add_argument("--override", type=override, nargs="+", default=[], metavar="PATTERN=FRACTION")
+    parser.add_argument(
+        "--override",
+        type=override,
+        nargs="+",
+        default=[],
+        metavar="PATTERN=FRACTION",
+        help="layers with a share of their own (0.2), or that stay as they are (frozen)",
+    )
     parser.add_argument("--ignore", nargs="+", default=[], metavar="PATTERN", help="layers that stay as they are")
     parser.add_argument("--no-accuracy", action="store_true", help="do not run validation before and after")
     parser.add_argument(

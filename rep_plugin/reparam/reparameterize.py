@@ -129,6 +129,8 @@ def _convert(
         notes += left
     notes += _note_unknown(model, able, [*(block.name for block in merged.blocks), *fixed.blocks])
     if not blocks and not segments:
+        if not fold_bn and any(isinstance(m, _BatchNorm) for m in model.modules()):
+            notes.append("its batch norms can be folded: fold_bn=True (--fold-bn)")
         raise NothingToMergeError(f"{type(model).__name__} holds no block that can be merged", notes)
     for module in set(model.modules()) - before:
         module.training = False  # nothing was in train mode, and what stands there now must not be

@@ -81,12 +81,12 @@ def test_a_set_is_trained_in_several_goes_and_recorded(tiny, tmp_path, capsys):
 
 
 def test_a_training_that_was_killed_goes_on_from_its_checkpoint(tiny, tmp_path):
-    (run,) = runs_of(read_set(tiny, {"train_cfg.max_epochs": 12}), tmp_path / "work", seeds=1, rows=["dense"])
+    (run,) = runs_of(read_set(tiny, {"train_cfg.max_epochs": 40}), tmp_path / "work", seeds=1, rows=["dense"])
     ended = threading.Event()
 
     def kill():
-        while not ended.wait(0.05):
-            if list(run.folder.glob("epoch_2.pth")):
+        while not ended.wait(0.02):
+            if (run.folder / "last_checkpoint").is_file():
                 subprocess.run(["pkill", "-KILL", "-f", str(run.folder / "config.py")], check=True)
                 return
 

@@ -119,6 +119,8 @@ def test_train_mode_is_refused_by_name():
 def test_nothing_to_merge_and_merging_twice():
     with pytest.raises(ValueError, match="Sequential holds no block that can be merged"):
         rep_plugin.reparameterize(nn.Sequential(nn.Conv2d(3, 3, 1)).eval())
+    with pytest.raises(ValueError, match=r"its batch norms can be folded: fold_bn=True \(--fold-bn\)$"):
+        rep_plugin.reparameterize(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).eval(), fold_bn=False)
     merged, _ = rep_plugin.reparameterize(net())
     state = state_of(merged)
     merged[2].switch_to_deploy()

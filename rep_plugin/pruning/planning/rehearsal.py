@@ -36,6 +36,8 @@ def misfit(model: nn.Module, trace: Trace, kept: KeptChannels) -> str | None:
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()
     }
     left = copy_model(model, empty, training=False)
+    if any(not p.is_meta for p in left.parameters()):  # of a class whose copies share their weights
+        return None
     shape = trace.shape
     x = torch.empty(shape, dtype=next((p.dtype for p in model.parameters()), torch.float32), device="meta")
     try:

@@ -76,7 +76,7 @@ def fold_constants_(model: nn.Module, trace: Trace, kept: KeptChannels) -> list[
         What a report says of it, one line for what was folded and one for what could not be; none without such channels.
 
     Example:
-        >>> from rep_plugin.pruning.surgery import fold_constants_
+        >>> from rep_plugin.pruning.surgery.constants import fold_constants_
         >>> from rep_plugin.pruning.tracing import KeptChannels, trace_channels
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 1))
         >>> trace = trace_channels(net, (1, 3, 8, 8))
