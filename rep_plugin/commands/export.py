@@ -48,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     int8.add_argument(
         "--keep-float", type=count, default=0, metavar="K", help="the K layers that cost most stay in float"
     )
+    int8.add_argument(
+        "--min-agreement",
+        type=float,
+        metavar="SHARE",
+        help="of the held-out images that must be classified as in float, or nothing is written; default: 0.9",
+    )
     mm = parser.add_argument_group("with a config")
     mm.add_argument("--no-real-data", action="store_true", help="compare on random images; needs --size")
     add_cfg_options(mm)
@@ -69,8 +75,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         for name in ("dynamic_size", "batch", "as_it_stands", "no_real_data", "opset", "tolerance", "runtimes"):
             if getattr(args, name) != default(name):
                 args.parser.error(f"--{name.replace('_', '-')} does not go with --int8")
-    elif args.keep_float:
-        args.parser.error("--keep-float goes with --int8")
+    else:
+        for name in ("keep_float", "min_agreement"):
+            if getattr(args, name):
+                args.parser.error(f"--{name.replace('_', '-')} goes with --int8")
     wrong = ("checkpoint", "pretrained", "model_args") if config else ("no_real_data", "cfg_options")
     for name in wrong:
         if getattr(args, name):
@@ -89,7 +97,8 @@ def options_of(args: argparse.Namespace) -> dict:
         options["class_names"] = Path(args.class_names).read_text().splitlines()
     options |= {"size": args.size, "with_report": True}
     if args.int8:
-        return options | {"write": int8_images}
+        asked = {} if args.min_agreement is None else {"min_agreement": args.min_agreement}
+        return options | asked | {"write": int8_images}
     return options | {"reparameterize": not args.as_it_stands, "batch": args.batch}
 
 

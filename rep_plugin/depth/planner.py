@@ -153,7 +153,8 @@ def plan_depth(
     asked = f"{given[0]}={budgets[given[0]]:g}"
     best = Choice(0.0, 0.0, ())
     if not items:
-        notes.append("nothing pays here: no segment is cheaper as one convolution")
+        why = "no segment is cheaper as one convolution" if found else "there is no segment"
+        notes.append(f"nothing pays here: {why}")
     else:
         options = choices_for(state, costs.before - limit)
         if not options:

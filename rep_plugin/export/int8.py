@@ -257,11 +257,12 @@ def _labels_of(labels: Any, count: int) -> Tensor | None:
 def _advice(layers: Sequence[Int8Layer], kept: int) -> str:
     dearest = sorted(layers, key=lambda layer: -layer.gain)[:3]
     words = (
-        f"the dearest layers are {', '.join(layer.name for layer in dearest)}: keep_float={kept + 3}, "
+        f"the layers that cost most are {', '.join(layer.name for layer in dearest)}: keep them in float "
+        f"(keep_float={kept + 3}, --keep-float {kept + 3}), "
         if layers
         else ""
     )
-    return f"{words}more images of training, or training with it in mind (QARepVGG's blocks)"
+    return f"{words}take more training images, or train with the rounding (QATHook)"
 
 
 def int8_images(

@@ -236,7 +236,8 @@ def many(folder):
 
 
 def test_int8_of_a_config_and_of_a_timm_model(tried, folder, many, capsys):
-    assert tried("config.py", "epoch_1.pth", "bird8.onnx", "--int8", "--images", many, "--keep-float", 1) is None
+    kept = "--keep-float", 1, "--min-agreement", 0
+    assert tried("config.py", "epoch_1.pth", "bird8.onnx", "--int8", "--images", many, *kept) is None
     out = capsys.readouterr().out
     assert "bird8.onnx.json" in out and "held-out images" in out
     report = json.loads((folder / "bird8.onnx.json").read_text())
@@ -257,6 +258,7 @@ INT8_REFUSED = {
         "--int8",
     ),
     "--int8 needs --images FOLDER": ("test_byobnet", "no.onnx", "--int8"),
+    "--min-agreement goes with --int8": ("config.py", "epoch_1.pth", "no.onnx", "--min-agreement", 0.5),
     "--keep-float goes with --int8": ("config.py", "epoch_1.pth", "no.onnx", "--keep-float", 2),
     "--dynamic-size does not go with --int8": ("config.py", "epoch_1.pth", "no.onnx", "--int8", "--dynamic-size"),
     "--batch does not go with --int8": ("config.py", "epoch_1.pth", "no.onnx", "--int8", "--batch", 2),
