@@ -6,18 +6,19 @@ import sys
 
 import pytest
 from rich.console import Console
+from torch import nn
 
 from rep_plugin import PrunePlan, apply_plan, plan_pruning
 from rep_plugin.blocks import RepVGGBlock
 from rep_plugin.pruning.apply import PruneReport
 from rep_plugin.pruning.planning.plan import MERGED
-from tests.test_pruning.nets import ConvBN, Normed, Pooled, Residual, ready
+from tests.test_pruning.nets import ConvBN, Pooled, Residual, ready
 
 X = (1, 3, 13, 13)
 
 
 def net_of(tail=6):
-    blocks = [layer for _ in range(tail) for layer in (ConvBN(32, 32, 1), Normed(32))]
+    blocks = [layer for _ in range(tail) for layer in (ConvBN(32, 32, 1), nn.Softmax(1))]
     return ready(ConvBN(3, 64), Residual(64, 40), ConvBN(64, 32), *blocks, Pooled(32))
 
 
