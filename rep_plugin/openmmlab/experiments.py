@@ -280,13 +280,14 @@ def train_all(
         while waiting or active:
             for one in [one for one in active if one.is_over()]:
                 active.remove(one)
-                seconds = _end(one)
-                if one.process.returncode:
-                    failed.append(one.run)
-                    log(f"failed: {one.run}, see {one.run.folder / 'log.txt'}")
-                    continue
-                finished(one.run)
-                write_text(one.run.folder / "done", str(date.today()))
+                with one.lock:  # until it is marked as done: another process would train it once more
+                    seconds = _end(one)
+                    if one.process.returncode:
+                        failed.append(one.run)
+                        log(f"failed: {one.run}, see {one.run.folder / 'log.txt'}")
+                        continue
+                    finished(one.run)
+                    write_text(one.run.folder / "done", str(date.today()))
                 times.setdefault(one.run.row.name, []).append(seconds)
                 log(f"{one.run}: {_clock(seconds)}; {_remaining(waiting, active, times, workers)}")
             waiting = [run for run in waiting if not run.done and not _depends_on(run, failed)]
@@ -303,7 +304,8 @@ def train_all(
         for one in active:
             one.process.terminate()
             one.is_over(wait=True)
-            _end(one)
+            with one.lock:
+                _end(one)
     if failed:
         raise TrainingError(
             f"{len(failed)} trainings failed, see {', '.join(str(r.folder / 'log.txt') for r in failed)}"
@@ -341,6 +343,9 @@ def _begin(run: Run) -> _Training | None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        lock.close()
+        return None
+    if run.done:  # since it was looked at
         lock.close()
         return None
     with _closed_on_error(lock):
@@ -385,7 +390,6 @@ def _end(one: _Training) -> float:
     goes = json.loads(path.read_text()) if path.is_file() else []
     goes.append({"wall": round(time.monotonic() - one.started, 1), "cpu": round(one.cpu_seconds, 1)})
     write_text(path, json.dumps(goes))
-    one.lock.close()
     return sum(go["wall"] for go in goes)
 
 
