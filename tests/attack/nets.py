@@ -16,6 +16,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -338,6 +339,13 @@ def decides(report) -> bool:
     return any("the forward decides by a value" in note for note in getattr(report, "notes", ()))
 
 
+def normalise_kept(kept: torch.Tensor, norm: nn.LayerNorm, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    """What a layer norm gives of the channels that stay alone; the others are zero."""
+    bias = None if norm.bias is None else norm.bias[kept]
+    found = nn.functional.layer_norm(args[0][..., kept], (len(kept),), norm.weight[kept], bias, norm.eps)
+    return torch.zeros_like(output).index_copy(-1, kept, found)
+
+
 def mask(model: nn.Module, plan: rep_plugin.PrunePlan) -> nn.Module:
     """The masked model: numbers that surgery takes away are zero, found by numbering every element before the surgery.
 
@@ -366,6 +374,8 @@ def mask(model: nn.Module, plan: rep_plugin.PrunePlan) -> nn.Module:
                     for conv in (model.get_submodule(name), module)
                 )
                 module.gain.mul_(torch.sqrt(now / before))
+            if isinstance(module, nn.LayerNorm) and len(kept := after[f"{name}.weight"].long()) < len(module.weight):
+                module.register_forward_hook(partial(normalise_kept, kept))  # zeros would count in its mean
     for name, kept in plan.kept.items():
         weight, new = dict(model.named_parameters()).get(f"{name}.weight"), after.get(f"{name}.weight")
         if weight is not None and weight.dim() == 4 and not isinstance(model.get_submodule(name), nn.ConvTranspose2d):
