@@ -209,7 +209,7 @@ def _set_numbers(
             module.num_features = len(sized)
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
-    elif f"{name}.weight".strip(".") in trace.layer_norms and hasattr(module, "normalized_shape"):
+    elif member(name, "weight") in trace.layer_norms and hasattr(module, "normalized_shape"):
         shape = module.normalized_shape
         module.normalized_shape = (
             type(shape)(module.weight.shape) if isinstance(shape, (tuple, list)) else len(module.weight)

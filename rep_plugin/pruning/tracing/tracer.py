@@ -43,17 +43,21 @@ class ShapesAlone(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if not any(t.is_meta for t in tensors_in((args, kwargs))):
+        if not self.follows(tensors_in((args, kwargs))):
             args, kwargs = _on_cpu((args, kwargs))
             return func(*args, **kwargs)
-        if (name := name_of(func)) == "__iter__":
+        if name_of(func) == "__iter__":
             return iter(self.__torch_function__(torch.unbind, types, args))
-        args, kwargs = tree_map(self._as_meta, (args, kwargs))
-        return self.made(name, func, args, kwargs)
+        return self.called(func, (args, kwargs), tree_map(self._as_meta, (args, kwargs)))
 
-    def made(self, name: str, func: Callable, args: tuple, kwargs: dict) -> object:
-        """Return what a function makes of maps without values."""
-        if name != "batch_norm":
+    def follows(self, given: list[Tensor]) -> bool:
+        """Whether a function of these tensors is run without values."""
+        return any(tensor.is_meta for tensor in given)
+
+    def called(self, func: Callable, given: tuple[tuple, dict], meta: tuple[tuple, dict]) -> object:
+        """Return what a function makes of its arguments, which are given as they are and without values."""
+        args, kwargs = meta
+        if name_of(func) != "batch_norm":
             return func(*args, **kwargs)
         sized = [value for value in args[1:5] if isinstance(value, Tensor)]
         if any(len(value) != args[0].shape[1] for value in sized):
@@ -162,29 +166,23 @@ class _Tracer(ShapesAlone):
         self.recorder.note_reads(flatten_outputs(output))
         return [self.recorder.mark_of(t).labels for t in flatten_outputs(output) if self.recorder.is_tracked(t)]
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        given = tensors_in((args, kwargs))
-        self.recorder.used_names.update(self.recorder.names[id(t)] for t in given if id(t) in self.recorder.names)
-        if not any(self.recorder.is_tracked(t) or id(t) in self.recorder.names for t in given):
-            args, kwargs = _on_cpu((args, kwargs))
-            return func(*args, **kwargs)
-        name = name_of(func)
-        if name == "__iter__":
-            return iter(self.__torch_function__(torch.unbind, types, args))
-        meta_args, meta_kwargs = tree_map(self._as_meta, (args, kwargs))
-        rule = RULES.get(name)
-        out = self.made(name, func, meta_args, meta_kwargs)
+    def follows(self, given: list[Tensor]) -> bool:
+        self.recorder.used_names.update(self.recorder.names[id(t)] for t in given if self.is_own(t))
+        return any(self.recorder.is_tracked(t) or self.is_own(t) for t in given)
+
+    def called(self, func: Callable, given: tuple[tuple, dict], meta: tuple[tuple, dict]) -> object:
+        (args, kwargs), name = given, name_of(func)
+        rule, out = RULES.get(name), super().called(func, given, meta)
         made = tensors_in(out)
         if not made and name != "__setitem__":
             return out  # the answer to a question: size, dim, is_contiguous ...
         self.recorder.function, self.recorder.function_name = func, name
-        self.recorder.note_reads(given)
+        self.recorder.note_reads(tensors_in(given))
         marks = None if rule is None else rule(self.recorder, out, *args, **kwargs)
         if marks is None:
-            self.recorder.freeze_maps(self.recorder.operation(), given)
+            self.recorder.freeze_maps(self.recorder.operation(), tensors_in(given))
             with MacCounter() as counter:
-                func(*meta_args, **meta_kwargs)
+                func(*meta[0], **meta[1])
             if macs := counter.total:
                 self.recorder.add_cost((), lambda: macs)
             marks = [Mark(torch.tensor(FIXED).expand(t.shape), False) for t in made]
