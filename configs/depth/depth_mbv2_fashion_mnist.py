@@ -1,17 +1,7 @@
 # Stock MobileNetV2 on Fashion-MNIST, shortened while it trains: six epochs as it is, then the activations that it can best
 # spare for 0.85 of its time in ONNX Runtime are annealed away over four, then two more. Data: `make fashion-mnist`.
-_base_ = ["../rep_mbv2_fashion_mnist.py"]
+_base_ = ["../_base_/mobilenetv2_fashion_mnist.py"]
 
-model = dict(
-    backbone=dict(
-        _delete_=True,
-        type="rep_plugin.MobileNetV2_CIFAR",
-        widen_factor=0.5,
-        in_channels=1,
-        strides=(1, 1, 2, 2, 2, 1, 2, 1),
-        channels_last=True,
-    )
-)
 train_cfg = dict(max_epochs=12)
 
 custom_hooks = [

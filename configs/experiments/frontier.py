@@ -15,32 +15,23 @@ half = {"train_cfg.max_epochs": 6, "train_cfg.val_interval": 6, "param_scheduler
 whole = {"train_cfg.max_epochs": 12, "train_cfg.val_interval": 12, "param_scheduler": one_cycle}
 rep = "rep_mbv2_fashion_mnist"
 merge = dict(type="rep_plugin.ReparamHook")
-stock = dict(
-    _delete_=True,
-    type="rep_plugin.MobileNetV2_CIFAR",
-    widen_factor=0.5,
-    in_channels=1,
-    strides=(1, 1, 2, 2, 2, 1, 2, 1),
-    channels_last=True,
-)
+stock = "mobilenetv2_fashion_mnist"
 channels = {0.9: 0.8, 0.8: 0.6, 0.7: 0.45}  # share of the time: of the multiply-adds
 start = "stock MobileNetV2 0.5, six epochs"
 
 
 def from_stock(*hooks, **options):
     return dict(
-        config=rep,
-        options={"model.backbone": stock, "custom_hooks": [*hooks], **options, **half},
+        config=stock,
+        options={"custom_hooks": [*hooks], **options, **half},
         start=start,
     )
 
 
 rows = {
-    start: dict(config=rep, options={"model.backbone": stock, "custom_hooks": [], **half}, hidden=True),
+    start: dict(config=stock, options=half, hidden=True),
     **{
-        f"stock MobileNetV2 {width}": dict(
-            config=rep, options={"model.backbone": {**stock, "widen_factor": width}, "custom_hooks": [], **whole}
-        )
+        f"stock MobileNetV2 {width}": dict(config=stock, options={"model.backbone.widen_factor": width, **whole})
         for width in (0.5, 0.42, 0.35, 0.25)
     },
     "all blocks linear, from scratch": dict(config=rep, options=whole),

@@ -11,14 +11,7 @@ one_cycle = dict(
     type="OneCycleLR", eta_max=0.1, pct_start=0.2, by_epoch=True, convert_to_iter_based=True, _delete_=True
 )
 warm_up = {"param_scheduler": one_cycle}
-stock = dict(
-    _delete_=True,
-    type="rep_plugin.MobileNetV2_CIFAR",
-    widen_factor=0.5,
-    in_channels=1,
-    strides=(1, 1, 2, 2, 2, 1, 2, 1),
-    channels_last=True,
-)
+stock = "mobilenetv2_fashion_mnist"
 forms = {
     "bottleneck, identity (the default)": {"model.backbone.branches": ("bottleneck", "identity")},
     "the default, online": {"model.backbone.online": True},
@@ -28,16 +21,18 @@ forms = {
     "bottleneck, conv3x3, identity, avgpool": {
         "model.backbone.branches": ("bottleneck", "conv3x3", "identity", "avgpool")
     },
-    "stock MobileNetV2": {"model.backbone": stock, "custom_hooks": []},
+    "stock MobileNetV2": {},
 }
+configs = {name: stock if name.startswith("stock") else rep for name in forms}
 quoted = ("bottleneck, identity (the default)", "plain 3x3")
 rows = {
-    name: dict(config=rep, options={**form, **epochs}, seeds=3 if name in quoted else 1) for name, form in forms.items()
+    name: dict(config=configs[name], options={**form, **epochs}, seeds=3 if name in quoted else 1)
+    for name, form in forms.items()
 }
 rows.update(
     {
         f"{name}, one cycle": dict(
-            config=rep,
+            config=configs[name],
             options={**form, **epochs, **warm_up},
             seeds=3 if name in (*quoted, "the default, online", "stock MobileNetV2") else 1,
         )

@@ -8,17 +8,9 @@ baseline = "all blocks linear, from scratch"
 one_cycle = dict(
     type="OneCycleLR", eta_max=0.1, pct_start=0.2, by_epoch=True, convert_to_iter_based=True, _delete_=True
 )
-stock = dict(
-    _delete_=True,
-    type="rep_plugin.MobileNetV2_CIFAR",
-    widen_factor=0.5,
-    in_channels=1,
-    strides=(1, 1, 2, 2, 2, 1, 2, 1),
-    channels_last=True,
-)
+stock = "mobilenetv2_fashion_mnist"
 half = {"train_cfg.max_epochs": 6, "train_cfg.val_interval": 6}
 whole = {"train_cfg.max_epochs": 12, "train_cfg.val_interval": 12}
-of_stock = {"model.backbone": stock, "custom_hooks": []}
 of_annealed = {
     "model.backbone.anneal": True,
     "custom_hooks": [dict(type="rep_plugin.LinearizeHook", end=3), dict(type="rep_plugin.ReparamHook")],
@@ -27,16 +19,16 @@ warm_up = {"param_scheduler": one_cycle}
 rep = "rep_mbv2_fashion_mnist"
 
 rows = {
-    "stock, six epochs": dict(config=rep, options={**of_stock, **half}, hidden=True),
-    "stock, six epochs, one cycle": dict(config=rep, options={**of_stock, **half, **warm_up}, hidden=True),
+    "stock, six epochs": dict(config=stock, options=half, hidden=True),
+    "stock, six epochs, one cycle": dict(config=stock, options={**half, **warm_up}, hidden=True),
     "all blocks linear, from scratch": dict(config=rep, options=whole),
     "stock, then annealed": dict(config=rep, options={**of_annealed, **half}, start="stock, six epochs"),
-    "stock MobileNetV2": dict(config=rep, options={**of_stock, **whole}, seeds=1),
+    "stock MobileNetV2": dict(config=stock, options=whole, seeds=1),
     "all blocks linear, from scratch, one cycle": dict(config=rep, options={**whole, **warm_up}),
     "stock, then annealed, one cycle": dict(
         config=rep, options={**of_annealed, **half, **warm_up}, start="stock, six epochs, one cycle"
     ),
-    "stock MobileNetV2, one cycle": dict(config=rep, options={**of_stock, **whole, **warm_up}),
+    "stock MobileNetV2, one cycle": dict(config=stock, options={**whole, **warm_up}),
 }
 claims = [
     dict(
