@@ -11,7 +11,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from rep_plugin.openmmlab.results import read_records, score
+from rep_plugin.openmmlab.experiments import score
+from rep_plugin.openmmlab.results import read_records
 
 DOCS = Path(__file__).parent
 RECORDS = DOCS / "results/records"

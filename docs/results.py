@@ -11,11 +11,12 @@ colon stand the columns, in this order, where not all are shown.
 import json
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 from rep_plugin.measure.plots import save_figure
 from rep_plugin.openmmlab.experiments import ExperimentSet, list_sets, read_set
-from rep_plugin.openmmlab.results import cells_of, figure_of, markdown_of, page_of, read_latency, read_records
+from rep_plugin.openmmlab.results import Records, cells_of, figure_of, markdown_of, page_of, read_latency, read_records
 
 DOCS = Path(__file__).parent
 RECORDS = DOCS / "results/records"
@@ -23,15 +24,22 @@ OTHERS = DOCS.parent / "benchmarks/experiments"  # sets that need more than the 
 PLACE = re.compile(r"(<!-- results: ([\w/]+)(?:: (.+?))? -->\n\n).*?\n\n(<!-- end of results -->)", re.S)
 
 
+@cache
 def set_of(name: str) -> ExperimentSet:
     """Return a set, shipped or not."""
     return read_set(str(path) if (path := OTHERS / f"{name}.py").is_file() else name)
 
 
+@cache
+def records_of(name: str) -> Records:
+    """Return the records of a set."""
+    return read_records(RECORDS, name)
+
+
 def recorded() -> list[str]:
     """Return the names of the sets that have records."""
     names = [*list_sets(), *sorted(path.stem for path in OTHERS.glob("*.py"))]
-    return [name for name in names if read_records(RECORDS, name)]
+    return [name for name in names if records_of(name)]
 
 
 def table_of(name: str, columns: str | None) -> str:
@@ -45,7 +53,7 @@ def table_of(name: str, columns: str | None) -> str:
         torch = f"torch {version}, " if (version := record["versions"].get("torch")) else ""
         source = f"\n\nMeasured on {record['processor']}, {torch}at {record['commit']}, {record['date']}."
     else:
-        cells = cells_of(set_of(name), read_records(RECORDS, name), read_latency(RECORDS, name))
+        cells = cells_of(set_of(name), records_of(name), read_latency(RECORDS, name))
     if columns:
         places = [cells[0].index(column) for column in columns.split(", ")]
         cells = [[row[place] for place in places] for row in cells]
@@ -59,7 +67,7 @@ def filled(page: Path) -> str:
 
 def main() -> int:
     """Write, or compare; return how many pages are stale."""
-    sets = {name: read_records(RECORDS, name) for name in recorded()}
+    sets = {name: records_of(name) for name in recorded()}
     texts = {
         DOCS / f"results/{name}.md": page_of(set_of(name), records, read_latency(RECORDS, name))
         + f"\n\n![every seed of every row](../plots/results_{name}.png)\n"

@@ -22,6 +22,7 @@ from rep_plugin.measure.progress import track
 from rep_plugin.openmmlab.checkpoint import find_latest_checkpoint, latest_complete
 from rep_plugin.openmmlab.cli import read_config
 from rep_plugin.openmmlab.data import check_data
+from rep_plugin.openmmlab.experiments import score
 from rep_plugin.openmmlab.load import load_model, real_inputs
 from rep_plugin.reparam import reparameterize
 
@@ -60,7 +61,7 @@ def read_stock_record(*paths: str | os.PathLike) -> StockRecord:
     for path in paths:
         try:
             record = read_json(path)
-            scores.append(float(record["metrics"][record["main_metric"]]))
+            scores.append(score(record))
             how = f"{record['config']}, {record['row']}, seed {record['seed']}"
             where = f"{record['processor']}, torch {record['versions']['torch']}, {record['date']}"
             sources.append(f"stored record {path}: {how}; {where}")

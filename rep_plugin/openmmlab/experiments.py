@@ -437,6 +437,11 @@ def record_of(run: Run, experiments: str) -> dict[str, Any]:
     return record
 
 
+def score(record: Mapping[str, Any]) -> float:
+    """Return the main metric of a run's last validation."""
+    return float(record["metrics"][record["main_metric"]])
+
+
 def costs_of(folder: Path) -> dict[str, Any]:
     """Return parameters and multiply-adds for one image of the networks that a run left.
 

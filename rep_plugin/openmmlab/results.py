@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from rep_plugin.errors import ArgumentError
-from rep_plugin.openmmlab.experiments import ExperimentSet
+from rep_plugin.openmmlab.experiments import ExperimentSet, score
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -74,11 +74,6 @@ def read_latency(folder: Path, name: str) -> Latency:
         raise ArgumentError(
             f"{path} is no record of latency, expected what rep-plugin experiments --time writes"
         ) from None
-
-
-def score(record: Mapping[str, Any]) -> float:
-    """Return the main metric of a run's last validation."""
-    return float(record["metrics"][record["main_metric"]])
 
 
 def paired(ours: Sequence[Mapping], theirs: Sequence[Mapping]) -> tuple[float, float | None] | None:
