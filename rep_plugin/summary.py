@@ -14,6 +14,7 @@ from rep_plugin.measure.copies import copy_inputs, copy_model
 from rep_plugin.measure.costs import MacCounter, count_macs, count_params
 from rep_plugin.measure.forward import eval_mode, of_user, run_model
 from rep_plugin.measure.randomness import private_random
+from rep_plugin.measure.tables import new_table
 from rep_plugin.pruning import PrunePlan
 from rep_plugin.reparam import reparameterize
 from rep_plugin.reparam.expand import find_expandable, own_convs
@@ -85,14 +86,12 @@ class Summary:
     def print(self) -> None:
         """Print the layers, the totals, and each verb in a few lines."""
         from rich.console import Console
-        from rich.table import Table
 
         console = Console(highlight=False)
         if not console.is_terminal:
             console.width = max(console.width, 120)  # a file has room for long names
-        table = Table(title=f"{self.model}, one image of {'x'.join(map(str, self.input_shape[1:]))}")
-        for column in ("layer", "type", "output", "params", "multiply-adds"):
-            table.add_column(column, justify="left" if column in ("layer", "type") else "right", overflow="fold")
+        title = f"{self.model}, one image of {'x'.join(map(str, self.input_shape[1:]))}"
+        table = new_table(title, ("layer", "type", "output", "params", "multiply-adds"), left=["type"])
         for row in self.layers:
             shape = "x".join(map(str, row.shape)) if row.shape else ""
             table.add_row(row.name, row.kind, shape, f"{row.params:,}", f"{row.macs:,}")

@@ -28,13 +28,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add where to start, the rates and the strengths."""
     parser.add_argument("config", metavar="CONFIG", help="config that prunes and fine-tunes")
     parser.add_argument(
-        "--rates", type=float, nargs="+", default=RATES, help="shares of channels to remove; default: 0.1 0.2 .. 0.9"
+        "--rates",
+        type=number_in("[0, 1)"),
+        nargs="+",
+        default=RATES,
+        help="shares of channels to remove; default: 0.1 0.2 .. 0.9",
     )
     parser.add_argument("--checkpoint", metavar="FILE", help="where all start; default: the config's load_from")
     parser.add_argument(
         "--sparse", metavar="CONFIG", help="config to train that checkpoint with first, in the work folder"
     )
-    parser.add_argument("--strengths", type=number_in(0, 1000), nargs="+", help="L1 strengths to train --sparse with")
+    parser.add_argument(
+        "--strengths", type=number_in("(0, 1000]"), nargs="+", help="L1 strengths to train --sparse with"
+    )
     parser.add_argument(
         "--work-dir", metavar="FOLDER", help="folder of all runs; default: work_dirs/sweep_<name of the config>"
     )
@@ -64,12 +70,11 @@ def table_of(rows: list[dict], title: str) -> "Table":
     Returns:
         The table.
     """
-    from rich.table import Table
+    from rep_plugin.measure.tables import new_table
 
-    table = Table(title=title)
     several = any(row["start"] for row in rows)
-    for column in (["start"] if several else []) + ["rate", "before", "pruned", "fine-tuned", "params", "MACs", "ms"]:
-        table.add_column(column, justify="left" if column == "start" else "right")
+    columns = (["start"] if several else []) + ["rate", "before", "pruned", "fine-tuned", "params", "MACs", "ms"]
+    table = new_table(title, columns)
     starts = set()
     for row in rows:
         lead = [row["start"]] if several else []

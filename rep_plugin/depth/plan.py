@@ -11,6 +11,7 @@ from rep_plugin.checkpoints.files import write_text
 from rep_plugin.checkpoints.plain import read_json_source, tuples_of
 from rep_plugin.depth.segments import Segment
 from rep_plugin.errors import ArgumentError
+from rep_plugin.measure.tables import new_table
 
 if TYPE_CHECKING:  # imported where something is printed
     from rich.console import Console
@@ -154,23 +155,21 @@ class DepthPlan:
 
     def table(self) -> "Table":
         """Return a rich table of all segments."""
-        from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=f"{self.model}: {self.why}")
-        for column in ("segment", "becomes", "ms", "merged", "multiply-adds", "merged", "loss", ""):
-            table.add_column(
-                column, justify="left" if column in ("segment", "becomes", "") else "right", overflow="fold"
-            )
+        timed = any(one.ms_before is not None for one in self.segments)
+        columns = ("segment", "becomes", *(("ms", "ms, merged") if timed else ()), "multiply-adds", "merged")
+        table = new_table(
+            f"{self.model}: {self.why}", (*columns, f"loss ({self.importance})", ""), left=["becomes", ""]
+        )
         for one in self.segments:
             outputs, inputs, height, width = one.merged
             becomes = f"{height}x{width}, {inputs * one.groups} -> {outputs}" + (", sum" if one.shortcut else "")
             becomes = "its shortcut" if one.skip else becomes
             say = "merged" if one.name in self.chosen else "" if one.pays else "costs more merged"
-            table.add_row(
-                Text(one.name), becomes, _number(one.ms_before), _number(one.ms_after), f"{one.macs_before:,}",
-                f"{one.macs_after:,}", _number(one.loss), say,
-            )  # fmt: skip
+            times = (_number(one.ms_before), _number(one.ms_after)) if timed else ()
+            macs = (f"{one.macs_before:,}", f"{one.macs_after:,}")
+            table.add_row(Text(one.name), becomes, *times, *macs, _number(one.loss), say)
         return table
 
     def print(self, console: "Console | None" = None) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rep_plugin.measure.report import Report
+from rep_plugin.measure.tables import new_table
 from rep_plugin.optional import is_missing
 
 if TYPE_CHECKING:  # imported where something is printed
@@ -87,12 +88,9 @@ class ExportReport(Report):
 
     def runtimes_table(self) -> "Table":
         """Return errors and times of the runtimes as a rich table."""
-        from rich.table import Table
-
         compared = ", ".join("x".join(map(str, shape)) for shape in self.compared)
-        table = Table(title=f"against PyTorch in float32, inputs {compared}")
-        for column in ("runtime", "max absolute", "max relative", "tolerance", "ms"):
-            table.add_column(column, justify="left" if column == "runtime" else "right")
+        columns = ("runtime", "max absolute", "max relative", "tolerance", "ms")
+        table = new_table(f"against PyTorch in float32, inputs {compared}", columns)
         table.add_row("PyTorch", "", "", "", _milliseconds(self.pytorch_milliseconds))
         for one in self.runtimes:
             errors = (f"{one.max_abs_error:.2e}", f"{one.max_rel_error:.2e}", f"{self.tolerance:.0e}")
@@ -204,14 +202,10 @@ class Int8Report(Report):
 
     def table(self) -> "Table":
         """Return float against int8 as a rich table."""
-        from rich.table import Table
-
-        scales = "each channel" if self.per_channel else "each layer"
+        scales = _scales(self.per_channel)
         even = ", equalised" * self.equalised
         title = f"{self.action}: {self.path}, {self.method}, a scale for {scales}{even}, {self.images} images"
-        table = Table(title=title)
-        for column in ("metric", "float", "int8"):
-            table.add_column(column, justify="left" if column == "metric" else "right")
+        table = new_table(title, ("metric", "float", "int8"))
         table.add_row("MB", f"{self.size_float / 1e6:.2f}", f"{self.size_bytes / 1e6:.2f}")
         if self.milliseconds is not None:
             times = _milliseconds(self.milliseconds_float), _milliseconds(self.milliseconds)
@@ -225,16 +219,13 @@ class Int8Report(Report):
 
     def layers_table(self, most: int = MOST) -> "Table":
         """Return the layers that cost most as a rich table."""
-        from rich.table import Table
         from rich.text import Text
 
         known = any(layer.largest_before is not None for layer in self.layers)
-        table = Table(
-            title=f"what the outputs gain where one layer stays in float{' (before -> after the merge)' * known}"
-        )
         columns = ("layer", "dB", "largest weight", "widest / narrowest channel", "lowest to highest output")
-        for column in columns:
-            table.add_column(column, justify="left" if column == "layer" else "right")
+        table = new_table(
+            f"what the outputs gain where one layer stays in float{' (before -> after the merge)' * known}", columns
+        )
         for layer in sorted(self.layers, key=lambda one: -one.gain)[:most]:
             table.add_row(
                 Text(layer.name), f"{layer.gain:+.2f}", _then(layer.largest_before, layer.largest),
@@ -246,10 +237,22 @@ class Int8Report(Report):
         """Return float against int8, and the layers that cost most."""
         return [self.table(), *([self.layers_table()] if self.layers else [])]
 
-    def details(self) -> "list[Table]":
-        """Return all layers, where not all are printed, and the error of each block of the merge."""
-        left = [self.layers_table(len(self.layers))] if len(self.layers) > MOST else []
-        return [*left, *super().details()]
+    def trials_table(self) -> "Table":
+        """Return what was tried as a rich table, the best first."""
+        columns = ("calibration", "a scale for", "equalised", "same class", "top-1", "dB")
+        table = new_table(f"what was tried, on {self.held_out} held-out images", columns, left=columns[1:3])
+        for one in sorted(self.trials, key=lambda trial: trial.rank, reverse=True):
+            shares = ("" if share is None else f"{share:.1%}" for share in (one.agreement, one.top1))
+            table.add_row(
+                one.method, _scales(one.per_channel), "yes" if one.equalised else "", *shares, f"{one.sqnr:.1f}"
+            )
+        return table
+
+    def pages_tables(self) -> "list[Table]":
+        """Return float against int8, all that was tried, all layers, and the error of each block of the merge."""
+        trials = [self.trials_table()] if self.trials else []
+        layers = [self.layers_table(len(self.layers))] if self.layers else []
+        return [self.table(), *trials, *layers, *self.details()]
 
     def figures(self) -> "list[Figure]":
         """Return the plot of what each layer costs; none where the layers were not judged, or matplotlib is not installed."""
@@ -260,6 +263,10 @@ class Int8Report(Report):
         gains = {layer.name: layer.gain for layer in self.layers}
         spreads = {layer.name: (layer.spread_before, layer.spread) for layer in self.layers}
         return [layers_figure(gains, spreads, f"{self.path}: {self.sqnr:.1f} dB")]
+
+
+def _scales(per_channel: bool) -> str:
+    return "each channel" if per_channel else "each layer"
 
 
 def _then(before: object, after: object) -> str:

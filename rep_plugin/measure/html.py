@@ -4,6 +4,7 @@ import base64
 import io
 from collections.abc import Iterable, Sequence
 from html import escape
+from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # imported where something is drawn
@@ -24,28 +25,28 @@ th { border-bottom: 2px solid #9aa7b5 } .left { text-align: left }
 """
 
 
-def page_of(title: str, tables: Iterable["Table"], notes: Sequence[str] = (), figures: Iterable["Figure"] = ()) -> str:
+def page_of(tables: Sequence["Table"], notes: Sequence[str] = (), figures: Iterable["Figure"] = ()) -> str:
     """Return a page.
 
     Args:
-        title: of the page.
-        tables: one below the other, each with its title.
+        tables: one below the other, each with its title; that of the first is the page's.
         notes: one sentence each.
         figures: plots, below the tables.
 
     Returns:
         The page, in HTML.
     """
-    parts = [f"<h1>{escape(title)}</h1>", *map(_table, tables)]
+    title = escape(str(tables[0].title))
+    parts = [part for table, level in zip(tables, chain(["h1"], repeat("h2"))) for part in _table(table, level)]
     if notes:
         parts += ["<h2>Notes</h2>", "<ul>", *(f"<li>{escape(note)}</li>" for note in notes), "</ul>"]
     parts += map(_image, figures)
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
     body = "\n".join(parts)
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>'
 
 
-def _table(table: "Table") -> str:
+def _table(table: "Table", level: str) -> list[str]:
     sides = [' class="left"' if column.justify == "left" else "" for column in table.columns]
     rows = [[str(column.header) for column in table.columns], *zip(*(map(str, c.cells) for c in table.columns))]
     lines = [
@@ -53,7 +54,7 @@ def _table(table: "Table") -> str:
         for tag, row in zip(["th", *["td"] * (len(rows) - 1)], rows)
     ]
     body = "\n".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<h2>{escape(str(table.title))}</h2>\n<div class="wide"><table>\n{body}\n</table></div>'
+    return [f"<{level}>{escape(str(table.title))}</{level}>", f'<div class="wide"><table>\n{body}\n</table></div>']
 
 
 def _image(figure: "Figure") -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rep_plugin.arguments import Anything, checked
 from rep_plugin.checkpoints.files import write_text
+from rep_plugin.measure.tables import new_table
 from rep_plugin.measure.verify import Equivalence
 
 if TYPE_CHECKING:  # imported where something is printed
@@ -47,8 +48,8 @@ class Report:
         input_shape: shape of the example; one image of it is counted.
         max_abs_error: largest absolute error (None, as the next ones: not verified).
         max_rel_error: relative to the largest value of the reference output.
-        border_rel_error: of it, in the outermost pixels of every compared map.
-        interior_rel_error: of it, in all other pixels.
+        border_rel_error: the same in the outermost pixels of any compared map, those of blocks too.
+        interior_rel_error: the same in all other pixels.
         sensitivity: how much another input changes the output, relative; below 1e-3 the proof is inconclusive.
         seconds: duration.
         blocks: the replaced modules.
@@ -112,7 +113,7 @@ class Report:
         """
         from rep_plugin.measure.html import page_of
 
-        text = page_of(self.action, [*self.tables(), *self.details()], self.notes, self.figures())
+        text = page_of(self.pages_tables(), self.notes, self.figures())
         if path is not None:
             write_text(path, text)
         return text
@@ -129,17 +130,19 @@ class Report:
         """Return all rich tables that are printed."""
         return [self.table()]
 
-    def details(self) -> "list[Table]":
-        """Return the rich tables that are too long to be printed: the error of each block."""
-        from rich.table import Table
+    def pages_tables(self) -> "list[Table]":
+        """Return the rich tables of :meth:`to_html`; the title of the first is the page's."""
+        return [*self.tables(), *self.details()]
 
+    def details(self) -> "list[Table]":
+        """Return the rich tables that are too long to be printed: the blocks, with their errors where they are known."""
         if not self.blocks:
             return []
-        table = Table(title="blocks")
-        for column in ("block", "what it was", "max absolute error", "max relative error"):
-            table.add_column(column, justify="left" if column in ("block", "what it was") else "right")
+        known = any(block.max_rel_error is not None for block in self.blocks)
+        columns = ("block", "what it was", *(("max absolute error", "max relative error") if known else ()))
+        table = new_table("blocks", columns, left=columns[:2])
         for block in self.blocks:
-            errors = (block.max_abs_error, block.max_rel_error)
+            errors = (block.max_abs_error, block.max_rel_error) if known else ()
             table.add_row(block.name, block.kind, *("" if value is None else f"{value:.2e}" for value in errors))
         return [table]
 
@@ -148,11 +151,7 @@ class Report:
         return []
 
     def _costs(self, title: str) -> "Table":
-        from rich.table import Table
-
-        table = Table(title=title)
-        for column in ("metric", "before", "after"):
-            table.add_column(column, justify="left" if column == "metric" else "right")
+        table = new_table(title, ("metric", "before", "after"))
         table.add_row("parameters", f"{self.params_before:,}", f"{self.params_after:,}")
         if self.macs_before is not None and self.macs_after is not None:
             size = " of " + "x".join(map(str, self.input_shape[1:])) if self.input_shape else ""
@@ -165,8 +164,8 @@ class Report:
         rows = {
             "max absolute error (float64)": self.max_abs_error,
             "max relative error (float64)": self.max_rel_error,
-            "  of it at the border": self.border_rel_error,
-            "  of it inside": self.interior_rel_error,
+            "  at the border of any map": self.border_rel_error,
+            "  inside of any map": self.interior_rel_error,
             "sensitivity to another input": self.sensitivity,
         }
         for name, value in rows.items():

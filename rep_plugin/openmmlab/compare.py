@@ -10,7 +10,6 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from rep_plugin.checkpoints.plain import read_json
@@ -19,6 +18,7 @@ from rep_plugin.measure.costs import count_macs, count_params
 from rep_plugin.measure.differences import compare_outputs
 from rep_plugin.measure.latency import eager_calls, interleaved_medians, torch_threads
 from rep_plugin.measure.progress import track
+from rep_plugin.measure.tables import new_table
 from rep_plugin.openmmlab.checkpoint import find_latest_checkpoint, latest_complete
 from rep_plugin.openmmlab.cli import read_config
 from rep_plugin.openmmlab.data import check_data
@@ -117,9 +117,8 @@ def compare_deployed(
         medians = interleaved_medians(eager_calls(models, images[:1]), rounds)
 
     console = Console(width=100)
-    table = Table(title=f"{Path(config).stem}, {len(labels)} validation images; one thread, batch 1, BN folded")
-    for column in ("network", "params", "MACs", "top-1 %", "ms", "times faster"):
-        table.add_column(column, justify="left" if column == "network" else "right")
+    title = f"{Path(config).stem}, {len(labels)} validation images; one thread, batch 1, BN folded"
+    table = new_table(title, ("network", "params", "MACs", "top-1 %", "ms", "times faster"))
     slowest = medians[list(models)[-1]]
     for name, model in models.items():
         key = name.split()[0]
@@ -132,9 +131,8 @@ def compare_deployed(
     console.print(table)
     if record:
         console.print(f"* {record.source}")
-    errors = Table(title="deployed against trained form, real images, largest relative errors")
-    for column in ("size", "float64", "at the border", "inside", "float32, last map", "at the border", "seconds"):
-        errors.add_column(column, justify="right")
+    columns = ("size", "float64", "at the border", "inside", "float32, last map", "at the border", "seconds")
+    errors = new_table("deployed against trained form, real images, largest relative errors", columns)
     for size in (images.shape[-1], 224, 225):
         batch = nn.functional.interpolate(images, size=(size, size), mode="bilinear")
         _, report = reparameterize(trained, batch, fold_bn=False)

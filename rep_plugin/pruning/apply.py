@@ -18,6 +18,7 @@ from rep_plugin.measure.forward import Example, takes_examples
 from rep_plugin.measure.progress import working
 from rep_plugin.measure.randomness import private_random
 from rep_plugin.measure.report import BlockReport, Report
+from rep_plugin.measure.tables import new_table
 from rep_plugin.measure.undo import undone_on_error
 from rep_plugin.measure.verify import default_inputs, require_castable, verify_equivalence
 from rep_plugin.optional import is_missing
@@ -54,6 +55,8 @@ class PruneReport(Report):
     """A report of :func:`apply_plan`, with the widths of layers.
 
     Attributes:
+        model: Class of the pruned model.
+        why: The budget and the scores of the plan.
         widths: {layer: (channels before, after)}.
         frozen: {layer: why it stays as it is}.
         latency_before: Milliseconds of the dense model, where the plan was made by latency.
@@ -70,6 +73,8 @@ class PruneReport(Report):
         'apply_plan: 1 of 1 layers narrower, 0 frozen'
     """
 
+    model: str = ""
+    why: str = ""
     widths: dict[str, tuple[int, int]] = field(default_factory=dict)
     frozen: dict[str, str] = field(default_factory=dict)
     latency_before: float | None = None
@@ -78,7 +83,8 @@ class PruneReport(Report):
     metrics: dict[str, dict[str, Anything]] = field(default_factory=dict)
 
     def add_plan(self, plan: PrunePlan) -> None:
-        """Fill in the widths, what is frozen, the times and the notes of a plan; after :attr:`macs_before` is known."""
+        """Fill in what a plan says; after :attr:`macs_before` is known."""
+        self.model, self.why = plan.model, plan.why
         self.widths, self.frozen = dict(plan.widths), dict(plan.frozen)
         self.latency_before, self.latency_after = plan.latency_before, plan.latency_after
         if plan.macs_before != self.macs_before:
@@ -97,7 +103,9 @@ class PruneReport(Report):
         """Return the metrics as a rich table."""
         table = super().table()
         changed = sum(before != after for before, after in self.widths.values())
-        table.title = f"{self.action}: {changed} of {len(self.widths)} layers narrower, {len(self.frozen)} frozen"
+        asked = f"{self.model}, {self.why}: " if self.why else ""
+        counts = f"{changed} of {len(self.widths)} layers narrower, {len(self.frozen)} frozen"
+        table.title = f"{self.action}: {asked}{counts}"
         if self.latency_before is not None and self.latency_after is not None:
             table.add_row("milliseconds when planned", f"{self.latency_before:.2f}", f"{self.latency_after:.2f}")
         for name, value in self.metrics.get("before", {}).items():
@@ -107,20 +115,14 @@ class PruneReport(Report):
         return table
 
     def details(self) -> "list[Table]":
-        """Return the widths of all layers, what is frozen and why, and the error of each block."""
-        from rich.table import Table
-
-        widths = Table(title="channels of layers")
-        for column in ("layer", "before", "after", "left"):
-            widths.add_column(column, justify="left" if column == "layer" else "right")
+        """Return the widths of all layers, and what is frozen and why."""
+        widths = new_table("channels of layers", ("layer", "before", "after", "left"))
         for name, (before, after) in self.widths.items():
             widths.add_row(name, str(before), str(after), f"{after / before:.0%}")
-        frozen = Table(title="layers that stay as they are")
-        for column in ("layer", "why"):
-            frozen.add_column(column, justify="left")
+        frozen = new_table("layers that stay as they are", ("layer", "why"), left=["why"])
         for name, why in self.frozen.items():
             frozen.add_row(name, why)
-        return [*([widths] if self.widths else []), *([frozen] if self.frozen else []), *super().details()]
+        return [*([widths] if self.widths else []), *([frozen] if self.frozen else [])]
 
     def figures(self) -> "list[Figure]":
         """Return the plot of the widths; none where no layer is narrower, or matplotlib is not installed."""

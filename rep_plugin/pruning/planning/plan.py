@@ -16,6 +16,7 @@ from rep_plugin.checkpoints.files import write_atomic, write_text
 from rep_plugin.checkpoints.plain import read_json_source, tuples_of
 from rep_plugin.errors import ArgumentError
 from rep_plugin.measure.costs import count_params
+from rep_plugin.measure.tables import new_table
 from rep_plugin.pruning.planning.options import PruneOptions, Scores, Widths
 from rep_plugin.pruning.planning.rehearsal import bound_groups, reason_of
 from rep_plugin.pruning.planning.scores import score_units
@@ -142,12 +143,10 @@ class PrunePlan:
 
     def table(self) -> "Table":
         """Return a rich table of the layers that can lose channels, and of the costs."""
-        from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=f"{self.model}: {self.why}")
-        for column in ("layer", "before", "after", "removed", "note"):
-            table.add_column(column, justify="left" if column in ("layer", "note") else "right")
+        columns = ("layer", "before", "after", "removed", "note")
+        table = new_table(f"{self.model}: {self.why}", columns, left=["note"])
         ends = {name: "" for name in self.widths if name not in self.frozen}
         for layers in self.groups:
             first = next((name for name in layers if name in ends), None)
