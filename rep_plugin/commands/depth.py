@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rep_plugin.commands.parser import add_trained_arguments, amount, count
+from rep_plugin.commands.parser import add_trained_arguments, amount, count, number_in
 from rep_plugin.commands.written import print_written
 from rep_plugin.errors import ArgumentError, DataError
 from rep_plugin.optional import require
@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser, no_real_data="judge by batch norms alone; needs --shape", optional="with --write-table"
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--latency", type=float, help="share of the network's own time that may remain, 0 < x <= 1")
-    what.add_argument("--latency-ms", type=float, help="milliseconds of one image that may remain")
+    what.add_argument("--latency", type=number_in("(0, 1]"), help="share of the network's own time that may remain")
+    what.add_argument("--latency-ms", type=number_in("(0, inf)"), help="milliseconds of one image that may remain")
     what.add_argument(
         "--macs", type=amount, help="multiply-adds of one image that may remain: a share (0.5) or a number"
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rep_plugin.commands.models import ANY, add_timm_arguments, is_config, require_packages
-from rep_plugin.commands.parser import add_cfg_options, add_size, count, read_size
+from rep_plugin.commands.parser import add_cfg_options, add_size, count, number_in, read_size
 from rep_plugin.commands.written import print_written
 
 if TYPE_CHECKING:
@@ -36,12 +36,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     numbers.add_argument("--dynamic-batch", action="store_true", help="leave the number of images open: the default")
     parser.add_argument("--as-it-stands", action="store_true", help="do not merge or fold anything")
     parser.add_argument("--class-names", metavar="FILE", help="one name a line; default: those of the config or model")
-    parser.add_argument("--opset", type=int, default=OPSET, help="default: %(default)s")
+    parser.add_argument("--opset", type=count, default=OPSET, help="default: %(default)s")
     parser.add_argument(
-        "--runtimes", nargs="+", default=list(RUNTIMES), choices=RUNTIMES, help="where to compare; default: both"
+        "--runtimes",
+        nargs="+",
+        default=list(RUNTIMES),
+        choices=RUNTIMES,
+        help="where to compare; default: both. With --int8 one, where it is judged and timed; default: onnxruntime",
     )
-    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="relative, default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=20, help="timed calls, 0: none; default: %(default)s")
+    parser.add_argument(
+        "--tolerance", type=number_in("(0, inf)"), default=TOLERANCE, help="relative, default: %(default)s"
+    )
+    parser.add_argument(
+        "--rounds", type=number_in("[0, inf)", int), default=20, help="timed calls, 0: none; default: %(default)s"
+    )
     int8 = parser.add_argument_group("int8")
     int8.add_argument("--int8", action="store_true", help="quantise, by the config's validation images or --images")
     int8.add_argument("--int8-images", type=count, default=256, metavar="N", help="at most; default: %(default)s")
@@ -50,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     int8.add_argument(
         "--min-agreement",
-        type=float,
+        type=number_in("[0, 1]"),
         metavar="SHARE",
         help="of the held-out images that must be classified as in float, or nothing is written; default: 0.9",
     )
@@ -72,7 +80,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         if not config and args.images is None:
             args.parser.error("--int8 needs --images FOLDER, to calibrate with")
         default = args.parser.get_default
-        for name in ("dynamic_size", "batch", "as_it_stands", "no_real_data", "opset", "tolerance", "runtimes"):
+        for name in ("dynamic_size", "batch", "as_it_stands", "no_real_data", "opset", "tolerance"):
             if getattr(args, name) != default(name):
                 args.parser.error(f"--{name.replace('_', '-')} does not go with --int8")
     else:
@@ -97,8 +105,9 @@ def options_of(args: argparse.Namespace) -> dict:
         options["class_names"] = Path(args.class_names).read_text().splitlines()
     options |= {"size": args.size, "with_report": True}
     if args.int8:
-        asked = {} if args.min_agreement is None else {"min_agreement": args.min_agreement}
-        return options | asked | {"write": int8_images}
+        options |= {} if args.min_agreement is None else {"min_agreement": args.min_agreement}
+        options |= {"runtime": args.runtimes[0]} if len(args.runtimes) == 1 else {}
+        return options | {"write": int8_images}
     return options | {"reparameterize": not args.as_it_stands, "batch": args.batch}
 
 

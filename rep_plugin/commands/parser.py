@@ -2,7 +2,9 @@
 
 import argparse
 from collections.abc import Callable
+from contextlib import suppress
 
+from rep_plugin.arguments import NUMBERS, In
 from rep_plugin.errors import did_you_mean
 
 MOST = 1_000_000
@@ -62,10 +64,11 @@ def count(text: str, most: int = MOST) -> int:
 
 def amount(text: str) -> int | float:
     """A share with a point in it (0.5), or a whole number (300000000, 3e8)."""
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
+    for kind in (int, float):
+        with suppress(ValueError):
+            if (value := kind(text)) in In("(0, inf)"):
+                return value
+    raise argparse.ArgumentTypeError(f"expected a share (0.5) or a whole number, got {text!r}")
 
 
 def side(text: str) -> int:
@@ -101,24 +104,23 @@ def key_value(text: str) -> str:
     return text
 
 
-def number_in(low: float, high: float) -> Callable[[str], float]:
+def number_in(interval: str, kind: type = float) -> Callable[[str], float]:
     """Return what reads a number of a range.
 
     Args:
-        low: the number is above it.
-        high: the number is at most this.
+        interval: ends as mathematics writes them, ``[0, 1)``.
+        kind: int or float.
 
     Returns:
         A type for :mod:`argparse`.
     """
+    allowed = In(interval)
 
     def number(text: str) -> float:
-        try:
-            if low < (value := float(text)) <= high:
+        with suppress(ValueError):
+            if (value := kind(text)) in allowed:
                 return value
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"expected a number in ({low:g}, {high:g}], got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a {NUMBERS[kind]}{allowed}, got {text!r}")
 
     return number
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rep_plugin.commands.parser import add_trained_arguments, amount, count
+from rep_plugin.commands.parser import add_trained_arguments, amount, count, number_in
 from rep_plugin.commands.written import print_written
 from rep_plugin.errors import ArgumentError
 from rep_plugin.optional import require
@@ -35,7 +35,7 @@ def override(text: str) -> tuple[str, float | str]:
     pattern, _, value = text.rpartition("=")
     if not pattern:
         raise argparse.ArgumentTypeError(f"expected PATTERN=FRACTION or PATTERN=frozen, got {text!r}")
-    return pattern, value if value == "frozen" else float(value)
+    return pattern, value if value == "frozen" else number_in("[0, 1)")(value)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,14 +43,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_trained_arguments(parser, no_real_data="prove on random images alone; needs --shape")
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument(
-        "--fraction", "--prune-fraction", type=float, help="share of the prunable channels to remove, 0 <= x < 1"
+        "--fraction", "--prune-fraction", type=number_in("[0, 1)"), help="share of the prunable channels to remove"
     )
     how.add_argument("--params", type=amount, help="parameters that may remain: a share (0.5) or a number")
     how.add_argument(
         "--macs", type=amount, help="multiply-adds of one image that may remain: a share (0.5) or a number"
     )
-    how.add_argument("--latency", type=float, help="share of the time on this machine, one thread, one image")
-    how.add_argument("--latency-ms", type=float, help="milliseconds on this machine, one thread, one image")
+    how.add_argument(
+        "--latency", type=number_in("(0, 1]"), help="share of the time on this machine, one thread, one image"
+    )
+    how.add_argument(
+        "--latency-ms", type=number_in("(0, inf)"), help="milliseconds on this machine, one thread, one image"
+    )
     how.add_argument("--widths", help="JSON file {layer name: channels kept}, taken as it is")
     how.add_argument("--plan", help="plan file of an earlier run, applied as it is")
     parser.add_argument(
@@ -72,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-prune-fraction",
-        type=float,
+        type=number_in("[0, 1)"),
         help="no layer loses a larger share; default: 0.9, where the budget can be met so",
     )
     parser.add_argument(
@@ -90,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-accuracy", action="store_true", help="do not run validation before and after")
     parser.add_argument(
         "--bn-images",
-        type=int,
+        type=number_in("[0, inf)", int),
         default=512,
         metavar="N",
         help="training images on which the batch norms' statistics are measured anew, 0: they stay; default: %(default)s",
@@ -162,8 +166,6 @@ def run(args: argparse.Namespace) -> None:
     from rep_plugin.openmmlab.load import labelled_batches
 
     with session():
-        if args.bn_images < 0:
-            raise ArgumentError(f"--bn-images must be >= 0, got {args.bn_images}")
         out_dir = output_folder(args, OUTPUTS, (args.widths, args.plan))
         trained = open_trained(args.config, args.checkpoint, args.cfg_options, not args.no_real_data)
         if args.shape and len(args.shape) != 3:

@@ -8,7 +8,7 @@ rep-plugin test MODEL.onnx --config CONFIG --runtime openvino
 
 import argparse
 
-from rep_plugin.commands.parser import add_runner_arguments, count
+from rep_plugin.commands.parser import add_runner_arguments, count, number_in
 from rep_plugin.optional import require
 
 HELP = "test a checkpoint or an ONNX file on the data set of its config"
@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--show-dir", metavar="FOLDER", help="folder for the images with their predictions")
     parser.add_argument("--show", action="store_true", help="show the images with their predictions in a window")
     parser.add_argument("--interval", type=count, default=1, help="show every so many images; default: %(default)s")
-    parser.add_argument("--wait-time", type=float, default=2, help="seconds a window stays; default: %(default)s")
+    parser.add_argument(
+        "--wait-time", type=number_in("[0, inf)"), default=2, help="seconds a window stays; default: %(default)s"
+    )
     parser.add_argument(
         "--tta",
         action="store_true",
