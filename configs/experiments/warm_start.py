@@ -3,10 +3,11 @@
 _base_ = ["./_base_fashion_mnist.py"]
 
 title = "Warm start on Fashion-MNIST: 12,000 images, 12 epochs in all, width 0.5"
-baseline = "all blocks linear, from scratch"
+baseline = "stock MobileNetV2, one cycle"
+options = {"optim_wrapper.optimizer.lr": 0.05}  # stock MobileNetV2 diverges at 0.1
 
 one_cycle = dict(
-    type="OneCycleLR", eta_max=0.1, pct_start=0.2, by_epoch=True, convert_to_iter_based=True, _delete_=True
+    type="OneCycleLR", eta_max=0.05, pct_start=0.2, by_epoch=True, convert_to_iter_based=True, _delete_=True
 )
 stock = "mobilenetv2_fashion_mnist"
 half = {"train_cfg.max_epochs": 6, "train_cfg.val_interval": 6}
@@ -18,31 +19,32 @@ of_annealed = {
 warm_up = {"param_scheduler": one_cycle}
 rep = "rep_mbv2_fashion_mnist"
 
+# Quoted with one cycle; the plain cosine screens.
 rows = {
-    "stock, six epochs": dict(config=stock, options=half, hidden=True),
     "stock, six epochs, one cycle": dict(config=stock, options={**half, **warm_up}, hidden=True),
-    "all blocks linear, from scratch": dict(config=rep, options=whole),
-    "stock, then annealed": dict(config=rep, options={**of_annealed, **half}, start="stock, six epochs"),
-    "stock MobileNetV2": dict(config=stock, options=whole, seeds=1),
+    "stock MobileNetV2, one cycle": dict(config=stock, options={**whole, **warm_up}),
     "all blocks linear, from scratch, one cycle": dict(config=rep, options={**whole, **warm_up}),
     "stock, then annealed, one cycle": dict(
         config=rep, options={**of_annealed, **half, **warm_up}, start="stock, six epochs, one cycle"
     ),
-    "stock MobileNetV2, one cycle": dict(config=stock, options={**whole, **warm_up}),
+    "stock, six epochs": dict(config=stock, options=half, hidden=True),
+    "stock MobileNetV2": dict(config=stock, options=whole, seeds=1),
+    "all blocks linear, from scratch": dict(config=rep, options=whole, seeds=1),
+    "stock, then annealed": dict(config=rep, options={**of_annealed, **half}, start="stock, six epochs", seeds=1),
 }
 claims = [
     dict(
         says="the way through the stock network is worth three points",
         source="a sketch on one seed",
-        better="stock, then annealed",
-        than="all blocks linear, from scratch",
+        better="stock, then annealed, one cycle",
+        than="all blocks linear, from scratch, one cycle",
         by=2.0,
     ),
     dict(
-        says="with warm-up too, annealing beats training from scratch",
+        says="without warm-up too, annealing beats training from scratch",
         source="the same",
-        better="stock, then annealed, one cycle",
-        than="all blocks linear, from scratch, one cycle",
+        better="stock, then annealed",
+        than="all blocks linear, from scratch",
     ),
     dict(
         says="annealed, the merged network is within a point of stock",
