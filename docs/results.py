@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rep_plugin.measure.plots import save_figure
 from rep_plugin.openmmlab.experiments import ExperimentSet, list_sets, read_set
-from rep_plugin.openmmlab.results import Records, cells_of, figure_of, markdown_of, page_of, read_latency, read_records
+from rep_plugin.openmmlab.results import Records, cells_of, figure_of, markdown_of, page_of, read_columns, read_records
 
 DOCS = Path(__file__).parent
 RECORDS = DOCS / "results/records"
@@ -53,7 +53,7 @@ def table_of(name: str, columns: str | None) -> str:
         torch = f"torch {version}, " if (version := record["versions"].get("torch")) else ""
         source = f"\n\nMeasured on {record['processor']}, {torch}at {record['commit']}, {record['date']}."
     else:
-        cells = cells_of(set_of(name), records_of(name), read_latency(RECORDS, name))
+        cells = cells_of(set_of(name), records_of(name), read_columns(RECORDS, name))
     if columns:
         places = [cells[0].index(column) for column in columns.split(", ")]
         cells = [[row[place] for place in places] for row in cells]
@@ -69,7 +69,7 @@ def main() -> int:
     """Write, or compare; return how many pages are stale."""
     sets = {name: records_of(name) for name in recorded()}
     texts = {
-        DOCS / f"results/{name}.md": page_of(set_of(name), records, read_latency(RECORDS, name))
+        DOCS / f"results/{name}.md": page_of(set_of(name), records, read_columns(RECORDS, name))
         + f"\n\n![every seed of every row](../plots/results_{name}.png)\n"
         for name, records in sets.items()
     }

@@ -57,6 +57,8 @@ def export_int8(
     *,
     runtime: Annotated[str, OneOf(RUNTIMES)] = "onnxruntime",
     methods: Sequence[Annotated[str, OneOf((*METHODS, NNCF))]] | None = None,
+    per_channel: bool | None = None,
+    equalise: bool = True,
     min_agreement: Annotated[float, In("[0, 1]")] = 0.9,
     keep_float: Annotated[int, In("[0, 10000]")] = 0,
     layers: bool = True,
@@ -88,6 +90,8 @@ def export_int8(
         methods: how activations are calibrated, of ``MinMax``, ``Percentile`` and ``Entropy``; ``NNCF`` is OpenVINO's own
             quantiser (``pip install 'rep-plugin[nncf]'``). Default: the first three, for ``openvino`` ``NNCF`` too where it
             is installed.
+        per_channel: weights have one scale for each channel, or one for a layer; None: both are tried.
+        equalise: try :func:`rep_plugin.export.equalize` too.
         min_agreement: share of the held-out images that must have the same largest logit as in float. For outputs that are
             not logits (N, classes) nothing is refused.
         keep_float: as many layers stay in float: those which cost most.
@@ -122,6 +126,9 @@ def export_int8(
         raise ArgumentError(f"methods must name some of {', '.join(METHODS)}, {NNCF}, got none")
     if NNCF in methods:
         require("nncf", "nncf", "quantizing by NNCF")
+    combined = [(method, each) for method in methods for each in _scales(method, per_channel)]
+    if not combined:
+        raise ArgumentError(f"per_channel=False does not go with methods={[*methods]}: NNCF chooses scales by itself")
     path = Path(path)
     check_path(path)
     images = _images_of(calibration)
@@ -154,17 +161,17 @@ def export_int8(
             if not chosen or trial.rank > chosen[0].trial.rank:
                 chosen[:] = [_Made(trial, form, quantiser, data)]
 
-        combined = [(method, each) for method in methods for each in _scales(method)]
         for method, each in track(combined, "trying calibrations"):
             attempt(written, quantiser, method, each)
-        try:
-            even, _ = equalize(written, images[:2])
-            evened, _ = write("equalised", even)
-            method = chosen[0].trial.method
-            for each in _scales(method):
-                attempt(even, evened, method, each, True)
-        except NothingToMergeError as error:
-            more += [f"not equalised: {note}" for note in error.notes]
+        if equalise:
+            try:
+                even, _ = equalize(written, images[:2])
+                evened, _ = write("equalised", even)
+                method = chosen[0].trial.method
+                for each in _scales(method, per_channel):
+                    attempt(even, evened, method, each, True)
+            except NothingToMergeError as error:
+                more += [f"not equalised: {note}" for note in error.notes]
         best, form, quantiser, data = chosen[0]
         final, found = best, []
         if layers or keep_float:
@@ -212,9 +219,10 @@ def export_int8(
     return report
 
 
-def _scales(method: str) -> tuple[bool, ...]:
-    """Whether weights have a scale for each channel: what can be tried."""
-    return (True,) if method == NNCF else (False, True)
+def _scales(method: str, per_channel: bool | None) -> list[bool]:
+    """Whether weights have a scale for each channel: what is tried."""
+    possible = (True,) if method == NNCF else (False, True)
+    return [each for each in possible if per_channel in (None, each)]
 
 
 def _merged(model: nn.Module, x: Tensor) -> tuple[nn.Module, Report]:

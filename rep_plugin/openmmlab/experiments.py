@@ -6,7 +6,8 @@ A set is a config file (``configs/experiments/``) that holds
 * ``rows``: {name: dict(config=..., options={...}, start=..., widths_of=...)}: what is trained. ``config`` is a path or the
   name of a shipped config, ``options`` are changes to it as ``merge_from_dict`` takes them. ``start`` names the row whose
   last checkpoint of the same seed is loaded first, ``widths_of`` the row whose pruned network is trained from random
-  weights, ``hidden=True`` a row that only others start from;
+  weights, ``deployed_of`` the row whose merged or pruned network is trained on, ``hidden=True`` a row that only others
+  start from;
 * ``options``: changes to every config; ``seeds``: how many (3); ``baseline``: the row that others are compared with;
 * ``claims``: what a source says, see :mod:`rep_plugin.openmmlab.results`.
 """
@@ -23,26 +24,35 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from mmengine.config import Config
+from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
 from rep_plugin.checkpoints.files import check_writable, write_text
 from rep_plugin.depth.timing import call_of, deployed, time_in_turns
 from rep_plugin.errors import ArgumentError, TrainingError, did_you_mean
+from rep_plugin.export.inputs import INPUT
+from rep_plugin.export.int8 import export_int8
+from rep_plugin.export.runtimes import open_model
 from rep_plugin.measure.costs import count_macs, count_params
-from rep_plugin.openmmlab.accuracy import main_metric
+from rep_plugin.openmmlab.accuracy import main_metric, validation_metrics
 from rep_plugin.openmmlab.base_configs import read_config
 from rep_plugin.openmmlab.checkpoint import find_latest_checkpoint
-from rep_plugin.openmmlab.load import build_model, labelled_batches, load_model
+from rep_plugin.openmmlab.load import build_loader, build_model, labelled_batches, load_model
+from rep_plugin.openmmlab.onnx_classifier import OnnxClassifier
 from rep_plugin.shipped import CONFIGS
 
 SETS = CONFIGS / "experiments"
 PACKAGES = ("rep-plugin", "torch", "mmengine", "onedl-mmengine", "mmpretrain", "onedl-mmpretrain", "timm")
 POLL = 0.5  # seconds
+ARTEFACTS = {"pruned": "pruned", "deployed": "deploy"}  # name: stem of the files, the last one is what is used
+INT8_IMAGES = 512  # of training, that calibrate
 
 
 @dataclass(frozen=True)
@@ -54,13 +64,14 @@ class Row:
     options: Mapping[str, Any] = field(default_factory=dict)
     start: str | None = None
     widths_of: str | None = None
+    deployed_of: str | None = None
     hidden: bool = False
     seeds: int | None = None
 
     @property
     def needs(self) -> str | None:
         """The row that has to be trained before."""
-        return self.start or self.widths_of
+        return self.start or self.widths_of or self.deployed_of
 
 
 @dataclass(frozen=True)
@@ -133,7 +144,9 @@ def read_set(name: str, options: Mapping[str, Any] | None = None) -> ExperimentS
     path = Path(name) if name.endswith(".py") else SETS / f"{name}.py"
     if not path.is_file():
         known = list_sets()
-        raise ArgumentError(f"no experiment {name!r}, expected one of {', '.join(known)}{did_you_mean(name, known)}")
+        raise ArgumentError(
+            f"no experiment {name!r}, expected one of {', '.join(known)}, or a .py file{did_you_mean(name, known)}"
+        )
     cfg = Config.fromfile(str(path))
     if absent := [key for key in ("title", "rows") if not cfg.get(key)]:
         raise ArgumentError(f"{path} is no set of experiments: it has no {absent[0]!r}")
@@ -146,8 +159,8 @@ def read_set(name: str, options: Mapping[str, Any] | None = None) -> ExperimentS
             rows[row] = Row(row, given.pop("config", ""), own, **given)
         except TypeError as error:
             raise ArgumentError(f"row {row!r} of {path}: {error}") from None
-        if bool(rows[row].config) == bool(rows[row].widths_of):
-            raise ArgumentError(f"row {row!r} of {path} needs a config, or widths_of another row")
+        if sum(map(bool, (rows[row].config, rows[row].widths_of, rows[row].deployed_of))) != 1:
+            raise ArgumentError(f"row {row!r} of {path} needs a config, or widths_of or deployed_of another row")
     found = ExperimentSet(
         path.stem, cfg.title, rows, cfg.get("seeds", 3), cfg.get("baseline"), [*cfg.get("claims", [])], path.absolute()
     )
@@ -219,6 +232,10 @@ def config_of(run: Run) -> Config:
     if run.row.widths_of:
         cfg = Config.fromfile(str(run.before / "pruned.py"))
         cfg.load_from = None
+    elif run.row.deployed_of:
+        stem = next(stem for stem in reversed(ARTEFACTS.values()) if (run.before / f"{stem}.py").is_file())
+        cfg = Config.fromfile(str(run.before / f"{stem}.py"))
+        cfg.load_from = str(run.before / f"{stem}.pth")
     else:
         cfg = read_config(run.row.config)
     if run.row.start:
@@ -420,7 +437,7 @@ def record_of(run: Run, experiments: str) -> dict[str, Any]:
         "seed": run.seed,
         "config": run.row.config,
         "options": dict(run.row.options),
-        **({key: value for key in ("start", "widths_of") if (value := getattr(run.row, key))}),
+        **({key: value for key in ("start", "widths_of", "deployed_of") if (value := getattr(run.row, key))}),
         **environment(),
         "threads": 1,
         "seconds": json.loads((run.folder / "seconds.json").read_text()),
@@ -471,9 +488,19 @@ def _artefacts(folder: Path) -> dict[str, nn.Module]:
     """Return the networks that a run left, as anyone loads them: ``pruned`` and ``deployed``, as far as there are."""
     return {
         name: load_model(Config.fromfile(str(folder / f"{stem}.py")), str(folder / f"{stem}.pth"))[0]
-        for name, stem in {"pruned": "pruned", "deployed": "deploy"}.items()
+        for name, stem in ARTEFACTS.items()
         if (folder / f"{stem}.pth").is_file()
     }
+
+
+def _final(folder: Path) -> tuple[Config, nn.Module]:
+    """Return what a run ends with, and its config: the deployed network, else the pruned one, else the trained one."""
+    for stem in reversed(ARTEFACTS.values()):
+        if (folder / f"{stem}.pth").is_file():
+            cfg = Config.fromfile(str(folder / f"{stem}.py"))
+            return cfg, load_model(cfg, str(folder / f"{stem}.pth"))[0]
+    cfg = Config.fromfile(str(folder / "config.py"))
+    return cfg, load_model(cfg, find_latest_checkpoint(str(folder)))[0]
 
 
 def time_rows(
@@ -497,9 +524,8 @@ def time_rows(
     models, image = {}, None
     for run in runs_of(experiments, work_dir, seeds=1):
         if run.done and not run.row.hidden:
-            trained, image = _trained(run.folder)
-            *_, last = [trained, *_artefacts(run.folder).values()]
-            models[run.row.name] = deployed(last, image)
+            image = _trained(run.folder)[1]
+            models[run.row.name] = deployed(_final(run.folder)[1], image)
     if image is None:
         raise ArgumentError(f"{work_dir} holds no finished run of {experiments.name}, expected one at least")
     found = {}
@@ -509,6 +535,90 @@ def time_rows(
     path = records / f"{experiments.name}_latency.json"
     write_text(path, json.dumps({**environment(), "threads": 1, "milliseconds": found}, indent=1))
     return path
+
+
+def quantise_rows(
+    experiments: ExperimentSet,
+    work_dir: Path,
+    records: Path,
+    runtimes: Sequence[str] = ("onnxruntime", "openvino"),
+    log: Callable[[str], None] = print,
+) -> Path:
+    """Write what the rows of a set deploy as int8, judge it on the whole validation set, and write that beside the records.
+
+    There are two files of each run: one by ONNX Runtime's defaults (``MinMax``, a scale for a layer), one by
+    :func:`rep_plugin.export_int8`, or by the run's own QATHook. Training images calibrate. What is in the records already is
+    not done again.
+
+    Args:
+        experiments: the set.
+        work_dir: folder of all runs.
+        records: folder of the records.
+        runtimes: where the files of the first seed are timed, all in turns, on one thread, with one image.
+        log: is called with what is being done.
+
+    Returns:
+        The file: ``rows`` {row: {seed: numbers}}, ``milliseconds`` {runtime: {``float`` or ``int8``: {row: number}}}.
+
+    Raises:
+        ArgumentError: no row is trained.
+        ExportError: a network cannot be exported.
+    """
+    path = records / f"{experiments.name}_int8.json"
+    rows = json.loads(path.read_text())["rows"] if path.is_file() else {}
+    runs = [run for run in runs_of(experiments, work_dir) if run.done and not run.row.hidden]
+    if not runs:
+        raise ArgumentError(f"{work_dir} holds no finished run of {experiments.name}, expected one at least")
+    for run in runs:
+        if str(run.seed) not in rows.setdefault(run.row.name, {}):
+            found = rows[run.row.name][str(run.seed)] = _quantised(run)
+            log(f"{run}: float {found['float']:.2f}, naive int8 {found['naive']:.2f}, int8 {found['int8']:.2f}")
+    calls: dict[str, dict] = {runtime: {} for runtime in runtimes}
+    for run in (run for run in runs if run.seed == 0):
+        _, model = _final(run.folder)
+        image = _trained(run.folder)[1]
+        for runtime in runtimes:
+            session = open_model(runtime, (run.folder / rows[run.row.name]["0"]["file"]).read_bytes(), 1)
+            calls[runtime]["float", run.row.name] = call_of(runtime, deployed(model, image), image, 1)
+            calls[runtime]["int8", run.row.name] = partial(session, {INPUT: image})
+    times: dict[str, dict] = {runtime: {"float": {}, "int8": {}} for runtime in runtimes}
+    for runtime in runtimes:
+        for (kind, row), value in time_in_turns(calls[runtime], 1).items():
+            times[runtime][kind][row] = round(value, 4)
+    write_text(path, json.dumps({**environment(), "threads": 1, "rows": rows, "milliseconds": times}, indent=1))
+    return path
+
+
+def _quantised(run: Run) -> dict[str, Any]:
+    """Write the two int8 files of a run; return their main metrics on the validation set, and their sizes."""
+    cfg, model = _final(run.folder)
+    batches = labelled_batches(model, cfg, INT8_IMAGES, part="train_dataloader")
+    images, labels = (torch.cat(parts) for parts in zip(*batches))
+    naive, ours = run.folder / "naive.onnx", run.folder / "int8.onnx"
+    quick = dict(layers=False, rounds=0, min_agreement=0.0)
+    export_int8(
+        model, naive, images, labels, methods=["MinMax"], per_channel=False, equalise=False, with_report=True, **quick
+    )
+    trained = run.folder / "int8.onnx.json"  # of a QATHook
+    if not trained.is_file():
+        ours = run.folder / "calibrated.onnx"
+        trained = run.folder / "calibrated.onnx.json"
+        export_int8(model, ours, images, labels, with_report=True, **quick)
+    report = json.loads(trained.read_text())
+    loader = build_loader(cfg, "val_dataloader")
+
+    def judged(network: nn.Module) -> float:
+        metrics = validation_metrics(network, cfg, loader)
+        return round(metrics[main_metric(metrics)], 4)
+
+    def file(path: Path) -> nn.Module:
+        with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmpretrain")):
+            return OnnxClassifier(path, cfg.model, data_preprocessor=cfg.get("data_preprocessor"))
+
+    return {
+        "float": judged(model), "naive": judged(file(naive)), "int8": judged(file(ours)), "file": ours.name,
+        **{key: report[key] for key in ("size_float", "size_bytes", "method", "per_channel", "equalised")},
+    }  # fmt: skip
 
 
 def environment() -> dict[str, Any]:

@@ -289,29 +289,47 @@ def real_inputs(model: nn.Module, loader: DataLoader, count: int = REAL_IMAGES, 
         return model.data_preprocessor(copy.deepcopy(loader.collate_fn(samples)), False)["inputs"]
 
 
-def labelled_batches(model: nn.Module, cfg: Config, count: int, batch_size: int = 32) -> list[tuple[Tensor, Tensor]]:
-    """Take labelled images of the config's validation set, evenly spread, preprocessed as the model sees them.
+def build_loader(cfg: Config, part: str) -> DataLoader:
+    """Return the data loader of a config.
+
+    Args:
+        cfg: the config.
+        part: its key, as ``val_dataloader``.
+
+    Returns:
+        The loader.
+
+    Raises:
+        ArgumentError: the config has none, or it cannot be built.
+    """
+    if not cfg.get(part):
+        raise ArgumentError(f"labelled images are needed: the config has no {part}")
+    with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmpretrain")), config_errors():
+        return Runner.build_dataloader(cfg[part])
+
+
+def labelled_batches(
+    model: nn.Module, cfg: Config, count: int, batch_size: int = 32, part: str = "val_dataloader"
+) -> list[tuple[Tensor, Tensor]]:
+    """Take labelled images of a data set of the config, evenly spread, preprocessed as the model sees them.
 
     Args:
         model: a classifier.
         cfg: its config.
         count: how many images at most.
         batch_size: images of a batch.
+        part: key of the data set's loader in the config.
 
     Returns:
         Batches of images (N, C, H, W) and labels (N,).
 
     Raises:
-        ArgumentError: the config has no validation set, or its images have no single label.
+        ArgumentError: the config has no such loader, or its images have no single label.
     """
-    if not cfg.get("val_dataloader"):
-        raise ArgumentError("labelled images are needed: the config has no val_dataloader")
-    with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmpretrain")), config_errors():
-        loader = Runner.build_dataloader(cfg.val_dataloader)
-    found = take_batches(model, loader, count, batch_size)
+    found = take_batches(model, build_loader(cfg, part), count, batch_size)
     labelled = [(images, labels) for images, labels in found if labels is not None]
     if len(labelled) < len(found):
-        raise ArgumentError("one label for each image is needed: the images of val_dataloader have none, or several")
+        raise ArgumentError(f"one label for each image is needed: the images of {part} have none, or several")
     return labelled
 
 

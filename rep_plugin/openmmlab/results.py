@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from rep_plugin.errors import ArgumentError
+from rep_plugin.measure.tables import new_table
 from rep_plugin.openmmlab.experiments import ExperimentSet, score
 
 if TYPE_CHECKING:
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
 Records = dict[str, list[dict[str, Any]]]
 CONFIDENCE = 0.95
+INT8 = (
+    "Int8 files are calibrated with 512 training images and judged on the whole validation set, in ONNX Runtime. "
+    "The naive ones are by its defaults: MinMax, one scale for a layer."
+)
 COLUMNS = ("trained as", "after removal", "mean", "each seed", "difference", "params", "MACs", "CPU minutes")
 
 
@@ -49,31 +54,58 @@ def read_records(folder: Path, name: str) -> Records:
     return {row: sorted(runs, key=lambda run: run["seed"]) for row, runs in records.items()}
 
 
-Latency = Mapping[str, Mapping[str, float]]
+Columns = Mapping[str, Mapping[str, str]]
 
 
-def read_latency(folder: Path, name: str) -> Latency:
-    """Return the milliseconds of a set's rows: {runtime: {row: number}}; nothing where they were not measured.
+def read_columns(folder: Path, name: str) -> Columns:
+    """Return what was measured beside the trainings of a set: {column: {row: text}}; nothing where nothing was.
 
     Args:
         folder: of all records.
         name: of the set.
 
     Returns:
-        The numbers of ``NAME_latency.json``.
+        The columns of ``NAME_latency.json`` and of ``NAME_int8.json``.
 
     Raises:
-        ArgumentError: the file is no such record.
+        ArgumentError: a file is no such record.
     """
-    path = folder / f"{name}_latency.json"
-    if not path.is_file():
-        return {}
-    try:
-        return {runtime: dict(rows) for runtime, rows in json.loads(path.read_text())["milliseconds"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ArgumentError(
-            f"{path} is no record of latency, expected what rep-plugin experiments --time writes"
-        ) from None
+    readers = {
+        "latency": (_latency_columns, "latency, expected what rep-plugin experiments --time writes"),
+        "int8": (_int8_columns, "int8, expected what rep-plugin experiments --int8 writes"),
+    }
+    columns: dict[str, Mapping[str, str]] = {}
+    for kind, (read, expected) in readers.items():
+        if (path := folder / f"{name}_{kind}.json").is_file():
+            try:
+                columns |= read(json.loads(path.read_text()))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ArgumentError(f"{path} is no record of {expected}") from None
+    return columns
+
+
+def _latency_columns(record: Mapping[str, Any]) -> Columns:
+    return {f"ms, {runtime}": _milliseconds(rows) for runtime, rows in record["milliseconds"].items()}
+
+
+def _milliseconds(rows: Mapping[str, float]) -> dict[str, str]:
+    return {row: f"{value:.2f}" for row, value in rows.items()}
+
+
+def _int8_columns(record: Mapping[str, Any]) -> Columns:
+    rows = {row: [seeds[seed] for seed in sorted(seeds, key=int)] for row, seeds in record["rows"].items()}
+    columns = {
+        title: {row: _mean([run[key] for run in runs]) for row, runs in rows.items()}
+        for title, key in (("float", "float"), ("naive int8", "naive"), ("int8", "int8"))
+    }
+    columns["int8 - float"] = {
+        row: _difference(spread_of([run["int8"] - run["float"] for run in runs])) for row, runs in rows.items()
+    }
+    for title, key in (("MB", "size_float"), ("MB, int8", "size_bytes")):
+        columns[title] = {row: f"{runs[0][key] / 1e6:.2f}" for row, runs in rows.items()}
+    for runtime, kinds in record["milliseconds"].items():
+        columns |= {f"ms {kind}, {runtime}": _milliseconds(times) for kind, times in kinds.items()}
+    return columns
 
 
 def paired(ours: Sequence[Mapping], theirs: Sequence[Mapping]) -> tuple[float, float | None] | None:
@@ -88,11 +120,17 @@ def paired(ours: Sequence[Mapping], theirs: Sequence[Mapping]) -> tuple[float, f
         None where they share no seed.
     """
     other = {run["seed"]: score(run) for run in theirs}
-    gaps = [score(run) - other[run["seed"]] for run in ours if run["seed"] in other]
-    if not gaps:
-        return None
-    if len(gaps) == 1:
-        return gaps[0], None
+    return spread_of([score(run) - other[run["seed"]] for run in ours if run["seed"] in other])
+
+
+def spread_of(gaps: Sequence[float]) -> tuple[float, float | None] | None:
+    """Return the mean of differences and half of its 95 % interval (Student's t; None of one); None of none.
+
+    Args:
+        gaps: one a seed.
+    """
+    if len(gaps) < 2:
+        return (gaps[0], None) if gaps else None
     error = statistics.stdev(gaps) / len(gaps) ** 0.5
     return statistics.mean(gaps), float(stats.t.ppf((1 + CONFIDENCE) / 2, len(gaps) - 1)) * error
 
@@ -123,7 +161,7 @@ def _difference(found: tuple[float, float | None] | None) -> str:
     return f"{mean:+.2f}" if half is None else f"{mean:+.2f} ± {half:.2f}"
 
 
-def _rows_of(experiments: ExperimentSet, records: Records, latency: Latency) -> list[dict[str, str]]:
+def _rows_of(experiments: ExperimentSet, records: Records, columns: Columns) -> list[dict[str, str]]:
     """Return a table: of each row that has records the cell of each column. Without removals there is no such column."""
     cells = []
     for name in experiments.rows:
@@ -143,8 +181,8 @@ def _rows_of(experiments: ExperimentSet, records: Records, latency: Latency) -> 
             f"{final['macs'] / 1e6:.2f} M",
             f"{minutes:.1f}",
         )
-        times = {f"ms, {runtime}": f"{rows[name]:.2f}" if name in rows else "" for runtime, rows in latency.items()}
-        cells.append(dict(zip(COLUMNS, texts, strict=True)) | times)
+        more = {column: rows.get(name, "") for column, rows in columns.items()}
+        cells.append(dict(zip(COLUMNS, texts, strict=True)) | more)
     empty = {"after removal"} if not any(row["after removal"] for row in cells) else set()
     return [{column: text for column, text in row.items() if column not in empty} for row in cells]
 
@@ -166,40 +204,37 @@ def _missing(experiments: ExperimentSet, records: Records) -> str:
     return f"Not complete: {rows}." if few else ""
 
 
-def table_of(experiments: ExperimentSet, records: Records, latency: Latency = MappingProxyType({})) -> "Table":
+def table_of(experiments: ExperimentSet, records: Records, columns: Columns = MappingProxyType({})) -> "Table":
     """Return what the command prints.
 
     Args:
         experiments: the set.
         records: of its rows.
-        latency: of its rows, see :func:`read_latency`.
+        columns: what else was measured, see :func:`read_columns`.
 
     Returns:
         The table.
     """
-    from rich.table import Table
-
-    table = Table(title=experiments.title, caption=_missing(experiments, records) or None)
-    headers, *rows = cells_of(experiments, records, latency)
-    for column in headers:
-        table.add_column(column, justify="left" if column == COLUMNS[0] else "right")
+    headers, *rows = cells_of(experiments, records, columns)
+    table = new_table(experiments.title, headers)
+    table.caption = _missing(experiments, records) or None
     for cells in rows:
         table.add_row(*cells)
     return table
 
 
-def cells_of(experiments: ExperimentSet, records: Records, latency: Latency = MappingProxyType({})) -> list[list[str]]:
+def cells_of(experiments: ExperimentSet, records: Records, columns: Columns = MappingProxyType({})) -> list[list[str]]:
     """Return a table.
 
     Args:
         experiments: the set.
         records: of its rows.
-        latency: of its rows, see :func:`read_latency`.
+        columns: what else was measured, see :func:`read_columns`.
 
     Returns:
         The headers, the baseline's name among them, and the cells of each row.
     """
-    rows = _rows_of(experiments, records, latency)
+    rows = _rows_of(experiments, records, columns)
     named = {"difference": f"against {experiments.baseline}, 95 %"} if experiments.baseline else {}
     return [
         [named.get(column, column) for column in (rows[0] if rows else COLUMNS)],
@@ -220,13 +255,13 @@ def markdown_of(cells: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def page_of(experiments: ExperimentSet, records: Records, latency: Latency = MappingProxyType({})) -> str:
+def page_of(experiments: ExperimentSet, records: Records, columns: Columns = MappingProxyType({})) -> str:
     """Return the page of a set: the table, the claims, how it was measured.
 
     Args:
         experiments: the set.
         records: of its rows.
-        latency: of its rows, see :func:`read_latency`.
+        columns: what else was measured, see :func:`read_columns`.
 
     Returns:
         The page, in Markdown.
@@ -244,10 +279,15 @@ def page_of(experiments: ExperimentSet, records: Records, latency: Latency = Map
         f"Numbers are {first['main_metric']} of the last validation, means over the seeds and their standard deviation.",
         "Differences are paired by seed, with a 95 % interval.",
         "Costs are those of the network that is deployed, for one image.",
-        *(["Milliseconds are for one image, on one thread, all rows in turns."] if latency else []),
+        *(
+            ["Milliseconds are for one image, on one thread, all rows in turns."]
+            if any("ms" in c for c in columns)
+            else []
+        ),
+        *([INT8] if "int8" in columns else []),
         *(["A row with one seed screens: no conclusion is drawn from it alone."] if screens else []),
         "",
-        markdown_of(cells_of(experiments, records, latency)),
+        markdown_of(cells_of(experiments, records, columns)),
         "",
         *(f"- {_verdict(claim, records)}" for claim in experiments.claims),
         *([""] if experiments.claims else []),

@@ -136,6 +136,14 @@ def test_it_runs_where_rep_plugin_is_not_imported(net, tmp_path):
     assert json.loads(done.stdout) == run(tmp_path / "int8.onnx", X).argmax(1).tolist()
 
 
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_what_is_tried_can_be_chosen(per_channel, net, tmp_path):
+    report = rep_plugin.export_int8(net, tmp_path / "net.onnx", X, per_channel=per_channel, equalise=False, **QUICK)
+    assert [(t.method, t.per_channel, t.equalised) for t in report.trials] == [("MinMax", per_channel, False)]
+    scales = [one for one in onnx.load(tmp_path / "net.onnx").graph.initializer if "weight_scale" in one.name]
+    assert scales and all((len(one.dims) == 1 and one.dims[0] > 1) == per_channel for one in scales)
+
+
 def test_nncf_is_one_more_quantiser_where_it_is_installed(net, tmp_path, capsys):
     options = QUICK | dict(methods=["NNCF"], keep_float=1)
     if is_missing("nncf"):
@@ -147,6 +155,8 @@ def test_nncf_is_one_more_quantiser_where_it_is_installed(net, tmp_path, capsys)
         assert {trial.method for trial in report.trials} == {"MinMax", "Percentile", "Entropy"}
         return
     states = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    with pytest.raises(ArgumentError, match="per_channel=False does not go with .*NNCF chooses scales by itself"):
+        rep_plugin.export_int8(net, tmp_path / "int8.onnx", X, per_channel=False, **options)
     report = rep_plugin.export_int8(net, tmp_path / "int8.onnx", X, runtime="openvino", **options)
     assert torch.equal(torch.get_rng_state(), states[0]) and np.random.get_state()[1].tolist() == states[1]
     assert {trial.method for trial in report.trials} == {"NNCF"} and report.per_channel and report.sqnr > 20

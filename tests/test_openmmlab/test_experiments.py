@@ -71,13 +71,37 @@ def test_a_set_is_trained_in_several_goes_and_recorded(tiny, tmp_path, capsys):
         time_rows(read_set(tiny), tmp_path / "nowhere", tmp_path)
     main([*words, "--show", "--time"])
     assert "ms, openvino" in capsys.readouterr().out
-    latency = results.read_latency(tmp_path / "records", "tiny_set")
-    assert latency.keys() == {"onnxruntime", "openvino"}
-    assert all(rows.keys() == {"pruned", "scratch"} and min(rows.values()) > 0 for rows in latency.values())
+    latency = results.read_columns(tmp_path / "records", "tiny_set")
+    assert latency.keys() == {"ms, onnxruntime", "ms, openvino"}
+    assert all(rows.keys() == {"pruned", "scratch"} for rows in latency.values())
+    assert all(float(text) > 0 for rows in latency.values() for text in rows.values())
+    main([*words, "--show", "--int8"])
+    assert "pruned, seed 0: float " in capsys.readouterr().out
+    found = json.loads((tmp_path / "records/tiny_set_int8.json").read_text())
+    one = found["rows"]["scratch"]["0"]
+    assert one["size_bytes"] < one["size_float"] * 1.5 and 0 <= one["naive"] <= 100
+    assert one["float"] == pytest.approx(scratch["metrics"]["accuracy/top1"], abs=1e-3)
+    assert found["milliseconds"]["openvino"]["int8"].keys() == {"pruned", "scratch"}
+    main([*words, "--show", "--int8"])
+    assert "pruned, seed 0: float " not in capsys.readouterr().out  # what is in the records is not done again
+    assert "int8 - float" in results.read_columns(tmp_path / "records", "tiny_set")
     main([*words, "--show"])
     assert "scratch (1 of 2 seeds)" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(SystemExit, match="holds a run of another config"):
         main([*words, "--rows", "dense", "--cfg-options", "optim_wrapper.optimizer.lr=0.5"])
+
+
+def test_a_row_trains_what_another_has_deployed(tiny, tmp_path):
+    rows = {
+        "whole": Row("whole", tiny),
+        "tuned": Row("tuned", "", {"optim_wrapper.optimizer.lr": 0.5}, deployed_of="whole"),
+    }
+    *_, run = runs_of(ExperimentSet("set", "title", rows), tmp_path / "work", seeds=1)
+    run.before.mkdir(parents=True)
+    (run.before / "deploy.py").write_text("model = dict(type='A')\noptim_wrapper = dict(optimizer=dict(lr=0.1))\n")
+    cfg = config_of(run)
+    assert cfg.model.type == "A" and cfg.load_from == str(run.before / "deploy.pth")
+    assert cfg.optim_wrapper.optimizer.lr == 0.5 and not run.ready
 
 
 def test_a_training_that_was_killed_goes_on_from_its_checkpoint(tiny, tmp_path):
@@ -236,17 +260,18 @@ def test_a_claim_holds_or_does_not(b, by, word):
     assert "| a | 3.00 ± 0.10 | 3.00 3.10 2.90 |" in page and "| 1,000 | 2.00 M | 1.0 |" in page
 
 
+@pytest.mark.parametrize("kind", ["latency", "int8"])
 @pytest.mark.parametrize("text", ["", "[]", '{"milliseconds": 3}'])
-def test_a_file_that_is_no_record_of_latency_is_named(text, tmp_path):
-    (tmp_path / "set_latency.json").write_text(text)
-    with pytest.raises(ArgumentError, match="set_latency.json is no record of latency"):
-        results.read_latency(tmp_path, "set")
+def test_a_file_that_is_no_record_of_its_kind_is_named(kind, text, tmp_path):
+    (tmp_path / f"set_{kind}.json").write_text(text)
+    with pytest.raises(ArgumentError, match=f"set_{kind}.json is no record of {kind}"):
+        results.read_columns(tmp_path, "set")
 
 
 def test_a_table_has_milliseconds_where_they_were_measured():
     found = records(a=[3.0], b=[1.0])
     experiments = ExperimentSet("set", "A title", {name: Row(name, "config") for name in found})
-    page = results.page_of(experiments, found, {"openvino": {"a": 0.126}})
+    page = results.page_of(experiments, found, {"ms, openvino": {"a": "0.13"}})
     assert "| ms, openvino |" in page and "| 1.0 | 0.13 |" in page and "Milliseconds are for one image" in page
 
 
