@@ -3,6 +3,7 @@
 _base_ = ["./_base_fashion_mnist.py"]
 
 title = "Int8 on Fashion-MNIST: 12,000 images, 6 epochs, then one with the rounding"
+baseline = "RepVGG-A0"
 seeds = 1
 
 epochs = {"train_cfg.max_epochs": 6, "train_cfg.val_interval": 6}
@@ -45,3 +46,12 @@ rows.update(
 rows["stock MobileNetV2 0.5, trained on"] = dict(
     config="mobilenetv2_fashion_mnist", options=rounding, start="stock MobileNetV2 0.5"
 )
+claims = [
+    dict(
+        says="the batch norm behind the sum costs little in float",
+        source="QARepVGG, 2023",
+        better="QARepVGG-A0",
+        than="RepVGG-A0",
+        by=-0.3,
+    )
+]

@@ -151,7 +151,10 @@ def test_a_training_that_fails_is_named_and_the_others_go_on(tiny, tmp_path):
     [
         ("title = 'x'", "is no set of experiments: it has no 'rows'"),
         ("title, rows = 'x', dict(a=dict(config='b', confg='c'))", "unexpected keyword argument 'confg'"),
-        ("title, rows = 'x', dict(a=dict(options={}))", "row 'a' of .* needs a config, or widths_of another row"),
+        (
+            "title, rows = 'x', dict(a=dict(options={}))",
+            "row 'a' of .* needs a config, or widths_of or deployed_of another row",
+        ),
         ("title, rows = 'x', dict(ab=dict(config='b', start='abc'))", "has no row 'abc', did you mean 'ab'"),
     ],
 )
