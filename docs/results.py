@@ -14,9 +14,20 @@ import sys
 from functools import cache
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from rep_plugin.measure.plots import save_figure
 from rep_plugin.openmmlab.experiments import ExperimentSet, list_sets, read_set
-from rep_plugin.openmmlab.results import Records, cells_of, figure_of, markdown_of, page_of, read_columns, read_records
+from rep_plugin.openmmlab.results import (
+    Records,
+    cells_of,
+    figure_of,
+    latency_figure_of,
+    markdown_of,
+    page_of,
+    read_columns,
+    read_records,
+)
 
 DOCS = Path(__file__).parent
 RECORDS = DOCS / "results/records"
@@ -60,6 +71,13 @@ def table_of(name: str, columns: str | None) -> str:
     return markdown_of(cells) + source
 
 
+def plots_of(name: str, records: Records) -> dict[str, tuple[str, Figure]]:
+    """Return the plots of a set: {stem of the file: (what it shows, the plot)}."""
+    plots = {f"results_{name}": ("every seed of every row", figure_of(set_of(name), records))}
+    timed = latency_figure_of(set_of(name), records, read_columns(RECORDS, name))
+    return plots | ({f"results_{name}_latency": ("accuracy over milliseconds", timed)} if timed else {})
+
+
 def filled(page: Path) -> str:
     """Return a page with its tables made anew."""
     return PLACE.sub(lambda found: f"{found[1]}{table_of(found[2], found[3])}\n\n{found[4]}", page.read_text())
@@ -70,7 +88,8 @@ def main() -> int:
     sets = {name: records_of(name) for name in recorded()}
     texts = {
         DOCS / f"results/{name}.md": page_of(set_of(name), records, read_columns(RECORDS, name))
-        + f"\n\n![every seed of every row](../plots/results_{name}.png)\n"
+        + "".join(f"\n\n![{what}](../plots/{file}.png)" for file, (what, _) in plots_of(name, records).items())
+        + "\n"
         for name, records in sets.items()
     }
     pages = [DOCS.parent / "README.md", *DOCS.glob("*.md"), *(DOCS.parent / "configs").rglob("README.md")]
@@ -84,8 +103,9 @@ def main() -> int:
         page.write_text(texts[page])
         print(page)
     for name, records in sets.items():
-        with (DOCS / f"plots/results_{name}.png").open("wb") as file:
-            save_figure(figure_of(set_of(name), records), file)
+        for stem, (_, figure) in plots_of(name, records).items():
+            with (DOCS / f"plots/{stem}.png").open("wb") as file:
+                save_figure(figure, file)
     return 0
 
 

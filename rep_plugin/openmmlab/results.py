@@ -322,3 +322,35 @@ def figure_of(experiments: ExperimentSet, records: Records) -> Figure:
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def latency_figure_of(experiments: ExperimentSet, records: Records, columns: Columns) -> Figure | None:
+    """Plot the mean of each row over its milliseconds, one panel a runtime; None where no times were measured.
+
+    Args:
+        experiments: the set.
+        records: of its rows.
+        columns: what else was measured, see :func:`read_columns`.
+
+    Returns:
+        The plot.
+    """
+    timed = {column: rows for column, rows in columns.items() if column.startswith("ms, ")}
+    if not timed:
+        return None
+    names = [
+        name for name in experiments.rows if name in records and not any(name not in rows for rows in timed.values())
+    ]
+    figure = Figure(figsize=(4.6 * len(timed) + 2.6, 4.2), layout="constrained")
+    for axes, (column, rows) in zip(figure.subplots(1, len(timed), squeeze=False)[0], timed.items()):
+        for place, name in enumerate(names):
+            mean = statistics.mean(score(run) for run in records[name])
+            axes.plot(float(rows[name]), mean, "os^Dv"[place // 10], color=f"C{place % 10}", label=name)
+        axes.set_xlabel(column, fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel(next(iter(records.values()))[0]["main_metric"], fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=7, frameon=False)
+    figure.suptitle(experiments.title, fontsize=9)
+    return figure

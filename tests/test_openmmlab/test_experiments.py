@@ -275,6 +275,12 @@ def test_a_table_has_milliseconds_where_they_were_measured():
     found = records(a=[3.0], b=[1.0])
     experiments = ExperimentSet("set", "A title", {name: Row(name, "config") for name in found})
     page = results.page_of(experiments, found, {"ms, openvino": {"a": "0.13"}})
+    figure = results.latency_figure_of(
+        experiments, found, {"ms, openvino": {"a": "0.13", "b": "0.2"}, "MB": {"a": "1"}}
+    )
+    (axes,) = figure.axes
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines] == [(0.13, 3.0), (0.2, 1.0)]
+    assert results.latency_figure_of(experiments, found, {"MB": {"a": "1"}}) is None
     assert "| ms, openvino |" in page and "| 1.0 | 0.13 |" in page and "Milliseconds are for one image" in page
 
 
