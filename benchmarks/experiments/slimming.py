@@ -8,6 +8,8 @@ network = "slim_resnet18_fashion_mnist"
 sparse = dict(type="rep_plugin.SparsityHook", strength=1e-3, overrides={"backbone.layer4.1.bn2": 3e-3}, warmup=1, end=6)
 prune = dict(type="rep_plugin.PruneHook", scores="bn_gamma", macs=0.5, begin=6, min_channels=4, round_to=4)
 
+budget = dict(type="rep_plugin.PruneHook", macs=0.5, begin=6, min_channels=4, round_to=4)
+
 
 def torch_pruning(**hook):
     return dict(
@@ -22,6 +24,9 @@ def torch_pruning(**hook):
 rows = {
     "dense": dict(config=network, options={"custom_hooks": []}),
     "a budget and nothing else": dict(config="flow_resnet18_fashion_mnist"),
+    "a budget, taught by the dense network": dict(
+        config="flow_resnet18_fashion_mnist", options={"custom_hooks": [budget, dict(type="rep_plugin.DistillHook")]}
+    ),
     "one shot": dict(config=network),
     "one shot, taught by the dense network": dict(
         config=network, options={"custom_hooks": [sparse, prune, dict(type="rep_plugin.DistillHook")]}
