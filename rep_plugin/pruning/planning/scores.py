@@ -104,14 +104,18 @@ def _flow(model: nn.Module, trace: Trace) -> Tensor:
         variance = model.get_submodule(norm).weight.detach().double().square().cpu()
         own = roots[labels]
         given.index_add_(0, own, variance if norm in again else variance * ~torch.isin(own, anew))
+
+    def mean(values: Tensor, units: Tensor) -> Tensor:  # of a unit of many channels, as a head is
+        return values / torch.bincount(units, minlength=count)[units]
+
     for layer in track(trace.layers.values(), "scoring"):
         kernel = _folded(model, trace, layer).square().cpu()
         _check_finite(kernel)
         if layer.name not in normed and layer.kind != "block":
-            given.index_add_(0, roots[layer.labels], kernel.sum((1, 2)))
+            given.index_add_(0, roots[layer.labels], mean(kernel.sum((1, 2)), roots[layer.labels]))
         if not layer.groupwise:
             energy = kernel.unflatten(0, (layer.groups, -1)).sum((1, 3)).flatten()
-            taken.index_add_(0, roots[layer.inputs], energy)
+            taken.index_add_(0, roots[layer.inputs], mean(energy, roots[layer.inputs]))
             read[roots[layer.inputs]] = True
     for start, first, second in trace.channels.products:
         energy = taken[roots[start : start + len(first)]]

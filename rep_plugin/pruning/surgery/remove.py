@@ -19,6 +19,7 @@ from rep_plugin.errors import ArgumentError
 from rep_plugin.pruning.tracing.features import describe_features_
 from rep_plugin.pruning.tracing.graph import Trace, member, tensors_in
 from rep_plugin.pruning.tracing.kept_channels import KeptChannels, slice_tensor
+from rep_plugin.pruning.tracing.numbers import set_attribute_
 
 Notes = Annotated[list, That(lambda _: True, "a list")]
 _IN, _OUT = ("in_channels", "in_chs", "in_features"), ("out_channels", "out_chs")
@@ -159,6 +160,9 @@ def remove_channels_(
     for name, module in model.named_modules(remove_duplicate=False):
         _set_numbers(name, module, before[module], trace, kept, owners)
     _set_owners(model, before)
+    for place, labels in trace.numbers.items():
+        if kept.changes(labels):
+            set_attribute_(model, place, len(labels), kept.count(labels))
     describe_features_(model, {key: kept.count(labels) for key, labels in trace.described.items()})
     if notes is not None:
         notes += [

@@ -89,6 +89,7 @@ class Trace:
         train_outputs: Labels of the outputs in train mode, where that runs more layers.
         conv_of_norm: {norm: the convolution whose outputs it reads, and nothing else does}.
         unreached: {layer that no run reaches: its input channels}, where others of that width stay for its sake.
+        numbers: {(module, attribute, place in it or None): labels}: the attribute is how many of these channels there are.
         described: {(module, what it says of itself): labels}: an index into timm's ``feature_info``, or ``num_features``.
     """
 
@@ -110,6 +111,7 @@ class Trace:
     train_outputs: list[Tensor] = field(default_factory=list)
     conv_of_norm: dict[str, str] = field(default_factory=dict)
     unreached: dict[str, int] = field(default_factory=dict)
+    numbers: dict[tuple[str, str, int | None], Tensor] = field(default_factory=dict)
     described: dict[tuple[str, int | str], Tensor] = field(default_factory=dict)
 
 

@@ -11,7 +11,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from rep_plugin.errors import TraceError
 from rep_plugin.measure.branches import place_of
 from rep_plugin.pruning.tracing.graph import Cost, Mark, Trace, member, named_tensors
-from rep_plugin.pruning.tracing.labels import FIXED
+from rep_plugin.pruning.tracing.labels import FIXED, compress
+from rep_plugin.pruning.tracing.numbers import Place
 
 
 def _kernels_of(model: nn.Module) -> Iterator[tuple[str, str]]:
@@ -35,6 +36,7 @@ class Recorder:
         channels: The labels of the trace, and which of them are tied or frozen.
         function: The torch function that a rule is asked about.
         function_name: Its plain name.
+        count_macs: Returns its multiply-adds.
         caller: The code of the function that calls the model.
         used_names: Names of the parameters and buffers that the model has used.
     """
@@ -45,6 +47,7 @@ class Recorder:
         self.makers = makers
         self.function: Callable | None = None
         self.function_name = ""
+        self.count_macs: Callable[[], int] = lambda: 0
         self.caller: CodeType | None = None
         self._modules = {id(module): name for name, module in model.named_modules()}
         self.names = {id(t): name for name, t in named_tensors(model).items()}
@@ -58,6 +61,8 @@ class Recorder:
         self._reads: Counter[int] = Counter()  # of a map, by id
         self._made: dict[str, set[int]] = {}  # by a convolution: ids of maps
         self._normed: dict[str, set[int]] = {}  # by a batch norm
+        self._open: dict[int, str] = {}  # maps that are no box yet, and the place of the view
+        self._numbers: dict[Place, list[tuple[Tensor, int]]] = {}  # labels of maps, and along which dimension
 
     def place(self) -> str:
         """Return which part of the model is running, as ``in 'layer1.0' (timm/models/resnet.py:210)``."""
@@ -91,6 +96,75 @@ class Recorder:
         assert mark.labels.shape == tensor.shape, (mark.labels.shape, tensor.shape)
         self._marks[id(tensor)] = (mark, tensor)
 
+    def known_labels(self, tensor: object) -> Tensor | None:
+        """Return the labels of a map; None for anything else."""
+        known = self._marks.get(id(tensor)) if self.is_tracked(tensor) else None
+        return None if known is None else known[0].labels
+
+    def leave_open(self, tensor: Tensor) -> None:
+        """Note that channels may vary along several dimensions of a map, as heads and what is in a head."""
+        labels = self.mark_of(tensor).labels
+        several = sum(size > 1 and stride != 0 for size, stride in zip(labels.shape, labels.stride())) > 1  # cheap
+        if several and len(self.channels.varying(labels)) > 1:
+            self._open[id(tensor)] = self.place()
+
+    def is_open(self, tensor: Tensor) -> bool:
+        """Return whether channels vary along several dimensions of a map."""
+        return id(tensor) in self._open
+
+    def close(self, tensor: Tensor) -> None:
+        """Let a map be a box whatever goes: where channels vary along several dimensions, only the longest gives way."""
+        place = self._open.pop(id(tensor), None)
+        if place is not None:
+            self.make_box(self._marks[id(tensor)][0].labels, f"a reshape {place}")
+
+    def make_box(self, labels: Tensor, what: str) -> Tensor:
+        """Tie labels along all varying dimensions but the longest.
+
+        Args:
+            labels: Of a map.
+            what: The operation that needs it.
+
+        Returns:
+            The labels, compressed.
+        """
+        labels = compress(labels)
+        dims = self.channels.varying(labels)
+        if len(dims) > 1:
+            longest = max(dims, key=lambda d: labels.shape[d])
+            for dim in dims:
+                if dim != longest:
+                    self.channels.tie_along(labels, dim, what)
+        return labels
+
+    def note_number(self, place: Place, labels: Tensor, dim: int) -> None:
+        """Note that a number of the model is the length of a map along a dimension.
+
+        Args:
+            place: Of the number.
+            labels: Of the map.
+            dim: The dimension.
+        """
+        self._numbers.setdefault(place, []).append((labels, dim))
+
+    def channels_of(self, place: Place) -> list[Tensor]:
+        """Return the channels whose number stands at a place of the model, for each of its uses."""
+        uses = [self.channels.along(*use) for use in self._numbers.get(place, ()) if self.channels.varies(*use)]
+        return [labels for labels in uses if labels is not None]
+
+    def finish(self) -> None:
+        """Close what is left open, and write which numbers of the model follow which channels."""
+        for _, tensor in [self._marks[id_] for id_ in self._open]:
+            self.close(tensor)
+        for place in self._numbers:
+            uses = self.channels_of(place)
+            for other in uses[1:]:
+                if len(other) == len(uses[0]):
+                    self.channels.tie(uses[0], other, f"{place[1]!r} of {place[0]!r}, the number of both")
+            if uses:
+                self.trace.numbers[place] = uses[0]
+        self.pair_norms()
+
     def mark_of(self, tensor: Tensor) -> Mark:
         """Return what is known of a map, or of a parameter that is used like one."""
         if (known := self._marks.get(id(tensor))) is not None:
@@ -114,6 +188,34 @@ class Recorder:
         if dim < 0 or parameter.shape[dim] != other.shape[varying[0]]:
             return
         self._mark_along(parameter, name, dim)
+
+    def mark_table(self, parameter: Tensor, dim: int) -> None:
+        """Let a parameter whose rows are looked up follow channels along its other dimension.
+
+        Args:
+            parameter: Of two long dimensions.
+            dim: Along which it is looked up.
+        """
+        name = self.names.get(id(parameter))
+        others = [other for other, size in enumerate(parameter.shape) if size > 1 and other != dim]
+        if name is not None and id(parameter) not in self._marks and name not in self.trace.slices and len(others) == 1:
+            self._mark_along(parameter, name, others[0])
+
+    def keep_whole(self, parameter: Tensor | None, what: str) -> bool:
+        """Note that a parameter keeps its shape; return False where it is already known to follow channels.
+
+        Args:
+            parameter: Any tensor.
+            what: Uses it, for the reason.
+        """
+        name = self.names.get(id(parameter))
+        if name is None:
+            return parameter is None or not self.channels.varying(self.mark_of(parameter).labels)
+        if name in self.trace.slices:
+            for labels in self.trace.slices[name].values():
+                self.channels.freeze(labels, f"is tied to {name!r}, which {what} needs whole")
+        self._unlabelled.add(name)
+        return True
 
     def _mark_along(self, tensor: Tensor, name: str, dim: int) -> None:
         view = [1] * tensor.dim()

@@ -28,8 +28,9 @@ from rep_plugin.measure.verify import flatten_outputs
 from rep_plugin.pruning.tracing.features import FeatureWatch
 from rep_plugin.pruning.tracing.graph import OUTPUT, Mark, Trace, is_quiet, member, tensors_in
 from rep_plugin.pruning.tracing.labels import FIXED
+from rep_plugin.pruning.tracing.numbers import note_attributes_, noted_sizes
 from rep_plugin.pruning.tracing.recorder import Recorder
-from rep_plugin.pruning.tracing.rules import RULES, find_module_rule
+from rep_plugin.pruning.tracing.rules import OPEN, RULES, find_module_rule
 
 
 def location_of(error: BaseException) -> str:
@@ -87,6 +88,7 @@ class _Tracer(ShapesAlone):
         self.recorder = Recorder(self.model, shape, makers)
         self.trace = self.recorder.trace
         self.watch = FeatureWatch(self.model, self.recorder)
+        note_attributes_(self.model)
         for name, module in self.model.named_modules():
             if isinstance(module, _BatchNorm) and module.momentum is None:
                 module.momentum = 0.1  # else train mode asks how many batches there were
@@ -116,7 +118,7 @@ class _Tracer(ShapesAlone):
                 if not maps:
                     self._freeze_unreached(unused)
             self.trace.costs = costs
-        self.recorder.pair_norms()
+        self.recorder.finish()
         return self.trace
 
     def _freeze_unreached(self, unused: Collection[str]) -> None:
@@ -174,20 +176,25 @@ class _Tracer(ShapesAlone):
         (args, kwargs), name = given, name_of(func)
         rule, out = RULES.get(name), super().called(func, given, meta)
         made = tensors_in(out)
-        if not made and name != "__setitem__":
-            return out  # the answer to a question: size, dim, is_contiguous ...
+        if not made and name != "__setitem__":  # the answer to a question: size, dim, is_contiguous ...
+            known = self.recorder.known_labels(args[0]) if args else None
+            return out if known is None else noted_sizes(func, args, known, out)
         self.recorder.function, self.recorder.function_name = func, name
+        self.recorder.count_macs = partial(_count_macs, func, meta)
         self.recorder.note_reads(tensors_in(given))
+        if name not in OPEN:
+            for tensor in tensors_in(given):
+                self.recorder.close(tensor)
         marks = None if rule is None else rule(self.recorder, out, *args, **kwargs)
         if marks is None:
             self.recorder.freeze_maps(self.recorder.operation(), tensors_in(given))
-            with MacCounter() as counter:
-                func(*meta[0], **meta[1])
-            if macs := counter.total:
+            if macs := self.recorder.count_macs():
                 self.recorder.add_cost((), lambda: macs)
             marks = [Mark(torch.tensor(FIXED).expand(t.shape), False) for t in made]
         for tensor, mark in zip(made, [marks] if isinstance(marks, Mark) else marks, strict=True):
             self.recorder.set_mark(tensor, mark)
+            if name in OPEN:
+                self.recorder.leave_open(tensor)
         return out
 
     def is_own(self, value: Tensor) -> bool:
@@ -210,6 +217,13 @@ class _Tracer(ShapesAlone):
                 return out
 
         return forward
+
+
+def _count_macs(func: Callable, meta: tuple[tuple, dict]) -> int:
+    """Multiply-adds of a function, which is run once more for them."""
+    with MacCounter() as counter:
+        func(*meta[0], **meta[1])
+    return counter.total
 
 
 def _is_square(takes: int, width: int) -> bool:

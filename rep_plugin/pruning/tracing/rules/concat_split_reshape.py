@@ -6,42 +6,95 @@ from torch import Tensor
 
 from rep_plugin.pruning.tracing.graph import Mark, tensors_in
 from rep_plugin.pruning.tracing.labels import FIXED, compress
+from rep_plugin.pruning.tracing.numbers import Share, Size, Written
 from rep_plugin.pruning.tracing.recorder import Recorder
 from rep_plugin.pruning.tracing.rules.elementwise_pooling_reduction import tie_maps
 from rep_plugin.pruning.tracing.rules.registry import fixed_like, rule, spread
 
 
-def _rectangular(recorder: Recorder, labels: Tensor) -> Tensor:
-    """A map must stay a box when channels go: where they vary along several dimensions, only the longest gives way."""
-    labels = compress(labels)
-    dims = recorder.channels.varying(labels)
-    if len(dims) > 1:
-        longest = max(dims, key=lambda d: labels.shape[d])
-        for dim in dims:
-            if dim != longest:
-                recorder.channels.tie_along(labels, dim, f"a reshape {recorder.place()}")
-    return labels
-
-
-@rule("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as")
+@rule("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", keeps_open=True)
 def _reshape(recorder, out, input, *args, **kwargs):
+    """What is split into heads may lose heads, or the same of each head: the next steps tell."""
     if not isinstance(out, Tensor) or any(isinstance(a, torch.dtype) for a in args):
         return None
-    return Mark(_rectangular(recorder, recorder.mark_of(input).labels.reshape(out.shape)), recorder.mark_of(input).zero)
+    labels = compress(recorder.mark_of(input).labels.reshape(out.shape))
+    if recorder.is_open(input) and len(recorder.channels.varying(labels)) < len(
+        recorder.channels.varying(recorder.mark_of(input).labels)
+    ):
+        recorder.close(input)  # the parts are joined again
+    if recorder.function_name in ("view", "reshape", "unflatten"):
+        sizes = next((a for a in (*args, *kwargs.values()) if isinstance(a, (tuple, list))), args)
+        first = args[0] % input.dim() if recorder.function_name == "unflatten" and isinstance(args[0], int) else 0
+        _follow_numbers(recorder, labels, {first + place: size for place, size in enumerate(sizes)})
+    return Mark(labels, recorder.mark_of(input).zero)
+
+
+def _follow_numbers(recorder: Recorder, labels: Tensor, sizes: dict[int, object]) -> None:
+    """Numbers by which a view is made follow its channels; those of another map are as many, and go with them."""
+    channels = recorder.channels
+    what = f"a view of as many channels {recorder.place()}"
+    for dim, size in sizes.items():
+        varies = channels.varies(labels, dim)
+        if isinstance(size, Size) and size.labels is not None and (varies or channels.varies(size.labels, size.dim)):
+            _tie_numbers(recorder, channels.along(size.labels, size.dim), channels.along(labels, dim), what)
+        elif not varies:
+            continue
+        elif isinstance(size, Written) and size.place is not None:
+            recorder.note_number(size.place, labels, dim)
+        elif isinstance(size, Share) and size.whole is not None:
+            heads = [d for d, n in sizes.items() if d != dim and n == size.parts and channels.varies(labels, d)]
+            if not heads:
+                continue
+            heads = next(
+                (d for d in heads if sizes[d] is size.parts), heads[-1]
+            )  # q, k and v are often as many as heads
+            rows = labels.movedim((heads, dim), (-2, -1))
+            for _ in range(rows.dim() - 2):
+                rows = rows[0]
+            whole = channels.along(size.whole.labels, size.whole.dim)
+            _tie_numbers(recorder, whole, rows.flatten(), what)
+
+
+def _tie_numbers(recorder: Recorder, first: Tensor | None, second: Tensor | None, what: str) -> None:
+    if first is None or second is None or len(first) != len(second):
+        return
+    roots = recorder.channels.roots()
+    if not torch.equal(roots[first].sort()[0], roots[second].sort()[0]):  # else the same channels, if in another order
+        tie_maps(recorder, first, second, what)
 
 
 @rule(
     "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "T", "mT", "squeeze", "unsqueeze",
-    "expand", "expand_as", "broadcast_to",
+    "expand", "expand_as", "broadcast_to", keeps_open=True,
 )  # fmt: skip
 def _rearrange(recorder, out, input, *args, **kwargs):
     labels = recorder.mark_of(input).labels
     if recorder.function_name.startswith("expand") or recorder.function_name == "broadcast_to":
-        return Mark(labels.expand(out.shape), recorder.mark_of(input).zero)
+        return _expand(recorder, labels, recorder.mark_of(input).zero, out, args)
     return Mark(recorder.function(labels[...], *args, **kwargs), recorder.mark_of(input).zero)
 
 
-@rule("cat", "concat", "concatenate", "stack")
+def _expand(recorder: Recorder, labels: Tensor, zero: bool, out: Tensor, args: tuple) -> Mark:
+    """What is repeated as often as there are channels of some kind, so many times the number of heads, goes with them."""
+    sizes = args[0] if args and isinstance(args[0], (tuple, list)) else args
+    repeated = [size == 1 for size in ((1,) * (out.dim() - labels.dim()) + tuple(labels.shape))]
+    labels = labels.expand(out.shape)
+    for dim, size in enumerate(sizes if len(sizes) == out.dim() else ()):
+        if not repeated[dim] or out.shape[dim] == 1:
+            continue
+        if isinstance(size, Written) and size.place is not None:
+            several = recorder.channels_of(size.place)
+        elif isinstance(size, Size) and size.labels is not None and recorder.channels.varies(size.labels, size.dim):
+            several = [recorder.channels.along(size.labels, size.dim)]
+        else:
+            continue
+        own = next((one for one in several if one is not None and len(one) == out.shape[dim]), None)
+        if own is not None and not recorder.channels.varying(labels):
+            return Mark(spread(own, dim, out.shape), False)
+    return Mark(labels, zero)
+
+
+@rule("cat", "concat", "concatenate", "stack", keeps_open=True)
 def _cat(recorder, out, tensors, dim=0, axis=None, *, out_=None):
     dim = dim if axis is None else axis
     labels = [recorder.mark_of(tensor).labels for tensor in tensors]
@@ -56,7 +109,16 @@ def _cat(recorder, out, tensors, dim=0, axis=None, *, out_=None):
     for d in joint:
         labels = [part.narrow(d, 0, 1) for part in labels]
     joined = torch.cat(labels, dim).expand(out.shape)
-    return Mark(_rectangular(recorder, joined), all(recorder.mark_of(tensor).zero for tensor in tensors))
+    if not any(map(recorder.is_open, tensors)):
+        joined = recorder.make_box(joined, f"a concatenation {recorder.place()}")
+    return Mark(compress(joined), all(recorder.mark_of(tensor).zero for tensor in tensors))
+
+
+@rule("roll", keeps_open=True)
+def _roll(recorder, out, input, shifts, dims=None):
+    mark = recorder.mark_of(input)
+    dims = range(input.dim()) if dims is None else (dims,) if isinstance(dims, int) else dims
+    return None if any(recorder.channels.varies(mark.labels, dim) for dim in dims) else mark
 
 
 @rule("repeat_interleave", "flip", "channel_shuffle")
@@ -73,6 +135,19 @@ def _move_whole(recorder, out, input, *args, **kwargs):
     return Mark(recorder.function(mark.labels[...], *args, **kwargs), mark.zero)
 
 
+@rule("repeat", "tile", keeps_open=True)
+def _repeat(recorder, out, input, *args):
+    repeats = args[0] if args and isinstance(args[0], (tuple, list)) else args
+    mark, lead = recorder.mark_of(input), out.dim() - input.dim()
+    repeats = (1,) * (out.dim() - len(repeats)) + tuple(repeats)
+    if any(n > 1 and recorder.channels.varies(mark.labels, d - lead) for d, n in enumerate(repeats) if d >= lead):
+        return Mark(mark.labels.repeat(repeats), mark.zero)
+    once = mark.labels[(None,) * lead]
+    for dim, number in enumerate(repeats):
+        once = once.narrow(dim, 0, 1) if number > 1 else once
+    return _expand(recorder, once, mark.zero, out, repeats)
+
+
 def _tie_parts(recorder: Recorder, labels: Tensor, dim: int, number: int) -> None:
     """Halves must stay halves, thirds thirds."""
     parts = labels.chunk(number, dim)
@@ -87,9 +162,16 @@ def _glu(recorder, out, input, dim=-1):
     return Mark(mark.labels.chunk(2, dim)[0], mark.zero)
 
 
-@rule("chunk", "tensor_split")
+def _part(recorder: Recorder, input: Tensor, dim: int) -> None:
+    """Of heads, or of what is in each, parts are taken: whatever goes, goes from all along that dimension."""
+    if recorder.is_open(input):
+        recorder.channels.tie_along(recorder.mark_of(input).labels, dim, f"parts of heads {recorder.place()}")
+
+
+@rule("chunk", "tensor_split", keeps_open=True)
 def _chunk(recorder, out, input, chunks, dim=0):
     mark = recorder.mark_of(input)
+    _part(recorder, input, dim)
     cut = mark.labels.chunk if recorder.function_name == "chunk" else mark.labels.tensor_split
     parts = cut(chunks, dim)
     if recorder.channels.varies(mark.labels, dim):
@@ -99,13 +181,14 @@ def _chunk(recorder, out, input, chunks, dim=0):
     return [Mark(part, mark.zero) for part in parts]
 
 
-@rule("split", "split_with_sizes", "unbind", "narrow", "select")
+@rule("split", "split_with_sizes", "unbind", "narrow", "select", keeps_open=True)
 def _split(recorder, out, input, *args, **kwargs):
     mark = recorder.mark_of(input)
     place = 1 if recorder.function_name.startswith("split") else 0
     dim = kwargs.get("dim", args[place] if len(args) > place else 0)
     if recorder.function_name.startswith("split") and len(out) == 1:
         return [mark]
+    _part(recorder, input, dim)
     if recorder.channels.varies(mark.labels, dim):
         equal = isinstance(out, (tuple, list)) and len({part.shape for part in out}) == 1
         if not recorder.function_name.startswith("split") or not equal:
@@ -115,11 +198,30 @@ def _split(recorder, out, input, *args, **kwargs):
     return [Mark(part, mark.zero) for part in tensors_in(parts)]
 
 
-@rule("__getitem__")
-def _getitem(recorder, out, input, index):
+def _look_up(recorder: Recorder, input: Tensor, items: list) -> Mark | None:
+    """Rows of a table, as of position biases: the table keeps its rows, and may lose of its columns."""
+    places = [place for place, item in enumerate(items) if not (isinstance(item, slice) and item == slice(None))]
+    if len(places) != 1 or not isinstance(items[places[0]], Tensor) or items[places[0]].dtype == torch.bool:
+        return None
+    dim, index = places[0], items[places[0]]
+    recorder.mark_table(input, dim)
     mark = recorder.mark_of(input)
+    if recorder.channels.varies(mark.labels, dim):
+        return None
+    labels = mark.labels.select(dim, 0)
+    shape = (*labels.shape[:dim], *index.shape, *labels.shape[dim:])
+    for _ in range(index.dim()):
+        labels = labels.unsqueeze(dim)
+    return Mark(labels.expand(shape), mark.zero)
+
+
+@rule("__getitem__", keeps_open=True)
+def _getitem(recorder, out, input, index):
     items = list(index) if isinstance(index, tuple) else [index]
-    if not isinstance(out, Tensor) or any(isinstance(i, (Tensor, list, bool)) for i in items):
+    if isinstance(out, Tensor) and any(isinstance(i, Tensor) for i in items):
+        return _look_up(recorder, input, items)
+    mark = recorder.mark_of(input)
+    if not isinstance(out, Tensor) or any(isinstance(i, (list, bool)) for i in items):
         return None
     taken = sum(i is not None and i is not Ellipsis for i in items)
     if Ellipsis in items:
@@ -131,6 +233,8 @@ def _getitem(recorder, out, input, index):
             continue
         size = input.shape[dim]
         whole = isinstance(item, slice) and range(*item.indices(size)) == range(size)
+        if not whole:
+            _part(recorder, input, dim)
         if not whole and recorder.channels.varies(mark.labels, dim):
             half = (
                 isinstance(item, slice)
@@ -142,6 +246,29 @@ def _getitem(recorder, out, input, index):
             _tie_parts(recorder, mark.labels, dim, 2)
         dim += 1
     return Mark(mark.labels[index], mark.zero)
+
+
+@rule("__setitem__")
+def _setitem(recorder, out, input, index, value):
+    """Values are written to some positions of all channels."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    mark = recorder.mark_of(input)
+    if any(not isinstance(item, (slice, int)) or isinstance(item, bool) for item in items):
+        return None
+    partial = [
+        dim
+        for dim, item in enumerate(items)
+        if not isinstance(item, slice) or range(*item.indices(input.shape[dim])) != range(input.shape[dim])
+    ]
+    if not isinstance(value, Tensor) or any(recorder.channels.varies(mark.labels, dim) for dim in partial):
+        return None
+    given = recorder.mark_of(value)
+    target = mark.labels[tuple(items)]
+    if given.labels.shape != target.shape:
+        return None
+    tie_maps(recorder, target, given.labels)
+    recorder.set_mark(input, Mark(mark.labels, mark.zero and given.zero))
+    return []
 
 
 @rule("pad")

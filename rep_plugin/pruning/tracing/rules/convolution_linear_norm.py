@@ -3,8 +3,9 @@
 from torch import Tensor
 
 from rep_plugin.pruning.tracing.graph import Layer, Mark, owner_of
+from rep_plugin.pruning.tracing.labels import FIXED
 from rep_plugin.pruning.tracing.recorder import Recorder
-from rep_plugin.pruning.tracing.rules.registry import rule, spread
+from rep_plugin.pruning.tracing.rules.registry import goes_past, rule, spread
 
 
 def goes_by_group(recorder: Recorder, per_group: Tensor) -> bool:
@@ -61,8 +62,34 @@ def convolve(
     return labels, groupwise
 
 
-@rule("conv1d", "conv2d", "conv3d")
+def _for_each_head(
+    recorder: Recorder, out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, dims: list[int]
+) -> Mark | None:
+    """A layer that is applied to each head alike keeps its own channels; heads go past it."""
+    mark = recorder.mark_of(input)
+    if recorder.is_open(input):
+        for dim in dims:
+            recorder.channels.tie_along(mark.labels, dim, f"a layer on each head {recorder.place()}")
+    labels = goes_past(recorder, mark.labels, dims)
+    if labels is None or weight is None:
+        return None
+    what = f"a layer on each head {recorder.place()}"
+    if not (recorder.keep_whole(weight, what) and recorder.keep_whole(bias, what)):
+        return None
+    dim = recorder.channels.varying(labels)[0]
+    along, macs = recorder.channels.along(labels, dim), out.numel() * weight[0].numel()
+    if along is None:
+        return None
+    recorder.add_cost([along], lambda kept: macs * kept // len(along))
+    return Mark(labels.expand(out.shape), mark.zero and bias is None)
+
+
+@rule("conv1d", "conv2d", "conv3d", keeps_open=True)
 def _conv(recorder, out, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    if input.dim() == weight.dim():
+        past = _for_each_head(recorder, out, input, weight, bias, list(range(1, input.dim())))
+        if past is not None:
+            return past
     mark, name = recorder.mark_of(input), recorder.name_of(weight)
     inputs = recorder.channels.along(mark.labels, 1)
     if inputs is None or (bias is not None and recorder.name_of(bias) is None) or input.dim() != weight.dim():
@@ -90,10 +117,13 @@ def _computed_kernel(
     """A layer whose kernel is no parameter: computed from one (its inputs stay), or one filter for every channel."""
     mark, kernel = recorder.mark_of(input), recorder.mark_of(weight)
     macs = out.numel() // out.shape[dim] * weight[0].numel()
-    if not recorder.channels.varying(kernel.labels):
-        if not (groups == len(weight) == input.shape[dim] and weight.stride(0) == 0 and bias is None):
+    one_for_all = groups == len(weight) == input.shape[dim] and weight.stride(0) == 0 and bias is None
+    if one_for_all or not recorder.channels.varying(kernel.labels):
+        labels, repeated = recorder.channels.along(mark.labels, dim), recorder.channels.along(kernel.labels, 0)
+        if not one_for_all or labels is None or repeated is None:
             return None
-        labels = recorder.channels.along(mark.labels, dim)
+        if recorder.channels.varies(kernel.labels, 0):  # repeated as often as there are channels
+            recorder.channels.tie(labels, repeated, f"a kernel for each channel {recorder.place()}")
         recorder.add_cost([labels], lambda kept: macs * kept)
         return Mark(spread(labels, dim, out.shape), mark.zero)
     labels = recorder.channels.along(kernel.labels, 0)
@@ -127,8 +157,11 @@ def _conv_transpose(
     return _dense(recorder, out, input, weight, bias, "conv_transpose", 1, 1) if groups == 1 else None
 
 
-@rule("linear")
+@rule("linear", keeps_open=True)
 def _linear(recorder, out, input, weight, bias=None):
+    past = _for_each_head(recorder, out, input, weight, bias, [-1])
+    if past is not None:
+        return past
     return _dense(recorder, out, input, weight, bias, "linear", -1, 0)
 
 
@@ -138,7 +171,12 @@ def _dense(
     """A layer of which every output reads every input: channels along ``dim``, outputs along ``rows`` of its kernel."""
     mark, name, columns = recorder.mark_of(input), recorder.name_of(weight), 1 - rows
     inputs = recorder.channels.along(mark.labels, dim)
-    if inputs is None or (bias is not None and recorder.name_of(bias) is None):
+    joined = None  # a bias that is put together of several
+    if bias is not None and recorder.name_of(bias) is None:
+        joined, bias = recorder.channels.along(recorder.mark_of(bias).labels, 0), None
+        if joined is None or name is None:
+            return None
+    if inputs is None:
         return None
     if name is None:
         return (
@@ -149,6 +187,9 @@ def _dense(
     labels = recorder.trace.slices[name].get(rows)
     labels = recorder.channels.fresh(weight.shape[rows]) if labels is None else labels
     recorder.add_slice(name, rows, labels, maker=True)
+    if joined is not None:
+        known = joined != FIXED  # zeros that a forward makes, or keeps, for what has no bias
+        recorder.channels.tie(labels[known], joined[known], f"a joined bias {recorder.place()}")
     if bias is not None:
         recorder.add_slice(recorder.name_of(bias), 0, labels, maker=True)
     layer = owner_of(name)
@@ -204,10 +245,19 @@ def _prelu(recorder, out, input, weight):
     return mark
 
 
-@rule("layer_norm", "rms_norm")
+@rule("layer_norm", "rms_norm", keeps_open=True)
 def _layer_norm(recorder, out, input, normalized_shape, weight=None, bias=None, eps=1e-5):
     """One of the channels, with weights, is one of those that stay: the masked model has the same (:class:`KeptNorms`)."""
     labels = recorder.mark_of(input).labels
+    inside = list(range(input.dim() - len(normalized_shape), input.dim()))
+    if recorder.is_open(input):
+        for dim in inside:
+            recorder.channels.tie_along(labels, dim, f"a norm of each head {recorder.place()}")
+    if weight is not None and goes_past(recorder, labels, inside) is not None:
+        what = f"a norm of each head {recorder.place()}"
+        if not (recorder.keep_whole(weight, what) and recorder.keep_whole(bias, what)):
+            return None
+        return Mark(labels, False)
     channels, name = recorder.channels.along(labels, -1), recorder.name_of(weight)
     named = name is not None and (not isinstance(bias, Tensor) or recorder.name_of(bias) is not None)
     if len(normalized_shape) == 1 and named and channels is not None and recorder.makers is None:
@@ -230,7 +280,7 @@ def _group_norm(recorder, out, input, num_groups, weight=None, bias=None, eps=1e
     return Mark(labels, False)
 
 
-@rule("softmax", "log_softmax")
+@rule("softmax", "log_softmax", keeps_open=True)
 def _softmax(recorder, out, input, dim=None, _stacklevel=3, dtype=None):
     labels = recorder.mark_of(input).labels
     if dim is None:
@@ -239,7 +289,7 @@ def _softmax(recorder, out, input, dim=None, _stacklevel=3, dtype=None):
     return Mark(labels, False)
 
 
-@rule("normalize")
+@rule("normalize", keeps_open=True)
 def _normalize(recorder, made, input, p=2.0, dim=1, eps=1e-12, out=None):  # torch hands `out` over by name
     mark = recorder.mark_of(input)
     if not mark.zero:  # zeros add nothing to a norm

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map
 from rep_plugin.pruning.tracing.graph import Mark
 from rep_plugin.pruning.tracing.labels import FIXED, squeeze_constant
 from rep_plugin.pruning.tracing.recorder import Recorder
-from rep_plugin.pruning.tracing.rules.registry import RULES, rule
+from rep_plugin.pruning.tracing.rules.registry import rule
 
 # fmt: off
 UNARY = (
@@ -38,7 +38,7 @@ QUOTIENT = (
 # fmt: on
 
 
-@rule(*SAME)
+@rule(*SAME, keeps_open=True)
 def _same(recorder, out, input, *args, **kwargs):
     mark = recorder.mark_of(input)
     return mark if mark.labels.shape == out.shape else None
@@ -53,6 +53,7 @@ def _elementwise(name: str) -> Callable:
             return None  # torch.max of one tensor is a reduction
         if len(maps) == 2:
             for parameter, other in (maps, maps[::-1]):
+                _meet_heads(recorder, parameter, other)
                 recorder.meet(parameter, other)
         marks = [recorder.mark_of(value) for value in maps]
         if len(marks) == 1:
@@ -67,10 +68,32 @@ def _elementwise(name: str) -> Callable:
         if name in PRODUCT:
             return Mark(labels, any(zeros))
         if name in QUOTIENT:
-            return None if recorder.channels.varying(marks[1].labels) else Mark(labels, zeros[0])
+            by_zero = marks[1].zero and recorder.channels.varying(marks[1].labels)
+            return None if by_zero else Mark(labels, zeros[0])
         return Mark(labels, all(zeros))
 
     return apply
+
+
+def _meet_heads(recorder: Recorder, given: Tensor, heads: Tensor) -> None:
+    """What is the same for all heads, as an angle or a gain for each channel of a head, keeps these channels.
+
+    What is the same for all channels of a head, as a temperature, goes with whole heads.
+    """
+    if not recorder.is_open(heads) or recorder.is_open(given):
+        return
+    labels = recorder.mark_of(heads).labels
+    lead = heads.dim() - given.dim()
+    dims = recorder.channels.varying(labels)
+    met = [dim for dim in dims if dim >= lead and given.shape[dim - lead] > 1]
+    if not met or len(met) == len(dims):
+        return
+    if recorder.name_of(given) is not None and met == [heads.dim() - 1]:
+        recorder.keep_whole(given, f"{recorder.operation()}, for each head,")
+    elif recorder.channels.varying(recorder.mark_of(given).labels):
+        met = [dim for dim in dims if dim not in met]
+    for dim in met:
+        recorder.channels.tie_along(labels, dim, recorder.operation())
 
 
 def _keeps_zero(recorder: Recorder, args, kwargs, tensor: Tensor) -> bool:
@@ -106,15 +129,16 @@ def _join(recorder: Recorder, first: Tensor, second: Tensor, shape: Sequence[int
     return both[0], follows
 
 
-def tie_maps(recorder: Recorder, first: Tensor, second: Tensor) -> None:
+def tie_maps(recorder: Recorder, first: Tensor, second: Tensor, what: str | None = None) -> None:
     """Let the channels of two maps stand or fall together; those that meet what stays are frozen.
 
     Args:
         recorder: Of the trace.
         first: Labels.
         second: Labels of the same shape, or one that broadcasts.
+        what: The operation, in words (default: the function that runs).
     """
-    what = recorder.operation()
+    what = recorder.operation() if what is None else what
     first, second = torch.broadcast_tensors(*squeeze_constant(first, second))
     known = (first != FIXED) & (second != FIXED)
     recorder.channels.tie(first[known], second[known], what)
@@ -124,7 +148,14 @@ def tie_maps(recorder: Recorder, first: Tensor, second: Tensor) -> None:
 
 
 for _name in (*UNARY, *ADDITIVE, *PRODUCT, *QUOTIENT):
-    RULES[_name] = _elementwise(_name)
+    rule(_name, keeps_open=True)(_elementwise(_name))
+
+
+@rule("masked_fill")
+def _masked_fill(recorder, out, input, mask, value):
+    if recorder.channels.varying(recorder.mark_of(mask).labels) or out.shape != input.shape:
+        return None
+    return Mark(recorder.mark_of(input).labels, False)
 
 
 @rule(
