@@ -270,7 +270,7 @@ def kept_by(plan: PrunePlan, model: nn.Module, trace: Trace) -> KeptChannels:
             raise ArgumentError(f"the plan keeps channels of {name!r} that go with removed ones of a coupled layer")
     for rows in trace.channels.balanced:
         if len(set(kept.mask[rows].sum(1).tolist())) > 1:
-            raise ArgumentError("the plan keeps unequally many channels in the groups of a convolution")
+            raise ArgumentError("the plan keeps unequally many channels in the groups of a convolution or a norm")
     for name, (_, after) in plan.widths.items():
         if (count := kept.count(trace.layers[name].labels)) != after:
             raise ArgumentError(f"the plan says that {after} channels of {name!r} stay, but keeps {count}")
@@ -342,7 +342,7 @@ def _prove(model: nn.Module, trace: Trace, kept: KeptChannels, inputs: list[Tens
     for copied in (masked, removed):
         fold_constants_(copied, trace, kept)
     masked, removed = mask_channels_(masked, trace, kept), remove_channels_(removed, trace, kept)
-    if any(kept.changes(labels) for labels in trace.layer_norms.values()):
+    if any(map(kept.changes, trace.averaged())):
         masked = KeptNorms(masked, trace, kept)
     if any(kept.changes(labels) for labels in trace.outputs):
         masked = KeptOutputs(masked, trace, kept)

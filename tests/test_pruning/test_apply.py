@@ -391,7 +391,7 @@ def test_fixed_numbers_in_a_forward_are_found_when_planning_and_by_the_proof(mon
 
 
 def test_the_report():
-    net = ready(ConvBN(3, 8), nn.GroupNorm(2, 8), Last(8, 16), Pooled(8))
+    net = ready(ConvBN(3, 8), nn.GroupNorm(2, 8, affine=False), Last(8, 16), Pooled(8))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         report = apply_plan(net, plan_pruning(net, X, "l1", 0.5))

@@ -96,3 +96,55 @@ def test_networks_of_timm(name):
     report = apply_plan(model, plan)
     assert report.max_rel_error < 1e-9 and report.macs_after < 0.85 * report.macs_before
     assert model.num_features == model.forward_features(x).shape[2 if "vit" in name else 1]
+
+
+class Responses(nn.Module):
+    """Global response normalisation, as ConvNeXt V2's: a norm of each channel over the mean of all."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(16)), nn.Parameter(torch.randn(16))
+
+    def forward(self, x):
+        norm = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
+        weight, bias = (t.view(1, -1, 1, 1) for t in (self.weight, self.bias))
+        return x + torch.addcmul(bias, weight, x * (norm / (norm.mean(dim=1, keepdim=True) + 1e-6)))
+
+
+OVER_CHANNELS = {
+    "group norm": lambda: nn.GroupNorm(4, 16),
+    "one group": lambda: nn.GroupNorm(1, 16),
+    "response norm": Responses,
+}
+
+
+@pytest.mark.parametrize("name", OVER_CHANNELS)
+def test_norms_of_groups_and_of_responses_are_those_of_the_channels_that_stay(name):
+    torch.manual_seed(0)
+    conv, norm, head = nn.Conv2d(3, 16, 3), OVER_CHANNELS[name](), nn.Conv2d(16, 5, 1)
+    net = nn.Sequential(conv, norm, nn.Sigmoid(), head, nn.AdaptiveAvgPool2d(1), nn.Flatten()).double().eval()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    dense, plan = copy.deepcopy(net), plan_pruning(net, X, "l1", 0.4)
+    kept = list(plan.kept["0"])
+    if name == "group norm":
+        assert [sum(index // 4 == group for index in kept) for group in range(4)] == [len(kept) // 4] * 4
+    assert len(kept) < 16 and apply_plan(net, plan).max_rel_error < 1e-9
+    with torch.no_grad():
+        x = dense[0](X.double())[:, kept]
+        dense[1].weight.data, dense[1].bias.data = dense[1].weight[kept], dense[1].bias[kept]
+        x = dense[1](x) if name == "response norm" else F.group_norm(x, norm.num_groups, dense[1].weight, dense[1].bias)
+        expected = F.conv2d(x.sigmoid(), dense[3].weight[:, kept], dense[3].bias).mean((2, 3))
+        assert relative_error(expected, net(X.double())) < 1e-12
+    assert name == "response norm" or net[1].num_channels == len(kept)
+
+
+def test_convnext_v2_of_timm_loses_channels_of_its_response_norms():
+    torch.manual_seed(0)
+    model = timm.create_model("convnextv2_atto", num_classes=5, depths=(1, 1, 1, 1), dims=(16, 24, 32, 40)).eval()
+    for name, parameter in model.named_parameters():
+        if ".grn." in name:
+            nn.init.normal_(parameter)
+    plan = plan_pruning(model, (1, 3, 32, 32), "l1", macs=0.5)
+    assert any(plan.widths[name][1] < plan.widths[name][0] for name in plan.widths if name.endswith("fc1"))
+    assert apply_plan(model, plan).max_rel_error < 1e-9

@@ -1,6 +1,7 @@
 """The masked model: the same layers, with removed channels set to zero, which surgery must equal."""
 
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -51,28 +52,48 @@ def mask_channels_(model: nn.Module, trace: Trace, kept: KeptChannels) -> nn.Mod
 
 
 class _OfKept(TorchFunctionMode):
-    """Layer norms of some channels alone; the others come out as zeros."""
+    """Norms, and means of norms, of some channels alone; the other channels of a norm come out as zeros."""
 
-    def __init__(self, kept: dict[int, Tensor]):
+    def __init__(self, kept: dict[int, Tensor], means: dict[int, Tensor]):
         super().__init__()
-        self.kept = kept
+        self.kept, self.means = kept, means
+        self.norms: dict[int, Tensor] = {}  # norms of each channel, held: no other tensor has their ids
+        self.number = 0  # of means of these
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") not in ("layer_norm", "rms_norm"):
-            return func(*args, **kwargs)
-        given = inspect.signature(func).bind(*args, **kwargs).arguments
-        index = self.kept.get(id(given.get("weight")))
-        if index is None:
-            return func(*args, **kwargs)
-        x = given["input"]
+        name = getattr(func, "__name__", "")
+        if name in ("layer_norm", "rms_norm", "group_norm"):
+            given = inspect.signature(func).bind(*args, **kwargs).arguments
+            index = self.kept.get(id(given.get("weight")))
+            return func(*args, **kwargs) if index is None else self._norm(func, given, index)
+        if name == "mean" and id(args[0]) in self.norms:
+            return self._mean(func, args, kwargs)
+        out = func(*args, **kwargs)
+        if name in ("norm", "linalg_vector_norm"):
+            self.norms[id(out)] = out
+        return out
+
+    @staticmethod
+    def _norm(func: Callable, given: dict, index: Tensor) -> Tensor:
+        x, grouped = given["input"], func.__name__ == "group_norm"
+        dim = 1 if grouped else -1
         own = {key: value[index] for key, value in given.items() if key in ("weight", "bias") and value is not None}
-        given |= own | dict(input=x.index_select(-1, index), normalized_shape=(len(index),))
-        return torch.zeros_like(x).index_copy(-1, index, func(**given))
+        own |= {"input": x.index_select(dim, index)} | ({} if grouped else {"normalized_shape": (len(index),)})
+        return torch.zeros_like(x).index_copy(dim, index, func(**given | own))
+
+    def _mean(self, func: Callable, args: tuple, kwargs: dict) -> Tensor:
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+        if not isinstance(dim, int):
+            return func(*args, **kwargs)
+        index = self.means.get(self.number)
+        self.number += 1
+        return func(*args, **kwargs) if index is None else func(args[0].index_select(dim, index), *args[1:], **kwargs)
 
 
 class KeptNorms(nn.Module):
-    """A masked model whose layer norms normalise the channels that stay: zeros would count in their means.
+    """A masked model whose norms over channels normalise those that stay: zeros would count in their means.
 
     Args:
         model: With all channels, those that go set to zero.
@@ -83,13 +104,18 @@ class KeptNorms(nn.Module):
     def __init__(self, model: nn.Module, trace: Trace, kept: KeptChannels):
         super().__init__()
         self.model = model
-        self.index = {name: kept.index(labels) for name, labels in trace.layer_norms.items() if kept.changes(labels)}
+        norms = trace.layer_norms | trace.group_norms
+        self.index = {name: kept.index(labels) for name, labels in norms.items() if kept.changes(labels)}
+        self.means = {number: kept.index(labels) for number, labels in trace.means.items() if kept.changes(labels)}
 
     def forward(self, *args, **kwargs) -> object:
         """Take what the model takes: images alone, or all of its arguments."""
         parameters = named_tensors(self.model)
         alone = len(args) == 1 and isinstance(args[0], Tensor) and not kwargs
-        with _OfKept({id(parameters[name]): index.to(parameters[name].device) for name, index in self.index.items()}):
+        device = next(iter(parameters.values())).device
+        means = {number: index.to(device) for number, index in self.means.items()}
+        index = {id(parameters[name]): index.to(parameters[name].device) for name, index in self.index.items()}
+        with _OfKept(index, means):
             return run_model(self.model, args[0] if alone else args or kwargs)
 
 

@@ -218,6 +218,8 @@ def _set_numbers(
         module.normalized_shape = (
             type(shape)(module.weight.shape) if isinstance(shape, (tuple, list)) else len(module.weight)
         )
+    elif member(name, "weight") in trace.group_norms and hasattr(module, "num_channels"):
+        module.num_channels = len(module.weight)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = module.weight.numel()
     elif isinstance(module, RepBlock) and name in trace.layers:

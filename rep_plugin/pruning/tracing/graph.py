@@ -77,6 +77,8 @@ class Trace:
         layers: {name: layer that makes channels}, in order of execution.
         norms: {name of a BN: labels}.
         layer_norms: {weight of a layer norm: labels}: it normalises the channels that stay.
+        group_norms: {weight of a group norm: labels}, likewise.
+        means: {which mean of norms over channels, in order of execution: labels}, likewise: global response normalisation.
         makers: (tensor, dimension) that make a channel: it is zero once they are.
         groupwise: Kernels that lose whole groups.
         sizes: {parameter name: shape}.
@@ -99,6 +101,8 @@ class Trace:
     layers: dict[str, Layer] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)
     layer_norms: dict[str, Tensor] = field(default_factory=dict)
+    group_norms: dict[str, Tensor] = field(default_factory=dict)
+    means: dict[int, Tensor] = field(default_factory=dict)
     makers: set[tuple[str, int]] = field(default_factory=set)
     groupwise: set[str] = field(default_factory=set)
     sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -113,6 +117,10 @@ class Trace:
     unreached: dict[str, int] = field(default_factory=dict)
     numbers: dict[tuple[str, str, int | None], Tensor] = field(default_factory=dict)
     described: dict[tuple[str, int | str], Tensor] = field(default_factory=dict)
+
+    def averaged(self) -> list[Tensor]:
+        """Return the channels of which the masked model has to leave some out of an average."""
+        return [*self.layer_norms.values(), *self.group_norms.values(), *self.means.values()]
 
 
 @lru_cache

@@ -61,6 +61,8 @@ class Recorder:
         self._reads: Counter[int] = Counter()  # of a map, by id
         self._made: dict[str, set[int]] = {}  # by a convolution: ids of maps
         self._normed: dict[str, set[int]] = {}  # by a batch norm
+        self.norm_maps: set[int] = set()  # ids of maps that are norms of each channel
+        self.means = 0  # of these, over channels
         self._open: dict[int, str] = {}  # maps that are no box yet, and the place of the view
         self._numbers: dict[Place, list[tuple[Tensor, int]]] = {}  # labels of maps, and along which dimension
 

@@ -39,7 +39,7 @@ PAIR = Call(lambda x: (x,))
 NETS = {
     "a step without a rule": lambda: [ConvBN(3, 8), Call(lambda x: torch.cumsum(x, 1)), Pooled(8)],
     "a slice": lambda: [ConvBN(3, 8), Call(lambda x: x[:, :5]), Pooled(5)],
-    "group norm": lambda: [ConvBN(3, 8), nn.GroupNorm(2, 8), Pooled(8)],
+    "group norm": lambda: [ConvBN(3, 8), nn.GroupNorm(2, 8, affine=False), Pooled(8)],
     "softmax": lambda: [ConvBN(3, 8), nn.Softmax(1), Pooled(8)],
     "reduction": lambda: [ConvBN(3, 8), Call(lambda x: x.mean(1, keepdim=True)), Flat(1)],
     "reshape": lambda: [ConvBN(3, 8), Call(lambda x: x.flatten(2).transpose(1, 2).reshape(1, 8, 16, 16)), Pooled(8)],
@@ -52,7 +52,7 @@ NETS = {
     ],
     "used twice": lambda: [ConvBN(3, 8), Used(), Pooled(8)],
     "our backbone": lambda: [RepMobileNetV2(widen_factor=0.1)],
-    "our block": lambda: [RepVGGBlock(3, 8), nn.GroupNorm(2, 8), Pooled(8)],
+    "our block": lambda: [RepVGGBlock(3, 8), nn.GroupNorm(2, 8, affine=False), Pooled(8)],
     "bilinear": lambda: [ConvBN(3, 8), PAIR, BilinearPooling(8), Call(lambda x: x[0].cumsum(1)), nn.Linear(64, 3)],
     "bilinear of what is not zero": lambda: [ConvBN(3, 8), nn.Sigmoid(), PAIR, BilinearPooling(8)],
     "one channel": lambda: [ConvBN(3, 8), Gate(8, 1), ConvBN(8, 1), Flat(1)],
@@ -99,7 +99,7 @@ def test_reasons_cite_the_users_file_and_say_what_to_do():
         f"'0.conv' goes through cumsum in '1' (test_reasons.py:{line}), which pruning cannot follow: rewrite that step, or "
         "plan the parts around it alone"
     )
-    text = reason(ConvBN(3, 8), nn.GroupNorm(2, 8), Pooled(8))
+    text = reason(ConvBN(3, 8), nn.GroupNorm(2, 8, affine=False), Pooled(8))
     assert text.startswith("'0.conv' loses all of its 8 channels or none, by a group norm over channels in '1'")
     assert text.endswith(": take a narrower network for that")
     text = reason(*NETS["added to a map that stays"](), layer="1.second.conv")

@@ -69,9 +69,11 @@ def test_depthwise_follows_its_input_and_a_multiplier_goes_in_whole():
 
 
 def test_a_grouped_layer_on_channels_that_stay_can_still_lose_outputs():
-    _, groups = groups_of(ConvBN(3, 8), nn.GroupNorm(2, 8), ConvBN(8, 12, groups=2), Pooled(12))
+    _, groups = groups_of(ConvBN(3, 8), nn.GroupNorm(2, 8, affine=False), ConvBN(8, 12, groups=2), Pooled(12))
     assert sizes(groups)[("0.conv",)] == 0 and sizes(groups)[("2.conv",)] == 12
-    net = ready(ConvBN(3, 8), nn.GroupNorm(2, 8), ConvBN(8, 12, groups=2), ConvBN(12, 12, groups=12), Pooled(12))
+    net = ready(
+        ConvBN(3, 8), nn.GroupNorm(2, 8, affine=False), ConvBN(8, 12, groups=2), ConvBN(12, 12, groups=12), Pooled(12)
+    )
     plan = plan_pruning(net, SHAPE, "random", 0.5)
     assert plan.widths["2.conv"] == (12, 6) and apply_plan(net, plan).max_rel_error < 1e-9
 
@@ -107,8 +109,8 @@ def test_native_channel_shuffle_equals_the_written_one():
     assert roots[trace.slices["2.conv.weight"][1]].tolist() == rows.T.flatten().tolist()
 
 
-def test_group_norm_freezes_its_channels_but_not_the_inner_ones_and_layer_norm_none():
-    _, groups = groups_of(ConvBN(3, 8), nn.GroupNorm(2, 8), Last(8, 16), Pooled(8))
+def test_a_group_norm_without_weights_freezes_its_channels_but_not_the_inner_ones_and_layer_norm_none():
+    _, groups = groups_of(ConvBN(3, 8), nn.GroupNorm(2, 8, affine=False), Last(8, 16), Pooled(8))
     assert sizes(groups)[("2.up",)] == 16
     norm = groups[0]
     assert len(norm.units) == 0 and "a group norm over channels" in norm.reason

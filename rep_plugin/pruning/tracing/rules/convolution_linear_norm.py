@@ -275,9 +275,19 @@ def _layer_norm(recorder, out, input, normalized_shape, weight=None, bias=None, 
 
 @rule("group_norm")
 def _group_norm(recorder, out, input, num_groups, weight=None, bias=None, eps=1e-5):
+    """With weights, all groups keep as many channels, and normalise those: the masked model does the same."""
     labels = recorder.mark_of(input).labels
-    recorder.channels.tie_along(labels, 1, f"a group norm over channels {recorder.place()}")
-    return Mark(labels, False)
+    channels, names = recorder.channels.along(labels, 1), [recorder.name_of(tensor) for tensor in (weight, bias)]
+    if channels is None or names[0] is None or (bias is not None and names[1] is None) or recorder.makers is not None:
+        recorder.channels.tie_along(labels, 1, f"a group norm over channels {recorder.place()}")
+        return Mark(labels, False)
+    recorder.channels.balance(channels.view(num_groups, -1))
+    for name in filter(None, names):
+        recorder.add_slice(name, 0, channels, maker=True)
+    recorder.trace.group_norms[names[0]] = channels
+    what = f"goes into a norm over channels {recorder.place()}, where two equal channels are not one"
+    recorder.trace.counted.append((channels, f"{what}: PruneHook prunes it"))
+    return Mark(spread(channels, 1, out.shape), True)
 
 
 @rule("softmax", "log_softmax", keeps_open=True)

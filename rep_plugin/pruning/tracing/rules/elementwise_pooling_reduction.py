@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map
 from rep_plugin.pruning.tracing.graph import Mark
 from rep_plugin.pruning.tracing.labels import FIXED, squeeze_constant
 from rep_plugin.pruning.tracing.recorder import Recorder
-from rep_plugin.pruning.tracing.rules.registry import rule
+from rep_plugin.pruning.tracing.rules.registry import fixed_like, rule
 
 # fmt: off
 UNARY = (
@@ -183,7 +183,40 @@ def _reduce(recorder, out, input, dim=None, keepdim=False, *, dtype=None, correc
     dims = range(input.dim()) if dim is None or dim == () else [dim] if isinstance(dim, int) else dim
     dims = sorted(d % input.dim() for d in dims)
     labels = mark.labels
+    if recorder.function_name == "mean" and id(input) in recorder.norm_maps and len(dims) == 1:
+        channels, first_run = recorder.channels.along(labels, dims[0]), not recorder.trace.outputs
+        recorder.means += first_run  # that is compared
+        if channels is not None and recorder.channels.varies(labels, dims[0]) and recorder.makers is None:
+            if first_run:
+                recorder.trace.means[recorder.means - 1] = channels
+            what = f"goes into a mean of norms {recorder.place()}, where two equal channels are not one"
+            recorder.trace.counted.append((channels, f"{what}: PruneHook prunes it"))
+            return fixed_like(out)
     for d in dims:
         recorder.channels.tie_along(labels, d, f"a reduction over channels {recorder.place()}")
         labels = labels.narrow(d, 0, 1)
     return Mark(labels.reshape(out.shape), mark.zero)
+
+
+@rule("norm", "linalg_vector_norm")
+def _norm(recorder, made, input, p=2, dim=None, keepdim=False, dtype=None, out=None):
+    """The norm of each channel; of those that are zero it is zero."""
+    mark = recorder.mark_of(input)
+    dims = range(input.dim()) if dim is None else [dim] if isinstance(dim, int) else dim
+    if p not in (2, 1, "fro", None) or any(recorder.channels.varies(mark.labels, d) for d in dims):
+        return None
+    labels = mark.labels
+    for d in dims:
+        labels = labels.narrow(d, 0, 1)
+    recorder.norm_maps.add(id(made))
+    return Mark(labels.reshape(made.shape), mark.zero)
+
+
+@rule("addcmul", keeps_open=True)
+def _addcmul(recorder, out, input, tensor1, tensor2, value=1):
+    marks = [recorder.mark_of(tensor) for tensor in (tensor1, tensor2)]
+    shape = torch.broadcast_shapes(tensor1.shape, tensor2.shape)
+    labels, follows = _join(recorder, marks[0].labels, marks[1].labels, shape)
+    zero = any(mark.zero and own for mark, own in zip(marks, follows))
+    labels, follows = _join(recorder, recorder.mark_of(input).labels, labels, out.shape)
+    return Mark(labels, recorder.mark_of(input).zero and follows[0] and zero and follows[1])
