@@ -25,7 +25,9 @@ rows = {
     "dense": dict(config=network, options={"custom_hooks": []}),
     "a budget and nothing else": dict(config="flow_resnet18_fashion_mnist"),
     "a budget, taught by the dense network": dict(
-        config="flow_resnet18_fashion_mnist", options={"custom_hooks": [budget, dict(type="rep_plugin.DistillHook")]}
+        config="flow_resnet18_fashion_mnist",
+        options={"custom_hooks": [budget, dict(type="rep_plugin.DistillHook")]},
+        seeds=1,
     ),
     "one shot": dict(config=network),
     "one shot, taught by the dense network": dict(

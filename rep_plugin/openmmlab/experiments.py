@@ -91,7 +91,7 @@ class ExperimentSet:
         """What ``rep-plugin experiments`` calls it: the name of a shipped set, else the path in the checkout."""
         if self.path is None or self.path.parent == SETS:
             return self.name
-        root = CONFIGS.parent
+        root = CONFIGS.resolve().parent
         return str(self.path.relative_to(root) if self.path.is_relative_to(root) else self.path)
 
     def seeds_of(self, name: str) -> int:

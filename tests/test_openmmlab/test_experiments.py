@@ -209,6 +209,7 @@ OTHERS = sorted(map(str, (ROOT / "benchmarks/experiments").glob("*.py")))
 def test_every_shipped_set_has_configs_that_are_there(name):
     experiments = read_set(name)
     assert experiments.baseline in experiments.rows and experiments.claims
+    assert not Path(experiments.called).is_absolute()
     for claim in experiments.claims:
         assert {claim["better"], claim["than"]} <= experiments.rows.keys()
     runs = runs_of(experiments, Path("nowhere"), seeds=1)
