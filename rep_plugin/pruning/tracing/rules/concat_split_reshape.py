@@ -189,6 +189,8 @@ def _split(recorder, out, input, *args, **kwargs):
     if recorder.function_name.startswith("split") and len(out) == 1:
         return [mark]
     _part(recorder, input, dim)
+    if recorder.channels.varies(mark.labels, dim) and _follow_sizes(recorder, mark.labels, dim, args, kwargs):
+        return [Mark(part, mark.zero) for part in recorder.function(mark.labels, *args, **kwargs)]
     if recorder.channels.varies(mark.labels, dim):
         equal = isinstance(out, (tuple, list)) and len({part.shape for part in out}) == 1
         if not recorder.function_name.startswith("split") or not equal:
@@ -196,6 +198,16 @@ def _split(recorder, out, input, *args, **kwargs):
         _tie_parts(recorder, mark.labels, dim, len(out))  # sizes that do not follow are found when planning
     parts = recorder.function(mark.labels, *args, **kwargs)
     return [Mark(part, mark.zero) for part in tensors_in(parts)]
+
+
+def _follow_sizes(recorder: Recorder, labels: Tensor, dim: int, args: tuple, kwargs: dict) -> bool:
+    """Let numbers of the model by which a map is split follow the parts; return False where the sizes are none of these."""
+    sizes = next((a for a in (*args, *kwargs.values()) if isinstance(a, (list, tuple))), ())
+    if not sizes or any(not isinstance(size, Written) or size.place is None for size in sizes):
+        return False
+    for size, part in zip(sizes, labels.split([int(size) for size in sizes], dim)):
+        recorder.note_number(size.place, part, dim)
+    return True
 
 
 def _look_up(recorder: Recorder, input: Tensor, items: list) -> Mark | None:
