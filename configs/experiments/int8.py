@@ -15,6 +15,7 @@ rounding = {
     "train_cfg.max_epochs": 1,
     "train_cfg.val_interval": 1,
     "optim_wrapper.optimizer.lr": 0.001,
+    "param_scheduler": dict(type="CosineAnnealingLR", by_epoch=True, convert_to_iter_based=True, _delete_=True),
     "custom_hooks": [dict(type="rep_plugin.QATHook", layers=False, min_agreement=0.0)],
 }
 merge = [dict(type="rep_plugin.ReparamHook")]
