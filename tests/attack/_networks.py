@@ -69,6 +69,31 @@ class HalfWeight(nn.Module):
         return w * 0.5
 
 
+class Heads(nn.Module):
+    # Heads of a width of their own: q, k and v by layers of theirs, and what may stand between them.
+    def __init__(self, dim, heads, deep, table=False, norms=False, across=False):
+        super().__init__()
+        self.heads, self.inner, self.across = heads, heads * deep, across
+        self.q, self.kv, self.proj = nn.Linear(dim, self.inner), nn.Linear(dim, 2 * self.inner), nn.Linear(self.inner, dim)
+        self.q_norm = nn.LayerNorm(deep) if norms else nn.Identity()
+        self.table = nn.Parameter(torch.randn(7, heads)) if table else None
+        self.temperature = nn.Parameter(torch.rand(heads, 1, 1) + 0.5)
+
+    def forward(self, x):
+        n, t, _ = x.shape
+        q = self.q_norm(self.q(x).view(n, t, self.heads, -1).transpose(1, 2))
+        k, v = self.kv(x).reshape(n, t, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if self.across:  # channels attend to channels
+            q, k, v = (part.transpose(-2, -1) for part in (q, k, v))
+        weights = q @ k.transpose(-2, -1) / x.shape[1] * self.temperature
+        if self.table is not None and not self.across:
+            place = torch.arange(t, device=x.device)
+            weights = weights + self.table[(place[:, None] - place) % 7].permute(2, 0, 1)
+        out = weights.softmax(-1) @ v
+        out = out.transpose(-2, -1) if self.across else out
+        return self.proj(out.transpose(1, 2).reshape(n, t, self.inner))
+
+
 class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
@@ -615,11 +640,15 @@ def by_hand(w: Writer, v: str) -> None:
     w.line(text, (v,))
 
 
-@template(1)
+@template(2)
 def attention(w: Writer, v: str) -> None:
     c = w.channels(v)
-    if w.rng.random() < 0.5:
-        name = w.module(f"Attention({c}, {2 if c % 2 == 0 else 1})", "attention")
+    if w.rng.random() < 0.4:
+        name = w.module(f"Attention({c}, {w.rng.choice([h for h in (1, 2, 4) if c % h == 0])})", "attention")
+        text = f"{name}({{t}})"
+    elif w.rng.random() < 0.6:
+        options = f"table={w.rng.random() < 0.5}, norms={w.rng.random() < 0.4}, across={w.rng.random() < 0.3}"
+        name = w.module(f"Heads({c}, {w.rng.randint(2, 4)}, {w.rng.randint(1, 5)}, {options})", "attention")
         text = f"{name}({{t}})"
     else:
         name = w.module(f"nn.MultiheadAttention({c}, 1, batch_first=True)", "attention")

@@ -346,6 +346,12 @@ def normalise_kept(kept: torch.Tensor, norm: nn.LayerNorm, args: tuple, output: 
     return torch.zeros_like(output).index_copy(-1, kept, found)
 
 
+def normalise_groups(kept: torch.Tensor, norm: nn.GroupNorm, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    """What a group norm gives of the channels that stay alone; the others are zero."""
+    found = nn.functional.group_norm(args[0][:, kept], norm.num_groups, norm.weight[kept], norm.bias[kept], norm.eps)
+    return torch.zeros_like(output).index_copy(1, kept, found)
+
+
 def mask(model: nn.Module, plan: rep_plugin.PrunePlan) -> nn.Module:
     """The masked model: numbers that surgery takes away are zero, found by numbering every element before the surgery.
 
@@ -376,6 +382,10 @@ def mask(model: nn.Module, plan: rep_plugin.PrunePlan) -> nn.Module:
                 module.gain.mul_(torch.sqrt(now / before))
             if isinstance(module, nn.LayerNorm) and len(kept := after[f"{name}.weight"].long()) < len(module.weight):
                 module.register_forward_hook(partial(normalise_kept, kept))  # zeros would count in its mean
+            if isinstance(module, nn.GroupNorm) and module.affine:
+                kept = after[f"{name}.weight"].long()
+                if len(kept) < module.num_channels:
+                    module.register_forward_hook(partial(normalise_groups, kept))
     for name, kept in plan.kept.items():
         weight, new = dict(model.named_parameters()).get(f"{name}.weight"), after.get(f"{name}.weight")
         if weight is not None and weight.dim() == 4 and not isinstance(model.get_submodule(name), nn.ConvTranspose2d):

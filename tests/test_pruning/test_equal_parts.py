@@ -59,7 +59,7 @@ def test_sizes_written_out_keep_their_channels(sizes):
 
 
 class Mixed(nn.Module):
-    """Parts of sizes that the module keeps, a convolution for each, as MixNet's; and a second place that reads one of them."""
+    """Parts of sizes that the module keeps, a convolution for each, as MixNet's; a second attribute is one of them."""
 
     def __init__(self, sizes):
         super().__init__()
