@@ -166,11 +166,7 @@ def test_errors_are_one_line_and_write_nothing(pruned):
     (pruned / "nowhere.json").write_text('{"nowhere": 3}')
     start = ["config.py", "work/epoch_2.pth", "--out-dir", "refused", "--no-real-data", "--shape", 3, 64, 64]
     cases = {
-        "fraction must be a number in [0, 1) or None, got 1.5": [*start, "--fraction", 1.5],
-        "fraction must be a number in [0, 1) or None, got -0.1": [*start, "--fraction=-0.1"],
-        "got nan": [*start, "--fraction", "nan"],
         "params must be a share (a float <= 1.0)": [*start, "--params", 1.5],
-        "macs must be a share (a float <= 1.0) or a whole number > 1, got 0": [*start, "--macs", 0],
         "cannot be met": [*start, "--params", 10],
         "no layer is named like 'nothing'": [*start, "--fraction", 0.3, "--ignore", "nothing"],
         "no layer is named like 'none'": [*start, "--fraction", 0.3, "--override", "none=0.1"],
@@ -205,6 +201,11 @@ def test_errors_are_one_line_and_write_nothing(pruned):
     ("words", "message"),
     [
         (["--override", "stem"], "expected PATTERN=FRACTION or PATTERN=frozen, got 'stem'"),
+        (["--fraction", 1.5], "argument --fraction/--prune-fraction: expected a number in [0, 1), got '1.5'"),
+        (["--fraction=-0.1"], "argument --fraction/--prune-fraction: expected a number in [0, 1), got '-0.1'"),
+        (["--fraction", "nan"], "argument --fraction/--prune-fraction: expected a number in [0, 1), got 'nan'"),
+        (["--macs", 0], "argument --macs: expected a share (0.5) or a whole number, got '0'"),
+        (["--bn-images", -1], "argument --bn-images: expected a whole number >= 0, got '-1'"),
         (["--round-to", 0], "argument --round-to: expected a whole number >= 1, got '0'"),
     ],
 )
