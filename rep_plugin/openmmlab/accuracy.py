@@ -16,7 +16,6 @@ from mmengine.device import get_device
 from mmengine.dist import get_world_size
 from mmengine.evaluator import Evaluator
 from mmengine.registry import EVALUATOR, DefaultScope
-from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
@@ -29,7 +28,7 @@ from rep_plugin.measure.copies import copy_model
 from rep_plugin.measure.forward import eval_mode
 from rep_plugin.measure.progress import track
 from rep_plugin.openmmlab.data import check_data
-from rep_plugin.openmmlab.load import config_errors, real_inputs
+from rep_plugin.openmmlab.load import build_loader, config_errors, real_inputs
 from rep_plugin.pruning import PrunePlan, PruneReport, apply_plan
 
 if TYPE_CHECKING:
@@ -131,7 +130,7 @@ def plan_by_validation(trained: "Trained", image: Tensor, batches: int, **option
     if reason := _why_no_training_images(model, cfg):
         notes.append(f"segments were judged with statistics of validation images, not of training: {reason}")
     else:
-        source = _train_loader(cfg)
+        source = build_loader(cfg, "train_dataloader")
     judge = judge_of(loader, _evaluator_of(cfg, loader), batches) if batches and cfg.get("val_evaluator") else None
     plan = plan_depth(model, image, judge, calibration=calibration_images(model, source), **options)
     return replace(plan, notes=(*plan.notes, *notes))
@@ -171,7 +170,7 @@ def prune_and_measure(
         if reason := _why_no_training_images(pruned, cfg):
             report.notes.append(f"statistics of batch norms stay: {reason}")
         else:
-            report.notes.append(renew_norms_(pruned, _train_loader(cfg), bn_images))
+            report.notes.append(renew_norms_(pruned, build_loader(cfg, "train_dataloader"), bn_images))
             metrics(pruned, "after_bn")
     return pruned, report
 
@@ -194,11 +193,6 @@ def renew_norms_(model: nn.Module, loader: DataLoader, images: int) -> str:
 def has_norms(model: nn.Module) -> bool:
     """Return whether a model has batch norms."""
     return any(isinstance(module, _BatchNorm) for module in model.modules())
-
-
-def _train_loader(cfg: Config) -> DataLoader:
-    with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmpretrain")), config_errors():
-        return Runner.build_dataloader(cfg.train_dataloader)
 
 
 def _why_no_training_images(model: nn.Module, cfg: Config) -> str | None:

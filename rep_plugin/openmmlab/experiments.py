@@ -480,8 +480,13 @@ def _trained(folder: Path) -> tuple[nn.Module, Tensor]:
     """Return the network that a run trains, with fresh weights, and an image (1, C, H, W) of its data."""
     cfg = Config.fromfile(str(folder / "config.py"))
     model = build_model(cfg)
+    return model, _image(cfg, model)
+
+
+def _image(cfg: Config, model: nn.Module) -> Tensor:
+    """Return an image (1, C, H, W) of a config's data, as the model sees it."""
     (images, _), *_ = labelled_batches(model, cfg, 1)
-    return model, images[:1]
+    return images[:1]
 
 
 def _artefacts(folder: Path) -> dict[str, nn.Module]:
@@ -524,8 +529,9 @@ def time_rows(
     models, image = {}, None
     for run in runs_of(experiments, work_dir, seeds=1):
         if run.done and not run.row.hidden:
-            image = _trained(run.folder)[1]
-            models[run.row.name] = deployed(_final(run.folder)[1], image)
+            cfg, model = _final(run.folder)
+            image = _image(cfg, model)
+            models[run.row.name] = deployed(model, image)
     if image is None:
         raise ArgumentError(f"{work_dir} holds no finished run of {experiments.name}, expected one at least")
     found = {}
@@ -575,8 +581,8 @@ def quantise_rows(
             log(f"{run}: float {found['float']:.2f}, naive int8 {found['naive']:.2f}, int8 {found['int8']:.2f}")
     calls: dict[str, dict] = {runtime: {} for runtime in runtimes}
     for run in (run for run in runs if run.seed == 0):
-        _, model = _final(run.folder)
-        image = _trained(run.folder)[1]
+        cfg, model = _final(run.folder)
+        image = _image(cfg, model)
         for runtime in runtimes:
             session = open_model(runtime, (run.folder / rows[run.row.name]["0"]["file"]).read_bytes(), 1)
             calls[runtime]["float", run.row.name] = call_of(runtime, deployed(model, image), image, 1)
@@ -716,7 +722,7 @@ def run_experiments(
         if not run.row.hidden:
             path = write_record(run, experiments.name, records)
             record = json.loads(path.read_text())
-            log(f"{run}: {record['main_metric']} {record['metrics'][record['main_metric']]:.2f}")
+            log(f"{run}: {record['main_metric']} {score(record):.2f}")
 
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     return train_all(runs, workers or os.cpu_count() or 1, deadline, log, finished)
