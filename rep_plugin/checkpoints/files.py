@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -50,12 +51,37 @@ def refuse_existing(folder: Path, names: Iterable[str], overwrite: bool = False)
 def require_regular(path: str | os.PathLike) -> Path:
     """Return where ``path`` leads, links followed. Raises OSError where something else than a regular file stands there."""
     given = Path(path)
-    path = Path(os.path.realpath(given))
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, f"{path} is a folder, expected a file or nothing")
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, f"{path} is a device, pipe or socket, expected a regular file or nothing")
-    return Path(os.path.realpath(given.parent), given.name) if _is_passing(given) else path
+    path = _followed(given)
+    with suppress(FileNotFoundError):
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, f"{path} is a folder, expected a file or nothing")
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, f"{path} is a device, pipe or socket, expected a regular file or nothing")
+    return _followed(given.parent) / given.name if _is_passing(given) else path
+
+
+def _followed(path: Path) -> Path:
+    for _ in range(100):  # a link when it was looked at may be a file when it is read: another process put it there
+        try:
+            return Path(os.path.realpath(path))
+        except OSError as error:
+            if error.errno not in NO_LINK:
+                raise
+    raise OSError(errno.EAGAIN, f"{path} is being replaced by other processes all the time")
+
+
+NO_LINK = (errno.EINVAL, errno.ENOENT)
+
+
+def _target(link: Path) -> str | None:
+    """Where a link leads, None where the path is no link (any more)."""
+    try:
+        return os.readlink(link)
+    except OSError as error:
+        if error.errno not in NO_LINK:
+            raise
+        return None
 
 
 def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> None:
@@ -113,10 +139,10 @@ def write_together(out_dir: Path, files: Mapping[str, Callable[[Path], None]]) -
         OSError: a file cannot be written, or another process is writing files into this folder. Older files then stay.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
-    for name in files:
-        require_regular(out_dir / name)
     with _only_writer(out_dir):
         _settle(out_dir)
+        for name in files:
+            require_regular(out_dir / name)
         _remove_stale_temporaries(out_dir)
         stage = out_dir / _temporary_name("files")
         try:
@@ -201,17 +227,17 @@ def _settle(folder: Path) -> None:
 def _shown(folder: Path) -> Path | None:
     """The files that POINTER shows, None where there is no such link."""
     pointer = folder / POINTER
-    if not os.path.lexists(pointer):
+    target = _target(pointer)
+    if target is None and not os.path.lexists(pointer):
         return None
-    target = os.readlink(pointer) if pointer.is_symlink() else ""
-    if not re.fullmatch(rf"{STAGE}/(old|new)", target) or (folder / target).parent.is_symlink():
+    if not re.fullmatch(rf"{STAGE}/(old|new)", target or "") or (folder / str(target)).parent.is_symlink():
         raise FileExistsError(errno.EEXIST, f"{pointer} was not made by rep_plugin, expected nothing there: remove it")
     return folder / target
 
 
 def _is_passing(path: Path) -> bool:
     """Whether a name is a link through POINTER, to be replaced by its file."""
-    return path.is_symlink() and os.readlink(path) == f"{POINTER}/{path.name}"
+    return _target(path) == f"{POINTER}/{path.name}"
 
 
 def _replace_all(moves: Mapping[Path, Path], folder: Path) -> None:
