@@ -160,6 +160,9 @@ bench-sparsity-cost: $(VENV)/.users ## a training step with and without the term
 bench-prune-latency: $(VENV)/.developers ## plans by measured latency against plans by multiply-adds (ten minutes)
 	$(RUN) benchmarks/prune_latency.py
 
+bench-pruned-widths: $(VENV)/.developers ## pruned networks with and without rounded widths, in ONNX Runtime and OpenVINO (ten minutes)
+	$(RUN) benchmarks/pruned_widths.py
+
 bench-training-cost: $(VENV)/.users ## a training step of multi-branch networks: time and memory, ours and others'
 	$(ONE_THREAD) $(RUN) benchmarks/training_cost.py
 

@@ -8,7 +8,7 @@ network = "slim_resnet18_fashion_mnist"
 sparse = dict(type="rep_plugin.SparsityHook", strength=1e-3, overrides={"backbone.layer4.1.bn2": 3e-3}, warmup=1, end=6)
 prune = dict(type="rep_plugin.PruneHook", scores="bn_gamma", macs=0.5, begin=6, min_channels=4, round_to=4)
 
-budget = dict(type="rep_plugin.PruneHook", macs=0.5, begin=6, min_channels=4, round_to=4)
+budget = dict(type="rep_plugin.PruneHook", macs=0.5, begin=6)
 
 
 def torch_pruning(**hook):
@@ -39,6 +39,7 @@ rows = {
     "Centripetal SGD": dict(config="csgd_resnet18_fashion_mnist"),
     "Torch-Pruning, BN scale": torch_pruning(kind="bn_scale", reg=1e-3),
     "Torch-Pruning, group norm": torch_pruning(kind="group_norm", reg=5e-4),
+    "Torch-Pruning, group norm, multiples of 8": torch_pruning(kind="group_norm", reg=5e-4, round_to=8),
     "widths of one shot, from scratch": dict(
         widths_of="one shot", options={"optim_wrapper.optimizer.lr": 0.1, "train_cfg.max_epochs": 10}
     ),

@@ -4,4 +4,4 @@
 # At the end: pruned.pth and pruned.py, which stock code loads, and pruned.rounds.json.
 _base_ = ["../_base_/resnet18_fashion_mnist.py"]
 
-custom_hooks = [dict(type="rep_plugin.PruneHook", macs=0.5, begin=6, min_channels=4, round_to=4)]
+custom_hooks = [dict(type="rep_plugin.PruneHook", macs=0.5, begin=6)]

@@ -1,7 +1,7 @@
 """Prune a trained checkpoint: pruned.pth, pruned.py, the plan, the report (JSON, HTML) and a plot of the widths.
 
 rep-plugin prune CONFIG CHECKPOINT --fraction 0.3
-rep-plugin prune CONFIG CHECKPOINT --macs 0.5 --round-to 8 --scores l1
+rep-plugin prune CONFIG CHECKPOINT --macs 0.5 --scores l1
 rep-plugin prune CONFIG CHECKPOINT --latency 0.6                     # of the time it takes on this machine
 rep-plugin train pruned.py --work-dir tuned                          # fine-tune: pruned.py loads pruned.pth
 
@@ -80,7 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="no layer loses a larger share; default: 0.9, where the budget can be met so",
     )
     parser.add_argument(
-        "--round-to", type=count, default=1, help="narrowed layers keep a multiple of this; default: %(default)s"
+        "--round-to",
+        type=count,
+        help="narrowed layers keep a multiple of this; default: 8 (4 below 16 channels) with --macs and --params, else 1",
     )
     parser.add_argument(
         "--override",

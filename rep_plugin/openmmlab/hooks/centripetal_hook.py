@@ -87,7 +87,7 @@ class CentripetalHook(PruningHook):
         by_epoch: bool = True,
         min_channels: Count | None = None,
         max_prune_fraction: Fraction | None = None,
-        round_to: Count = 1,
+        round_to: Count | None = None,
         overrides: Overrides | None = None,
         ignore: Sequence[str] = (),
         seed: Seed = 0,

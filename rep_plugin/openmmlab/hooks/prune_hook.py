@@ -120,7 +120,7 @@ class PruneHook(PruningHook):
         scope: Scope = "global",
         min_channels: Count | None = None,
         max_prune_fraction: Fraction | None = None,
-        round_to: Count = 1,
+        round_to: Count | None = None,
         overrides: Overrides | None = None,
         ignore: Sequence[str] = (),
         bn_images: Annotated[int, In("[0, inf)")] = 512,

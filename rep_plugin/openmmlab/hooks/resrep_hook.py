@@ -111,7 +111,7 @@ class ResRepHook(PruningHook):
         momentum: Fraction = 0.99,
         min_channels: Count | None = None,
         max_prune_fraction: Fraction | None = None,
-        round_to: Count = 1,
+        round_to: Count | None = None,
         ignore: Sequence[str] = (),
         out_dir: Name | None = None,
     ):

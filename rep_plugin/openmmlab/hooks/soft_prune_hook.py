@@ -79,7 +79,7 @@ class SoftPruneHook(PruningHook):
         scope: Scope = "layer",
         min_channels: Count | None = None,
         max_prune_fraction: Fraction | None = None,
-        round_to: Count = 1,
+        round_to: Count | None = None,
         overrides: Overrides | None = None,
         ignore: Sequence[str] = (),
         evaluate: bool = True,

@@ -34,7 +34,7 @@ from rep_plugin.pruning.planning.select import (
     nothing_to_prune,
     round_widths,
     take_units,
-    to_budget,
+    to_rounded_budget,
 )
 from rep_plugin.pruning.tracing.groups import frozen_roots
 from rep_plugin.pruning.tracing.kept_channels import count_costs
@@ -130,13 +130,10 @@ class ResRep:
 
     def _take(self, choice: Choice, remain: int) -> list[Candidate]:
         order = above_floors(in_order(choice.candidates, "global"), choice.widths, self._floors(choice))
-
-        def finish(some: list[Candidate]) -> list[Candidate]:
-            return round_widths(some, choice.widths, self.options.round_to)
-
         if self.unit == "prune_fraction":
-            return finish(take_units(order, self.before - remain))
-        return finish(to_budget(self.trace, order, finish, Budget(**{self.unit: remain}), self.options.limits))
+            taken = take_units(order, self.before - remain)
+            return round_widths(taken, choice.widths, dict.fromkeys(choice.widths, self.options.round_to or 1))
+        return to_rounded_budget(self.trace, order, choice.widths, Budget(**{self.unit: remain}), self.options)[0]
 
     def insert_(self, model: nn.Module) -> None:
         """Put the compactors, identities still, into a model (or a copy of it) that was given to the constructor."""

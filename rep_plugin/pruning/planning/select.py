@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rep_plugin.errors import ArgumentError
 from rep_plugin.pruning.planning.balance import bundle_units
-from rep_plugin.pruning.planning.options import Budget
+from rep_plugin.pruning.planning.options import Budget, PruneOptions
 from rep_plugin.pruning.tracing.graph import Trace
 from rep_plugin.pruning.tracing.groups import find_groups, name_layer
 from rep_plugin.pruning.tracing.kept_channels import KeptChannels, count_costs
@@ -27,6 +27,7 @@ class Candidate:
     losses: tuple[tuple[str, int], ...]
 
 
+_CLOSE = 0.95  # of a budget is used at least where widths are rounded by default
 _NOISE = 1e-6  # scores that differ relatively by less are equal
 Finish = Callable[[list[Candidate]], list[Candidate]]  # what is really removed when these candidates are chosen
 
@@ -229,19 +230,19 @@ def take_units(order: Sequence[Candidate], number: int) -> list[Candidate]:
     return taken
 
 
-def round_widths(taken: Sequence[Candidate], widths: Mapping[str, int], round_to: int) -> list[Candidate]:
+def round_widths(
+    taken: Sequence[Candidate], widths: Mapping[str, int], multiples: Mapping[str, int]
+) -> list[Candidate]:
     """Give back the best candidates until all widths that shrink are multiples, or nothing shrinks.
 
     Args:
         taken: Candidates that are removed.
         widths: {layer: channels}.
-        round_to: The number of which widths are multiples.
+        multiples: {layer: the number of which its width is a multiple}; others may have any.
 
     Returns:
         The candidates that are still removed.
     """
-    if round_to == 1:
-        return list(taken)
     by_group: dict[int, list[Candidate]] = defaultdict(list)
     for candidate in taken:
         by_group[candidate.group].append(candidate)
@@ -251,7 +252,9 @@ def round_widths(taken: Sequence[Candidate], widths: Mapping[str, int], round_to
         left = Counter(widths)
         for candidate in members:
             left.subtract(dict(candidate.losses))
-        while members and any(left[n] % round_to and left[n] < widths[n] for c in members for n, _ in c.losses):
+        while members and any(
+            left[n] % multiples.get(n, 1) and left[n] < widths[n] for c in members for n, _ in c.losses
+        ):
             left.update(dict(members.pop().losses))
         kept += members
     return kept
@@ -285,6 +288,51 @@ def to_budget(
         within = f" with {limits}" if limits else ""
         raise ArgumentError(f"{name} (={limit:,}) cannot be met{within}: the least that remains is {least:,}")
     return order[: bisect.bisect_left(range(len(order) + 1), -limit, key=lambda number: -cost(number))]
+
+
+def to_rounded_budget(
+    trace: Trace,
+    order: list[Candidate],
+    widths: Mapping[str, int],
+    budget: Budget,
+    options: PruneOptions,
+    taken: Sequence[Candidate] = (),
+) -> tuple[list[Candidate], list[str]]:
+    """Return what is removed when the fewest first candidates go that meet a budget, with rounded widths where that can be.
+
+    Args:
+        trace: Of the model.
+        order: Candidates, the first to be removed first.
+        widths: {layer: channels}.
+        budget: Of params or macs.
+        options: Of these ``round_to`` counts; the limits are for the message.
+        taken: Candidates that are removed in any case.
+
+    Returns:
+        (the candidates, notes).
+
+    Raises:
+        ArgumentError: Removing all of them does not meet it.
+    """
+
+    def cost(removed: Iterable[Candidate]) -> int:
+        return getattr(count_costs(trace, kept_without(trace, removed)), budget.item[0])
+
+    def removed_with(multiples: Mapping[str, int]) -> list[Candidate]:
+        def finish(chosen: list[Candidate]) -> list[Candidate]:
+            return round_widths([*taken, *chosen], widths, multiples)
+
+        return finish(to_budget(trace, order, finish, budget, options.limits))
+
+    if options.round_to is not None:
+        return removed_with(dict.fromkeys(widths, options.round_to)), []
+    try:
+        removed = removed_with(options.multiples(widths))
+        if cost(removed) >= _CLOSE * min(cost([]), budget.limit(cost([]))):
+            return removed, []
+    except ArgumentError:  # rounded widths cannot meet it; exact ones tell the least that can
+        pass
+    return removed_with({}), [f"widths are not rounded: {budget} would be missed by more than 5 %"]
 
 
 def to_widths(choice: Choice, widths: Mapping[str, int]) -> list[Candidate]:

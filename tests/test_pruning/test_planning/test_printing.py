@@ -62,7 +62,7 @@ def test_the_milliseconds_are_a_row():
 
 def test_what_budgets_count_of_blocks_is_in_the_plan_and_in_every_report():
     net = ready(RepVGGBlock(3, 16), RepVGGBlock(16, 16), RepVGGBlock(16, 32), Pooled(32))
-    plan = plan_pruning(net, X, "l1", macs=0.5)
+    plan = plan_pruning(net, X, "l1", macs=0.5, round_to=1)
     assert plan.notes == (MERGED,) and "each block as one convolution" in printed(plan)
     report = apply_plan(net, plan)
     assert plan.macs_after <= 0.5 * plan.macs_before < 0.5 * report.macs_before
@@ -76,7 +76,7 @@ def test_what_budgets_count_of_blocks_is_in_the_plan_and_in_every_report():
     for module in net.modules():
         if isinstance(module, RepVGGBlock):
             module.switch_to_deploy()
-    plan = plan_pruning(net, X, "l1", macs=0.5)
+    plan = plan_pruning(net, X, "l1", macs=0.5, round_to=1)
     assert MERGED not in plan.notes and "once merged" not in str(apply_plan(net, plan))
 
 
