@@ -28,7 +28,8 @@ TINY = 1e-12
 class FakeQuantization:
     """Round weights and inputs of all convolutions and linear layers as int8 does; gradients pass where nothing is clipped.
 
-    Weights are symmetric, -127 to 127 steps of their largest value. What a layer reads is 0 to 255 steps of its range, which
+    Weights are symmetric, -127 to 127 steps of their largest value; -64 to 64 where each channel has a scale, as ONNX Runtime
+    takes them where sums of products must not overflow. What a layer reads is 0 to 255 steps of its range, which
     holds 0. Ranges are moving averages of the smallest and largest value of each batch in train mode.
     :func:`rep_plugin.export_int8` then writes the file: detach first.
 
@@ -154,14 +155,14 @@ def _round_map(x: Tensor, pair: Tensor) -> Tensor:
 
 
 def _round_weight(weight: Tensor, axis: int | None) -> Tensor:
-    """-127 to 127 steps of the largest weight, of each channel or of all."""
+    """-127 to 127 steps of the largest weight of all, or -64 to 64 of that of each channel."""
     sizes = weight.detach().float().abs()
     if axis is None:
         scale = (sizes.amax() / 127).clamp_min(TINY)
         return torch.fake_quantize_per_tensor_affine(
             weight.float(), scale, torch.zeros_like(scale, dtype=torch.int32), -127, 127
         )
-    scale = (sizes.transpose(0, axis).flatten(1).amax(1) / 127).clamp_min(TINY)
+    scale = (sizes.transpose(0, axis).flatten(1).amax(1) / 64).clamp_min(TINY)
     return torch.fake_quantize_per_channel_affine(
-        weight.float(), scale, torch.zeros_like(scale, dtype=torch.int32), axis, -127, 127
+        weight.float(), scale, torch.zeros_like(scale, dtype=torch.int32), axis, -64, 64
     )

@@ -73,12 +73,12 @@ def export_int8(
     A copy is merged and written as float first, with the proofs of :func:`rep_plugin.export_onnx`. Of the images every fifth
     is held out, the others calibrate. Each method of calibration is tried with one scale for a layer's weights and with one
     for each channel, and the best of these once more after :func:`rep_plugin.export.equalize`, where that is exact. The best
-    on the held-out images is kept: by top-1 where there are labels, by agreement with float otherwise, then by the
-    signal-to-noise ratio of the outputs. The file is written when all is measured: until then an older
-    one stays.
+    on the held-out images is kept, by the signal-to-noise ratio of the outputs: agreement and top-1 of some hundred images
+    are too coarse to tell trials apart. The file is written when all is measured: until then an older one stays.
 
-    Activations and weights have 8 bits (uint8 and int8), biases 32. How fast that is depends on the processor's
-    instructions; what it computes may differ in the last bit between runtimes.
+    Activations and weights have 8 bits (uint8 and int8), biases 32. Where each channel has a scale, weights use 7: with 8,
+    sums overflow on processors without int8 instructions (AVX2 alone), which costs more than the bit. How fast the file is
+    depends on the processor's instructions; what it computes may differ in the last bit between runtimes.
 
     Args:
         model: a classifier or backbone in eval mode and float32; it stays as it is.
@@ -158,7 +158,7 @@ def export_int8(
             data = quantiser.quantise(method, each)
             trial = replace(judge.judge(data), method=method, per_channel=each, equalised=equalised)
             trials.append(trial)
-            if not chosen or trial.rank > chosen[0].trial.rank:
+            if not chosen or trial.sqnr > chosen[0].trial.sqnr:
                 chosen[:] = [_Made(trial, form, quantiser, data)]
 
         for method, each in track(combined, "trying calibrations"):
@@ -372,6 +372,7 @@ class _Quantiser:
             quantize_static(
                 str(self.prepared), str(written), self._reader(), quant_format=QuantFormat.QDQ, per_channel=per_channel,
                 activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=list(leave),
+                reduce_range=per_channel,
                 calibrate_method=CalibrationMethod[method], calibration_cache_path=str(self.folder / f"{method}.cache"),
             )  # fmt: skip
         return self._finished(onnx.load(written))

@@ -122,11 +122,6 @@ class Int8Trial:
     top1: float | None = None
     equalised: bool = False
 
-    @property
-    def rank(self) -> tuple[float, float, float]:
-        """What is compared: the larger, the better."""
-        return self.top1 or 0.0, self.agreement or 0.0, self.sqnr
-
 
 @dataclass
 class Int8Layer:
@@ -241,7 +236,7 @@ class Int8Report(Report):
         """Return what was tried as a rich table, the best first."""
         columns = ("calibration", "a scale for", "equalised", "same class", "top-1", "dB")
         table = new_table(f"what was tried, on {self.held_out} held-out images", columns, left=columns[1:3])
-        for one in sorted(self.trials, key=lambda trial: trial.rank, reverse=True):
+        for one in sorted(self.trials, key=lambda trial: trial.sqnr, reverse=True):
             shares = ("" if share is None else f"{share:.1%}" for share in (one.agreement, one.top1))
             table.add_row(
                 one.method, _scales(one.per_channel), "yes" if one.equalised else "", *shares, f"{one.sqnr:.1f}"

@@ -35,8 +35,8 @@ def by_hand(x: Tensor, weight: Tensor, axis: int | None) -> tuple[Tensor, Tensor
     zero = round(-low / step)
     steps = torch.clamp(torch.round(x / step) + zero, 0, 255) - zero
     others = [dim for dim in range(weight.dim()) if dim != axis]
-    largest = weight.abs().amax(others, keepdim=True) if axis is not None else weight.abs().max()
-    return steps * step, torch.round(weight / (largest / 127)) * (largest / 127)
+    scale = weight.abs().amax(others, keepdim=True) / 64 if axis is not None else weight.abs().max() / 127
+    return steps * step, torch.round(weight / scale) * scale
 
 
 @pytest.mark.parametrize("per_channel", [True, False])
