@@ -147,7 +147,8 @@ def test_train_mode_takes_the_statistics_of_stock():
     for name, parameter in model.named_parameters():
         assert (parameter.grad - own[name].grad).abs().max() < 1e-9 * largest, name
     state = annealed.state_dict()
-    assert all(relative_error(v.double(), state[k].double()) < 1e-9 for k, v in model.state_dict().items() if v.any())
+    for key, value in model.state_dict().items():  # means of zero differ by rounding
+        torch.testing.assert_close(state[key], value, rtol=1e-9, atol=1e-12)
 
 
 def test_parameters_and_keys_stay_and_stock_checkpoints_load():

@@ -284,7 +284,7 @@ def test_a_schedule_in_iterations(finished, tmp_path):
         (dict(macs=0.5, momentum=1.0), r"momentum must be a number in \[0, 1\), got 1.0"),
         (dict(macs=0.5, strength=-1), r"strength must be a number in \[0, 1000\], got -1"),
         (dict(macs=0.5, marked_strength="x"), r"marked_strength must be a number in \[0, 1000\] or None, got 'x'"),
-        (dict(macs=0.5, round_to=0), "round_to must be a whole number >= 1, got 0"),
+        (dict(macs=0.5, round_to=0), "round_to must be a whole number >= 1 or None, got 0"),
         (dict(macs=0.5, ignore="*"), r"ignore must be a list of strings, got '\*'"),
     ],
 )
