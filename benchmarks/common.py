@@ -1,6 +1,7 @@
 """What the benchmarks share: tables and their records, calls timed in turns, and the memory of a fresh process."""
 
 import argparse
+import copy
 import json
 import statistics
 import subprocess
@@ -11,11 +12,25 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import nn
 
+from rep_plugin import PrunePlan, apply_plan
 from rep_plugin.checkpoints.files import write_text
 from rep_plugin.openmmlab.experiments import environment
 
 RECORDS = Path(__file__).resolve().parents[1] / "docs/results/records/benchmarks"
+
+
+def pruned(model: nn.Module, plan: PrunePlan) -> nn.Module:
+    """Return a pruned copy, not proven.
+
+    Args:
+        model: it stays as it is.
+        plan: of the model.
+    """
+    smaller = copy.deepcopy(model)
+    apply_plan(smaller, plan, verify=False)
+    return smaller
 
 
 def make_table(title: str, columns: Iterable[str], left: Sequence[str] = (), **options) -> Table:

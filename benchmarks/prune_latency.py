@@ -10,29 +10,20 @@ first has (``--round-to`` for these alone). Exits with 1 where a plan is over 10
 """
 
 import argparse
-import copy
 import sys
 import time
 import warnings
 
 import timm
 import torch
-from common import add_record, make_table, print_failures, write_table
+from common import add_record, make_table, print_failures, pruned, write_table
 from rich.console import Console
-from torch import nn
 
-from rep_plugin import PrunePlan, apply_plan, plan_pruning
+from rep_plugin import plan_pruning
 from rep_plugin.measure.latency import eager_calls, interleaved_medians, torch_threads
 from rep_plugin.testing import calibrate_random_bn_
 
 TOLERANCE = 0.10
-
-
-def pruned(model: nn.Module, plan: PrunePlan) -> nn.Module:
-    """Return a pruned copy."""
-    smaller = copy.deepcopy(model)
-    apply_plan(smaller, plan, verify=False)
-    return smaller
 
 
 def main() -> int:

@@ -8,16 +8,15 @@ Random weights with calibrated BN, one thread, one image. All times are shares o
 """
 
 import argparse
-import copy
 import sys
 import warnings
 
 import timm
 import torch
-from common import add_record, make_table, write_table
+from common import add_record, make_table, pruned, write_table
 from rich.console import Console
 
-from rep_plugin import apply_plan, plan_pruning
+from rep_plugin import plan_pruning
 from rep_plugin.depth.timing import call_of, deployed, time_in_turns
 from rep_plugin.testing import calibrate_random_bn_
 
@@ -45,8 +44,7 @@ def main() -> int:
         models, macs = {"dense": dense}, {}
         for kind, round_to in ROUNDED.items():
             plan = plan_pruning(dense, x, "flow", macs=args.macs, round_to=round_to)
-            models[kind], macs[kind] = copy.deepcopy(dense), f"{plan.macs_after / plan.macs_before:.3f}"
-            apply_plan(models[kind], plan)
+            models[kind], macs[kind] = pruned(dense, plan), f"{plan.macs_after / plan.macs_before:.3f}"
         models = {kind: deployed(model, x) for kind, model in models.items()}
         shares = []
         for runtime in runtimes.values():

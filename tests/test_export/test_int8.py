@@ -142,6 +142,9 @@ def test_what_is_tried_can_be_chosen(per_channel, net, tmp_path):
     assert [(t.method, t.per_channel, t.equalised) for t in report.trials] == [("MinMax", per_channel, False)]
     scales = [one for one in onnx.load(tmp_path / "net.onnx").graph.initializer if "weight_scale" in one.name]
     assert scales and all((len(one.dims) == 1 and one.dims[0] > 1) == per_channel for one in scales)
+    whole = onnx.load(tmp_path / "net.onnx").graph.initializer
+    weights = [onnx.numpy_helper.to_array(one) for one in whole if one.name.endswith("weight_quantized")]
+    assert weights and {np.abs(one.astype(int)).max().item() for one in weights} == {64 if per_channel else 127}
 
 
 def test_nncf_is_one_more_quantiser_where_it_is_installed(net, tmp_path, capsys):

@@ -34,7 +34,7 @@ from rep_plugin.pruning.planning.select import (
     nothing_to_prune,
     round_widths,
     take_units,
-    to_rounded_budget,
+    to_budget,
 )
 from rep_plugin.pruning.tracing.groups import frozen_roots
 from rep_plugin.pruning.tracing.kept_channels import count_costs
@@ -132,8 +132,8 @@ class ResRep:
         order = above_floors(in_order(choice.candidates, "global"), choice.widths, self._floors(choice))
         if self.unit == "prune_fraction":
             taken = take_units(order, self.before - remain)
-            return round_widths(taken, choice.widths, dict.fromkeys(choice.widths, self.options.round_to or 1))
-        return to_rounded_budget(self.trace, order, choice.widths, Budget(**{self.unit: remain}), self.options)[0]
+            return round_widths(taken, choice.widths, self.options.multiples(choice.widths))
+        return to_budget(self.trace, order, choice.widths, Budget(**{self.unit: remain}), self.options)[0]
 
     def insert_(self, model: nn.Module) -> None:
         """Put the compactors, identities still, into a model (or a copy of it) that was given to the constructor."""

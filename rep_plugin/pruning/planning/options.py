@@ -153,19 +153,21 @@ class PruneOptions:
         given = (f"{name}={value}" for name in ("min_channels", "max_prune_fraction") if (value := getattr(self, name)))
         return " and ".join(given)
 
-    def multiples(self, widths: Mapping[str, int]) -> dict[str, int]:
-        """Return the numbers of which widths are multiples under a budget of params or macs.
+    def multiples(self, widths: Mapping[str, int], by_cost: bool = False) -> dict[str, int]:
+        """Return the numbers of which widths are multiples.
 
         ONNX Runtime has its fast convolutions for multiples of 4 only, and pads those to 8 or 16.
 
         Args:
             widths: {layer: channels}.
+            by_cost: The budget is one of params or macs, for which there is a default.
 
         Returns:
             {layer: number}.
         """
-        default = {name: 8 if width >= 16 else 4 if width >= 8 else 1 for name, width in widths.items()}
-        return default if self.round_to is None else dict.fromkeys(widths, self.round_to)
+        if self.round_to is None and by_cost:
+            return {name: 8 if width >= 16 else 4 if width >= 8 else 1 for name, width in widths.items()}
+        return dict.fromkeys(widths, self.round_to or 1)
 
     def floors(self, width: int, first: int = 0) -> tuple[int, int]:
         """Return the widths below which a layer must not fall, and should not.

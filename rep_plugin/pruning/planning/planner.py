@@ -29,7 +29,7 @@ from rep_plugin.pruning.planning.select import (
     round_widths,
     take_units,
     tied_layers,
-    to_rounded_budget,
+    to_budget,
 )
 from rep_plugin.pruning.tracing.graph import Trace
 from rep_plugin.pruning.tracing.tracer import trace_channels
@@ -219,26 +219,26 @@ def _choose(
     order = above_floors(in_order(common, options.scope), choice.widths, floors)
 
     def finish(chosen: list[Candidate]) -> list[Candidate]:
-        return round_widths([*taken, *chosen], choice.widths, dict.fromkeys(choice.widths, options.round_to or 1))
+        return round_widths([*taken, *chosen], choice.widths, options.multiples(choice.widths))
 
     why, times, notes = str(budget), {}, []
     if budget.prune_fraction is not None:
         number = budget.limit(sum(len(c.units) for group in common for c in group))
         chosen = take_units(order, number)
+        removed = finish(chosen)
         if chosen == order and (possible := sum(len(c.units) for c in order)) < number:
             notes.append(
                 f"{budget} asks for {number:,} channels, {possible:,} can go with {options.limits or 'grouping'}"
             )
     elif budget.params is not None or budget.macs is not None:
-        removed, notes = to_rounded_budget(trace, order, choice.widths, budget, options, taken)
-        return removed, why, times, notes
+        removed, notes = to_budget(trace, order, choice.widths, budget, options, taken)
     else:
         x = _batch(model, example_input)
         timed = to_latency(model, trace, x, order, finish, budget, timer or EagerTimer())
-        chosen = timed.chosen
+        removed = finish(timed.chosen)
         times = {"latency_before": timed.before * 1e3, "latency_after": timed.after * 1e3}
         why += " (measured: {latency_after:.4g} of {latency_before:.4g} ms)".format(**times)
-    return finish(chosen), why, times, notes
+    return removed, why, times, notes
 
 
 def _first_widths(model: nn.Module) -> dict[str, int]:

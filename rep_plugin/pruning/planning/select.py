@@ -238,11 +238,13 @@ def round_widths(
     Args:
         taken: Candidates that are removed.
         widths: {layer: channels}.
-        multiples: {layer: the number of which its width is a multiple}; others may have any.
+        multiples: {layer: the number of which its width is a multiple}.
 
     Returns:
         The candidates that are still removed.
     """
+    if set(multiples.values()) == {1}:
+        return list(taken)
     by_group: dict[int, list[Candidate]] = defaultdict(list)
     for candidate in taken:
         by_group[candidate.group].append(candidate)
@@ -252,45 +254,13 @@ def round_widths(
         left = Counter(widths)
         for candidate in members:
             left.subtract(dict(candidate.losses))
-        while members and any(
-            left[n] % multiples.get(n, 1) and left[n] < widths[n] for c in members for n, _ in c.losses
-        ):
+        while members and any(left[n] % multiples[n] and left[n] < widths[n] for c in members for n, _ in c.losses):
             left.update(dict(members.pop().losses))
         kept += members
     return kept
 
 
 def to_budget(
-    trace: Trace, order: list[Candidate], finish: Finish, budget: Budget, limits: str = ""
-) -> list[Candidate]:
-    """Return the fewest first candidates whose removal meets a budget.
-
-    Args:
-        trace: Of the model.
-        order: Candidates, the first to be removed first.
-        finish: What is really removed when some of them are chosen.
-        budget: Of params or macs.
-        limits: What was given that keeps channels, for the message.
-
-    Returns:
-        The candidates.
-
-    Raises:
-        ArgumentError: Removing all of them does not meet it.
-    """
-    name, _ = budget.item
-
-    def cost(number: int) -> int:
-        return getattr(count_costs(trace, kept_without(trace, finish(order[:number]))), name)
-
-    limit, least = budget.limit(getattr(count_costs(trace), name)), cost(len(order))
-    if least > limit:
-        within = f" with {limits}" if limits else ""
-        raise ArgumentError(f"{name} (={limit:,}) cannot be met{within}: the least that remains is {least:,}")
-    return order[: bisect.bisect_left(range(len(order) + 1), -limit, key=lambda number: -cost(number))]
-
-
-def to_rounded_budget(
     trace: Trace,
     order: list[Candidate],
     widths: Mapping[str, int],
@@ -314,25 +284,32 @@ def to_rounded_budget(
     Raises:
         ArgumentError: Removing all of them does not meet it.
     """
+    name, _ = budget.item
 
-    def cost(removed: Iterable[Candidate]) -> int:
-        return getattr(count_costs(trace, kept_without(trace, removed)), budget.item[0])
+    def removed(number: int, multiples: Mapping[str, int]) -> list[Candidate]:
+        return round_widths([*taken, *order[:number]], widths, multiples)
 
-    def removed_with(multiples: Mapping[str, int]) -> list[Candidate]:
-        def finish(chosen: list[Candidate]) -> list[Candidate]:
-            return round_widths([*taken, *chosen], widths, multiples)
+    def cost(number: int, multiples: Mapping[str, int]) -> int:
+        return getattr(count_costs(trace, kept_without(trace, removed(number, multiples))), name)
 
-        return finish(to_budget(trace, order, finish, budget, options.limits))
+    before = getattr(count_costs(trace), name)
+    limit = budget.limit(before)
 
-    if options.round_to is not None:
-        return removed_with(dict.fromkeys(widths, options.round_to)), []
-    try:
-        removed = removed_with(options.multiples(widths))
-        if cost(removed) >= _CLOSE * min(cost([]), budget.limit(cost([]))):
-            return removed, []
-    except ArgumentError:  # rounded widths cannot meet it; exact ones tell the least that can
-        pass
-    return removed_with({}), [f"widths are not rounded: {budget} would be missed by more than 5 %"]
+    def fewest(multiples: Mapping[str, int]) -> int:
+        return bisect.bisect_left(range(len(order) + 1), -limit, key=lambda number: -cost(number, multiples))
+
+    rounded, own, notes = options.multiples(widths, by_cost=True), options.multiples(widths), []
+    if rounded != own:
+        if cost(len(order), rounded) <= limit:
+            number = fewest(rounded)
+            if cost(number, rounded) >= _CLOSE * min(before, limit):
+                return removed(number, rounded), []
+        notes.append(f"widths are not rounded: {budget} would be missed by more than 5 %")
+    least = cost(len(order), own)
+    if least > limit:
+        within = f" with {options.limits}" if options.limits else ""
+        raise ArgumentError(f"{name} (={limit:,}) cannot be met{within}: the least that remains is {least:,}")
+    return removed(fewest(own), own), notes
 
 
 def to_widths(choice: Choice, widths: Mapping[str, int]) -> list[Candidate]:

@@ -72,6 +72,27 @@ def test_rounding():
 
 
 @pytest.mark.parametrize("what", ["params", "macs"])
+def test_budgets_round_widths_by_themselves(what):
+    net = ready(ConvBN(3, 64), Residual(64, 96), ConvBN(64, 128), ConvBN(128, 96), ConvBN(96, 12), Pooled(12))
+    plan = plan_pruning(net, X, "l1", **{what: 0.5})
+    before, after = (getattr(plan, f"{what}_{when}") for when in ("before", "after"))
+    assert 0.95 * 0.5 * before <= after <= 0.5 * before and plan.notes == ()
+    narrower = {old: new for old, new in plan.widths.values() if old != new}
+    assert len(narrower) > 2 and all(new % (4 if old == 12 else 8) == 0 for old, new in narrower.items())
+    for options in ({what: 0.5, "round_to": 1}, {"prune_fraction": 0.3}):
+        assert any(new % 8 for old, new in plan_pruning(net, X, "l1", **options).widths.values() if old != new)
+
+
+def test_widths_stay_exact_where_rounding_misses_the_budget():
+    net = net_of()
+    plan, exact = (plan_pruning(net, X, "l1", macs=0.5, round_to=number) for number in (None, 1))
+    assert plan.notes == ("widths are not rounded: macs=0.5 would be missed by more than 5 %",) and not exact.notes
+    assert plan.kept == exact.kept
+    narrow = ready(ConvBN(3, 7), ConvBN(7, 6), Pooled(6))  # nothing that could be rounded
+    assert plan_pruning(narrow, X, "l1", macs=0.5).notes == ()
+
+
+@pytest.mark.parametrize("what", ["params", "macs"])
 @pytest.mark.parametrize("share", [True, False])
 def test_budgets(what, share):
     net = net_of()
